@@ -1,0 +1,22 @@
+"""The embedded default: a small model, its tokenizer and its world are made on the spot.
+
+    python -m mass_dpo_jax.train --config=configs/tiny.py --workdir=runs/tiny
+
+`launch/quickstart.sh` runs it in two stages, a supervised warm start and MASS-DPO.
+"""
+
+from ml_collections import ConfigDict
+
+from mass_dpo_jax import config
+
+
+def get_config() -> ConfigDict:
+    c = config.default()
+    c.data.name = "synthetic"
+    c.data.chat_template = "none"
+    c.data.list_candidates = False  # A model this small cannot look names up in a list.
+    c.train.batch_size = 32
+    c.train.micro_batch_size = 32
+    c.train.learning_rate = 1e-3
+    c.train.clip = 1.0
+    return c

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Trains a small model on a made-up recommendation world: set-up, warm start, MASS-DPO, table, picture.
+# Arguments go on to the program. See launch/environment.sh for PYTHON and MASS_DPO_VENV.
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+install run "-e ."
+say "Training in runs/quickstart (under 6 minutes on two cores)"
+exec "$venv/bin/python" -m mass_dpo_jax.quickstart --workdir=runs/quickstart "$@"

@@ -1,0 +1,93 @@
+"""What the commands share: flags with a configuration, and errors without tracebacks."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from mass_dpo_jax import config as config_lib
+from mass_dpo_jax.errors import UserError
+
+
+def define_config() -> flags.FlagHolder[ConfigDict]:
+    return config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "A file of configs/, e.g. configs/llama3.py; change a field by --config.FIELD=VALUE. "
+        "Left out when --workdir names a run: then that run's own configuration is used.",
+    )
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a command: a user's mistake is one line on standard error and exit status 2."""
+
+    def guarded(argv: Sequence[str]) -> None:
+        if len(argv) > 1:
+            raise SystemExit(_fail(f"unexpected argument {argv[1]!r}; flags look like --name=value"))
+        try:
+            main()
+        except UserError as error:
+            raise SystemExit(_fail(str(error))) from None
+
+    app.run(guarded, flags_parser=_parse)
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        _check_names(argv)
+        return flags.FLAGS(_with_run_config(argv))
+    except (flags.Error, UserError) as error:
+        raise SystemExit(_fail(str(error))) from None
+
+
+def _value(argv: Sequence[str], flag: str) -> str | None:
+    """The value of `--flag=value` or `--flag value`, before absl has parsed anything."""
+    for i, word in enumerate(argv):
+        name, equals, value = word.lstrip("-").partition("=")
+        if word.startswith("-") and name == flag:
+            return value if equals else (argv[i + 1] if i + 1 < len(argv) else None)
+    return None
+
+
+def _with_run_config(argv: list[str]) -> list[str]:
+    workdir = _value(argv, "workdir")
+    if workdir and _value(argv, "config") is None and "config" in flags.FLAGS:
+        if (Path(workdir) / "config.json").exists():
+            return [argv[0], f"--config={config_lib.__file__}:{workdir}", *argv[1:]]
+    return argv
+
+
+def _check_names(argv: Sequence[str]) -> None:
+    """A misspelt field or a missing file, said before ml_collections raises its own traceback."""
+    known = {name for name, _ in config_lib.flat(config_lib.default())}
+    sections = {name.rpartition(".")[0] for name in known} - {""}
+    for word in argv[1:]:
+        name = word.lstrip("-").partition("=")[0]
+        if not word.startswith("-") or not name.startswith("config."):
+            continue
+        field = name.removeprefix("config.")
+        if field in sections:
+            raise UserError(f"--{name}: is a group of settings; set one of its fields")
+        # --noFIELD is absl's other spelling of a false boolean.
+        if field not in known and field.removeprefix("no") not in known:
+            near = difflib.get_close_matches(field, known, n=1, cutoff=0.0)[0]
+            raise UserError(f"--{name}: no such setting; the nearest is --config.{near}")
+    path = _value(argv, "config")
+    if path is not None:
+        file = path.partition(":")[0]
+        if not Path(file).is_file():
+            raise UserError(f"--config={path}: no such file")
+        spec = importlib.util.spec_from_file_location("config_file", file)
+        if spec is None:
+            raise UserError(f"--config={path}: not a Python file")

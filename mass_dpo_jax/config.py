@@ -1,0 +1,180 @@
+"""Every setting of a run, with its default. Files in `configs/` change what they need.
+
+The defaults are the paper's. Names are stable: scripts set them as `--config.train.steps=100`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mass_dpo_jax.errors import UserError
+
+
+def default() -> ConfigDict:
+    """The complete configuration. A field that is not here does not exist."""
+    c = ConfigDict()
+    c.seed = 0  # Of everything that is drawn: weights, order, candidates, random negatives.
+    c.method = "mass_dpo"  # mass_dpo | sdpo (random negatives) | dpo (one) | sft (chosen only).
+    c.beta = 0.1  # Strength of the pull towards the reference; rewards are beta * log-ratios.
+    c.num_negatives = 3  # n: how many negatives of the pool a step trains on (dpo: always 1).
+    c.cache_dir = ""  # Where reference log-probs are kept; empty: ~/.cache/mass_dpo_jax.
+
+    c.model = ConfigDict()
+    c.model.path = ""  # Hugging Face folder or run folder; empty: random weights (model.scratch).
+    c.model.reference_path = ""  # The reference policy; empty: the weights training starts from.
+    c.model.dtype = "float32"  # Of the computation: float32 | bfloat16. Weights stay float32.
+    c.model.remat = "full"  # What the backward pass recomputes: none | dots | full (each block).
+    c.model.layout = "packed"  # Responses behind their prompt: packed | rectangle (long ones).
+
+    c.model.scratch = ConfigDict()  # The model and tokenizer made when model.path is empty.
+    c.model.scratch.model_type = "llama"  # llama | qwen3 | smollm3.
+    c.model.scratch.hidden_size = 128
+    c.model.scratch.intermediate_size = 384
+    c.model.scratch.num_layers = 3
+    c.model.scratch.num_heads = 4
+    c.model.scratch.num_kv_heads = 2
+    c.model.scratch.vocab_size = 1024  # The tokenizer is trained on the training split.
+
+    c.data = ConfigDict()
+    c.data.name = "jsonl"  # jsonl | hub | lastfm | synthetic.
+    c.data.path = ""  # A file, or a folder with the splits; for hub: a name or a saved folder.
+    c.data.chat_template = "tokenizer"  # tokenizer | none | path of a template file.
+    c.data.date = "26 Jul 2024"  # What templates that print today's date print instead.
+    c.data.max_prompt_length = 1024  # Tokens; the oldest history goes first, then the left side.
+    c.data.max_response_length = 256  # Tokens, end of sequence included.
+    c.data.long_response = "error"  # A longer one is an error | drop (leaves its pool, counted).
+    c.data.list_candidates = True  # lastfm, synthetic: does the prompt list the candidates?
+    c.data.max_train = 0  # Rows used of each split, drawn by seed; 0: all.
+    c.data.max_validation = 200
+    c.data.max_test = 2000
+
+    c.selection = ConfigDict()
+    c.selection.criterion = "pool_fisher"  # mass_dpo's: pool_fisher (Algorithm 1) | random | all.
+    c.selection.ridge = 0.1  # The paper's gamma: H_0 = ridge * I.
+    c.selection.refresh = "step"  # When sets are chosen: step | epoch | once | every k steps (k).
+    c.selection.feature_norm = "none"  # Of hidden states before centring: none | l2.
+    c.selection.pooling = "response"  # Features are the mean over: response | all (with prompt).
+    c.selection.fisher_scale = False  # Multiply by Eq. 11's beta^2 (1 - sigma(Z)).
+
+    c.train = ConfigDict()
+    c.train.epochs = 3
+    c.train.steps = 0  # Updates in all; 0: as many as the epochs need.
+    c.train.batch_size = 128  # Prompts per update, all devices together.
+    c.train.micro_batch_size = 16  # Prompts per accumulation step, all devices together.
+    c.train.learning_rate = 1e-5  # Peak; cosine decay to zero.
+    c.train.warmup_ratio = 0.05  # Share of the steps with linearly growing learning rate.
+    c.train.clip = 0.3  # Global norm the gradient is clipped to.
+    c.train.weight_decay = 0.0
+    c.train.eval_every = 100  # Steps between evaluations on the validation split; 0: never.
+    c.train.checkpoint_every = 100  # Steps between checkpoints; the last step always saves.
+    c.train.keep_checkpoints = 2
+
+    c.eval = ConfigDict()
+    c.eval.batch_size = 32  # Prompts per scoring batch: reference pass, evaluation, score.
+
+    c.mesh = ConfigDict()  # Devices along each axis; -1: all that are left.
+    c.mesh.data = -1  # Copies of the model, each on its share of the batch.
+    c.mesh.fsdp = 1  # Weights, gradients and Adam's moments split; batches too.
+    c.mesh.tensor = 1  # Heads, hidden units and vocabulary split.
+    return c
+
+
+def get_config(workdir: str = "") -> ConfigDict:
+    """The defaults or, for `--config=.../config.py:DIR`, the configuration of the run in DIR."""
+    return load(Path(workdir)) if workdir else default()
+
+
+def load(workdir: Path) -> ConfigDict:
+    """The configuration that the run in `workdir` was started with."""
+    path = workdir / "config.json"
+    try:
+        stored = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{workdir}: not a run folder (it has no config.json)") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    config = default()
+    known = dict(flat(config))
+    for name, value in flat(stored):
+        if name not in known:
+            raise UserError(f"{path}: unknown setting {name!r}, written by another version?")
+        _set(config, name, value)
+    return config
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """`("train.steps", 100)` and so on, for every leaf."""
+    for key, value in config.items():
+        if isinstance(value, (Mapping, ConfigDict)):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _set(config: ConfigDict, name: str, value: Any) -> None:
+    *parents, leaf = name.split(".")
+    for parent in parents:
+        config = config[parent]
+    config[leaf] = value
+
+
+CHOICES = {
+    "method": ("mass_dpo", "sdpo", "dpo", "sft"),
+    "model.dtype": ("float32", "bfloat16"),
+    "model.remat": ("none", "dots", "full"),
+    "model.layout": ("packed", "rectangle"),
+    "model.scratch.model_type": ("llama", "qwen3", "smollm3"),
+    "data.name": ("jsonl", "hub", "lastfm", "synthetic"),
+    "data.long_response": ("error", "drop"),
+    "selection.criterion": ("pool_fisher", "random", "all"),
+    "selection.feature_norm": ("none", "l2"),
+    "selection.pooling": ("response", "all"),
+}
+POSITIVE = (
+    "beta num_negatives selection.ridge train.batch_size train.micro_batch_size "
+    "train.learning_rate train.clip train.checkpoint_every train.keep_checkpoints "
+    "eval.batch_size data.max_prompt_length data.max_response_length"
+).split()
+NOT_NEGATIVE = (
+    "seed train.steps train.epochs train.warmup_ratio train.weight_decay train.eval_every "
+    "data.max_train data.max_validation data.max_test"
+).split()
+
+
+def check(config: ConfigDict) -> None:
+    """Raises UserError for a value that no run could use, naming field, value and choices."""
+    fields = dict(flat(config))
+    for name, choices in CHOICES.items():
+        if fields[name] not in choices:
+            raise UserError(f"config.{name}={fields[name]!r}: expected one of {', '.join(choices)}")
+    for name in POSITIVE:
+        if not fields[name] > 0:
+            raise UserError(f"config.{name}={fields[name]!r}: expected a number above 0")
+    for name in NOT_NEGATIVE:
+        if not fields[name] >= 0:
+            raise UserError(f"config.{name}={fields[name]!r}: expected 0 or more")
+    if config.train.batch_size % config.train.micro_batch_size:
+        raise UserError(
+            f"config.train.batch_size={config.train.batch_size} is no multiple of "
+            f"config.train.micro_batch_size={config.train.micro_batch_size}"
+        )
+    if not config.train.steps and not config.train.epochs:
+        raise UserError("config.train.steps and config.train.epochs are both 0: nothing to train")
+    refresh_window(config.selection.refresh, steps_per_epoch=1)
+
+
+def refresh_window(refresh: str, steps_per_epoch: int) -> int:
+    """How many steps a choice of negatives lasts; 0: for the whole run (`once`)."""
+    named = {"step": 1, "epoch": steps_per_epoch, "once": 0}
+    if refresh in named:
+        return named[refresh]
+    if str(refresh).isdecimal() and int(refresh) > 0:
+        return int(refresh)
+    raise UserError(
+        f"config.selection.refresh={refresh!r}: expected step, epoch, once or a number of steps"
+    )

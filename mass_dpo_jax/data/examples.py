@@ -1,0 +1,218 @@
+"""One row of a preference data set: a prompt, the chosen response and the rejected ones."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mass_dpo_jax.errors import UserError
+
+Message = dict[str, str]  # {"role": ..., "content": ...}
+Text = str | list[Message]
+
+
+@dataclasses.dataclass(frozen=True)
+class History:
+    """A prompt that lists past items, oldest first, so that the oldest can go when it is too long."""
+
+    before: str
+    items: tuple[str, ...]
+    after: str
+    separator: str = ", "
+
+    @property
+    def text(self) -> str:
+        return self.before + self.separator.join(self.items) + self.after
+
+    def without_oldest(self, count: int) -> History:
+        return dataclasses.replace(self, items=self.items[count:])
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A prompt with one chosen and at least one rejected response.
+
+    `id` is unique within a split; `place` says where the row came from ("train.jsonl:17").
+    """
+
+    id: str
+    prompt: Text | History
+    chosen: Text
+    rejected: tuple[Text, ...]
+    place: str
+
+
+def from_row(row: Any, default_id: str, place: str) -> Example:
+    """The example in a row `{"id"?, "prompt"?, "chosen", "rejected"}`; other columns are ignored.
+
+    Prompt and responses are strings or chat messages. `rejected` is one response or a list of
+    them; a list of messages is one response. Without a `prompt`, chosen and rejected are whole
+    conversations and all but their last message is the prompt. A conversation that repeats the
+    prompt before its answer is understood too: both are common in data sets for TRL.
+
+    Raises:
+      UserError: a field is missing, empty or of the wrong type, or the chosen response is also
+        among the rejected ones. Rejected responses may repeat (drawn twice from a model, say).
+    """
+    if not isinstance(row, Mapping):
+        raise UserError(f"{place}: expected an object with prompt, chosen, rejected; found {_kind(row)}")
+    for field in ("chosen", "rejected"):
+        if row.get(field) is None:
+            found = ", ".join(map(str, row)) or "nothing"
+            raise UserError(f"{place}: field {field!r} is missing; found {found}")
+    chosen = _text(row["chosen"], "chosen", place)
+    rejected = _rejected(row["rejected"], place)
+    prompt: Text
+    if row.get("prompt") is None:
+        prompt = _shared_prompt(chosen, place)
+    else:
+        prompt = _text(row["prompt"], "prompt", place)
+    if not isinstance(prompt, str) and prompt[-1]["role"] != "user":
+        raise UserError(
+            f"{place}: field 'prompt' must end with a message of role 'user', "
+            f"found {prompt[-1]['role']!r}"
+        )
+    chosen = _answer(prompt, chosen, "chosen", place)
+    rejected = [_answer(prompt, r, f"rejected[{i}]", place) for i, r in enumerate(rejected)]
+    check_not_rejected(chosen, rejected, place)
+    return Example(_id(row.get("id"), default_id, place), prompt, chosen, tuple(rejected), place)
+
+
+def check_not_rejected(chosen: Any, rejected: Sequence[Any], place: str) -> None:
+    """Raises UserError where the chosen response is also a rejected one."""
+    for i, response in enumerate(rejected):
+        if response == chosen:
+            shown = chosen if isinstance(chosen, str) else chosen[-1]["content"]
+            raise UserError(f"{place}: the chosen response is also rejected[{i}]: {shorten(shown)}")
+
+
+def check_ids(examples: Sequence[Example]) -> None:
+    """Raises UserError where two examples have the same id."""
+    [[most, count]] = collections.Counter(e.id for e in examples).most_common(1)
+    if count > 1:
+        first, second = [e.place for e in examples if e.id == most][:2]
+        raise UserError(f"{second}: id {most!r} is taken by {first}")
+
+
+def shorten(text: str, length: int = 60) -> str:
+    """The text quoted for a one-line message."""
+    return repr(text if len(text) <= length else text[: length - 3] + "...")
+
+
+def check_string(value: Any, field: str, place: str) -> str:
+    """The value, if it is a string with something in it that can be written as UTF-8."""
+    if not isinstance(value, str):
+        raise UserError(f"{place}: field {field!r} must be a string, found {_kind(value)}")
+    if not value.strip():
+        raise UserError(f"{place}: field {field!r} is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{place}: field {field!r} has half a surrogate pair at character {error.start}"
+        ) from None
+    return value
+
+
+def _id(value: Any, default: str, place: str) -> str:
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
+        raise UserError(f"{place}: field 'id' must be a string or an integer, found {_kind(value)}")
+    return str(value)
+
+
+def _rejected(value: Any, place: str) -> list[Text]:
+    if isinstance(value, str):
+        return [_text(value, "rejected", place)]
+    if not isinstance(value, list):
+        raise UserError(
+            f"{place}: field 'rejected' must be a response or a list of responses, "
+            f"found {_kind(value)}"
+        )
+    if not value:
+        raise UserError(f"{place}: field 'rejected' is empty")
+    if all(isinstance(v, Mapping) for v in value):
+        return [_text(value, "rejected", place)]
+    return [_text(v, f"rejected[{i}]", place) for i, v in enumerate(value)]
+
+
+def _text(value: Any, field: str, place: str) -> Text:
+    if not isinstance(value, list):
+        if not isinstance(value, str):
+            raise UserError(
+                f"{place}: field {field!r} must be a string or a list of chat messages, "
+                f"found {_kind(value)}"
+            )
+        return check_string(value, field, place)
+    if not value:
+        raise UserError(f"{place}: field {field!r} is empty")
+    return [_message(m, f"{field}[{i}]", place) for i, m in enumerate(value)]
+
+
+def _message(value: Any, field: str, place: str) -> Message:
+    if not isinstance(value, Mapping):
+        raise UserError(f"{place}: field {field!r} must be a chat message, found {_kind(value)}")
+    for key in ("role", "content"):
+        if not isinstance(value.get(key), str):
+            raise UserError(
+                f"{place}: field {field!r}: a chat message needs a string {key!r}, "
+                f"found {_kind(value.get(key))}"
+            )
+    # Columns of a table hold every key in every row; only one with a value means something.
+    extra = [k for k, v in value.items() if k not in ("role", "content") and v is not None]
+    if extra:
+        raise UserError(
+            f"{place}: field {field!r}: a chat message has role and content only, found {extra[0]!r}"
+        )
+    if value["role"] == "system" and not value["content"]:
+        return {"role": "system", "content": ""}
+    content = check_string(value["content"], f"{field}.content", place)
+    return {"role": value["role"], "content": content}
+
+
+def _shared_prompt(chosen: Text, place: str) -> list[Message]:
+    if isinstance(chosen, str):
+        raise UserError(
+            f"{place}: field 'prompt' is missing (it can be left out only where chosen and "
+            "rejected are conversations)"
+        )
+    if len(chosen) < 2:
+        raise UserError(
+            f"{place}: field 'prompt' is missing and 'chosen' has one message only, so there is "
+            "nothing before the answer"
+        )
+    return chosen[:-1]
+
+
+def _answer(prompt: Text, response: Text, field: str, place: str) -> Text:
+    """The response without the prompt's messages, where it repeats them."""
+    if isinstance(response, str):
+        return response
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if len(response) > 1 and response[:-1] == asked:
+        response = response[-1:]
+    if len(response) > 1:
+        raise UserError(
+            f"{place}: field {field!r} must be one assistant message, or the prompt's messages "
+            f"and then one; found {len(response)} messages"
+        )
+    if response[0]["role"] != "assistant":
+        raise UserError(
+            f"{place}: field {field!r} must be a message of role 'assistant', "
+            f"found {response[0]['role']!r}"
+        )
+    return response
+
+
+def _kind(value: Any) -> str:
+    """The value's type in JSON's words, with a short one shown."""
+    if value is None:
+        return "null"
+    if isinstance(value, (bool, int, float)):
+        return f"the {'boolean' if isinstance(value, bool) else 'number'} {value}".lower()
+    if isinstance(value, str):
+        return f"the string {shorten(value)}"
+    return "an object" if isinstance(value, Mapping) else "a list"

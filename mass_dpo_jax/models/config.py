@@ -1,0 +1,292 @@
+"""What a decoder is made of, read from and written to a Hugging Face `config.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mass_dpo_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """What transformers assumes of a `model_type` where its `config.json` is silent."""
+
+    architecture: str
+    tie_embeddings: bool
+    rope_theta: float
+    head_dim: int | None = None  # None: hidden_size // num_heads
+    num_kv_heads: int | None = None  # None: num_heads
+    qk_norm: bool = False
+    no_rope_interval: int | None = None  # every so-many-th layer has no positions
+
+
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", tie_embeddings=False, rope_theta=10000.0),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        tie_embeddings=False,
+        rope_theta=10000.0,
+        head_dim=128,
+        num_kv_heads=32,
+        qk_norm=True,
+    ),
+    "smollm3": Family(
+        "SmolLM3ForCausalLM",
+        tie_embeddings=True,
+        rope_theta=2000000.0,
+        num_kv_heads=4,
+        no_rope_interval=4,
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama3Scaling:
+    """Llama 3's stretching of the rotary frequencies; it changes short contexts too."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: int
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """The shape of a decoder: sizes, rotary positions, and which family's details it has."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: Llama3Scaling | None
+    qk_norm: bool
+    rope_layers: tuple[bool, ...]  # [num_layers], False: this layer sees no positions
+    tie_embeddings: bool
+    initializer_range: float
+    max_positions: int
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], place: str) -> DecoderConfig:
+        """Reads the contents of a `config.json`; `place` is its name in error messages.
+
+        Both schemas of rotary settings are read: `rope_parameters` (transformers 5) and
+        `rope_theta` with `rope_scaling` (before). Raises UserError for anything that this
+        decoder does not compute exactly: better no model than a subtly different one.
+        """
+        read = _Reader(config, place)
+        model_type = config.get("model_type")
+        if model_type not in FAMILIES:
+            raise read.error("model_type", model_type, f"one of {', '.join(FAMILIES)}")
+        family = FAMILIES[model_type]
+        for name in config.get("architectures") or ():
+            if name != family.architecture:
+                raise read.error("architectures", name, family.architecture)
+        _refuse_unsupported(read)
+
+        num_layers = read.integer("num_hidden_layers")
+        num_heads = read.integer("num_attention_heads")
+        hidden_size = read.integer("hidden_size")
+        num_kv_heads = read.integer("num_key_value_heads", family.num_kv_heads, none=num_heads)
+        if num_heads % num_kv_heads:
+            raise read.error("num_key_value_heads", num_kv_heads, f"a divisor of {num_heads}")
+        head_dim = read.integer("head_dim", family.head_dim, none=hidden_size // num_heads)
+        if head_dim % 2:
+            raise read.error("head_dim", head_dim, "an even number")
+        max_positions = read.integer("max_position_embeddings")
+        rope_theta, rope_scaling = _rope(read, family, max_positions)
+        eos = config.get("eos_token_id")
+        return cls(
+            model_type=model_type,
+            vocab_size=read.integer("vocab_size"),
+            hidden_size=hidden_size,
+            intermediate_size=read.integer("intermediate_size"),
+            num_layers=num_layers,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            rms_norm_eps=read.number("rms_norm_eps", 1e-6),
+            rope_theta=rope_theta,
+            rope_scaling=rope_scaling,
+            qk_norm=family.qk_norm,
+            rope_layers=_rope_layers(read, family, num_layers),
+            tie_embeddings=read.flag("tie_word_embeddings", family.tie_embeddings),
+            initializer_range=read.number("initializer_range", 0.02),
+            max_positions=max_positions,
+            bos_token_id=config.get("bos_token_id"),
+            eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """The contents of a `config.json` that transformers reads, before and after version 5.
+
+        Readers before 5 look only at `rope_theta` and `rope_scaling` and silently fall back to
+        10000 without them, so both schemas are written; they say the same thing.
+        """
+        family = FAMILIES[self.model_type]
+        scaling: dict[str, Any] | None = None
+        if self.rope_scaling is not None:
+            scaling = {
+                "rope_type": "llama3",
+                "factor": self.rope_scaling.factor,
+                "low_freq_factor": self.rope_scaling.low_freq_factor,
+                "high_freq_factor": self.rope_scaling.high_freq_factor,
+                "original_max_position_embeddings": self.rope_scaling.original_max_positions,
+            }
+        eos = self.eos_token_ids
+        config: dict[str, Any] = {
+            "architectures": [family.architecture],
+            "model_type": self.model_type,
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope_theta": self.rope_theta,
+            "rope_scaling": scaling,
+            "rope_parameters": {"rope_theta": self.rope_theta}
+            | (scaling or {"rope_type": "default"}),
+            "tie_word_embeddings": self.tie_embeddings,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "initializer_range": self.initializer_range,
+            "max_position_embeddings": self.max_positions,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
+        }
+        if family.no_rope_interval is not None:
+            config["no_rope_layers"] = [int(used) for used in self.rope_layers]
+        if self.model_type != "llama":
+            config |= {"use_sliding_window": False, "sliding_window": None}
+        return config
+
+
+def load_config(folder: str | Path) -> DecoderConfig:
+    """Reads `config.json` of a Hugging Face folder; UserError when it is missing or malformed."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected the folder of a Hugging Face model")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: found {type(config).__name__}, expected a JSON object")
+    return DecoderConfig.from_hf(config, str(path))
+
+
+class _Reader:
+    """Typed access to the fields of one `config.json`; every error names file and field."""
+
+    def __init__(self, config: Mapping[str, Any], place: str):
+        self.config = config
+        self.place = place
+
+    def error(self, field: str, found: Any, expected: str) -> UserError:
+        return UserError(f"{self.place}: {field}: found {found!r}, expected {expected}")
+
+    def integer(self, field: str, default: int | None = None, *, none: int | None = None) -> int:
+        """A positive integer; `default` where the field is absent, `none` where it is null."""
+        value = self.config.get(field, default)
+        value = none if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise self.error(field, value, "a positive integer")
+        return value
+
+    def number(self, field: str, default: float) -> float:
+        return self.positive(field, self.config.get(field, default))
+
+    def positive(self, field: str, value: Any) -> float:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not math.isfinite(value)
+            or value <= 0
+        ):
+            raise self.error(field, value, "a positive number")
+        return float(value)
+
+    def flag(self, field: str, default: bool) -> bool:
+        value = self.config.get(field, default)
+        if not isinstance(value, bool):
+            raise self.error(field, value, "true or false")
+        return value
+
+
+def _refuse_unsupported(read: _Reader) -> None:
+    """UserError for settings that change what the model computes and that we do not compute."""
+    config = read.config
+    if (activation := config.get("hidden_act", "silu")) != "silu":
+        raise read.error("hidden_act", activation, "'silu'")
+    for field in ("attention_bias", "mlp_bias", "use_sliding_window"):
+        if config.get(field):
+            raise read.error(field, config[field], "false (true is not supported)")
+    # Llama has no sliding window: a file that sets one means another model than ours. Qwen3 and
+    # SmolLM3 ignore the number while use_sliding_window is false.
+    if config["model_type"] == "llama" and config.get("sliding_window") is not None:
+        raise read.error("sliding_window", config["sliding_window"], "null")
+    for kind in config.get("layer_types") or ():
+        if kind != "full_attention":
+            raise read.error("layer_types", kind, "'full_attention'")
+    if config.get("quantization_config") is not None:
+        raise read.error("quantization_config", "quantized weights", "unquantized weights")
+    if config.get("partial_rotary_factor", 1.0) not in (None, 1, 1.0):
+        raise read.error("partial_rotary_factor", config["partial_rotary_factor"], "1.0")
+
+
+def _rope(
+    read: _Reader, family: Family, max_positions: int
+) -> tuple[float, Llama3Scaling | None]:
+    """The rotary base and its scaling. Like transformers 5, a scaling outside wins over one in
+    `rope_parameters`, and a base inside wins over one outside."""
+    config = read.config
+    field = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    rope = config.get(field) or {}
+    if not isinstance(rope, Mapping):
+        raise read.error(field, rope, "an object")
+    default_theta = config.get("rope_theta", family.rope_theta)
+    theta = read.positive("rope_theta", rope.get("rope_theta", default_theta))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise read.error(f"{field}.rope_type", kind, "'default' or 'llama3'")
+    if rope.get("partial_rotary_factor", 1.0) not in (None, 1, 1.0):
+        raise read.error(f"{field}.partial_rotary_factor", rope["partial_rotary_factor"], "1.0")
+    if kind == "default":
+        return theta, None
+
+    def number(name: str, default: Any = None) -> float:
+        return read.positive(f"{field}.{name}", rope.get(name, default))
+
+    low, high = number("low_freq_factor"), number("high_freq_factor")
+    if high <= low:
+        raise read.error(f"{field}.high_freq_factor", high, f"more than low_freq_factor, {low}")
+    original = number("original_max_position_embeddings", max_positions)
+    return theta, Llama3Scaling(number("factor"), low, high, int(original))
+
+
+def _rope_layers(read: _Reader, family: Family, num_layers: int) -> tuple[bool, ...]:
+    if family.no_rope_interval is None:
+        return (True,) * num_layers
+    layers = read.config.get("no_rope_layers")  # in transformers, too, 1 means "has positions"
+    if layers is None:
+        interval = read.integer("no_rope_layer_interval", family.no_rope_interval)
+        return tuple((layer + 1) % interval != 0 for layer in range(num_layers))
+    if not isinstance(layers, list) or len(layers) < num_layers:
+        raise read.error("no_rope_layers", layers, f"a list of at least {num_layers} 0s and 1s")
+    return tuple(bool(used) for used in layers[:num_layers])

@@ -1,0 +1,92 @@
+"""Devices in a grid, and the one table that says which dimension is split over which axis."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from mass_dpo_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")  # Prompts are split over both.
+
+# Named dimension of a parameter -> mesh axis. A name that is not here is never split.
+RULES = {
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+}
+
+
+def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of `config.mesh` over all devices.
+
+    Raises:
+      UserError: more than one -1, or sizes whose product is not the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {axis: int(config[axis]) for axis in AXES}
+    shown = " ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
+    unknown = [axis for axis, size in sizes.items() if size == -1]
+    given = math.prod(size for size in sizes.values() if size != -1)
+    if len(unknown) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise UserError(f"{shown}: expected sizes above 0 and at most one -1 (all that are left)")
+    if len(devices) % given or (not unknown and given != len(devices)):
+        raise UserError(f"{shown}: does not fit the {len(devices)} device(s) of this run")
+    for axis in unknown:
+        sizes[axis] = len(devices) // given
+    return jax.make_mesh(
+        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
+    )
+
+
+def check_batch(mesh: Mesh, name: str, size: int) -> None:
+    """Raises UserError unless `size` prompts split evenly over the batch axes."""
+    ways = math.prod(mesh.shape[axis] for axis in BATCH)
+    if size % ways:
+        raise UserError(
+            f"config.{name}={size}: expected a multiple of mesh.data * mesh.fsdp = {ways}"
+        )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def split_rows(mesh: Mesh, leading: int = 0) -> NamedSharding:
+    """Splits the axis after `leading` others over the batch axes."""
+    return NamedSharding(mesh, P(*(None,) * leading, BATCH))
+
+
+def param_shardings(mesh: Mesh, abstract: Any, dims: Any) -> Any:
+    """A NamedSharding for each parameter.
+
+    Args:
+      mesh: the devices.
+      abstract: a pytree of anything with a shape.
+      dims: the same tree with a tuple of dimension names for each leaf.
+
+    A dimension that its axis does not divide stays whole (a vocabulary of 32003, say).
+    """
+
+    def sharding(leaf: Any, names: tuple[str, ...]) -> NamedSharding:
+        axes = [RULES.get(name) for name in names]
+        return NamedSharding(
+            mesh,
+            P(
+                *(
+                    axis if axis and size % mesh.shape[axis] == 0 else None
+                    for axis, size in zip(axes, leaf.shape, strict=True)
+                )
+            ),
+        )
+
+    return jax.tree.map(sharding, abstract, dims)

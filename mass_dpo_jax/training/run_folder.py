@@ -1,0 +1,92 @@
+"""What a run leaves behind: config.json, metrics.jsonl, metrics.json, checkpoints/, model/."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from mass_dpo_jax import config as config_lib
+from mass_dpo_jax.errors import UserError
+
+# Settings that may change when a run goes on: they do not change what it computes.
+FREE = ("mesh.", "cache_dir", "eval.", "train.checkpoint_every", "train.keep_checkpoints")
+
+
+def check(workdir: Path, config: ConfigDict) -> None:
+    """Raises UserError if the folder holds the work of a run with other settings, and names them.
+
+    A run that has saved nothing yet has nothing to lose: its folder may be taken over.
+    """
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir={workdir}: a file stands where a folder is expected")
+    if not (workdir / "config.json").exists() or not _has_checkpoint(workdir):
+        return
+    theirs = dict(config_lib.flat(config_lib.load(workdir)))
+    ours = dict(config_lib.flat(config))
+    differ = [k for k in ours if ours[k] != theirs[k] and not k.startswith(FREE)]
+    if differ:
+        shown = ", ".join(f"{k} (there {theirs[k]!r}, here {ours[k]!r})" for k in differ[:5])
+        raise UserError(
+            f"{workdir} belongs to a run with other settings: {shown}; "
+            "choose another --workdir or the same settings"
+        )
+
+
+def claim(workdir: Path, config: ConfigDict) -> None:
+    """Writes the run's configuration, once everything it names has been found in order."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(workdir / "config.json", config.to_dict())
+
+
+def _has_checkpoint(workdir: Path) -> bool:
+    # orbax gives a checkpoint its final, numeric name when it is complete.
+    folder = workdir / "checkpoints"
+    return folder.is_dir() and any(entry.name.isdecimal() for entry in folder.iterdir())
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Written whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+class MetricsLog:
+    """metrics.jsonl: an object a line, each with its `step` and any other figures.
+
+    Opened at the step a run goes on from; lines of later steps, written before an interruption,
+    are taken out, since those steps run again.
+    """
+
+    def __init__(self, workdir: Path, step: int):
+        path = workdir / "metrics.jsonl"
+        kept = []
+        if path.exists() and step:
+            for line in path.read_text().splitlines():
+                try:
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line + "\n")
+                except (json.JSONDecodeError, KeyError):
+                    break  # The line that an interruption cut short.
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(kept))
+        temporary.replace(path)
+        self._file = path.open("a")
+
+    def write(self, step: int, figures: Mapping[str, Any]) -> None:
+        # The shortest decimal that is this float32 again.
+        values = {name: float(str(np.float32(value))) for name, value in figures.items()}
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()

@@ -1,0 +1,88 @@
+"""What every test starts from: simulated devices, no network, no traces in the user's home.
+
+Environment variables that change a test run:
+
+- `MASS_DPO_TEST_DATA`: the folder with the real data sets; tests that need it skip without it.
+- `MASS_DPO_REQUIRE_DATA=1`: a skipped test is a failure (continuous integration sets it).
+- `MASS_DPO_TEST_ACCELERATOR=1`: run on the accelerator JAX finds, tests marked for one included.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+REQUIRE = os.environ.get("MASS_DPO_REQUIRE_DATA") == "1"
+ACCELERATOR = os.environ.get("MASS_DPO_TEST_ACCELERATOR") == "1"
+CACHE = tempfile.mkdtemp(prefix="mass_dpo_jax_tests_")
+
+# JAX and the Hugging Face libraries read these once, when they are first imported.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+).strip()
+if not ACCELERATOR:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["XDG_CACHE_HOME"] = CACHE
+os.environ.pop("HF_HOME", None)
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(CACHE, ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if ACCELERATOR:
+        return
+    for item in items:
+        if item.get_closest_marker("accelerator"):
+            item.add_marker(pytest.mark.skip(reason="needs MASS_DPO_TEST_ACCELERATOR=1"))
+
+
+def _forbid_skip(report: Any) -> None:
+    """Turns a skip into a failure that shows the reason for the skip."""
+    if REQUIRE and report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome = "failed"
+        report.longrepr = f"{report.nodeid}: MASS_DPO_REQUIRE_DATA=1 allows no skip: {reason}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    report = yield
+    if not item.get_closest_marker("accelerator"):
+        _forbid_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Iterator[None]:
+    report = yield
+    _forbid_skip(report)
+    return report
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder with the real data sets."""
+    folder = os.environ.get("MASS_DPO_TEST_DATA")
+    if not folder:
+        pytest.skip("needs the real data: set MASS_DPO_TEST_DATA to its folder")
+    if not Path(folder).is_dir():
+        pytest.fail(f"MASS_DPO_TEST_DATA={folder} is not a folder")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def torch() -> ModuleType:
+    """PyTorch, which only the tests use, to compare with."""
+    module: ModuleType = pytest.importorskip("torch", reason="needs PyTorch")
+    return module
