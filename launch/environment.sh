@@ -55,7 +55,7 @@ install() {
   for requirement in "$@"; do
     say "Installing $requirement (the first time takes a few minutes)"
     # shellcheck disable=SC2086  # options and requirement are separate words
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check $requirement
+    "$venv/bin/python" -m pip install -qq --disable-pip-version-check $requirement
   done
   key "$@" >"$stamp"
 }

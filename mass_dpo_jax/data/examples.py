@@ -15,7 +15,7 @@ Text = str | list[Message]
 
 @dataclasses.dataclass(frozen=True)
 class History:
-    """A prompt that lists past items, oldest first, so that the oldest can go when it is too long."""
+    """A prompt that lists past items, oldest first: the oldest go where it is too long."""
 
     before: str
     items: tuple[str, ...]
@@ -57,7 +57,9 @@ def from_row(row: Any, default_id: str, place: str) -> Example:
         among the rejected ones. Rejected responses may repeat (drawn twice from a model, say).
     """
     if not isinstance(row, Mapping):
-        raise UserError(f"{place}: expected an object with prompt, chosen, rejected; found {_kind(row)}")
+        raise UserError(
+            f"{place}: expected an object with prompt, chosen, rejected; found {_kind(row)}"
+        )
     for field in ("chosen", "rejected"):
         if row.get(field) is None:
             found = ", ".join(map(str, row)) or "nothing"
@@ -165,7 +167,8 @@ def _message(value: Any, field: str, place: str) -> Message:
     extra = [k for k, v in value.items() if k not in ("role", "content") and v is not None]
     if extra:
         raise UserError(
-            f"{place}: field {field!r}: a chat message has role and content only, found {extra[0]!r}"
+            f"{place}: field {field!r}: a chat message has role and content only, "
+            f"found {extra[0]!r}"
         )
     if value["role"] == "system" and not value["content"]:
         return {"role": "system", "content": ""}
@@ -197,7 +200,7 @@ def _answer(prompt: Text, response: Text, field: str, place: str) -> Text:
     if len(response) > 1:
         raise UserError(
             f"{place}: field {field!r} must be one assistant message, or the prompt's messages "
-            f"and then one; found {len(response)} messages"
+            f"and then one; found {len(response)} messages (several responses are a list of lists)"
         )
     if response[0]["role"] != "assistant":
         raise UserError(

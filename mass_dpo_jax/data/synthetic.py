@@ -1,27 +1,29 @@
 """A made-up recommendation world with known tastes: who likes what is drawn, not collected.
 
-Items and users are points on a sphere. A user's past follows taste alone: a history is drawn without
-replacement from softmax(TASTE * <user, item>). The next choice also follows what is popular now:
-it is drawn, among C candidates, from the softmax of the utility
+Items and users are points on a sphere. A user's past follows taste alone: a history is drawn
+without replacement from softmax(TASTE * <user, item>). The next choice also follows what is
+popular now: it is drawn, among C candidates, from the softmax of the utility
 
     u = TASTE * <user, item> + log popularity(item)
 
 where popularity falls off like Zipf's law; the other candidates are the negatives. So the best
 possible ranking is known (by u), and learning which names occur together goes a long way.
 
-The world is a fixed data set, the same for every seed: a seed shuffles the candidates. Names say
-nothing about tastes.
+The world is a fixed data set, the same for every seed: a seed shuffles the candidates and nothing
+else. Names say nothing about tastes.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from mass_dpo_jax.data.examples import Example, History
+from mass_dpo_jax.errors import UserError
 
 NUM_ITEMS = 200
 NUM_CANDIDATES = 20  # C: the chosen one and 19 negatives.
@@ -43,10 +45,10 @@ class World:
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """M users: item numbers of histories and candidates, and what is true of the candidates.
+    """The users of a split, items by their numbers.
 
-    histories: M tuples, oldest first. candidates: [M, C], the chosen one first.
-    utilities: float64 [M, C], u of the candidates; ranking by them is the best possible.
+    histories: M tuples, oldest first. candidates: int [M, C], the chosen one first.
+    utilities: float64 [M, I], u of every item; ranking by them is the best possible.
     """
 
     histories: tuple[tuple[int, ...], ...]
@@ -79,20 +81,19 @@ def _names(rng: np.random.Generator) -> tuple[str, ...]:
 
 
 @functools.cache
-def rows(split: str, seed: int) -> Rows:
-    """All rows of a split; `seed` decides the order of the negatives and nothing else."""
+def _rows(split: str) -> Rows:
     place = world()
     rng = np.random.default_rng([1, list(ROWS).index(split)])
     num_rows = ROWS[split]
-    tastes = _unit(rng.normal(size=(num_rows, DIMENSIONS)))
-    liking = TASTE * tastes @ place.items.T
+    users = _unit(rng.normal(size=(num_rows, DIMENSIONS)))
+    liking = TASTE * users @ place.items.T
     utilities = liking + place.log_popularity
 
     # Gumbel noise makes the largest entries a draw from the softmax without replacement.
     order = np.argsort(-(liking + rng.gumbel(size=liking.shape)), axis=1)
     lengths = rng.integers(HISTORY[0], HISTORY[1] + 1, size=num_rows)
     histories = tuple(
-        tuple(int(item) for item in row[:length]) for row, length in zip(order, lengths, strict=True)
+        tuple(map(int, row[:length])) for row, length in zip(order, lengths, strict=True)
     )
 
     # Candidates are uniform among the items outside the history.
@@ -100,51 +101,52 @@ def rows(split: str, seed: int) -> Rows:
     for row, history in zip(lottery, histories, strict=True):
         row[list(history)] = np.inf
     candidates = np.argsort(lottery, axis=1)[:, :NUM_CANDIDATES]
-    taken = np.take_along_axis(utilities, candidates, axis=1)
-    choice = np.argmax(taken + rng.gumbel(size=taken.shape), axis=1)
-
-    # Negatives by a random key, the chosen one before all of them.
-    keys = np.random.default_rng([2, seed]).random(size=candidates.shape)
-    keys[np.arange(num_rows), choice] = -1.0
-    shuffled = np.argsort(keys, axis=1)
-    return Rows(
-        histories,
-        np.take_along_axis(candidates, shuffled, axis=1),
-        np.take_along_axis(taken, shuffled, axis=1),
-    )
-
-
-def _size(data: ConfigDict, split: str) -> int:
-    limit: int = data[f"max_{split}"]
-    return min(limit, ROWS[split]) if limit else ROWS[split]
+    noisy = np.take_along_axis(utilities, candidates, axis=1)
+    noisy += rng.gumbel(size=noisy.shape)
+    choice = np.argmax(noisy, axis=1)[:, None]
+    chosen = np.take_along_axis(candidates, choice, axis=1)
+    np.put_along_axis(candidates, choice, candidates[:, :1], axis=1)
+    candidates[:, :1] = chosen
+    return Rows(histories, candidates, utilities)
 
 
 def load(data: ConfigDict, split: str, seed: int) -> list[Example]:
-    """The first `data.max_<split>` rows (0: all) of a split, as examples.
+    """All examples of a split: "train", "validation" or "test".
 
-    With `data.list_candidates` the prompt names the candidates, in an order drawn by `seed`.
+    The rejected responses and, with `data.list_candidates`, the list of all candidates in the
+    prompt are in an order drawn by seed and row.
+
+    Raises:
+      UserError: there is no such split.
     """
-    drawn, names = rows(split, seed), world().names
-    rng = np.random.default_rng([3, seed])
+    if split not in ROWS:
+        raise UserError(f"synthetic: no split {split!r}; found {', '.join(ROWS)}")
+    names, rows = world().names, _rows(split)
     examples = []
-    for i in range(_size(data, split)):
-        options = [names[item] for item in drawn.candidates[i]]
+    for i, (history, candidates) in enumerate(zip(rows.histories, rows.candidates, strict=True)):
+        order = np.random.default_rng([seed, i, 3]).permutation(candidates)
         after = ". Next:"
         if data.list_candidates:
-            after = f". One of: {', '.join(rng.permutation(options))}{after}"
-        history = tuple(names[item] for item in drawn.histories[i])
+            after = f". One of: {', '.join(names[item] for item in order)}{after}"
         examples.append(
             Example(
                 id=f"{split}-{i}",
-                prompt=History("Enjoyed: ", history, after),
-                chosen=f" {options[0]}",
-                rejected=tuple(f" {name}" for name in options[1:]),
-                place=f"synthetic {split} row {i + 1}",
+                prompt=History("Enjoyed: ", tuple(names[item] for item in history), after),
+                # The space belongs to the name's first token, as it does in the history.
+                chosen=f" {names[candidates[0]]}",
+                rejected=tuple(f" {names[item]}" for item in order if item != candidates[0]),
+                place=f"synthetic {split} row {i}",
             )
         )
     return examples
 
 
-def oracle_scores(data: ConfigDict, split: str, seed: int) -> np.ndarray:
-    """The true utilities [M, C] of the candidates of `load`'s examples, the chosen one first."""
-    return rows(split, seed).utilities[: _size(data, split)]
+def oracle_scores(examples: Sequence[Example]) -> np.ndarray:
+    """The true utilities of the candidates of `load`'s examples, the chosen one first: [M, C]."""
+    number = {f" {name}": item for item, name in enumerate(world().names)}
+    scores = np.empty((len(examples), NUM_CANDIDATES))
+    for row, example in zip(scores, examples, strict=True):
+        split, _, i = example.id.partition("-")
+        items = [number[str(text)] for text in (example.chosen, *example.rejected)]
+        row[:] = _rows(split).utilities[int(i), items]
+    return scores

@@ -26,7 +26,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None
       UserError: `vocab_size` has no room for the special tokens and the 256 bytes.
     """
     if vocab_size < _SMALLEST:
-        raise UserError(f"vocab_size={vocab_size}: a byte-level tokenizer needs at least {_SMALLEST}")
+        raise UserError(
+            f"vocab_size={vocab_size}: a byte-level tokenizer needs at least {_SMALLEST}"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

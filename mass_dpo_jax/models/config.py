@@ -250,9 +250,7 @@ def _refuse_unsupported(read: _Reader) -> None:
         raise read.error("partial_rotary_factor", config["partial_rotary_factor"], "1.0")
 
 
-def _rope(
-    read: _Reader, family: Family, max_positions: int
-) -> tuple[float, Llama3Scaling | None]:
+def _rope(read: _Reader, family: Family, max_positions: int) -> tuple[float, Llama3Scaling | None]:
     """The rotary base and its scaling. Like transformers 5, a scaling outside wins over one in
     `rope_parameters`, and a base inside wins over one outside."""
     config = read.config

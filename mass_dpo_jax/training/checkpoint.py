@@ -23,6 +23,14 @@ def abstract(tree: Any, shardings: Any) -> Any:
     )
 
 
+def latest_step(workdir: Path) -> int | None:
+    """The step of the newest complete checkpoint in a run folder."""
+    folder = workdir / FOLDER
+    # A checkpoint gets its final, numeric name when it is complete.
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    return max((int(name) for name in names if name.isdecimal()), default=None)
+
+
 class Checkpoints:
     """The checkpoints in a run folder: the last `keep` of them, by step.
 
@@ -84,16 +92,14 @@ class Checkpoints:
 
 def load_params(workdir: Path, like: Any) -> Any:
     """Only the weights of the newest checkpoint in a run folder, into `like`'s shardings."""
-    if not (workdir / FOLDER).is_dir():
-        raise UserError(f"{workdir}: a run folder without {FOLDER}/: it has not saved anything yet")
+    step = latest_step(workdir)
+    if step is None:
+        raise UserError(f"{workdir}: a run that has saved no checkpoint yet")
     manager = ocp.CheckpointManager(
         (workdir / FOLDER).absolute(),
         item_names=("params",),
         options=ocp.CheckpointManagerOptions(read_only=True),
     )
-    step = manager.latest_step()
-    if step is None:
-        raise UserError(f"{workdir}/{FOLDER}: no complete checkpoint")
     found = manager.restore(
         step, args=ocp.args.Composite(params=ocp.args.StandardRestore(like))
     ).params

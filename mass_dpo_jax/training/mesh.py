@@ -77,8 +77,8 @@ def param_shardings(mesh: Mesh, abstract: Any, dims: Any) -> Any:
     A dimension that its axis does not divide stays whole (a vocabulary of 32003, say).
     """
 
-    def sharding(leaf: Any, names: tuple[str, ...]) -> NamedSharding:
-        axes = [RULES.get(name) for name in names]
+    def sharding(leaf: Any, names: tuple[str | None, ...]) -> NamedSharding:
+        axes = [RULES.get(name) if name else None for name in names]
         return NamedSharding(
             mesh,
             P(

@@ -20,7 +20,7 @@ from mass_dpo_jax.data.tokens import load_tokenizer
 from mass_dpo_jax.data.vocabulary import train_tokenizer
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models.config import DecoderConfig, load_config
-from mass_dpo_jax.models.decoder import Decoder, param_dims
+from mass_dpo_jax.models.decoder import Decoder, abstract_decoder, param_dims
 from mass_dpo_jax.models.weights import load_hf
 from mass_dpo_jax.training import checkpoint
 from mass_dpo_jax.training.mesh import param_shardings
@@ -71,7 +71,8 @@ class Policy:
             raise UserError(f"{path}: its architecture differs from the policy's")
         if is_run(folder):
             return checkpoint.load_params(folder, self.abstract)
-        return load_hf(folder, self.config, shardings=self.shardings, progress=True)
+        state = load_hf(folder, self.config, shardings=self.shardings, progress=True)
+        return nnx.to_pure_dict(state)
 
     def _random(self, seed: int) -> Any:
         # Made in place, shard by shard: no host or device ever holds the whole.
@@ -108,12 +109,10 @@ def open_policy(
             f"has {architecture.vocab_size} entries"
         )
     dtype = jnp.dtype(config.model.dtype)
-    model = nnx.eval_shape(
-        lambda: Decoder(architecture, rngs=nnx.Rngs(0), dtype=dtype, remat=config.model.remat)
-    )
+    model = abstract_decoder(architecture, dtype=dtype, remat=config.model.remat)
     graphdef, state = nnx.split(model, nnx.Param)
     shapes = nnx.to_pure_dict(state)
-    shardings = param_shardings(mesh, shapes, param_dims(state))
+    shardings = param_shardings(mesh, shapes, nnx.to_pure_dict(param_dims(state)))
     return Policy(architecture, tokenizer, graphdef, checkpoint.abstract(shapes, shardings))
 
 

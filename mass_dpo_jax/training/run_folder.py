@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.training.checkpoint import latest_step
 
 # Settings that may change when a run goes on: they do not change what it computes.
 FREE = ("mesh.", "cache_dir", "eval.", "train.checkpoint_every", "train.keep_checkpoints")
@@ -24,7 +25,7 @@ def check(workdir: Path, config: ConfigDict) -> None:
     """
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: a file stands where a folder is expected")
-    if not (workdir / "config.json").exists() or not _has_checkpoint(workdir):
+    if not (workdir / "config.json").exists() or latest_step(workdir) is None:
         return
     theirs = dict(config_lib.flat(config_lib.load(workdir)))
     ours = dict(config_lib.flat(config))
@@ -41,12 +42,6 @@ def claim(workdir: Path, config: ConfigDict) -> None:
     """Writes the run's configuration, once everything it names has been found in order."""
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(workdir / "config.json", config.to_dict())
-
-
-def _has_checkpoint(workdir: Path) -> bool:
-    # orbax gives a checkpoint its final, numeric name when it is complete.
-    folder = workdir / "checkpoints"
-    return folder.is_dir() and any(entry.name.isdecimal() for entry in folder.iterdir())
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from mass_dpo_jax.data.batches import Batch, Buckets, in_order, make_batch
 from mass_dpo_jax.data.tokens import Tokens
 from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training.step import Program
+
+_log = logging.getLogger(__name__)
 
 
 def progress_bar(iterable: Iterable[Any] | None = None, **kwargs: Any) -> tqdm:
@@ -93,42 +96,30 @@ def cache_folder(setting: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mass_dpo_jax"
 
 
-def reference_logps(
-    program: Program,
-    params: Any,
-    tokens: Tokens,
-    buckets: Buckets,
-    batch_size: int,
-    mesh: Mesh,
-    *,
-    identity: str,
-    folder: Path,
-    split: str,
-) -> tuple[np.ndarray, bool]:
-    """The reference's `logps` `[M, C]`, computed once and then read.
+def cached(
+    folder: Path, key: str, shape: tuple[int, ...], compute: Callable[[], np.ndarray]
+) -> np.ndarray:
+    """`compute()`, float32 of `shape`, or what an earlier run with the same key kept in `folder`.
 
-    The file's name is a digest of the weights, the architecture and compute type (`identity`),
-    the token ids and the package's version: when any of them changes, the pass runs again.
-
-    Returns:
-      The log-probs, and whether they were read.
+    The file's name is a digest of `key` and the package's version, so that a part of the key that
+    changes finds no file. An unreadable file is reported and made again.
     """
-    parts = (fingerprint(params), identity, tokens.digest(), mass_dpo_jax.__version__)
-    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
-    path = folder / f"ref_logps-{key}.npy"
+    digest = hashlib.sha256(f"{key} {mass_dpo_jax.__version__}".encode()).hexdigest()[:32]
+    path = folder / f"ref_logps-{digest}.npy"
     try:
-        logps = np.load(path, allow_pickle=False)
-        if logps.shape == tokens.response_lengths.shape and logps.dtype == np.float32:
-            return logps, True
-        print(f"{path}: not what it should be; computing the reference again", file=sys.stderr)
+        found = np.load(path, allow_pickle=False)
+        if found.shape == shape and found.dtype == np.float32:
+            _log.info(f"reference: read from {path}")
+            return found
+        _log.warning(f"{path}: not what it should be; computing it again")
     except FileNotFoundError:
         pass
-    except (ValueError, EOFError, OSError):
-        print(f"{path}: unreadable; computing the reference again", file=sys.stderr)
-    logps = score_split(program, params, tokens, buckets, batch_size, mesh, f"reference, {split}")
+    except (ValueError, EOFError, OSError) as error:
+        _log.warning(f"{path}: unreadable ({error}); computing it again")
+    result = compute()
     folder.mkdir(parents=True, exist_ok=True)
     # Renamed when whole: another run may read the folder meanwhile.
-    with tempfile.NamedTemporaryFile(dir=folder, suffix=".npy", delete=False) as file:
-        np.save(file, logps)
+    with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as file:
+        np.save(file, result)
     Path(file.name).replace(path)
-    return logps, False
+    return result

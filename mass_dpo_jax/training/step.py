@@ -40,7 +40,6 @@ class Program:
     Attributes:
       graphdef: the decoder without its weights (`nnx.split`).
       method: loss and choice of negatives.
-      optimizer: the gradient transformation.
       beta: the factor from log-ratios to rewards.
       pooling: `response` or `all`, the tokens whose hidden states make a feature.
       layout: `packed` or `rectangle`.
@@ -51,7 +50,6 @@ class Program:
 
     graphdef: nnx.GraphDef
     method: Method
-    optimizer: optax.GradientTransformation
     beta: float
     pooling: str
     layout: str
@@ -61,6 +59,8 @@ class Program:
 
     def score(self, params: Params, batch: Batch, pooling: str | None = None) -> Any:
         """Log-probs `[B, C]` and, if pooled, features `[B, C, D]` of every candidate."""
+        # A rectangle is scored in chunks as large as what training has to hold anyway.
+        chunk = self.method.num_negatives + 1 if self.layout == "rectangle" else None
         return shared_prefix.score(
             nnx.merge(self.graphdef, params),
             batch.prompts,
@@ -70,6 +70,7 @@ class Program:
             pooling=pooling,
             layout=self.layout,
             max_response=self.max_response,
+            candidate_chunk=chunk,
         )
 
     def choose(self, params: Params, batch: Batch, draw: Array) -> tuple[Array, Metrics]:
@@ -93,8 +94,7 @@ class Program:
             rewards = self.beta * (scored.logps - batch.ref_logps)
             features, scores = scored.features, rewards[:, 1:] - rewards[:, :1]
         else:
-            features = jnp.zeros((*batch.response_lengths.shape, 1))
-            scores = jnp.zeros(mask.shape)
+            features = scores = None
         pools = selection.Pool(features=features, scores=scores, mask=mask, key=keys)
         chosen = selection.select(pools, self.method.num_negatives, settings)
         figures = {}
@@ -136,13 +136,20 @@ class Program:
         """`choose`, on its own: for sets that outlive a step."""
         return self.choose(params, batch, draw)
 
-    @functools.partial(jax.jit, static_argnums=(0, 5), donate_argnums=1)
+    @functools.partial(jax.jit, static_argnums=(0, 1, 6), donate_argnums=2)
     def train_step(
-        self, state: TrainState, batch: Batch, negatives: Array | None, draw: Array, size: int
+        self,
+        optimizer: optax.GradientTransformation,
+        state: TrainState,
+        batch: Batch,
+        negatives: Array | None,
+        draw: Array,
+        size: int,
     ) -> tuple[TrainState, Metrics]:
         """One update.
 
         Args:
+          optimizer: the gradient transformation.
           state: donated; do not use it again.
           batch: `[A, B, ...]`, micro-batches whose gradients are averaged.
           negatives: `[A, B, n]` as `choose` returns them, or None to choose them here, with the
@@ -176,9 +183,9 @@ class Program:
             )
         grads, figures = jax.tree.map(lambda x: x / count, total)
         grads = jax.lax.with_sharding_constraint(grads, self.shardings)
-        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        figures["grad_norm"] = optax.global_norm(grads)
+        figures["grad_norm"] = optax.tree.norm(grads)
         return TrainState(state.step + 1, params, opt_state), figures
 
 

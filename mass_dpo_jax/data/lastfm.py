@@ -1,0 +1,83 @@
+"""LastFM in the files that S-DPO publishes: which artist does a listener play next?
+
+A JSON array of `{"historyList": "A::B::C", "itemList": [20 names], "trueSelection": name}`, in a
+file or in a folder with `lastfm-{train,val,test}.json[.gz]`.
+
+In those files the place of the true artist in `itemList` follows from the artist alone, so a list
+shown in their order gives the answer away: every row's order is drawn again.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mass_dpo_jax.data import splits
+from mass_dpo_jax.data.examples import Example, History, check_string
+from mass_dpo_jax.errors import UserError
+
+PATTERNS = ("lastfm-{}.json", "lastfm-{}.json.gz")
+BEFORE = "A listener played these artists, oldest first: "
+LISTED = ".\nOne of the following comes next: {}.\nNext artist:\n"
+UNLISTED = ".\nNext artist:\n"
+SEPARATOR = "; "  # Names have commas in them.
+
+
+def load(
+    path: Path, split: str, seed: int, held_out: float, list_candidates: bool
+) -> list[Example]:
+    """The examples of a split of a file or folder; see `splits` for a file and missing splits.
+
+    The rejected responses, and with `list_candidates` the list of all candidates in the prompt,
+    are in an order drawn by seed and row.
+
+    Raises:
+      UserError: names the file, the row (from 0) and the field.
+    """
+    file, source = splits.find_file(path, split, PATTERNS)
+    text = "".join(line for _, line in splits.read_lines(file))
+    if not text.strip():
+        raise UserError(f"{file}: is empty, expected a JSON array")
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}:{error.lineno}: invalid JSON: {error.msg}") from None
+    if not isinstance(rows, list):
+        raise UserError(f"{file}: expected a JSON array of rows, found {type(rows).__name__}")
+    found = [
+        _example(row, f"{source.name}-{i}", f"{file} row {i}", (seed, i), list_candidates)
+        for i, row in enumerate(rows)
+    ]
+    return splits.take(found, source.part, held_out, seed, str(file))
+
+
+def _example(
+    row: Any, name: str, place: str, seed: tuple[int, int], list_candidates: bool
+) -> Example:
+    if not isinstance(row, dict):
+        raise UserError(f"{place}: expected an object, found {type(row).__name__}")
+    for field in ("historyList", "itemList", "trueSelection"):
+        if field not in row:
+            raise UserError(f"{place}: field {field!r} is missing; found {', '.join(row)}")
+    chosen = check_string(row["trueSelection"], "trueSelection", place)
+    history = check_string(row["historyList"], "historyList", place).split("::")
+    items = row["itemList"]
+    if not isinstance(items, list) or len(items) < 2:
+        raise UserError(f"{place}: field 'itemList' must be a list of two names or more")
+    for i, item in enumerate(items):
+        check_string(item, f"itemList[{i}]", place)
+    if items.count(chosen) != 1:
+        raise UserError(
+            f"{place}: field 'itemList' must have the trueSelection {chosen!r} once, "
+            f"found it {items.count(chosen)} times"
+        )
+    # Sorted first, so that nothing of the file's order is left.
+    order = np.random.default_rng([*seed, 3]).permutation(len(items))
+    shuffled = [sorted(items)[i] for i in order]
+    after = LISTED.format(SEPARATOR.join(shuffled)) if list_candidates else UNLISTED
+    prompt = History(BEFORE, tuple(history), after, SEPARATOR)
+    rejected = tuple(item for item in shuffled if item != chosen)
+    return Example(name, prompt, chosen, rejected, place)

@@ -1,0 +1,52 @@
+r"""Ranking and reward metrics of a model on the full candidate lists of a split.
+
+    python -m mass_dpo_jax.evaluate --workdir=runs/lastfm
+    python -m mass_dpo_jax.evaluate --config=configs/llama3.py --config.model.path=DIR \
+        --config.data.name=lastfm --config.data.path=DIR --split=test --output=metrics.json
+
+With --workdir, the newest checkpoint of a run, its own settings unless --config is given, and the
+reference it was trained against. Otherwise the Hugging Face folder or run at --config.model.path;
+there, `reward/*` needs --config.model.reference_path.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from mass_dpo_jax import cli, evaluation
+from mass_dpo_jax.training.run_folder import write_json
+from mass_dpo_jax.training.setup import prepare_scoring
+
+
+def evaluate(config: ConfigDict, workdir: Path | None, split: str) -> dict[str, float]:
+    """Metrics of `evaluation.evaluate_logps`, by name.
+
+    Raises:
+      UserError: something in the configuration, the data or the model folder is wrong.
+    """
+    setup, params, refs = prepare_scoring(config, workdir, split)
+    logps = setup.score(params, split, "evaluation")
+    valid = setup.tokens[split].response_lengths > 0
+    return evaluation.evaluate_logps(logps, refs, valid, config.beta)
+
+
+def main() -> None:
+    workdir = Path(_WORKDIR.value) if _WORKDIR.value else None
+    found = evaluate(cli.required(_CONFIG), workdir, _SPLIT.value)
+    for name, value in found.items():
+        if not name.endswith("_se"):
+            error = found.get(f"{name}_se")
+            print(f"{name:24} {value:9.4f}" + ("" if error is None else f" ± {error:.4f}"))
+    if _OUTPUT.value:
+        write_json(Path(_OUTPUT.value), found)
+
+
+if __name__ == "__main__":
+    _CONFIG = cli.define_config()
+    _WORKDIR = flags.DEFINE_string("workdir", None, "A run's folder.")
+    _SPLIT = flags.DEFINE_enum("split", "test", ["train", "validation", "test"], "What to score.")
+    _OUTPUT = flags.DEFINE_string("output", None, "A JSON file for the metrics.")
+    cli.run(main)

@@ -1,0 +1,226 @@
+"""One decoder-only transformer for Llama 3, Qwen3 and SmolLM3, as a Flax NNX module.
+
+All layers are one `Block` whose parameters are stacked along a leading layer axis and which
+`jax.lax.scan` applies once a layer: compile time does not grow with depth. What attends to what is
+the caller's: a function `attend` gets queries, keys and values of every layer. So the same layers
+run plain causal text (`attention.causal`) and prompts that many responses share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.models.config import DecoderConfig
+
+# (queries [B, T, H, K], keys [B, T, KV, K], values [B, T, KV, K], extra) -> (what the queries saw
+# [B, T, H, K], what to keep of this layer). `extra` is this layer's slice of the pytree that was
+# given to `Decoder.__call__`, or None. Queries are already scaled by 1 / sqrt(K).
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+
+REMAT = ("none", "dots", "full")
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, computed in float32."""
+
+    def __init__(self, size: int, eps: float, dim: str | None):
+        self.scale = nnx.Param(jnp.ones(size, jnp.float32), dims=(dim,))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return (wide * inverse * self.scale[...]).astype(x.dtype)
+
+
+class Block(nnx.Module):
+    """One layer: attention and a gated MLP, each behind a norm and added to the stream."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
+        def linear(size_in: int, size_out: int, *dims: str) -> nnx.Linear:
+            return nnx.Linear(
+                size_in,
+                size_out,
+                use_bias=False,
+                dtype=dtype,
+                param_dtype=jnp.float32,
+                kernel_init=nnx.initializers.normal(config.initializer_range),
+                kernel_metadata={"dims": dims},
+                rngs=rngs,
+            )
+
+        embed, mlp, eps = config.hidden_size, config.intermediate_size, config.rms_norm_eps
+        heads = config.num_heads * config.head_dim
+        kv_heads = config.num_kv_heads * config.head_dim
+        self.head_dim = config.head_dim
+        self.attention_norm = RMSNorm(embed, eps, "embed")
+        self.query = linear(embed, heads, "embed", "heads")
+        self.key = linear(embed, kv_heads, "embed", "kv_heads")
+        self.value = linear(embed, kv_heads, "embed", "kv_heads")
+        self.query_norm = RMSNorm(config.head_dim, eps, None) if config.qk_norm else None
+        self.key_norm = RMSNorm(config.head_dim, eps, None) if config.qk_norm else None
+        self.output = linear(heads, embed, "heads", "embed")
+        self.mlp_norm = RMSNorm(embed, eps, "embed")
+        self.gate = linear(embed, mlp, "embed", "mlp")
+        self.up = linear(embed, mlp, "embed", "mlp")
+        self.down = linear(mlp, embed, "mlp", "embed")
+
+    def __call__(
+        self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Callable
+    ) -> tuple[jax.Array, Any]:
+        """x [B * T, D] and rotary cos, sin float32 [B, T, K / 2] -> (x, what `attend` keeps).
+
+        Tokens are one axis here: on CPU, XLA's weight gradients over two axes take half as long
+        again.
+        """
+        y = self.attention_norm(x)
+        split = (*cos.shape[:2], -1, self.head_dim)
+        query = self.query(y).reshape(split)
+        key = self.key(y).reshape(split)
+        value = self.value(y).reshape(split)
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        query = rotate(query, cos, sin, scale=self.head_dim**-0.5)
+        key = rotate(key, cos, sin)
+        seen, kept = attend(query, key, value)
+        x = x + self.output(seen.reshape(x.shape[0], -1))
+        y = self.mlp_norm(x)
+        return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y)), kept
+
+
+class Decoder(nnx.Module):
+    """Token ids in, final hidden states out; the vocabulary projection is `logprobs.py`'s.
+
+    Parameters are float32. `dtype` is the compute type: weights are cast where they are used, one
+    layer at a time, while norms, rotary angles and softmax stay in float32. `remat` says what
+    the backward pass keeps of a layer: "none" (keep everything), "dots" (keep the outputs of the
+    matrix products with weights), "full" (keep only the layer's input and recompute the rest).
+
+    Every parameter names its dimensions in its metadata, e.g. dims=("layer", "embed", "mlp").
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+        remat: str = "full",
+    ):
+        if remat not in REMAT:
+            raise UserError(f"remat: found {remat!r}, expected one of {', '.join(REMAT)}")
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.remat = remat
+
+        def vocabulary() -> nnx.Param:
+            init = nnx.initializers.normal(config.initializer_range)
+            value = init(rngs.params(), (config.vocab_size, config.hidden_size), jnp.float32)
+            return nnx.Param(value, dims=("vocab", "embed"))
+
+        @nnx.split_rngs(splits=config.num_layers)
+        @nnx.vmap
+        def stack(rngs: nnx.Rngs) -> Block:
+            return Block(config, rngs=rngs, dtype=self.dtype)
+
+        self.embed = vocabulary()
+        self.blocks = stack(rngs)
+        for _, parameter in nnx.to_flat_state(nnx.state(self.blocks, nnx.Param)):
+            parameter.set_metadata(dims=("layer", *parameter.get_metadata("dims")))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, "embed")
+        self.head = None if config.tie_embeddings else vocabulary()
+
+    def __call__(
+        self, tokens: jax.Array, positions: jax.Array, attend: Attend, extra: Any = None
+    ) -> tuple[jax.Array, Any]:
+        """Final hidden states, after the final norm.
+
+        Args:
+          tokens: int32 [B, T].
+          positions: int32 [B, T], each token's own position: any order, repeats allowed.
+          attend: see `Attend`.
+          extra: a pytree of arrays [num_layers, ...] or None; `attend` gets each layer's slice.
+
+        Returns:
+          hidden [B, T, D] in the compute type, and what `attend` kept, stacked over layers.
+        """
+        angles = positions[..., None] * rope_frequencies(self.config)
+        cos, sin = jnp.cos(angles), jnp.sin(angles)
+        definition, weights = nnx.split(self.blocks)
+
+        def layer(x: jax.Array, scanned: Any) -> tuple[jax.Array, Any]:
+            weights, has_positions, extra = scanned
+            block = nnx.merge(definition, weights)
+            return block(
+                x,
+                jnp.where(has_positions, cos, 1.0),
+                jnp.where(has_positions, sin, 0.0),
+                lambda query, key, value: attend(query, key, value, extra),
+            )
+
+        if self.remat != "none":
+            policies = jax.checkpoint_policies
+            keep = {"dots": policies.dots_with_no_batch_dims_saveable, "full": None}[self.remat]
+            layer = jax.checkpoint(layer, policy=keep, prevent_cse=False)
+        has_positions = jnp.asarray(self.config.rope_layers)
+        x = self.embed[...][tokens.reshape(-1)].astype(self.dtype)
+        x, kept = jax.lax.scan(layer, x, (weights, has_positions, extra))
+        return self.norm(x).reshape(*tokens.shape, -1), kept
+
+    def vocabulary_weights(self) -> jax.Array:
+        """The float32 [V, D] weights that turn hidden states into logits; tied: the embedding."""
+        return self.embed[...] if self.head is None else self.head[...]
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, scale: float = 1.0) -> jax.Array:
+    """Rotary positions in float32: x [B, T, H, K], whose halves are the pairs' two coordinates,
+    times `scale`; cos, sin [B, T, K / 2]."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None] * scale, sin[:, :, None] * scale
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+
+
+def rope_frequencies(config: DecoderConfig) -> jax.Array:
+    """Radians per position, float32 [head_dim / 2].
+
+    Llama 3's scaling divides slow frequencies by `factor`, leaves fast ones and blends between:
+    with w = original context / wavelength, fast is w > high_freq_factor, slow w < low_freq_factor.
+    It applies at any length, below the original context too.
+    """
+    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponents
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    waves = scaling.original_max_positions * frequencies / (2 * jnp.pi)
+    span = scaling.high_freq_factor - scaling.low_freq_factor
+    blend = jnp.clip((waves - scaling.low_freq_factor) / span, 0.0, 1.0)
+    return frequencies * (blend + (1.0 - blend) / scaling.factor)
+
+
+def abstract_decoder(
+    config: DecoderConfig, *, dtype: DTypeLike = jnp.float32, remat: str = "full"
+) -> Decoder:
+    """A Decoder whose parameters are shapes only: to plan shardings before any array exists."""
+    return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype, remat=remat))
+
+
+def param_dims(params: nnx.State) -> nnx.State:
+    """The names of every parameter's dimensions, for `params = nnx.state(model, nnx.Param)`.
+
+    The result has the structure of `params` with a tuple of names (None: unnamed) in the place of
+    every array, so `jax.tree.map(lambda array, dims: ..., params, param_dims(params))` works.
+    """
+    return jax.tree.map(
+        lambda parameter: parameter.replace(parameter.get_metadata("dims")),
+        params,
+        is_leaf=lambda node: isinstance(node, nnx.Variable),
+    )

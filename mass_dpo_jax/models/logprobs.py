@@ -1,0 +1,54 @@
+"""Log-probabilities of given tokens, without ever holding all logits."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from mass_dpo_jax.models.attention import einsum_f32
+
+# Logits held at once, over all devices together: 2^24 float32 are 64 MiB, enough for matrix
+# products to run at full speed on one device.
+MAX_LOGITS = 2**24
+
+
+def token_logps(
+    hidden: jax.Array, weights: jax.Array, targets: jax.Array, max_logits: int = MAX_LOGITS
+) -> jax.Array:
+    """log softmax(hidden @ weights.T)[target] in float32 [B, T].
+
+    Runs over the T axis in chunks of at most `max_logits` logits, so a batch that is sharded over
+    B stays so, and the backward pass recomputes each chunk's logits.
+
+    Args:
+      hidden: [B, T, D] in the compute type.
+      weights: float32 [V, D]. Cast inside each chunk, so that their gradient adds up in float32.
+      targets: int32 [B, T].
+    """
+    batch, length, size = hidden.shape
+    longest = max(1, max_logits // (batch * weights.shape[0]))
+    chunks = max(1, -(-length // longest))
+    chunk = -(-length // chunks)
+    padding = chunks * chunk - length
+    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
+    targets = jnp.pad(targets, ((0, 0), (0, padding)))
+
+    @jax.checkpoint
+    def of_chunk(hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+        logits = einsum_f32("btd,vd->btv", hidden, weights.astype(hidden.dtype))
+        highest = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
+        shifted = logits - highest
+        # A comparison and a sum, not a gather: it stays local where V is sharded, and its
+        # gradient is no scatter.
+        is_target = jnp.arange(weights.shape[0]) == targets[..., None]
+        target = jnp.where(is_target, shifted, 0.0).sum(axis=-1)
+        return target - jnp.log(jnp.exp(shifted).sum(axis=-1))
+
+    if chunks == 1:
+        return of_chunk(hidden, targets, weights)
+    stacked = (
+        jnp.moveaxis(hidden.reshape(batch, chunks, chunk, size), 1, 0),
+        jnp.moveaxis(targets.reshape(batch, chunks, chunk), 1, 0),
+    )
+    logps = jax.lax.map(lambda x: of_chunk(*x, weights), stacked)  # [chunks, B, chunk]
+    return jnp.moveaxis(logps, 0, 1).reshape(batch, -1)[:, :length]

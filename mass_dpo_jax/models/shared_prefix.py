@@ -1,0 +1,248 @@
+"""Log-probabilities and features of all of a prompt's responses, the prompt encoded once.
+
+Responses lie behind their prompt in G groups of L tokens. Two layouts, one code path:
+
+- packed: one group, the responses end to end (G = 1, L = S); a token sees only its own response.
+- rectangle: one group a response (G = C, L = R). Worth it for long responses, where S x S scores
+  would be mostly masked.
+
+Positions of every response continue from its prompt's own length, and the logit of a response's
+first token comes from the prompt's last token.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mass_dpo_jax.models import attention
+from mass_dpo_jax.models.decoder import Decoder
+from mass_dpo_jax.models.logprobs import MAX_LOGITS, token_logps
+
+
+class Scored(NamedTuple):
+    """Of every candidate; zeros where there is none."""
+
+    logps: jax.Array  # float32 [B, C]: log p(response | prompt), summed over tokens
+    features: jax.Array | None  # float32 [B, C, D]: mean final hidden state
+
+
+class Groups(NamedTuple):
+    """Responses laid out in groups, all int32 [B, G, L]."""
+
+    tokens: jax.Array
+    segments: jax.Array  # the candidate a token belongs to, 0..C-1; padding is C
+    offsets: jax.Array  # place within its response, from 0
+
+
+def score(
+    model: Decoder,
+    prompts: jax.Array,
+    prompt_lengths: jax.Array,
+    responses: jax.Array,
+    response_lengths: jax.Array,
+    *,
+    pooling: str | None,
+    layout: str = "packed",
+    max_response: int | None = None,
+    candidate_chunk: int | None = None,
+    max_logits: int = MAX_LOGITS,
+) -> Scored:
+    """Scores C candidate responses of each prompt in one forward pass.
+
+    Args:
+      model: the decoder.
+      prompts: int32 [B, P], right-padded.
+      prompt_lengths: int32 [B], at least 1.
+      responses: int32 [B, S], each row's responses end to end in candidate order, right-padded.
+      response_lengths: int32 [B, C]; 0 means that there is no such candidate.
+      pooling: features are the mean of the final hidden states (after the final norm) over the
+        "response" or over "all" of prompt and response, end-of-sequence included; None: none.
+      layout: "packed" or "rectangle".
+      max_response: R, static, at least the longest response. The rectangle needs it.
+      candidate_chunk: with the rectangle, the number of candidates to run at a time, against the
+        prompt's keys and values computed once; bounds memory for long responses.
+      max_logits: logits held at once, over all devices together.
+    """
+    if pooling not in ("response", "all", None):
+        raise ValueError(f"pooling: found {pooling!r}, expected 'response', 'all' or None")
+    if layout == "packed":
+        if candidate_chunk is not None:
+            raise ValueError("candidate_chunk needs layout='rectangle'")
+        groups = pack(responses, response_lengths)
+    elif layout == "rectangle":
+        if max_response is None:
+            raise ValueError("layout='rectangle' needs max_response")
+        groups = rectangle(responses, response_lengths, max_response)
+    else:
+        raise ValueError(f"layout: found {layout!r}, expected 'packed' or 'rectangle'")
+
+    batch, prompt_size = prompts.shape
+    num_candidates = response_lengths.shape[1]
+    positions = jnp.broadcast_to(jnp.arange(prompt_size), prompts.shape)
+
+    def positions_of(groups: Groups) -> jax.Array:
+        return (prompt_lengths[:, None, None] + groups.offsets).reshape(batch, -1)
+
+    if candidate_chunk is None or candidate_chunk >= num_candidates:
+        hidden, _ = model(
+            jnp.concatenate([prompts, groups.tokens.reshape(batch, -1)], axis=1),
+            jnp.concatenate([positions, positions_of(groups)], axis=1),
+            attention.shared_prefix(prompt_size, prompt_lengths, groups.segments),
+        )
+        ends = _Prompt(hidden[:, :prompt_size], prompt_lengths)
+        return _per_candidate(
+            model, ends, hidden[:, prompt_size:], groups, response_lengths, pooling, max_logits
+        )
+
+    hidden, keys_values = model(prompts, positions, attention.causal)
+    prompt = _Prompt(hidden, prompt_lengths)
+
+    def score_chunk(chunk: tuple[Groups, jax.Array]) -> Scored:
+        groups, lengths = chunk
+        hidden, _ = model(
+            groups.tokens.reshape(batch, -1),
+            positions_of(groups),
+            attention.behind_prompt(prompt_lengths, groups.segments),
+            keys_values,
+        )
+        return _per_candidate(model, prompt, hidden, groups, lengths, pooling, max_logits)
+
+    chunks = -(-num_candidates // candidate_chunk)
+
+    def cut(x: jax.Array, fill: int) -> jax.Array:  # [B, C, ...] -> [chunks, B, chunk, ...]
+        missing = chunks * candidate_chunk - num_candidates
+        widths = [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)
+        x = jnp.pad(x, widths, constant_values=fill)
+        return jnp.moveaxis(x.reshape(batch, chunks, candidate_chunk, *x.shape[2:]), 1, 0)
+
+    # Within a chunk candidates count from 0; padding is whatever is not below candidate_chunk.
+    first = jnp.arange(num_candidates)[:, None] // candidate_chunk * candidate_chunk
+    local = jnp.where(groups.segments < num_candidates, groups.segments - first, candidate_chunk)
+    stacked = Groups(cut(groups.tokens, 0), cut(local, candidate_chunk), cut(groups.offsets, 0))
+    scored = jax.lax.map(score_chunk, (stacked, cut(response_lengths, 0)))
+
+    def join(x: jax.Array) -> jax.Array:  # [chunks, B, chunk, ...] -> [B, C, ...]
+        x = jnp.moveaxis(x, 0, 1)
+        return x.reshape(batch, -1, *x.shape[3:])[:, :num_candidates]
+
+    return jax.tree.map(join, scored)
+
+
+def gather_candidates(
+    responses: jax.Array,
+    response_lengths: jax.Array,
+    candidates: jax.Array,
+    valid: jax.Array,
+    size: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Picks K candidates of every row and packs their responses end to end again.
+
+    Args:
+      responses: int32 [B, S], packed.
+      response_lengths: int32 [B, C].
+      candidates: int32 [B, K], values in 0..C-1.
+      valid: bool [B, K]; candidates that are not get length 0.
+      size: static; must hold the picked responses of every row.
+
+    Returns:
+      responses int32 [B, size], right-padded with 0, and their lengths int32 [B, K].
+    """
+    lengths = jnp.take_along_axis(response_lengths, candidates, axis=1)
+    lengths = jnp.where(valid, lengths, 0)
+    starts = jnp.take_along_axis(_starts(response_lengths), candidates, axis=1)
+    segments, offsets = _segments(lengths, size)
+    sources = _at(starts, segments) + offsets
+    tokens = jnp.take_along_axis(responses, sources, axis=1, mode="clip")
+    return jnp.where(segments < lengths.shape[1], tokens, 0), lengths
+
+
+def pack(responses: jax.Array, response_lengths: jax.Array) -> Groups:
+    """One group of all responses, as they come: [B, S] -> [B, 1, S]."""
+    segments, offsets = _segments(response_lengths, responses.shape[1])
+    return Groups(responses[:, None], segments[:, None], offsets[:, None])
+
+
+def rectangle(responses: jax.Array, response_lengths: jax.Array, max_response: int) -> Groups:
+    """One group a response: [B, S] -> [B, C, R]."""
+    batch, num_candidates = response_lengths.shape
+    offsets = jnp.arange(max_response)
+    sources = _starts(response_lengths)[..., None] + offsets
+    real = offsets < response_lengths[..., None]
+    flat = sources.reshape(batch, -1)
+    tokens = jnp.take_along_axis(responses, flat, axis=1, mode="clip").reshape(sources.shape)
+    candidates = jnp.arange(num_candidates)[:, None]
+    return Groups(
+        jnp.where(real, tokens, 0),
+        jnp.where(real, candidates, num_candidates),
+        jnp.broadcast_to(offsets, sources.shape),
+    )
+
+
+def _starts(lengths: jax.Array) -> jax.Array:
+    return jnp.cumsum(lengths, axis=1) - lengths
+
+
+def _segments(lengths: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """Of `size` places in which pieces of `lengths` [B, K] lie end to end: the piece at each place
+    (K behind the last one) and the offset within it, both int32 [B, size]."""
+    places = jnp.arange(size)
+    ends = jnp.cumsum(lengths, axis=1)
+    segments = jnp.sum(places[:, None] >= ends[:, None, :], axis=-1)
+    return segments, places - _at(_starts(lengths), segments)
+
+
+def _at(values: jax.Array, segments: jax.Array) -> jax.Array:
+    """values [B, K] of each place's piece; padding gets some piece's."""
+    return jnp.take_along_axis(values, segments, axis=1, mode="clip")
+
+
+class _Prompt(NamedTuple):
+    hidden: jax.Array  # [B, P, D]
+    lengths: jax.Array  # int32 [B]
+
+
+def _per_candidate(
+    model: Decoder,
+    prompt: _Prompt,
+    hidden: jax.Array,
+    groups: Groups,
+    response_lengths: jax.Array,
+    pooling: str | None,
+    max_logits: int,
+) -> Scored:
+    """Sums and means over each candidate's tokens; hidden [B, G * L, D] are the responses'."""
+    batch, num_candidates = response_lengths.shape
+    size = hidden.shape[-1]
+    last = (prompt.lengths - 1)[:, None, None]
+    last = jnp.take_along_axis(prompt.hidden, last, axis=1)[:, None]  # [B, 1, 1, D]
+    grouped = hidden.reshape(*groups.tokens.shape, size)
+    before = jnp.pad(grouped, ((0, 0), (0, 0), (1, 0), (0, 0)))[:, :, :-1]
+    before = jnp.where((groups.offsets == 0)[..., None], last, before)
+    logps = token_logps(
+        before.reshape(batch, -1, size),
+        model.vocabulary_weights(),
+        groups.tokens.reshape(batch, -1),
+        max_logits,
+    )
+    # [B, G * L, C]: which tokens are whose.
+    owner = groups.segments.reshape(batch, -1, 1) == jnp.arange(num_candidates)
+    logps = jnp.where(owner, logps[..., None], 0.0).sum(axis=1)
+    if pooling is None:
+        return Scored(logps, None)
+
+    def total(owner: jax.Array, hidden: jax.Array) -> jax.Array:
+        owner, hidden = owner.astype(jnp.float32), hidden.astype(jnp.float32)
+        exact = jax.lax.Precision.HIGHEST  # accelerators would round float32 operands
+        return jnp.einsum("btc,btd->bcd", owner, hidden, precision=exact)
+
+    features, count = total(owner, hidden), response_lengths
+    if pooling == "all":
+        real = jnp.arange(prompt.hidden.shape[1]) < prompt.lengths[:, None]
+        features += total(real[..., None], prompt.hidden)
+        count = count + prompt.lengths[:, None]
+    present = response_lengths > 0
+    features = features / jnp.maximum(count, 1)[..., None]
+    return Scored(logps, jnp.where(present[..., None], features, 0.0))

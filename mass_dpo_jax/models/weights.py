@@ -1,0 +1,231 @@
+"""Hugging Face weights: one table of names, and streaming `safetensors` into sharded arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
+
+from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.models.config import DecoderConfig
+from mass_dpo_jax.models.decoder import abstract_decoder
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One of our parameters and the Hugging Face tensors it is made of."""
+
+    path: tuple[str, ...]  # in nnx.state(model, nnx.Param)
+    name: str  # with "{layer}" where the parameter stacks one tensor a layer
+    transposed: bool = False  # Hugging Face keeps [out, in], we keep [in, out]
+
+    @property
+    def stacked(self) -> bool:
+        return "{layer}" in self.name
+
+    def names(self, config: DecoderConfig) -> list[str]:
+        """The tensors' names, in layer order."""
+        layers = range(config.num_layers) if self.stacked else range(1)
+        return [self.name.format(layer=layer) for layer in layers]
+
+
+def table(config: DecoderConfig) -> list[Entry]:
+    """Every parameter of the decoder, once: the names that import and export share."""
+    layer = "model.layers.{layer}."
+    kernels = {
+        "query": "self_attn.q_proj",
+        "key": "self_attn.k_proj",
+        "value": "self_attn.v_proj",
+        "output": "self_attn.o_proj",
+        "gate": "mlp.gate_proj",
+        "up": "mlp.up_proj",
+        "down": "mlp.down_proj",
+    }
+    norms = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+    if config.qk_norm:
+        norms |= {"query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm"}
+    entries = [Entry(("embed",), "model.embed_tokens.weight")]
+    for ours, theirs in norms.items():
+        entries.append(Entry(("blocks", ours, "scale"), f"{layer}{theirs}.weight"))
+    for ours, theirs in kernels.items():
+        entries.append(Entry(("blocks", ours, "kernel"), f"{layer}{theirs}.weight", True))
+    entries.append(Entry(("norm", "scale"), "model.norm.weight"))
+    if not config.tie_embeddings:
+        entries.append(Entry(("head",), "lm_head.weight"))
+    return entries
+
+
+def load_hf(
+    folder: str | Path,
+    config: DecoderConfig,
+    shardings: nnx.State | None = None,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    progress: bool = False,
+) -> nnx.State:
+    """Reads the weights of a Hugging Face folder.
+
+    Tensors are read one at a time, and of each only the slices that this process's devices hold.
+
+    Args:
+      folder: holds `model.safetensors`, or several files and `model.safetensors.index.json`.
+      config: what the folder's `config.json` says.
+      shardings: a `jax.sharding.Sharding` for each parameter, in the structure of
+        `nnx.state(model, nnx.Param)`; None puts everything on the first device.
+      dtype: of the resulting arrays, whatever the files' own.
+      progress: draw a progress bar if standard error is a terminal.
+
+    Returns:
+      The parameters: `nnx.update(model, state)` or `nnx.merge(graphdef, state)`.
+
+    Raises:
+      UserError: names the file and the tensor that is missing, unknown, of a wrong shape or type.
+    """
+    files = _Files(Path(folder))
+    entries = {entry.path: entry for entry in table(config)}
+    shapes = nnx.state(abstract_decoder(config), nnx.Param)
+    leaves, structure = jax.tree.flatten_with_path(shapes)
+    paths = [tuple(str(key.key) for key in path if hasattr(key, "key")) for path, _ in leaves]
+    wanted = {path: leaf.shape for path, (_, leaf) in zip(paths, leaves, strict=True)}
+    files.check({entries[path]: shape for path, shape in wanted.items()}, config)
+    if shardings is None:
+        places = [jax.sharding.SingleDeviceSharding(jax.local_devices()[0])] * len(leaves)
+    else:
+        places = jax.tree.leaves(shardings)
+
+    arrays = []
+    count = sum(len(entry.names(config)) for entry in entries.values())
+    hidden = not (progress and sys.stderr.isatty())
+    with tqdm(total=count, desc="weights", unit="tensor", disable=hidden) as bar:
+        for path, place in zip(paths, places, strict=True):
+            arrays.append(_read(files, entries[path], config, wanted[path], place, np.dtype(dtype)))
+            bar.update(len(entries[path].names(config)))
+    return jax.tree.unflatten(structure, arrays)
+
+
+def _read(
+    files: _Files,
+    entry: Entry,
+    config: DecoderConfig,
+    shape: tuple[int, ...],
+    place: jax.sharding.Sharding,
+    dtype: np.dtype,
+) -> jax.Array:
+    """One parameter as a sharded array: every shard reads its own slices of its own layers."""
+    names = entry.names(config)
+    shards: dict[str, np.ndarray] = {}  # replicas of a shard are read once
+
+    def shard(index: Any) -> np.ndarray:  # a slice for each dimension
+        key = str(index)
+        if key not in shards:
+            layers = names[index[0]] if entry.stacked else names
+            inner = index[1:] if entry.stacked else index
+            parts = (files.read(name, inner, entry.transposed) for name in layers)
+            if not entry.stacked:
+                shards[key] = next(parts).astype(dtype)
+            else:
+                lengths = [len(range(*s.indices(n))) for s, n in zip(index, shape, strict=True)]
+                stack = np.empty(lengths, dtype)
+                for layer, part in enumerate(parts):
+                    stack[layer] = part
+                shards[key] = stack
+        return shards[key]
+
+    return jax.make_array_from_callback(shape, place, shard, dtype=dtype)
+
+
+class _Files:
+    """The open safetensors files of one folder, and which tensor is in which."""
+
+    def __init__(self, folder: Path):
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder; expected a Hugging Face model")
+        index = folder / INDEX
+        if (folder / SINGLE).is_file():
+            self.listing = folder / SINGLE  # what error messages about the whole point at
+            weight_map = None
+            names = [SINGLE]
+        elif index.is_file():
+            self.listing = index
+            weight_map = _weight_map(index)
+            names = sorted(set(weight_map.values()))
+        else:
+            found = sorted(path.name for path in folder.glob("pytorch_model*"))
+            has = f" (found {found[0]}; convert it to safetensors first)" if found else ""
+            raise UserError(f"{folder}: no weights: expected {SINGLE} or {INDEX}{has}")
+        self.paths: dict[str, Path] = {}
+        self.open: dict[Path, Any] = {}
+        for name in names:
+            path = folder / name
+            if not path.is_file():
+                raise UserError(f"{self.listing}: names {name}, which is not in the folder")
+            try:
+                self.open[path] = safe_open(path, framework="numpy")
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{path}: not a readable safetensors file: {error}") from None
+            self.paths |= dict.fromkeys(self.open[path].keys(), path)
+        for tensor, name in (weight_map or {}).items():
+            if self.paths.get(tensor) != folder / name:
+                raise UserError(f"{folder / name}: missing tensor {tensor}, which {INDEX} lists")
+
+    def check(self, wanted: Mapping[Entry, tuple[int, ...]], config: DecoderConfig) -> None:
+        """UserError unless the files hold the wanted tensors, with their shapes, and no others.
+
+        `wanted` gives the shapes of our (stacked, transposed) parameters.
+        """
+        unknown = set(self.paths)
+        for entry, shape in wanted.items():
+            inner = shape[1:] if entry.stacked else shape
+            expected = list(reversed(inner) if entry.transposed else inner)
+            for name in entry.names(config):
+                if name not in self.paths:
+                    raise UserError(f"{self.listing}: missing tensor {name}, shape {expected}")
+                tensor = self.open[self.paths[name]].get_slice(name)
+                if (found := list(tensor.get_shape())) != expected:
+                    place = f"{self.paths[name]}: tensor {name}"
+                    raise UserError(f"{place}: found shape {found}, expected {expected}")
+                if (kind := tensor.get_dtype()) not in DTYPES:
+                    place = f"{self.paths[name]}: tensor {name}"
+                    raise UserError(f"{place}: found type {kind}, expected {', '.join(DTYPES)}")
+                unknown.discard(name)
+        # Some writers store these although the config already determines them.
+        for name in sorted(unknown):
+            if name.endswith("rotary_emb.inv_freq"):
+                continue
+            if name == "lm_head.weight" and config.tie_embeddings:
+                continue
+            raise UserError(f"{self.paths[name]}: unexpected tensor {name} for this config.json")
+
+    def read(self, name: str, index: tuple[slice, ...], transposed: bool) -> np.ndarray:
+        """A slice of a tensor; with `transposed`, `index` and result are those of its transpose."""
+        tensor = self.open[self.paths[name]].get_slice(name)
+        part = tensor[tuple(reversed(index)) if transposed else index]
+        return part.T if transposed else part
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = set(weight_map.values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{index}: expected a JSON object with a 'weight_map' object") from None
+    for name in names:
+        # The index comes with the download: it must not make us open files elsewhere.
+        if not isinstance(name, str) or Path(name).name != name or "\\" in name:
+            raise UserError(f"{index}: weight_map: found {name!r}, expected a plain file name")
+    return weight_map

@@ -1,0 +1,69 @@
+r"""Log-probabilities and rewards of every candidate response, one JSON line per example.
+
+    python -m mass_dpo_jax.score --config=configs/llama3.py --config.model.path=DIR \
+        --config.data.path=pairs.jsonl --split=all --output=scores.jsonl
+    python -m mass_dpo_jax.score --workdir=runs/lastfm --split=test --output=scores.jsonl
+
+Each line: `id`; `logps`, chosen first; with a reference (--config.model.reference_path, or that of
+the run in --workdir) `ref_logps` and `rewards`; `response_tokens`, end of sequence included. In
+the order of the input, and all of it: config.data.max_* is not applied.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+
+from mass_dpo_jax import cli
+from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.training.setup import prepare_scoring
+
+
+def score(config: ConfigDict, workdir: Path | None, split: str) -> Iterator[dict[str, Any]]:
+    """One object per example, in the order of the input.
+
+    Raises:
+      UserError: something in the configuration, the data or the model folder is wrong.
+    """
+    config.data.update(max_train=0, max_validation=0, max_test=0)
+    setup, params, refs = prepare_scoring(config, workdir, split)
+    tokens = setup.tokens[split]
+    logps = setup.score(params, split, "scoring")
+    for row, example_id in enumerate(tokens.ids):
+        there = tokens.response_lengths[row] > 0
+        found = {"id": example_id, "logps": logps[row, there]}
+        if refs is not None:
+            found["ref_logps"] = refs[row, there]
+            found["rewards"] = np.float32(config.beta) * (logps[row, there] - refs[row, there])
+        found["response_tokens"] = tokens.response_lengths[row, there]
+        yield {k: v if isinstance(v, str) else v.tolist() for k, v in found.items()}
+
+
+def main() -> None:
+    if not _OUTPUT.value:
+        raise UserError("--output is missing: the JSON-lines file to write")
+    output = Path(_OUTPUT.value)
+    if not output.parent.is_dir():
+        raise UserError(f"--output={output}: its folder does not exist")
+    workdir = Path(_WORKDIR.value) if _WORKDIR.value else None
+    lines = [json.dumps(found) for found in score(cli.required(_CONFIG), workdir, _SPLIT.value)]
+    temporary = output.with_name(output.name + ".tmp")
+    temporary.write_text("".join(f"{line}\n" for line in lines))
+    temporary.replace(output)
+    print(f"{len(lines)} examples written to {output}")
+
+
+if __name__ == "__main__":
+    _CONFIG = cli.define_config()
+    _WORKDIR = flags.DEFINE_string("workdir", None, "A run's folder.")
+    _SPLIT = flags.DEFINE_enum(
+        "split", "test", ["train", "validation", "test", "all"], "What to score."
+    )
+    _OUTPUT = flags.DEFINE_string("output", None, "The JSON-lines file to write.")
+    cli.run(main)

@@ -1,0 +1,176 @@
+r"""Trains a policy on preferences with several negatives.
+
+    python -m mass_dpo_jax.train --config=configs/tiny.py --workdir=runs/tiny
+    python -m mass_dpo_jax.train --config=configs/llama3.py --config.model.path=DIR \
+        --config.data.name=lastfm --config.data.path=DIR --workdir=runs/lastfm
+
+Run again on the same --workdir, it goes on from the newest checkpoint; --config may then be left
+out. Every setting and its default stand in mass_dpo_jax/config.py. The work folder gets
+config.json, metrics.jsonl, metrics.json, checkpoints/ and model/ (architecture and tokenizer), and
+can be given to the other commands, and to this one as --config.model.path.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from absl import flags
+from ml_collections import ConfigDict
+
+from mass_dpo_jax import cli, evaluation
+from mass_dpo_jax.data.batches import Batch, Order, make_batch
+from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.training import checkpoint, run_folder
+from mass_dpo_jax.training import mesh as mesh_lib
+from mass_dpo_jax.training.optimizer import learning_rate, make_optimizer
+from mass_dpo_jax.training.policy import save_description
+from mass_dpo_jax.training.refresh import Sets
+from mass_dpo_jax.training.report import Report, StepLog
+from mass_dpo_jax.training.setup import Setup, prepare
+from mass_dpo_jax.training.step import TrainState
+
+SPLITS = ("train", "validation", "test")
+_log = logging.getLogger(__name__)
+
+
+def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Trains, or goes on training.
+
+    Returns:
+      What it wrote to metrics.json: `start` and `final`, metrics of the test split (without one,
+      of the validation split), and `gain`, the difference with paired standard errors.
+
+    Raises:
+      UserError: something in the configuration, the data or the model folder is wrong.
+    """
+    run_folder.check(workdir, config)
+    done = run_folder.read_json(workdir / "metrics.json")
+    if done and done["finished"] and checkpoint.latest_step(workdir) == done["step"]:
+        _log.info(f"{workdir}: finished at step {done['step']}; nothing to do")
+        return done
+    setup = prepare(config, workdir, SPLITS)
+    order = Order(setup.buckets["train"], config.train.batch_size, config.seed)
+    total = config.train.steps or config.train.epochs * order.steps_per_epoch
+    run_folder.claim(workdir, config)
+    save_description(setup.policy, workdir)
+
+    # The reference is a table of log-probs: its weights are not needed after this.
+    params = setup.policy.weights(config.model.path, config.seed)
+    if setup.method.supervised:
+        refs = {}
+    elif config.model.reference_path:
+        refs = setup.reference(setup.policy.weights(config.model.reference_path, config.seed))
+    else:
+        refs = setup.reference(params)
+
+    # Resume order: this run's newest checkpoint, else model.path, else random weights.
+    optimizer = make_optimizer(config.train, total)
+    saved = checkpoint.Checkpoints(workdir, config.train.keep_checkpoints)
+    like = _abstract_state(setup, optimizer)
+    negatives = None
+    if saved.latest() is None:
+        state = TrainState(
+            jax.device_put(np.int32(0), like.step.sharding),
+            params,
+            jax.jit(optimizer.init, out_shardings=_shardings(like.opt_state))(params),
+        )
+    else:
+        del params
+        state, negatives = saved.restore(like)
+        _log.info(f"{workdir}: going on from step {int(state.step)} of {total}")
+
+    start = int(state.step)
+    log = run_folder.MetricsLog(workdir, start)
+    report = Report(setup, refs, workdir, log)
+    if start == 0:
+        report.at_start(state.params)
+    rate = learning_rate(config.train, total)
+    sets = Sets(setup, order, total, refs.get("train"), negatives)
+    steps = StepLog(log, config, start, total)
+    for step in range(start, total):
+        negatives = sets.at(step, state.params)
+        batch, chosen, size = put(setup, order, step, refs.get("train"), negatives)
+        draw = np.int32(step // sets.window)
+        state, figures = setup.program.train_step(optimizer, state, batch, chosen, draw, size)
+        steps.add(step + 1, {**figures, "learning_rate": rate(step)})
+        last = step + 1 == total
+        evaluate = last or _due(step + 1, config.train.eval_every)
+        save = last or _due(step + 1, config.train.checkpoint_every)
+        if evaluate or save:
+            steps.flush()
+            if evaluate:
+                steps.say(report.during(state.params, step + 1))
+            if save:
+                saved.save(state, sets.to_keep(step + 1))
+            steps.resume()
+    steps.close()
+    saved.close()
+    log.close()
+    return report.at_end(state.params, total)
+
+
+def put(
+    setup: Setup, order: Order, step: int, refs: np.ndarray | None, sets: np.ndarray | None
+) -> tuple[Batch, jax.Array | None, int]:
+    """The micro-batches of a step on the devices, its sets, and the room they need after selection.
+
+    Args:
+      refs: `[M, C]`, of the training split.
+      sets: `[M, n]`, its negatives where they were chosen beforehand.
+    """
+    rows, shape = order(step)
+    batch = make_batch(setup.tokens["train"], rows, shape, refs)
+    micro = setup.config.train.micro_batch_size
+    chosen = None if sets is None else sets[rows]
+    placed = jax.device_put(
+        jax.tree.map(lambda x: x.reshape(-1, micro, *x.shape[1:]), (batch, chosen)),
+        mesh_lib.split_rows(setup.mesh, leading=1),
+    )
+    return *placed, shape.selected
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _abstract_state(setup: Setup, optimizer: optax.GradientTransformation) -> TrainState:
+    """Shapes and shardings of a state: Adam's moments lie where their weights do."""
+    params = setup.policy.abstract
+    everywhere = mesh_lib.replicated(setup.mesh)
+    opt_state = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda leaf, weight: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=weight.sharding),
+        jax.eval_shape(optimizer.init, params),
+        params,
+        transform_non_params=lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=everywhere
+        ),
+    )
+    return TrainState(jax.ShapeDtypeStruct((), np.int32, sharding=everywhere), params, opt_state)
+
+
+def _shardings(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.sharding, tree)
+
+
+def main() -> None:
+    config = cli.required(_CONFIG)
+    if _WORKDIR.value is None:
+        raise UserError("--workdir is missing: a folder for checkpoints and metrics")
+    done = train(config, Path(_WORKDIR.value))
+    for name in ("start", "final"):
+        if done[name]:
+            print(f"{done['split']}, {name}: {evaluation.line(done[name])}")
+    print(f"written to {_WORKDIR.value}")
+
+
+if __name__ == "__main__":
+    _log = logging.getLogger("mass_dpo_jax.train")
+    _CONFIG = cli.define_config()
+    _WORKDIR = flags.DEFINE_string("workdir", None, "Folder that the run keeps all it writes in.")
+    cli.run(main)

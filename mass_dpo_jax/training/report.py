@@ -1,0 +1,138 @@
+"""What a run tells: a line and a progress bar for each step, metrics before, during and after."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from mass_dpo_jax import evaluation
+from mass_dpo_jax.training import run_folder, scoring
+from mass_dpo_jax.training.setup import Setup
+
+START_LOGPS, FINAL_LOGPS = "logps-start.npy", "logps-final.npy"
+
+
+class StepLog:
+    """Writes each step's figures while the next step computes."""
+
+    def __init__(self, log: run_folder.MetricsLog, config: ConfigDict, start: int, total: int):
+        self._log, self._batch_size = log, config.train.batch_size
+        self._bar = scoring.progress_bar(
+            total=total, initial=start, desc=config.method, unit="step"
+        )
+        self._waiting: tuple[int, Mapping[str, Any]] | None = None
+        self._clock = time.perf_counter()
+
+    def add(self, step: int, figures: Mapping[str, Any]) -> None:
+        """Takes the figures of a step that was started; writes those of the one before."""
+        self._write()
+        self._waiting = (step, figures)
+
+    def flush(self) -> None:
+        """Waits for the last step and writes it."""
+        self._write()
+
+    def resume(self) -> None:
+        """What happened since the last step (an evaluation) is not counted as the next one's."""
+        self._clock = time.perf_counter()
+
+    def say(self, text: str) -> None:
+        self._bar.write(text)
+
+    def close(self) -> None:
+        self._write()
+        self._bar.close()
+
+    def _write(self) -> None:
+        if self._waiting is None:
+            return
+        step, figures = self._waiting
+        figures = {name: float(value) for name, value in figures.items()}  # Waits for the device.
+        now = time.perf_counter()
+        figures["examples_per_second"] = self._batch_size / (now - self._clock)
+        self._log.write(step, figures)
+        shown = {"loss": f"{figures['loss']:.3f}"}
+        if "rewards/accuracies" in figures:
+            shown["accuracy"] = f"{figures['rewards/accuracies']:.2f}"
+            shown["margin"] = f"{figures['rewards/margins']:.3f}"
+        shown["examples/s"] = f"{figures['examples_per_second']:.1f}"
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update()
+        self._waiting, self._clock = None, now
+
+
+class Report:
+    """Evaluation at the start of a run, during it, and at its end.
+
+    The start and the end are measured on the test split, or on the validation split where there
+    is no other; their log-probs are kept as `.npy` files `[M, C]` for comparisons row by row.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        refs: Mapping[str, np.ndarray],
+        workdir: Path,
+        log: run_folder.MetricsLog,
+    ):
+        self._setup, self._refs, self._workdir, self._log = setup, refs, workdir, log
+        self._final = next((s for s in ("test", "validation") if s in setup.tokens), None)
+
+    def at_start(self, params: Any) -> None:
+        """The policy's ranking before the first update, into metrics.json."""
+        start = None
+        for split in {"validation", self._final} - {None}:
+            if split not in self._setup.tokens:
+                continue
+            if self._setup.config.model.reference_path or split not in self._refs:
+                logps = self._setup.score(params, split, "start")
+            else:
+                logps = self._refs[split]  # The policy still is the reference.
+            found = evaluation.evaluate_logps(logps, None, self._valid(split), 1.0)
+            if split == "validation":
+                self._log.write(0, {f"eval/{name}": value for name, value in found.items()})
+            if split == self._final:
+                start = found
+                np.save(self._workdir / START_LOGPS, logps)
+        self._write_json(finished=False, step=0, start=start)
+
+    def during(self, params: Any, step: int) -> str:
+        """Metrics of the validation split, into metrics.jsonl; the headline as text."""
+        if "validation" not in self._setup.tokens:
+            return f"step {step}: no validation split"
+        found, _ = self._evaluate(params, "validation")
+        self._log.write(step, {f"eval/{name}": value for name, value in found.items()})
+        return f"step {step}, validation: {evaluation.line(found)}"
+
+    def at_end(self, params: Any, step: int) -> dict[str, Any]:
+        """The final metrics, into metrics.json."""
+        started = run_folder.read_json(self._workdir / "metrics.json") or {}
+        final = gain = None
+        if self._final:
+            final, logps = self._evaluate(params, self._final)
+            before = np.load(self._workdir / START_LOGPS)
+            gain = evaluation.gains(logps, before, self._valid(self._final))
+            np.save(self._workdir / FINAL_LOGPS, logps)
+        return self._write_json(
+            finished=True, step=step, start=started.get("start"), final=final, gain=gain
+        )
+
+    def _valid(self, split: str) -> np.ndarray:
+        return self._setup.tokens[split].response_lengths > 0
+
+    def _evaluate(self, params: Any, split: str) -> tuple[dict[str, float], np.ndarray]:
+        logps = self._setup.score(params, split, "evaluation")
+        beta = self._setup.config.beta
+        refs = self._refs.get(split)
+        return evaluation.evaluate_logps(logps, refs, self._valid(split), beta), logps
+
+    def _write_json(self, **content: Any) -> dict[str, Any]:
+        rows = len(self._setup.tokens[self._final]) if self._final else 0
+        content = {"split": self._final, "examples": rows, **content}
+        run_folder.write_json(self._workdir / "metrics.json", content)
+        return content

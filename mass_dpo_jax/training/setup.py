@@ -1,0 +1,165 @@
+"""From a configuration to everything a command computes with, checked before it is used."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from mass_dpo_jax import config as config_lib
+from mass_dpo_jax.data import load_examples
+from mass_dpo_jax.data.batches import Buckets, make_buckets
+from mass_dpo_jax.data.examples import Example
+from mass_dpo_jax.data.tokens import Tokens, tokenize
+from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.training import mesh as mesh_lib
+from mass_dpo_jax.training import scoring
+from mass_dpo_jax.training.methods import Method, make_method
+from mass_dpo_jax.training.policy import Policy, open_policy
+from mass_dpo_jax.training.step import Program
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a configuration means: data in tokens, a decoder without weights, a method.
+
+    Attributes:
+      examples: by split, as text.
+      tokens: by split.
+      buckets: by split.
+    """
+
+    config: ConfigDict
+    mesh: Mesh
+    policy: Policy
+    method: Method
+    program: Program
+    examples: dict[str, list[Example]]
+    tokens: dict[str, Tokens]
+    buckets: dict[str, Buckets]
+
+    def score(self, params: Any, split: str, label: str) -> np.ndarray:
+        """`logps` `[M, C]` of a split."""
+        return scoring.score_split(
+            self.program,
+            params,
+            self.tokens[split],
+            self.buckets[split],
+            self.config.eval.batch_size,
+            self.mesh,
+            f"{label}, {split}",
+        )
+
+    def reference(self, params: Any) -> dict[str, np.ndarray]:
+        """The `logps` `[M, C]` of each split under the reference's weights, computed once."""
+        model = self.config.model
+        folder = scoring.cache_folder(self.config.cache_dir)
+        key = f"{self.policy.config} {model.dtype} {scoring.fingerprint(params)}"
+        logps = {}
+        for split, tokens in self.tokens.items():
+            logps[split] = scoring.cached(
+                folder,
+                f"{key} {tokens.digest()}",
+                tokens.response_lengths.shape,
+                functools.partial(self.score, params, split, "reference"),
+            )
+        return logps
+
+
+def prepare(config: ConfigDict, workdir: Path | None, splits: Sequence[str]) -> Setup:
+    """Loads and checks everything but weights; writes at most a tokenizer made from scratch.
+
+    Raises:
+      UserError: the configuration, the data or the model folder is not what it should be.
+    """
+    config_lib.check(config)
+    if config.model.dtype == "float32":
+        # GPUs and TPUs otherwise multiply float32 matrices in fewer bits.
+        jax.config.update("jax_default_matmul_precision", "highest")
+    mesh = mesh_lib.make_mesh(config.mesh)
+    mesh_lib.check_batch(mesh, "train.micro_batch_size", config.train.micro_batch_size)
+    mesh_lib.check_batch(mesh, "eval.batch_size", config.eval.batch_size)
+    examples = {split: load_examples(config.data, split, config.seed) for split in splits}
+    policy = open_policy(config, mesh, workdir, examples.get("train", ()))
+    tokens = {
+        split: tokenize(rows, policy.tokenizer, config.data, progress=True)
+        for split, rows in examples.items()
+    }
+    for split, found in tokens.items():
+        _log.info(f"{split}: {_describe(found)}")
+    width = max(found.response_lengths.shape[1] for found in tokens.values())
+    method = make_method(config, largest_pool=width - 1)
+    if "train" in tokens:
+        _check_pools(method, tokens["train"])
+    longest = max(int(found.response_lengths.max()) for found in tokens.values())
+    program = Program(
+        graphdef=policy.graphdef,
+        method=method,
+        beta=config.beta,
+        pooling=config.selection.pooling,
+        layout=config.model.layout,
+        max_response=-(-longest // 8) * 8,
+        seed=config.seed,
+        shardings=policy.shardings,
+    )
+    buckets = {split: make_buckets(t, method.num_negatives) for split, t in tokens.items()}
+    return Setup(config, mesh, policy, method, program, examples, tokens, buckets)
+
+
+def prepare_scoring(
+    config: ConfigDict, workdir: Path | None, split: str
+) -> tuple[Setup, Any, np.ndarray | None]:
+    """For commands that only score: a run in `workdir`, or the model at `config.model.path`.
+
+    A run's reference is what it was trained against; that of another model is
+    `config.model.reference_path`, if given.
+
+    Returns:
+      The setup with that one split, the weights, and the reference's log-probs `[M, C]` or None.
+    """
+    reference = config.model.reference_path or None
+    if workdir is not None:
+        own = config_lib.load(workdir)
+        if reference is None and own.method != "sft":
+            reference = own.model.reference_path or own.model.path
+        config.model.path = str(workdir)
+    if not config.model.path:
+        raise UserError("no model: give --workdir=RUN, or --config.model.path=FOLDER")
+    setup = prepare(config, None, (split,))
+    refs = None
+    if reference is not None:
+        refs = setup.reference(setup.policy.weights(reference, config.seed))[split]
+    return setup, setup.policy.weights(config.model.path, config.seed), refs
+
+
+def _check_pools(method: Method, tokens: Tokens) -> None:
+    largest = int((tokens.response_lengths[:, 1:] > 0).sum(1).max())
+    if method.num_negatives > largest:
+        raise UserError(
+            f"config.num_negatives={method.num_negatives}: larger than every pool of the data "
+            f"(the largest has {largest} rejected response(s))"
+        )
+
+
+def _describe(tokens: Tokens) -> str:
+    pools = (tokens.response_lengths[:, 1:] > 0).sum(1)
+    sizes = f"{pools.min()}" if pools.min() == pools.max() else f"{pools.min()} to {pools.max()}"
+    prompts = tokens.prompt_lengths
+    cut = ", ".join(
+        f"{count} {name.replace('_', ' ')}" for name, count in tokens.cut.items() if count
+    )
+    return (
+        f"{len(tokens)} examples with {sizes} negatives, prompts of {prompts.mean():.0f} tokens "
+        f"(at most {prompts.max()}), responses of at most {tokens.response_lengths.max()}"
+        + (f"; {cut}" if cut else "")
+    )

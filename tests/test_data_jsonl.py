@@ -1,0 +1,219 @@
+"""JSON lines: what a row may be, which rows a split has, and what a wrong row is told."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ml_collections import ConfigDict
+
+from mass_dpo_jax.config import default
+from mass_dpo_jax.data import load_examples
+from mass_dpo_jax.data.examples import Example, History
+from mass_dpo_jax.errors import UserError
+
+GOOD: dict[str, Any] = {"prompt": "p", "chosen": "a", "rejected": ["b", "c"]}
+USER = {"role": "user", "content": "p"}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def settings(path: Path, **changes: Any) -> ConfigDict:
+    data = default().data
+    data.update(name="jsonl", path=str(path), max_validation=0, max_test=0, **changes)
+    return data
+
+
+def write(path: Path, *rows: Any) -> Path:
+    lines = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    path.write_bytes(gzip.compress(lines.encode()) if path.suffix == ".gz" else lines.encode())
+    return path
+
+
+def read(folder: Path, *rows: Any, split: str = "all") -> list[Example]:
+    return load_examples(settings(write(folder / "file.jsonl", *rows)), split, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "chosen", "rejected"),
+    [
+        (GOOD, "p", "a", ("b", "c")),
+        ({**GOOD, "rejected": "b"}, "p", "a", ("b",)),
+        ({**GOOD, "rejected": ["b", "b"]}, "p", "a", ("b", "b")),
+        ({**GOOD, "rejected": [assistant("b")]}, "p", "a", ([assistant("b")],)),
+        (
+            {"prompt": [USER], "chosen": [assistant("a")], "rejected": [[assistant("b")]]},
+            [USER],
+            [assistant("a")],
+            ([assistant("b")],),
+        ),
+        (  # Whole conversations that share the prompt, with and without a prompt beside them.
+            {
+                "prompt": None,
+                "chosen": [USER, assistant("a")],
+                "rejected": [[USER, assistant("b")], [USER, assistant("c")]],
+            },
+            [USER],
+            [assistant("a")],
+            ([assistant("b")], [assistant("c")]),
+        ),
+        (
+            {"prompt": "p", "chosen": [USER, assistant("a")], "rejected": [USER, assistant("b")]},
+            "p",
+            [assistant("a")],
+            ([assistant("b")],),
+        ),
+        (  # A table's message has every key, most of them empty.
+            {**GOOD, "prompt": [{**USER, "tool_calls": None}], "score": 3},
+            [USER],
+            "a",
+            ("b", "c"),
+        ),
+    ],
+)
+def test_row_formats(tmp_path: Path, row: Any, prompt: Any, chosen: Any, rejected: Any) -> None:
+    [example] = read(tmp_path, row)
+    assert (example.prompt, example.chosen, example.rejected) == (prompt, chosen, rejected)
+    assert example.place == f"{tmp_path / 'file.jsonl'}:1"
+
+
+def test_ids_are_given_or_count_rows_and_blank_lines_are_skipped(tmp_path: Path) -> None:
+    examples = read(tmp_path, GOOD, "", {"id": 7, **GOOD}, "  ", {"id": "x", **GOOD}, GOOD)
+    assert [e.id for e in examples] == ["file-0", "7", "x", "file-3"]
+    assert examples[-1].place.endswith("file.jsonl:6")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "p", "rejected": ["b"]}, "field 'chosen' is missing; found prompt, rejected"),
+        ({"prompt": "p", "chosen": "a"}, "field 'rejected' is missing"),
+        ({**GOOD, "chosen": None}, "field 'chosen' is missing"),
+        ({"chosen": "a", "rejected": ["b"]}, "field 'prompt' is missing"),
+        ({**GOOD, "rejected": []}, "field 'rejected' is empty"),
+        ({**GOOD, "rejected": ""}, "field 'rejected' is empty"),
+        ({**GOOD, "rejected": ["b", " "]}, r"field 'rejected\[1\]' is empty"),
+        ({**GOOD, "rejected": [[]]}, r"field 'rejected\[0\]' is empty"),
+        ({**GOOD, "rejected": ["b", "a"]}, r"chosen response is also rejected\[1\]: 'a'"),
+        ({**GOOD, "rejected": {"text": "b"}}, "'rejected' must be a response or a list .* object"),
+        ({**GOOD, "rejected": ["b", 3]}, r"'rejected\[1\]' must be a string .* the number 3"),
+        ({**GOOD, "prompt": 3.5}, "'prompt' must be a string or .* found the number 3.5"),
+        ({**GOOD, "prompt": "\ud800"}, "'prompt' has half a surrogate pair"),
+        ({**GOOD, "prompt": [USER, assistant("x")]}, "end with .* 'user', found 'assistant'"),
+        ({**GOOD, "prompt": ["p"]}, r"'prompt\[0\]' must be a chat message, found the string 'p'"),
+        ({**GOOD, "prompt": [{"role": "user"}]}, "needs a string 'content', found null"),
+        ({**GOOD, "prompt": [{**USER, "tool_calls": []}]}, "found 'tool_calls'"),
+        ({**GOOD, "chosen": [USER]}, "'chosen' must be a message of role 'assistant'"),
+        ({**GOOD, "rejected": [assistant("b"), assistant("c")]}, "a list of lists"),
+        ({"chosen": [assistant("a")], "rejected": [assistant("b")]}, "one message only"),
+        (
+            {"chosen": [USER, assistant("a")], "rejected": [{**USER, "content": "q"}, USER]},
+            "'rejected.0.' must be one assistant message",
+        ),
+        ({"id": 1.5, **GOOD}, "'id' must be a string or an integer, found the number 1.5"),
+        ([GOOD], "expected an object with prompt, chosen, rejected; found a list"),
+        ('{"prompt": "p", "chosen"', "invalid JSON: .* column"),
+        ({"id": "first", **GOOD}, "id 'first' is taken by .*file.jsonl:1"),
+    ],
+)
+def test_a_wrong_row_is_named(tmp_path: Path, row: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        read(tmp_path, {"id": "first", **GOOD}, "", row)
+    assert str(error.value).startswith(f"{tmp_path / 'file.jsonl'}:3: ")
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    def error(path: Path) -> str:
+        with pytest.raises(UserError) as error:
+            load_examples(settings(path), "train", seed=0)
+        return str(error.value)
+
+    assert "file.jsonl: is empty" in error(write(tmp_path / "file.jsonl"))
+    assert "file.jsonl: is empty" in error(write(tmp_path / "file.jsonl", "", " "))
+    (tmp_path / "file.jsonl").write_bytes(json.dumps(GOOD).encode() + b'\n{"prompt": "\xff"}')
+    assert "file.jsonl:2: not UTF-8" in error(tmp_path / "file.jsonl")
+    (tmp_path / "broken.jsonl.gz").write_bytes(b"plain text")
+    assert "broken.jsonl.gz:1: cannot be read" in error(tmp_path / "broken.jsonl.gz")
+    whole = gzip.compress(b"".join(b'{"x": %d}' % i for i in range(999)))
+    (tmp_path / "broken.jsonl.gz").write_bytes(whole[:-9])
+    assert "broken.jsonl.gz:1: cannot be read" in error(tmp_path / "broken.jsonl.gz")
+    assert "nowhere: no such file or folder" in error(tmp_path / "nowhere")
+    (tmp_path / "folder").mkdir()
+    assert "found none of them, but nothing" in error(tmp_path / "folder")
+    write(tmp_path / "folder" / "test.jsonl", GOOD)
+    assert "no split 'train'; found test" in error(tmp_path / "folder")
+    write(tmp_path / "folder" / "train.jsonl", GOOD)
+    write(tmp_path / "folder" / "train.jsonl.gz", GOOD)
+    assert "train.jsonl and train.jsonl.gz could both be" in error(tmp_path / "folder")
+
+
+def test_compressed_and_marked_files(tmp_path: Path) -> None:
+    [plain] = read(tmp_path, {**GOOD, "prompt": "Júpiter Maçã"})
+    zipped = write(tmp_path / "file.jsonl.gz", {**GOOD, "prompt": "Júpiter Maçã"})
+    [example] = load_examples(settings(zipped), "all", seed=0)
+    assert (example.prompt, example.id) == (plain.prompt, plain.id)
+    (tmp_path / "marked.jsonl").write_text(json.dumps(GOOD), encoding="utf-8-sig")
+    assert len(load_examples(settings(tmp_path / "marked.jsonl"), "all", seed=0)) == 1
+
+
+def test_one_file_is_split_by_seed(tmp_path: Path) -> None:
+    path = write(tmp_path / "file.jsonl", *[{"id": i, **GOOD} for i in range(50)])
+
+    def ids(split: str, seed: int = 0, **changes: Any) -> list[int]:
+        return [int(e.id) for e in load_examples(settings(path, **changes), split, seed)]
+
+    train, validation = ids("train"), ids("validation")
+    assert len(validation) == 5
+    assert sorted(train + validation) == list(range(50))
+    assert train == sorted(train)
+    assert ids("test") == validation
+    assert ids("validation", seed=1) != validation
+    assert ids("all") == list(range(50))
+    few = ids("train", max_train=10)
+    assert len(few) == 10
+    assert few == sorted(few) != ids("train", seed=1, max_train=10)
+    assert set(few) <= set(train)
+    assert ids("train", max_train=10) == few
+
+
+def test_nothing_is_held_out_where_validation_share_is_zero(tmp_path: Path) -> None:
+    data = settings(write(tmp_path / "file.jsonl", *[GOOD] * 8))
+    data.validation_share = 0.0
+    assert len(load_examples(data, "train", seed=0)) == 8
+    assert load_examples(data, "validation", seed=0) == []
+
+
+def test_smallest_files(tmp_path: Path) -> None:
+    assert len(read(tmp_path, GOOD, split="train")) == 1
+    assert len(read(tmp_path, GOOD, split="validation")) == 1
+    assert len(read(tmp_path, GOOD, GOOD, split="train")) == 1
+    assert len(read(tmp_path, GOOD, GOOD, split="validation")) == 1
+
+
+def test_folders(tmp_path: Path) -> None:
+    rows = [{**GOOD, "prompt": f"p{i}"} for i in range(20)]
+
+    def ids(split: str) -> list[str]:
+        return [e.id for e in load_examples(settings(tmp_path), split, seed=0)]
+
+    write(tmp_path / "train.jsonl.gz", *rows)
+    assert (len(ids("train")), len(ids("validation"))) == (18, 2)
+    write(tmp_path / "test.jsonl", *rows[:3])
+    assert ids("test") == ["test-0", "test-1", "test-2"]
+    assert (len(ids("train")), len(ids("validation"))) == (18, 2)
+    write(tmp_path / "dev.jsonl", *rows[:4])
+    assert (len(ids("train")), len(ids("validation"))) == (20, 4)
+    (tmp_path / "test.jsonl").unlink()
+    assert ids("test") == ids("validation") == [f"validation-{i}" for i in range(4)]
+
+
+def test_history_drops_the_oldest() -> None:
+    history = History("<", ("a", "b", "c"), ">", "; ")
+    assert history.text == "<a; b; c>"
+    assert history.without_oldest(2).text == "<c>"

@@ -1,0 +1,151 @@
+"""Chat templates: what is the prompt, what is the response, and which templates cannot be used."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers_for_tests import USER, real, settings, small
+
+from mass_dpo_jax.data.examples import Example, History
+from mass_dpo_jax.data.render import make_renderer
+from mass_dpo_jax.errors import UserError
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content | trim }}{{ eos_token }}\n"
+    "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def example(prompt: Any = "Hi!", chosen: Any = " Yo ", rejected: tuple[Any, ...] = ("No",)) -> Any:
+    return Example("0", prompt, chosen, rejected, "file:1")
+
+
+def written(folder: Path, template: str) -> str:
+    path = folder / "template.jinja"
+    path.write_text(template)
+    return str(path)
+
+
+def render(tokenizer: Any, template: str, row: Any) -> tuple[str, list[str]]:
+    renderer = make_renderer(tokenizer, settings(template))
+    return renderer.prompt(row.prompt, row.place), renderer.responses(row)
+
+
+def test_response_is_what_the_template_writes_up_to_its_end_token(tmp_path: Path) -> None:
+    path = written(tmp_path, TEMPLATE)
+    prompt, responses = render(small(), path, example(rejected=("No", "No no")))
+    assert prompt == "<bos>user: Hi!<eos>\nassistant: "
+    assert responses == ["Yo<eos>", "No<eos>", "No no<eos>"]
+    system = {"role": "system", "content": "Be nice."}
+    messages = [system, USER, {"role": "assistant", "content": "?"}, USER]
+    chat = example(messages, [{"role": "assistant", "content": "Yo"}])
+    prompt, responses = render(small(), path, chat)
+    assert prompt == (
+        "<bos>system: Be nice.<eos>\nuser: Hi!<eos>\nassistant: ?<eos>\nuser: Hi!<eos>\nassistant: "
+    )
+    assert responses == ["Yo<eos>", "No<eos>"]
+    history = example(History("<", ("a", "b"), ">"))
+    assert render(small(), path, history)[0] == "<bos>user: <a, b><eos>\nassistant: "
+
+
+def test_answers_depend_on_the_kind_of_prompt(tmp_path: Path) -> None:
+    # A template may write an answer another way after another prompt: nothing is mixed up.
+    kind = "{% if messages[0].content == 'loud' %}!{{ m.content }}{% else %}{{ m.content }}"
+    path = written(tmp_path, TEMPLATE.replace("{{ m.content | trim }}", kind + "{% endif %}"))
+    renderer = make_renderer(small(), settings(path))
+    rows = [example(prompt, "a", ("b",)) for prompt in ("low", "loud", "low")]
+    assert [renderer.responses(row) for row in rows] == [
+        ["a<eos>", "b<eos>"],
+        ["!a<eos>", "!b<eos>"],
+        ["a<eos>", "b<eos>"],
+    ]
+
+
+def test_every_date_is_the_configured_one(tmp_path: Path) -> None:
+    dates = "{{ strftime_now('%d %b %Y') + '|' + date_string }} {{ enable_thinking }} "
+    assert render(small(), written(tmp_path, "\n" + dates + TEMPLATE), example())[0].startswith(
+        "\n26 Jul 2024|26 Jul 2024 False <bos>"
+    )
+
+
+def test_no_template() -> None:
+    renderer = make_renderer(small(), settings("none"))
+    assert (renderer.special_tokens, renderer.end_id) == (True, small().eos_token_id)
+    assert renderer.prompt(History("<", ("a",), "> "), "") == "<a> "
+    assert renderer.responses(example()) == [" Yo ", "No"]
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "message"),
+    [
+        ("{{ raise_exception('no\n system') }}", example(), "fails on .user.: no system"),
+        ("{{ messages[7].content.x }}", example(), "the chat template fails on"),
+        (TEMPLATE.replace("{{ eos_token }}", ""), example(), "no special token at the end"),
+        ("{{ messages|length }}" + TEMPLATE, example(), "does not start with its generation"),
+        (
+            TEMPLATE,
+            example(rejected=("b<eos>c",)),
+            r"'rejected\[0\]' contains the end-of-seq.*<eos>",
+        ),
+        ("tokenizer", example(), "has no chat template: set it to none"),
+        ("none", example(prompt=[USER]), "'prompt' is a list of chat messages, which need a templ"),
+        ("none", example(chosen=[{"role": "assistant", "content": "x"}]), "'chosen' is a list of"),
+        ("none", example(chosen="b<eos>"), "'chosen' contains the end-of-sequence token <eos>"),
+        ("no/such/file", example(), "'no/such/file': expected tokenizer, none or a readable templ"),
+    ],
+)
+def test_what_cannot_be_rendered(tmp_path: Path, template: str, row: Any, message: str) -> None:
+    path = written(tmp_path, template) if "{" in template else template
+    with pytest.raises(UserError, match=message) as error:
+        render(small(), path, row)
+    assert "\n" not in str(error.value)
+
+
+CASES = {
+    "llama3.2": (
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: "
+        "December 2023\nToday Date: 26 Jul 2024\n\n<|eot_id|><|start_header_id|>user"
+        "<|end_header_id|>\n\nHi!<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        "Yo<|eot_id|>",
+    ),
+    "qwen3": (
+        "<|im_start|>user\nHi!<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+        " Yo <|im_end|>",
+    ),
+    "smollm3": (
+        "<|im_start|>system\n## Metadata\n\nKnowledge Cutoff Date: June 2025\nReasoning Mode: "
+        "/no_think\n\n## Custom Instructions\n\nYou are a helpful AI assistant named SmolLM, "
+        "trained by Hugging Face.\n\n<|im_end|>\n<|im_start|>user\nHi!<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n\n</think>\n",
+        " Yo <|im_end|>",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_real_templates(real_data: Path, name: str) -> None:
+    tokenizer = real(real_data, name)
+    prompt, responses = render(tokenizer, "tokenizer", example())
+    assert (prompt, responses[0]) == CASES[name]
+    # A longer talk with a system message: the last turn is written as in a talk of one turn.
+    talk = [
+        {"role": "system", "content": "Be nice."},
+        USER,
+        {"role": "assistant", "content": "Well?"},
+        USER,
+    ]
+    prompt, longer = render(tokenizer, "tokenizer", example(talk))
+    assert longer == responses
+    assert prompt.endswith(CASES[name][0][-20:])
+    assert re.search(r"Be nice\.[\s\S]*Hi![\s\S]*Well\?[\s\S]*Hi!", prompt)
+    # The whole is what the template writes for the whole, but for a newline at the end.
+    whole = tokenizer.apply_chat_template(
+        [*talk, {"role": "assistant", "content": " Yo "}],
+        tokenize=False,
+        enable_thinking=False,
+        date_string="26 Jul 2024",
+    )
+    assert (prompt + longer[0]) == whole.rstrip("\n")

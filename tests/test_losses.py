@@ -1,0 +1,139 @@
+"""Losses: closed forms, masks, extreme inputs."""
+
+from __future__ import annotations
+
+import doctest
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mass_dpo_jax import losses
+
+GARBAGE = (np.nan, np.inf, -np.inf, 3e38)
+
+
+def float64_plackett_luce(log_ratios, valid, beta):
+    """-log of the chosen response's share, written out; and its gradient."""
+    rewards = beta * np.asarray(log_ratios, np.float64)
+    values, gradients = [], np.zeros(log_ratios.shape)
+    for b, (reward, present) in enumerate(zip(rewards, valid, strict=True)):
+        total = np.logaddexp.reduce(reward[present])
+        values.append(total - reward[0])
+        gradients[b, present] = beta * np.exp(reward[present] - total)
+        gradients[b, 0] -= beta
+    return np.array(values), gradients
+
+
+def value_and_grad(loss, log_ratios, *args):
+    """Values [B] and d(sum of values)/d(log_ratios)."""
+    values, pull = jax.vjp(lambda r: loss(r, *args), jnp.asarray(log_ratios))
+    return np.asarray(values), np.asarray(pull(jnp.ones_like(values))[0])
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from([0.01, 0.1, 1.0, 5.0]),
+    st.sampled_from([0.1, 10.0, 1e3]),
+    st.sampled_from(GARBAGE),
+)
+def test_plackett_luce_is_its_float64_formula_and_ignores_what_is_masked(
+    seed, beta, scale, garbage
+):
+    rng = np.random.default_rng(seed)
+    log_ratios = rng.normal(0, scale, (6, 6)).astype(np.float32)
+    valid = rng.random((6, 6)) < 0.7
+    valid[:, :2] = True
+    want, want_gradient = float64_plackett_luce(log_ratios, valid, beta)
+    log_ratios[~valid] = garbage
+    got, gradient = value_and_grad(losses.plackett_luce, log_ratios, jnp.asarray(valid), beta)
+    magnitude = beta * np.abs(log_ratios[valid]).max()
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6 * magnitude)
+    np.testing.assert_allclose(
+        gradient, want_gradient, rtol=1e-4 + 1e-6 * magnitude, atol=1e-6 * beta * (1 + magnitude)
+    )
+    assert (gradient[~valid] == 0).all()
+
+
+@pytest.mark.parametrize("n", [1, 3, 5])
+def test_at_the_reference_the_loss_is_the_log_of_the_number_of_candidates(n):
+    valid = np.tril(np.ones((n, n + 1), bool), 1)  # rows with 1, 2, .. n valid negatives
+    got = losses.plackett_luce(jnp.zeros((n, n + 1)), jnp.asarray(valid), 0.1)
+    np.testing.assert_allclose(got, np.log(1 + np.arange(1, n + 1)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("difference", [-1e4, -30.0, -1.0, 0.0, 2.0, 1e4])
+def test_with_one_negative_plackett_luce_is_dpo(difference):
+    log_ratios = np.array([[difference, 0.0]], np.float32)
+    valid = jnp.ones((1, 2), bool)
+    value, gradient = value_and_grad(losses.plackett_luce, log_ratios, valid, 1.0)
+    dpo_value, dpo_gradient = value_and_grad(losses.dpo, log_ratios, valid, 1.0)
+    np.testing.assert_allclose(value, dpo_value, rtol=1e-6)
+    np.testing.assert_allclose(gradient, dpo_gradient, rtol=1e-6)
+    np.testing.assert_allclose(dpo_value, np.logaddexp(0.0, -difference), rtol=1e-5)
+    sigmoid = np.exp(-np.logaddexp(0.0, difference))  # of the negative score
+    np.testing.assert_allclose(dpo_gradient, [[-sigmoid, sigmoid]], rtol=1e-5)
+
+
+def test_extreme_log_ratios_give_finite_values_and_gradients():
+    extreme = np.array(
+        [[1e4, -1e4, -1e4], [-1e4, 1e4, 1e4], [-1e4, 1e4, -1e4], [1e4, 1e4, 1e4]], np.float32
+    )
+    values, gradients = value_and_grad(losses.plackett_luce, extreme, jnp.ones((4, 3), bool), 1.0)
+    np.testing.assert_allclose(values, [0, 2e4 + np.log(2), 2e4, np.log(3)], rtol=1e-6)
+    third = 1 / 3
+    want = [[0, 0, 0], [-1, 0.5, 0.5], [-1, 1, 0], [third - 1, third, third]]
+    np.testing.assert_allclose(gradients, want, rtol=1e-3, atol=1e-12)
+
+
+def test_a_small_loss_keeps_its_digits():
+    got = losses.plackett_luce(jnp.array([[20.0, 0.0, 0.0]]), jnp.ones((1, 3), bool), 1.0)
+    np.testing.assert_allclose(got, 2 * np.exp(-20.0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("garbage", GARBAGE)
+@pytest.mark.parametrize("loss", [losses.plackett_luce, losses.dpo])
+def test_a_row_without_negatives_or_without_a_chosen_response_costs_nothing(loss, garbage):
+    log_ratios = np.array([[2.0, garbage], [garbage, 2.0], [garbage, garbage]], np.float32)
+    valid = jnp.array([[True, False], [False, True], [False, False]])
+    values, gradients = value_and_grad(loss, log_ratios, valid, 0.1)
+    assert (values == 0).all() and (gradients == 0).all()
+
+
+def test_a_negative_that_is_masked_is_as_one_that_is_not_there():
+    log_ratios = jnp.array([[0.3, 1.0, -2.0, 0.5]])
+    valid = jnp.array([[True, True, False, True]])
+    got = losses.plackett_luce(log_ratios, valid, 0.5)
+    want = losses.plackett_luce(log_ratios[:, jnp.array([0, 1, 3])], jnp.ones((1, 3), bool), 0.5)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_half_precision_is_computed_in_float32():
+    log_ratios = jnp.array([[1.0, 0.5, 0.25]], jnp.bfloat16)
+    got = losses.plackett_luce(log_ratios, jnp.ones((1, 3), bool), 0.1)
+    assert got.dtype == jnp.float32
+    want, _ = float64_plackett_luce(np.array([[1.0, 0.5, 0.25]]), np.ones((1, 3), bool), 0.1)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_supervised_is_nats_per_token_and_ignores_empty_rows():
+    logps, tokens = jnp.array([-6.0, jnp.nan, -1.5]), jnp.array([3, 0, 1])
+    values, pull = jax.vjp(lambda x: losses.supervised(x, tokens), logps)
+    np.testing.assert_allclose(values, [2.0, 0.0, 1.5])
+    np.testing.assert_allclose(pull(jnp.ones(3))[0], [-1 / 3, 0.0, -1.0])
+
+
+def test_wrong_shapes_are_refused():
+    with pytest.raises(ValueError, match="differ in shape"):
+        losses.plackett_luce(jnp.zeros((2, 3)), jnp.ones((2, 2), bool), 0.1)
+    with pytest.raises(ValueError, match=r"\[B, 2\]"):
+        losses.dpo(jnp.zeros((2, 3)), jnp.ones((2, 3), bool), 0.1)
+
+
+def test_the_examples_in_the_docstrings_run():
+    assert doctest.testmod(losses).failed == 0
+    assert doctest.testmod(losses).attempted > 0

@@ -1,0 +1,352 @@
+"""Selection against the d x d form in float64, brute force, and its own promises."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mass_dpo_jax import selection, theory
+from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.selection import Pool, Settings
+
+SIZE, DIMENSION = 11, 6  # one shape for most tests, so that little is compiled
+run = functools.partial(jax.jit, static_argnums=(1, 2))(selection.select)
+
+
+def make_pool(seed, *, size=SIZE, dimension=DIMENSION, valid=None, offset=0.0, spread=1.0):
+    """A batch of one pool with `valid` negatives at random places (None: all)."""
+    rng = np.random.default_rng(seed)
+    features = rng.normal(size=(size + 1, dimension)) + offset * rng.normal(size=dimension)
+    mask = np.zeros(size, bool)
+    mask[rng.permutation(size)[:valid]] = True
+    return Pool(
+        features.astype(np.float32)[None],
+        rng.normal(0, spread, (1, size)).astype(np.float32),
+        mask[None],
+        jax.random.split(jax.random.key(seed), 1),
+    )
+
+
+def design(pool, ridge=0.1, feature_norm="none"):
+    """Design vectors over sqrt(ridge) of the one pool in a batch, float64, masked rows left out;
+    and the places of the others."""
+    places = np.flatnonzero(pool.mask[0])
+    h = pool.features[0, 1:][places].astype(np.float64)
+    if feature_norm == "l2":
+        h /= np.linalg.norm(h, axis=1, keepdims=True)
+    scores = pool.scores[0][places].astype(np.float64)
+    p = np.exp(scores - np.logaddexp.reduce(scores))
+    return np.sqrt(p / ridge)[:, None] * (h - p @ h), places
+
+
+def logdet(vectors):
+    return np.linalg.slogdet(np.eye(vectors.shape[1]) + vectors.T @ vectors)[1]
+
+
+def picks(pool, n, how=None):
+    """Valid picks and their gains of the one pool in a batch, as NumPy."""
+    got = jax.tree.map(lambda x: np.asarray(x[0]), run(pool, n, how or Settings()))
+    assert got.indices.shape == got.valid.shape == got.gains.shape == (n,)
+    assert (got.indices[~got.valid] == 0).all() and (got.gains[~got.valid] == 0).all()
+    return got.indices[got.valid].tolist(), got.gains[got.valid]
+
+
+pools = st.builds(
+    make_pool,
+    st.integers(0, 2**31),
+    valid=st.integers(0, SIZE),
+    offset=st.sampled_from([0.0, 10.0, 100.0]),
+    spread=st.sampled_from([0.0, 1.0, 5.0]),
+)
+counts = st.sampled_from([1, 4])
+all_settings = st.sampled_from(
+    [Settings(), Settings(ridge=0.01), Settings(ridge=10.0), Settings(feature_norm="l2")]
+)
+
+
+@settings(deadline=None, max_examples=40)
+@given(pools, counts, all_settings)
+def test_every_pick_adds_the_most_and_its_gain_is_the_growth_of_the_determinant(pool, n, how):
+    vectors, places = design(pool, how.ridge, how.feature_norm)
+    chosen, gains = picks(pool, n, how)
+    assert len(chosen) == min(n, len(places)) == len(set(chosen))
+    assert set(chosen) <= set(places.tolist())
+    position = {place: row for row, place in enumerate(places.tolist())}
+    scale = max((vectors**2).sum(1).max(initial=0.0), 1e-3)
+    for k, pick in enumerate(chosen):
+        before = [position[c] for c in chosen[:k]]
+        base = logdet(vectors[before])
+        free = [row for row in range(len(places)) if row not in before]
+        growth = {row: np.expm1(logdet(vectors[[*before, row]]) - base) for row in free}
+        assert growth[position[pick]] >= max(growth.values()) - 2e-5 * scale
+        assert gains[k] == pytest.approx(growth[position[pick]], rel=1e-3, abs=2e-5 * scale)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 2**31), counts, st.sampled_from([0.0, 100.0]))
+def test_picks_are_those_of_algorithm_1_with_inverses_in_float64(seed, n, offset):
+    pool = make_pool(seed, offset=offset)
+    features = pool.features[0].astype(np.float64)
+    want, want_gains = theory.algorithm_1(
+        features[1:] - features[0], pool.scores[0].astype(np.float64), n, ridge=0.1
+    )
+    chosen, gains = picks(pool, n)
+    if chosen != want:  # only where two candidates are as good as each other
+        first = next(k for k in range(n) if chosen[k] != want[k])
+        assert gains[first] == pytest.approx(want_gains[first], rel=1e-4)
+    else:
+        np.testing.assert_allclose(gains, want_gains, rtol=1e-3)
+
+
+def test_nearly_all_picks_agree_with_float64_at_the_width_of_a_real_model():
+    batch = [make_pool(s, size=19, dimension=512, offset=20.0) for s in range(50)]
+    many = jax.tree.map(lambda *x: jnp.concatenate(x), *batch)
+    got = np.asarray(run(many, 3, Settings()).indices)
+    want = []
+    for pool in batch:
+        vectors, _ = design(pool)
+        want.append(theory.greedy(vectors, 3, ridge=1.0)[0])
+    assert (got == np.array(want)).all(axis=1).mean() >= 0.98
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 2**31), st.integers(0, SIZE), st.sampled_from([np.nan, np.inf, -np.inf]))
+def test_what_is_masked_changes_nothing(seed, valid, garbage):
+    pool = make_pool(seed, valid=valid)
+    features, scores = pool.features.copy(), pool.scores.copy()
+    features[0, 1:][~pool.mask[0]] = garbage
+    scores[~pool.mask] = garbage
+    for how in (Settings(), Settings(feature_norm="l2", fisher_scale=True)):
+        clean = picks(pool, 3, how)
+        dirty = picks(pool._replace(features=features, scores=scores), 3, how)
+        assert clean[0] == dirty[0]
+        np.testing.assert_array_equal(clean[1], dirty[1])
+        assert np.isfinite(dirty[1]).all()
+
+
+@settings(deadline=None, max_examples=30)
+@given(pools)
+def test_the_order_of_candidates_does_not_matter(pool):
+    chosen, gains = picks(pool, 3)
+    order = np.random.default_rng(0).permutation(SIZE)
+    shuffled = pool._replace(
+        features=pool.features[:, np.concatenate([[0], 1 + order])],
+        scores=pool.scores[:, order],
+        mask=pool.mask[:, order],
+    )
+    again, again_gains = picks(shuffled, 3)
+    scale = max(gains.max(initial=0.0), 1e-3)
+    np.testing.assert_allclose(again_gains[:1], gains[:1], rtol=1e-4, atol=1e-5 * scale)
+    if np.allclose(again_gains, gains, rtol=1e-4, atol=1e-5 * scale):
+        vectors, places = design(pool)
+        lookup = {place: row for row, place in enumerate(places.tolist())}
+        ours = logdet(vectors[[lookup[c] for c in chosen]])
+        theirs = logdet(vectors[[lookup[int(order[c])] for c in again]])
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 2**31), st.integers(0, SIZE - 1), st.integers(0, SIZE - 1))
+def test_of_identical_candidates_the_first_is_taken_and_one_is_enough(seed, first, second):
+    first, second = sorted((first, second))
+    pool = make_pool(seed)
+    pool.features[0, 1 + second] = pool.features[0, 1 + first] = 30.0  # far out: the first pick
+    pool.scores[0, second] = pool.scores[0, first]
+    chosen, gains = picks(pool, 5)
+    assert chosen[0] == first
+    if first < second and second in chosen:
+        # What the copy still adds, g / (1 + g) < 1, was the most that was left.
+        k = chosen.index(second)
+        vectors, _ = design(pool)
+        base = logdet(vectors[chosen[:k]])
+        growth = [np.expm1(logdet(vectors[[*chosen[:k], j]]) - base) for j in range(SIZE)]
+        rest = [g for j, g in enumerate(growth) if j not in chosen[:k]]
+        assert growth[second] >= max(rest) - 1e-2
+        assert gains[k] < 1.01
+
+
+def test_a_copy_is_not_taken_while_something_different_adds_more():
+    pool = make_pool(0)._replace(scores=np.zeros((1, SIZE), np.float32))
+    pool.features[0, 1:] = 0.0
+    pool.features[0, [2, 3, 4], 0] = 10.0  # candidates 1, 2, 3 are one response, the longest
+    pool.features[0, 6, 1] = 3.0  # candidate 5 is another, shorter one
+    assert picks(pool, 2)[0] == [1, 5]
+
+
+def test_ties_go_to_the_lowest_index():
+    pool = make_pool(0)
+    pool.features[:] = 1.0
+    assert picks(pool, 3)[0] == [0, 1, 2]
+    pool.mask[0, [0, 2]] = False
+    assert picks(pool, 3)[0] == [1, 3, 4]
+
+
+@pytest.mark.parametrize("size", [7, 19])
+def test_ties_in_exact_arithmetic_are_ties_whatever_the_rounding(size):
+    pool = make_pool(0, size=size, dimension=size)
+    pool.features[0, 1:] = 3 * np.eye(size)  # a regular simplex: every order is as good
+    pool.scores[:] = 0.3
+    assert picks(pool, 5)[0] == [0, 1, 2, 3, 4]
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 2**31), st.sampled_from([0.5, 4.0]))
+def test_ridge_and_feature_scale_are_one_knob(seed, scale):
+    pool = make_pool(seed)
+    chosen, gains = picks(pool, 3, Settings(ridge=0.1))
+    scaled = pool._replace(features=pool.features * np.float32(scale))
+    again, again_gains = picks(scaled, 3, Settings(ridge=0.1 * scale**2))
+    np.testing.assert_allclose(again_gains, gains, rtol=1e-4)
+    assert again == chosen
+
+
+def test_l2_divides_the_hidden_states_and_not_their_differences():
+    pool = make_pool(3, offset=5.0)
+    norms = np.linalg.norm(pool.features, axis=-1, keepdims=True)
+    unit = pool._replace(features=pool.features / norms)
+    chosen, gains = picks(pool, 3, Settings(feature_norm="l2"))
+    again, again_gains = picks(unit, 3, Settings(feature_norm="none"))
+    assert chosen == again
+    np.testing.assert_allclose(gains, again_gains, rtol=1e-3)
+
+
+def test_equation_11_divides_the_ridge_by_its_factor():
+    pool = make_pool(4)
+    beta = 0.5
+    z = -np.logaddexp.reduce(pool.scores[0].astype(np.float64))
+    factor = beta**2 / (1 + np.exp(z))  # beta^2 (1 - sigma(Z))
+    chosen, gains = picks(pool, 3, Settings(fisher_scale=True, beta=beta))
+    again, again_gains = picks(pool, 3, Settings(ridge=0.1 / factor))
+    assert chosen == again
+    np.testing.assert_allclose(gains, again_gains, rtol=1e-4)
+
+
+def test_the_factor_of_equation_11_at_the_reference():
+    factor = selection.fisher_factor(jnp.zeros(19), jnp.ones(19, bool), beta=0.1)
+    assert float(factor) == pytest.approx(0.0095, rel=1e-5)
+
+
+def test_the_chosen_response_has_no_say():
+    pool = make_pool(5)
+    other = pool._replace(features=pool.features.copy(), scores=pool.scores + np.float32(0.5))
+    other.features[0, 0] = np.nan
+    (chosen, gains), (again, again_gains) = picks(pool, 3), picks(other, 3)
+    assert chosen == again
+    np.testing.assert_allclose(gains, again_gains, rtol=1e-4)
+
+
+@pytest.mark.parametrize("score", [1e4, -1e4])
+def test_extreme_scores_still_give_distinct_negatives(score):
+    pool = make_pool(6)
+    pool.scores[0, 2:4] = score
+    for fisher_scale in (False, True):
+        chosen, gains = picks(pool, 5, Settings(fisher_scale=fisher_scale))
+        assert len(set(chosen)) == 5 and np.isfinite(gains).all()
+
+
+def test_a_diverged_model_does_not_shrink_the_set():
+    pool = make_pool(6, valid=7)
+    pool.features[0, 1 + np.flatnonzero(pool.mask[0])[3]] = np.nan
+    chosen, _ = picks(pool, 4)
+    assert len(set(chosen)) == 4 and pool.mask[0, chosen].all()
+
+
+@pytest.mark.parametrize("name", list(selection.CRITERIA))
+def test_a_batch_is_its_prompts_one_by_one_and_jit_changes_nothing(name):
+    batch = [make_pool(s, valid=v) for s, v in enumerate([0, 1, 4, SIZE])]
+    many = jax.tree.map(lambda *x: jnp.concatenate(x), *batch)
+    how, n = Settings(criterion=name), SIZE
+    one = jax.jit(selection.CRITERIA[name], static_argnums=(1, 2))
+    together, eager = run(many, n, how), selection.select(many, n, how)
+    np.testing.assert_array_equal(together.indices, eager.indices)
+    assert np.asarray(together.valid).sum(1).tolist() == [0, 1, 4, SIZE]
+    for b, pool in enumerate(batch):
+        alone = one(jax.tree.map(lambda x: x[0], pool), n, how)
+        np.testing.assert_array_equal(together.indices[b], alone.indices)
+        np.testing.assert_array_equal(together.valid[b], alone.valid)
+        np.testing.assert_allclose(together.gains[b], alone.gains, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["pool_fisher", "random", "all"])
+def test_more_negatives_than_the_pool_has_places_are_all_that_exist(name):
+    pool = make_pool(7, valid=6)
+    got = run(pool, SIZE + 3, Settings(criterion=name))
+    assert got.indices.shape == (1, SIZE + 3)
+    assert got.valid[0].tolist() == [True] * 6 + [False] * (SIZE - 3)
+    assert sorted(got.indices[got.valid].tolist()) == np.flatnonzero(pool.mask[0]).tolist()
+    assert (got.indices[~got.valid] == 0).all()
+
+
+def test_all_keeps_the_order_and_refuses_to_drop_any():
+    pool = make_pool(8, valid=7)._replace(features=None, scores=None)
+    got = run(pool, SIZE, Settings(criterion="all"))
+    assert got.indices[0, :7].tolist() == np.flatnonzero(pool.mask[0]).tolist()
+    with pytest.raises(ValueError, match="n >= N = 11"):
+        run(pool, 3, Settings(criterion="all"))
+
+
+def draw(mask, keys, n):
+    pools = Pool(None, None, jnp.broadcast_to(mask, (len(keys), len(mask))), keys)
+    got = run(pools, n, Settings(criterion="random"))
+    return np.asarray(got.indices), np.asarray(got.valid)
+
+
+def test_random_is_uniform_distinct_and_reproducible():
+    mask = np.array([True, False, True, True, True, True, False, True])
+    keys = jax.random.split(jax.random.key(0), 6000)
+    indices, valid = draw(mask, keys, 3)
+    assert valid.all() and mask[indices].all()
+    assert (np.diff(np.sort(indices, axis=1), axis=1) > 0).all()
+    np.testing.assert_array_equal(indices, draw(mask, keys, 3)[0])
+    for place in range(3):  # each pick on its own is uniform over the 6 valid negatives
+        frequency = np.bincount(indices[:, place], minlength=8)[mask] / len(keys)
+        assert np.abs(frequency - 1 / 6).max() < 5 * np.sqrt(1 / 6 * 5 / 6 / len(keys))
+
+
+def test_random_does_not_depend_on_padding_and_grows_by_adding():
+    keys = jax.random.split(jax.random.key(1), 50)
+    mask = np.array([True] * 4 + [False] + [True] * 3)
+    short, _ = draw(mask, keys, 5)
+    padded, _ = draw(np.concatenate([mask, np.zeros(9, bool)]), keys, 5)
+    np.testing.assert_array_equal(short, padded)
+    np.testing.assert_array_equal(short[:, :2], draw(mask, keys, 2)[0])
+
+
+def test_a_criterion_is_one_function(monkeypatch):
+    monkeypatch.setattr(selection, "CRITERIA", dict(selection.CRITERIA))
+
+    @selection.criterion("hardest", needs_scoring=True)
+    def hardest(pool, n, settings):
+        _, order = jax.lax.top_k(jnp.where(pool.mask, pool.scores, -jnp.inf), n)
+        return selection.Selection(order, pool.mask[order], jnp.zeros(n))
+
+    pool = make_pool(9)
+    got = selection.select(pool, 2, Settings(criterion="hardest"))
+    assert got.indices[0].tolist() == np.argsort(-pool.scores[0])[:2].tolist()
+    assert selection.needs_scoring("hardest")
+
+
+def test_only_criteria_that_read_scores_need_a_scoring_pass():
+    assert selection.needs_scoring("pool_fisher")
+    assert not selection.needs_scoring("random") and not selection.needs_scoring("all")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("criterion", "pool_fischer", "selection.criterion='pool_fischer' .* 'pool_fisher'"),
+        ("feature_norm", "L2", "selection.feature_norm='L2' .* 'l2'"),
+        ("ridge", 0.0, "selection.ridge must be > 0"),
+        ("ridge", float("nan"), "selection.ridge must be > 0"),
+        ("beta", -1.0, "beta must be > 0"),
+    ],
+)
+def test_settings_that_cannot_be_are_errors_in_one_line(field, value, message):
+    with pytest.raises(UserError, match=message):
+        Settings(**{field: value})

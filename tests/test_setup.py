@@ -1,0 +1,77 @@
+"""What the package says of itself, and the scripts that set it up."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import mass_dpo_jax
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def setup_cfg() -> configparser.ConfigParser:
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg")
+    return parser
+
+
+def import_names(requirements: str) -> set[str]:
+    """What is imported for the requirements in a block of setup.cfg."""
+    names = {re.split(r"[\[<>=!~;]", line)[0].strip() for line in requirements.strip().splitlines()}
+    differ = {"absl-py": "absl", "orbax-checkpoint": "orbax"}
+    return {differ.get(name, name) for name in names}
+
+
+def test_pyproject_holds_the_build_system_only():
+    assert set(tomllib.loads((ROOT / "pyproject.toml").read_text())) == {"build-system"}
+
+
+def test_the_version_stands_in_one_place(setup_cfg: configparser.ConfigParser):
+    assert setup_cfg["metadata"]["version"] == "attr: mass_dpo_jax.__version__"
+    assert re.fullmatch(r"\d+\.\d+\.\d+", mass_dpo_jax.__version__)
+    sources = [ROOT / "setup.cfg", ROOT / "pyproject.toml", *ROOT.glob("mass_dpo_jax/**/*.py")]
+    holders = [s.name for s in sources if f'"{mass_dpo_jax.__version__}"' in s.read_text()]
+    assert holders == ["__init__.py"]
+
+
+def test_every_import_is_a_requirement(setup_cfg: configparser.ConfigParser):
+    imported = set()
+    for source in [*ROOT.glob("mass_dpo_jax/**/*.py"), *ROOT.glob("configs/*.py")]:
+        for node in ast.walk(ast.parse(source.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add((node.module or "").split(".")[0])
+    foreign = imported - set(sys.stdlib_module_names) - {"mass_dpo_jax"}
+    required = import_names(setup_cfg["options"]["install_requires"])
+    assert {"jax", "flax", "numpy"} <= foreign <= required
+    assert "torch" not in required
+
+
+def test_every_folder_with_code_is_a_package():
+    folders = {source.parent for source in ROOT.glob("mass_dpo_jax/**/*.py")}
+    assert all((folder / "__init__.py").exists() for folder in folders)
+
+
+@pytest.mark.parametrize("script", ["launch/quickstart.sh", "launch/test.sh"])
+def test_without_a_new_enough_python_the_scripts_say_so(script: str, tmp_path: Path):
+    environment = os.environ | {
+        "PYTHON": "python-that-is-not-there",
+        "MASS_DPO_VENV": str(tmp_path),
+    }
+    result = subprocess.run(
+        ["bash", ROOT / script], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    assert "No usable Python 3.11 or newer was found" in result.stderr
+    assert not list(tmp_path.iterdir())

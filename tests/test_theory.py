@@ -1,0 +1,157 @@
+"""Closed forms against automatic differentiation in float64, and what holds of the lemmas."""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mass_dpo_jax import losses, selection, theory
+
+CASES = [(seed, beta, size) for seed, beta in enumerate((0.1, 1.0, 3.0)) for size in (1, 2, 7)]
+
+
+def problem(seed, negatives, dimension=5):
+    """psi [1 + N, d], theta [d], reference log-probabilities [1 + N] of a random prompt."""
+    rng = np.random.default_rng(seed)
+    psi = rng.normal(size=(1 + negatives, dimension))
+    return psi, rng.normal(size=dimension), np.log(rng.dirichlet(np.ones(1 + negatives)))
+
+
+def differences(psi, reference):
+    return psi[1:] - psi[0], reference[1:] - reference[0]
+
+
+def loss(theta, psi, reference, beta):
+    """The loss that training uses, on a softmax policy over the candidates."""
+    log_ratios = jax.nn.log_softmax(psi @ theta) - reference
+    return losses.plackett_luce(log_ratios[None], jnp.ones((1, len(psi)), bool), beta)[0]
+
+
+@jax.jit
+def derivatives(*args):
+    return loss(*args), jax.grad(loss)(*args), jax.hessian(loss)(*args)
+
+
+@pytest.mark.parametrize(("seed", "beta", "size"), CASES)
+def test_equations_9_and_10_are_the_gradient_and_hessian_of_the_loss(seed, beta, size):
+    psi, theta, reference = problem(seed, size)
+    phi, b = differences(psi, reference)
+    with jax.enable_x64(True):
+        value, gradient, hessian = map(np.asarray, derivatives(theta, psi, reference, beta))
+    assert hessian.dtype == np.float64
+    z = theory.quantities(theta, phi, b, beta).z
+    np.testing.assert_allclose(value, np.logaddexp(0, -z), rtol=1e-12)  # -log sigma(Z)
+    np.testing.assert_allclose(theory.gradient(theta, phi, b, beta), gradient, atol=1e-12)
+    np.testing.assert_allclose(theory.hessian(theta, phi, b, beta), hessian, atol=1e-11)
+
+
+@pytest.mark.parametrize(("seed", "beta", "size"), CASES)
+def test_the_bound_of_lemma_42_drops_one_rank_one_term(seed, beta, size):
+    psi, theta, reference = problem(seed, size)
+    phi, b = differences(psi, reference)
+    at = theory.quantities(theta, phi, b, beta)
+    sigma = 1 / (1 + np.exp(-at.z))
+    exact = theory.hessian(theta, phi, b, beta)
+    bound = theory.hessian_bound(theta, phi, b, beta)
+    dropped = beta**2 * sigma * (1 - sigma) * np.outer(at.mean, at.mean)
+    np.testing.assert_allclose(exact - bound, dropped, atol=1e-12)
+    assert np.linalg.eigvalsh(exact - bound)[0] > -1e-12
+
+
+@pytest.mark.parametrize(("seed", "beta", "size"), CASES)
+def test_the_exact_hessian_is_the_covariance_under_all_candidates(seed, beta, size):
+    psi, theta, reference = problem(seed, size)
+    rewards = beta * (psi @ theta - reference)
+    q = np.exp(rewards - np.logaddexp.reduce(rewards))
+    centred = psi - q @ psi
+    phi, b = differences(psi, reference)
+    np.testing.assert_allclose(
+        theory.hessian(theta, phi, b, beta),
+        beta**2 * centred.T @ (q[:, None] * centred),
+        atol=1e-12,
+    )
+
+
+def test_the_bound_is_the_design_matrix_that_selection_uses():
+    psi, theta, reference = problem(3, 6)
+    phi, b = differences(psi, reference)
+    scores, mask = jnp.asarray(phi @ theta - b, jnp.float32), jnp.ones(6, bool)
+    vectors = np.asarray(
+        selection.design_vectors(jnp.asarray(psi[1:], jnp.float32), scores, mask, "none")
+    )
+    factor = float(selection.fisher_factor(scores, mask, beta=1.0))
+    np.testing.assert_allclose(
+        factor * vectors.T @ vectors, theory.hessian_bound(theta, phi, b, 1.0), atol=1e-5
+    )
+
+
+def test_the_bound_does_not_see_the_chosen_response():
+    psi, theta, reference = problem(4, 6)
+    other = psi.copy()
+    other[0] += 10.0
+    picks = []
+    for features in (psi, other):
+        phi, b = differences(features, reference)
+        scores = features[1:] @ theta - features[0] @ theta - b
+        picks.append(theory.algorithm_1(phi, scores, 3, 0.1))
+    assert picks[0][0] == picks[1][0]
+    np.testing.assert_allclose(picks[0][1], picks[1][1], rtol=1e-9)
+
+
+def test_greedy_is_not_optimal_though_lemma_43_says_so():
+    vectors = np.array([[0.8, 0.8], [1.0, 0.0], [0.0, 1.0]])
+    chosen, _ = theory.greedy(vectors, 2, ridge=0.1)
+    best, _ = theory.exhaustive(vectors @ vectors.T / 0.1, 2, np.ones(3, bool))
+
+    def determinant(indices):
+        return np.linalg.det(0.1 * np.eye(2) + vectors[indices].T @ vectors[indices])
+
+    assert (chosen, best) == ([0, 1], [1, 2])
+    assert determinant(chosen) == pytest.approx(0.878)
+    assert determinant(best) == pytest.approx(1.210)
+
+
+def test_nor_is_it_with_the_centring_of_algorithm_1():
+    phi = np.array([[-0.5, -0.7], [0.4, -0.7], [0.0, 0.6], [0.0, 0.9]])
+    chosen, gains = theory.algorithm_1(phi, np.zeros(4), 2, ridge=0.1)
+    vectors = (phi - phi.mean(0)) / 2
+    gram = vectors @ vectors.T / 0.1
+    best, value = theory.exhaustive(gram, 2, np.ones(4, bool))
+    start = 2 * np.log(0.1)
+    assert start + theory.logdet(gram, chosen) == pytest.approx(-2.851, abs=5e-4)
+    assert start + np.log1p(gains).sum() == pytest.approx(-2.851, abs=5e-4)
+    assert start + value == pytest.approx(-2.617, abs=5e-4)
+    assert set(chosen) != set(best)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 2**31), st.integers(1, 4), st.integers(1, 6), st.sampled_from([0.01, 1.0]))
+def test_greedy_reaches_its_guaranteed_share_of_the_optimum(seed, n, dimension, ridge):
+    vectors = np.random.default_rng(seed).normal(size=(7, dimension))
+    gram = vectors @ vectors.T / ridge
+    chosen, gains = theory.greedy(vectors, n, ridge)
+    _, best = theory.exhaustive(gram, n, np.ones(7, bool))
+    assert theory.logdet(gram, chosen) == pytest.approx(np.log1p(gains).sum())
+    assert (1 - 1 / np.e) * best <= theory.logdet(gram, chosen) <= best + 1e-9
+
+
+def test_exhaustive_looks_at_every_set_of_valid_candidates():
+    vectors = np.random.default_rng(0).normal(size=(8, 3))
+    mask = np.array([True, False, True, True, True, False, True, True])
+    best, value = theory.exhaustive(vectors @ vectors.T, 3, mask)
+    sets = [list(s) for s in itertools.combinations(np.flatnonzero(mask), 3)]
+    values = [np.linalg.slogdet(np.eye(3) + vectors[s].T @ vectors[s])[1] for s in sets]
+    assert best == sets[int(np.argmax(values))]
+    assert value == pytest.approx(max(values))
+
+
+def test_exhaustive_takes_all_when_fewer_are_valid_than_asked_for():
+    mask = np.array([False, True, True])
+    assert theory.exhaustive(np.eye(3), 5, mask) == ([1, 2], pytest.approx(2 * np.log(2)))
+    assert theory.exhaustive(np.eye(3), 5, np.zeros(3, bool)) == ([], 0.0)
