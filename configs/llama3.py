@@ -1,7 +1,8 @@
-r"""MASS-DPO on Llama 3.2 with the paper's settings (they are the defaults; see mass_dpo_jax/config.py).
+r"""MASS-DPO on Llama 3.2 with the paper's settings, which are the defaults.
 
     python -m mass_dpo_jax.train --config=configs/llama3.py \
-        --config.model.path=DIR --config.data.name=lastfm --config.data.path=DIR --workdir=runs/llama3
+        --config.model.path=DIR --config.data.name=lastfm --config.data.path=DIR \
+        --workdir=runs/llama3
 
 where model.path is a folder with meta-llama/Llama-3.2-3B-Instruct as downloaded from Hugging Face.
 """

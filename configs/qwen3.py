@@ -1,7 +1,8 @@
-r"""MASS-DPO on Qwen3 with the paper's settings (they are the defaults; see mass_dpo_jax/config.py).
+r"""MASS-DPO on Qwen3 with the paper's settings, which are the defaults.
 
     python -m mass_dpo_jax.train --config=configs/qwen3.py \
-        --config.model.path=DIR --config.data.name=lastfm --config.data.path=DIR --workdir=runs/qwen3
+        --config.model.path=DIR --config.data.name=lastfm --config.data.path=DIR \
+        --workdir=runs/qwen3
 
 where model.path is a folder with Qwen/Qwen3-4B as downloaded from Hugging Face.
 """

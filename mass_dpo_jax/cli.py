@@ -25,6 +25,16 @@ def define_config() -> flags.FlagHolder[ConfigDict]:
     )
 
 
+def define_split() -> flags.FlagHolder[str | None]:
+    return flags.DEFINE_enum(
+        "split",
+        None,
+        ["train", "validation", "test", "all"],
+        "Which rows. Left out: test or, of a single file, all. A run's own single file keeps its "
+        "held-out rows as test.",
+    )
+
+
 def required(holder: flags.FlagHolder[ConfigDict]) -> ConfigDict:
     """The parsed configuration; UserError without --config (or a --workdir that has one)."""
     if holder.value is None:

@@ -49,6 +49,7 @@ def default() -> ConfigDict:
     c.data.max_response_length = 256  # Tokens, end of sequence included.
     c.data.long_response = "error"  # A longer one is an error | drop (leaves its pool, counted).
     c.data.list_candidates = True  # lastfm, synthetic: does the prompt list the candidates?
+    c.data.validation_share = 0.1  # Held out of the training rows where no other split is found.
     c.data.max_train = 0  # Rows used of each split, drawn by seed; 0: all.
     c.data.max_validation = 200
     c.data.max_test = 2000
@@ -158,6 +159,10 @@ def check(config: ConfigDict) -> None:
     for name in NOT_NEGATIVE:
         if not fields[name] >= 0:
             raise UserError(f"config.{name}={fields[name]!r}: expected 0 or more")
+    if not 0 <= fields["data.validation_share"] < 1:
+        raise UserError(
+            f"config.data.validation_share={fields['data.validation_share']!r}: expected 0 to 1"
+        )
     if config.train.batch_size % config.train.micro_batch_size:
         raise UserError(
             f"config.train.batch_size={config.train.batch_size} is no multiple of "

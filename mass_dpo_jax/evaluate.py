@@ -21,13 +21,15 @@ from mass_dpo_jax.training.run_folder import write_json
 from mass_dpo_jax.training.setup import prepare_scoring
 
 
-def evaluate(config: ConfigDict, workdir: Path | None, split: str) -> dict[str, float]:
+def evaluate(config: ConfigDict, workdir: Path | None, split: str | None) -> dict[str, float]:
     """Metrics of `evaluation.evaluate_logps`, by name.
 
     Raises:
       UserError: something in the configuration, the data or the model folder is wrong.
     """
-    setup, params, refs = prepare_scoring(config, workdir, split)
+    if split is None and workdir is not None:
+        split = "test"  # Rows that the run did not train on.
+    setup, split, params, refs = prepare_scoring(config, workdir, split)
     logps = setup.score(params, split, "evaluation")
     valid = setup.tokens[split].response_lengths > 0
     return evaluation.evaluate_logps(logps, refs, valid, config.beta)
@@ -47,6 +49,6 @@ def main() -> None:
 if __name__ == "__main__":
     _CONFIG = cli.define_config()
     _WORKDIR = flags.DEFINE_string("workdir", None, "A run's folder.")
-    _SPLIT = flags.DEFINE_enum("split", "test", ["train", "validation", "test"], "What to score.")
+    _SPLIT = cli.define_split()
     _OUTPUT = flags.DEFINE_string("output", None, "A JSON file for the metrics.")
     cli.run(main)

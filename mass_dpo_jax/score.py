@@ -1,7 +1,7 @@
 r"""Log-probabilities and rewards of every candidate response, one JSON line per example.
 
     python -m mass_dpo_jax.score --config=configs/llama3.py --config.model.path=DIR \
-        --config.data.path=pairs.jsonl --split=all --output=scores.jsonl
+        --config.data.path=pairs.jsonl --output=scores.jsonl
     python -m mass_dpo_jax.score --workdir=runs/lastfm --split=test --output=scores.jsonl
 
 Each line: `id`; `logps`, chosen first; with a reference (--config.model.reference_path, or that of
@@ -25,14 +25,14 @@ from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.training.setup import prepare_scoring
 
 
-def score(config: ConfigDict, workdir: Path | None, split: str) -> Iterator[dict[str, Any]]:
+def score(config: ConfigDict, workdir: Path | None, split: str | None) -> Iterator[dict[str, Any]]:
     """One object per example, in the order of the input.
 
     Raises:
       UserError: something in the configuration, the data or the model folder is wrong.
     """
     config.data.update(max_train=0, max_validation=0, max_test=0)
-    setup, params, refs = prepare_scoring(config, workdir, split)
+    setup, split, params, refs = prepare_scoring(config, workdir, split)
     tokens = setup.tokens[split]
     logps = setup.score(params, split, "scoring")
     for row, example_id in enumerate(tokens.ids):
@@ -62,8 +62,6 @@ def main() -> None:
 if __name__ == "__main__":
     _CONFIG = cli.define_config()
     _WORKDIR = flags.DEFINE_string("workdir", None, "A run's folder.")
-    _SPLIT = flags.DEFINE_enum(
-        "split", "test", ["train", "validation", "test", "all"], "What to score."
-    )
+    _SPLIT = cli.define_split()
     _OUTPUT = flags.DEFINE_string("output", None, "The JSON-lines file to write.")
     cli.run(main)

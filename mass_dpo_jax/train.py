@@ -71,7 +71,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     # Resume order: this run's newest checkpoint, else model.path, else random weights.
     optimizer = make_optimizer(config.train, total)
     saved = checkpoint.Checkpoints(workdir, config.train.keep_checkpoints)
-    like = _abstract_state(setup, optimizer)
+    like = abstract_state(setup, optimizer)
     negatives = None
     if saved.latest() is None:
         state = TrainState(
@@ -138,8 +138,8 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _abstract_state(setup: Setup, optimizer: optax.GradientTransformation) -> TrainState:
-    """Shapes and shardings of a state: Adam's moments lie where their weights do."""
+def abstract_state(setup: Setup, optimizer: optax.GradientTransformation) -> Any:
+    """A `TrainState` of shapes and shardings: Adam's moments lie where their weights do."""
     params = setup.policy.abstract
     everywhere = mesh_lib.replicated(setup.mesh)
     opt_state = optax.tree_utils.tree_map_params(

@@ -12,12 +12,12 @@ from ml_collections import ConfigDict
 from mass_dpo_jax import config as config_lib
 
 WORDS = (
-    "amber basil cedar delta ember fjord grove haven islet jetty knoll ledge maple north".split()
+    "amber basil cedar delta ember fjord grove haven islet jetty knoll ledge maple".split()
 )
 
 
 def write_jsonl(path: Path, examples: int = 24, negatives: int = 6, seed: int = 0) -> Path:
-    """Preferences over phrases of one to four words; pools of 2 to `negatives`, chosen not among."""
+    """Preferences over phrases of one to four words, with pools of 2 to `negatives`."""
     rng = np.random.default_rng(seed)
 
     def phrase(low: int, high: int) -> str:

@@ -39,7 +39,7 @@ def load_examples(data: Any, split: str, seed: int) -> list[Example]:
             raise UserError("config.data.name='synthetic' has the splits train, validation, test")
         examples = synthetic.load(data, split, seed)
     else:
-        held_out = data.get("validation_share", 0.1)
+        held_out = data.validation_share
         if not data.path:
             raise UserError(
                 f"config.data.path is empty: expected the data of config.data.name={data.name}"

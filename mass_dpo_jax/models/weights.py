@@ -73,7 +73,7 @@ def table(config: DecoderConfig) -> list[Entry]:
 def load_hf(
     folder: str | Path,
     config: DecoderConfig,
-    shardings: nnx.State | None = None,
+    shardings: Any = None,
     *,
     dtype: DTypeLike = jnp.float32,
     progress: bool = False,
@@ -85,8 +85,9 @@ def load_hf(
     Args:
       folder: holds `model.safetensors`, or several files and `model.safetensors.index.json`.
       config: what the folder's `config.json` says.
-      shardings: a `jax.sharding.Sharding` for each parameter, in the structure of
-        `nnx.state(model, nnx.Param)`; None puts everything on the first device.
+      shardings: a `jax.sharding.Sharding` for each parameter, under the keys of
+        `nnx.state(model, nnx.Param)`, as a State or as nested dicts; None puts everything on the
+        first device.
       dtype: of the resulting arrays, whatever the files' own.
       progress: draw a progress bar if standard error is a terminal.
 
@@ -99,23 +100,28 @@ def load_hf(
     files = _Files(Path(folder))
     entries = {entry.path: entry for entry in table(config)}
     shapes = nnx.state(abstract_decoder(config), nnx.Param)
-    leaves, structure = jax.tree.flatten_with_path(shapes)
-    paths = [tuple(str(key.key) for key in path if hasattr(key, "key")) for path, _ in leaves]
-    wanted = {path: leaf.shape for path, (_, leaf) in zip(paths, leaves, strict=True)}
+    wanted = {path: leaf.shape for path, leaf in _by_path(shapes).items()}
     files.check({entries[path]: shape for path, shape in wanted.items()}, config)
     if shardings is None:
-        places = [jax.sharding.SingleDeviceSharding(jax.local_devices()[0])] * len(leaves)
+        places = dict.fromkeys(wanted, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
     else:
-        places = jax.tree.leaves(shardings)
+        places = _by_path(shardings)
 
     arrays = []
     count = sum(len(entry.names(config)) for entry in entries.values())
     hidden = not (progress and sys.stderr.isatty())
     with tqdm(total=count, desc="weights", unit="tensor", disable=hidden) as bar:
-        for path, place in zip(paths, places, strict=True):
-            arrays.append(_read(files, entries[path], config, wanted[path], place, np.dtype(dtype)))
-            bar.update(len(entries[path].names(config)))
-    return jax.tree.unflatten(structure, arrays)
+        for path, shape in wanted.items():
+            entry = entries[path]
+            arrays.append(_read(files, entry, config, shape, places[path], np.dtype(dtype)))
+            bar.update(len(entry.names(config)))
+    return jax.tree.unflatten(jax.tree.structure(shapes), arrays)
+
+
+def _by_path(tree: Any) -> dict[tuple[str, ...], Any]:
+    """The leaves of a State or of nested dicts under their tuples of keys, in tree order."""
+    leaves = jax.tree.leaves_with_path(tree)
+    return {tuple(str(key.key) for key in path if hasattr(key, "key")): x for path, x in leaves}
 
 
 def _read(

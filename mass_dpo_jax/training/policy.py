@@ -62,7 +62,7 @@ class Policy:
         return jax.tree.map(lambda x: x.sharding, self.abstract)
 
     def weights(self, path: str, seed: int) -> Any:
-        """float32 weights of the model at `path`; random ones, drawn by `seed`, when it is empty."""
+        """float32 weights of the model at `path`; if it is empty, random ones drawn by `seed`."""
         if not path:
             return self._random(seed)
         folder = Path(path)

@@ -89,19 +89,20 @@ def prepare(config: ConfigDict, workdir: Path | None, splits: Sequence[str]) -> 
     mesh = mesh_lib.make_mesh(config.mesh)
     mesh_lib.check_batch(mesh, "train.micro_batch_size", config.train.micro_batch_size)
     mesh_lib.check_batch(mesh, "eval.batch_size", config.eval.batch_size)
-    examples = {split: load_examples(config.data, split, config.seed) for split in splits}
+    found = {split: load_examples(config.data, split, config.seed) for split in splits}
+    examples = {split: rows for split, rows in found.items() if rows}
     policy = open_policy(config, mesh, workdir, examples.get("train", ()))
     tokens = {
         split: tokenize(rows, policy.tokenizer, config.data, progress=True)
         for split, rows in examples.items()
     }
-    for split, found in tokens.items():
-        _log.info(f"{split}: {_describe(found)}")
-    width = max(found.response_lengths.shape[1] for found in tokens.values())
+    for split, rows in tokens.items():
+        _log.info(f"{split}: {_describe(rows)}")
+    width = max(t.response_lengths.shape[1] for t in tokens.values())
     method = make_method(config, largest_pool=width - 1)
     if "train" in tokens:
         _check_pools(method, tokens["train"])
-    longest = max(int(found.response_lengths.max()) for found in tokens.values())
+    longest = max(int(t.response_lengths.max()) for t in tokens.values())
     program = Program(
         graphdef=policy.graphdef,
         method=method,
@@ -117,16 +118,22 @@ def prepare(config: ConfigDict, workdir: Path | None, splits: Sequence[str]) -> 
 
 
 def prepare_scoring(
-    config: ConfigDict, workdir: Path | None, split: str
-) -> tuple[Setup, Any, np.ndarray | None]:
+    config: ConfigDict, workdir: Path | None, split: str | None
+) -> tuple[Setup, str, Any, np.ndarray | None]:
     """For commands that only score: a run in `workdir`, or the model at `config.model.path`.
 
     A run's reference is what it was trained against; that of another model is
     `config.model.reference_path`, if given.
 
+    Args:
+      split: None is the test split or, of a single file without splits, all of it.
+
     Returns:
-      The setup with that one split, the weights, and the reference's log-probs `[M, C]` or None.
+      The setup with one split, that split's name, the weights, and the reference's log-probs
+      `[M, C]` or None.
     """
+    if split is None:
+        split = "all" if Path(config.data.path).is_file() else "test"
     reference = config.model.reference_path or None
     if workdir is not None:
         own = config_lib.load(workdir)
@@ -139,7 +146,7 @@ def prepare_scoring(
     refs = None
     if reference is not None:
         refs = setup.reference(setup.policy.weights(reference, config.seed))[split]
-    return setup, setup.policy.weights(config.model.path, config.seed), refs
+    return setup, split, setup.policy.weights(config.model.path, config.seed), refs
 
 
 def _check_pools(method: Method, tokens: Tokens) -> None:

@@ -1,0 +1,111 @@
+"""Eight devices compute what one does, and the state really is split over them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from helpers import tiny_config, write_jsonl
+from mass_dpo_jax import train as train_lib
+from mass_dpo_jax.data.batches import Order
+from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.training import mesh as mesh_lib
+from mass_dpo_jax.training.optimizer import make_optimizer
+from mass_dpo_jax.training.setup import Setup, prepare
+from mass_dpo_jax.training.step import TrainState
+
+STEPS = 5
+
+
+def start(config: Any, workdir: Path) -> tuple[Setup, Any, TrainState, np.ndarray]:
+    setup = prepare(config, workdir, ("train",))
+    optimizer = make_optimizer(config.train, STEPS)
+    params = setup.policy.weights("", config.seed)
+    like = train_lib.abstract_state(setup, optimizer)
+    places = jax.tree.map(lambda x: x.sharding, like)
+    state = TrainState(
+        jax.device_put(np.int32(0), places.step),
+        params,
+        jax.jit(optimizer.init, out_shardings=places.opt_state)(params),
+    )
+    return setup, optimizer, state, setup.reference(params)["train"]
+
+
+def test_eight_devices_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(jax.devices()) == 8
+    data = write_jsonl(tmp_path / "data.jsonl", examples=40)
+    config = tiny_config(
+        data, **{"train.micro_batch_size": 4, "data.validation_share": 0.0, "beta": 1.0}
+    )
+    eight = tiny_config(
+        data, **{"train.micro_batch_size": 4, "data.validation_share": 0.0, "beta": 1.0}
+    )
+    eight.mesh.update(data=2, fsdp=2, tensor=2)
+    make_mesh = mesh_lib.make_mesh
+    with monkeypatch.context() as patch:
+        patch.setattr(mesh_lib, "make_mesh", lambda c: make_mesh(c, devices=jax.devices()[:1]))
+        setup, optimizer, state, refs = start(config, tmp_path / "one")
+    setup_8, optimizer_8, state_8, refs_8 = start(eight, tmp_path / "eight")
+    np.testing.assert_allclose(refs_8, refs, rtol=1e-5, atol=1e-5)
+
+    for part in (state_8.params, state_8.opt_state[1][0].mu, state_8.opt_state[1][0].nu):
+        kernel = part["blocks"]["gate"]["kernel"]  # [layer, embed, mlp]
+        assert kernel.addressable_shards[0].data.shape == (2, 32 // 2, 48 // 2)
+        assert part["embed"].addressable_shards[0].data.size == part["embed"].size // 4
+
+    order = Order(setup.buckets["train"], config.train.batch_size, config.seed)
+    flips = 0
+    for step in range(STEPS):
+        # A near-tie may flip in the last digit, so both train on the sets that one device chose.
+        sets, sets_8 = np.zeros((2, len(refs), 3), np.int32)
+        for program, weights, own, target in (
+            (setup, state.params, refs, sets),
+            (setup_8, state_8.params, refs_8, sets_8),
+        ):
+            batch, _, _ = train_lib.put(program, order, step, own, None)
+            for part in range(2):
+                micro = jax.tree.map(lambda x, i=part: x[i], batch)
+                chosen, _ = program.program.choose_batch(weights, micro, np.int32(step))
+                target[np.asarray(micro.index)] = np.asarray(chosen)
+        flips += int((sets != sets_8).any(1).sum())
+        batch, negatives, size = train_lib.put(setup, order, step, refs, sets)
+        state, found = setup.program.train_step(
+            optimizer, state, batch, negatives, np.int32(step), size
+        )
+        batch, negatives, size = train_lib.put(setup_8, order, step, refs_8, sets)
+        state_8, found_8 = setup_8.program.train_step(
+            optimizer_8, state_8, batch, negatives, np.int32(step), size
+        )
+        found.pop("rewards/accuracies")  # A count: rounding decides it while policy = reference.
+        for name, value in found.items():
+            assert float(found_8[name]) == pytest.approx(float(value), rel=1e-5, abs=1e-5), name
+    assert flips <= 1
+    # The update keeps the state where it was.
+    kernel = state_8.opt_state[1][0].nu["blocks"]["gate"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape == (2, 16, 24)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"data": 3, "fsdp": 1}, "does not fit the 8 device"),
+        ({"data": -1, "fsdp": -1}, "at most one -1"),
+        ({"data": 0, "fsdp": 1}, "sizes above 0"),
+        ({"data": 2, "fsdp": 2}, "does not fit the 8 device"),
+    ],
+)
+def test_meshes_that_do_not_fit(tmp_path: Path, sizes: dict[str, int], message: str) -> None:
+    config = tiny_config(tmp_path)
+    config.mesh.update(sizes)
+    with pytest.raises(UserError, match=message):
+        mesh_lib.make_mesh(config.mesh)
+
+
+def test_batches_must_split_evenly(tmp_path: Path) -> None:
+    config = tiny_config(write_jsonl(tmp_path / "data.jsonl"), **{"train.micro_batch_size": 4})
+    with pytest.raises(UserError, match=r"micro_batch_size=4.* = 8"):
+        train_lib.train(config, tmp_path / "run")
