@@ -100,9 +100,9 @@ def _scores(log_ratios: jax.Array, valid: jax.Array, beta: float) -> tuple[jax.A
     """Scores beta (r_i - r_0) of the negatives, 0 where not valid; and which of them count."""
     if log_ratios.shape != valid.shape:
         raise ValueError(f"log_ratios {log_ratios.shape} and valid {valid.shape} differ in shape")
-    # Garbage is replaced before any arithmetic: a `where` after it would still multiply the
-    # gradient by NaN.
-    rewards = beta * jnp.where(valid, _at_least_float32(log_ratios), 0.0)
+    # Up to the `where` everything is linear, so its zero gradient meets no NaN on the way back.
+    # What is not linear comes after it.
+    rewards = beta * _at_least_float32(log_ratios)
     negatives = valid[:, 1:] & valid[:, :1]
     return jnp.where(negatives, rewards[:, 1:] - rewards[:, :1], 0.0), negatives
 

@@ -175,7 +175,7 @@ def design_vectors(
         float32 [N, D].
     """
     present = mask[:, None]
-    features = jnp.where(present, features.astype(jnp.float32), 0.0)
+    features = features.astype(jnp.float32)
     if feature_norm == "l2":
         norms = jnp.sqrt(jnp.sum(features**2, axis=-1, keepdims=True))
         features = features / jnp.where(norms > 0, norms, 1.0)

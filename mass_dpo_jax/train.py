@@ -56,11 +56,11 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     setup = prepare(config, workdir, SPLITS)
     order = Order(setup.buckets["train"], config.train.batch_size, config.seed)
     total = config.train.steps or config.train.epochs * order.steps_per_epoch
+    params = setup.policy.weights(config.model.path, config.seed)
     run_folder.claim(workdir, config)
     save_description(setup.policy, workdir)
 
     # The reference is a table of log-probs: its weights are not needed after this.
-    params = setup.policy.weights(config.model.path, config.seed)
     if setup.method.supervised:
         refs = {}
     elif config.model.reference_path:

@@ -104,6 +104,12 @@ def test_a_row_without_negatives_or_without_a_chosen_response_costs_nothing(loss
     assert (values == 0).all() and (gradients == 0).all()
 
 
+def test_no_nan_or_infinity_arises_on_the_way():
+    valid = jnp.array([[True, False, False], [False, True, True], [True, True, True]])
+    with jax.debug_nans(True), jax.debug_infs(True):
+        value_and_grad(losses.plackett_luce, np.full((3, 3), 1e4, np.float32), valid, 1.0)
+
+
 def test_a_negative_that_is_masked_is_as_one_that_is_not_there():
     log_ratios = jnp.array([[0.3, 1.0, -2.0, 0.5]])
     valid = jnp.array([[True, True, False, True]])

@@ -92,8 +92,8 @@ def test_difficulty(seed: int):
     oracle = synthetic.oracle_scores(test)
     assert oracle.shape == (len(test), synthetic.NUM_CANDIDATES)
     assert 0.12 < accuracy(baselines.popularity(train, test)) < 0.20
-    assert 0.50 < accuracy(baselines.cooccurrence(train, test)) < 0.60
-    assert 0.65 < accuracy(oracle) < 0.75
+    assert 0.45 < accuracy(baselines.cooccurrence(train, test)) < 0.55
+    assert 0.55 < accuracy(oracle) < 0.65
 
 
 def test_choices_follow_the_softmax_of_the_utilities():
@@ -111,7 +111,7 @@ def test_prompts_and_names_are_short(tmp_path):
     from transformers import AutoTokenizer
 
     examples = load("train")[:4000]
-    train_tokenizer((e.prompt.text + e.chosen for e in examples), 768, tmp_path)
+    train_tokenizer((e.prompt.text + e.chosen for e in examples), 512, tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     prompts = tokenizer([example.prompt.text for example in examples]).input_ids
     names = tokenizer([f" {name}" for name in synthetic.world().names], add_special_tokens=False)

@@ -25,12 +25,12 @@ from ml_collections import ConfigDict
 from mass_dpo_jax.data.examples import Example, History
 from mass_dpo_jax.errors import UserError
 
-NUM_ITEMS = 200
+NUM_ITEMS = 100
 NUM_CANDIDATES = 20  # C: the chosen one and 19 negatives.
 HISTORY = (4, 8)  # How many items a history has: least and most.
-DIMENSIONS = 3  # K, of the space the sphere is in.
-TASTE = 12.0  # Weight of taste against popularity.
-ZIPF = 1.5  # Popularity of the r-th most popular item is r ** -ZIPF.
+DIMENSIONS = 2  # K, of the space the sphere is in: a circle, which a small model learns soon.
+TASTE = 10.0  # Weight of taste against popularity.
+ZIPF = 1.2  # Popularity of the r-th most popular item is r ** -ZIPF.
 ROWS = {"train": 8000, "validation": 1000, "test": 2000}
 
 

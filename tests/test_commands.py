@@ -1,0 +1,161 @@
+"""The commands from outside: what they write, against PyTorch, and how they refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from helpers import WORDS, log_lines, tiny_config, write_jsonl
+from mass_dpo_jax import metrics
+from mass_dpo_jax.data.vocabulary import train_tokenizer
+from mass_dpo_jax.evaluate import evaluate
+from mass_dpo_jax.score import score
+from mass_dpo_jax.train import train
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, torch: ModuleType) -> Path:
+    """A random Llama as transformers saves it, with a tokenizer of ours."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("model")
+    train_tokenizer([" ".join(WORDS)], 300, folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
+        initializer_range=0.2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def torch_logps(torch: ModuleType, folder: Path, rows: list[dict]) -> list[list[float]]:
+    """One row a response, as transformers computes it."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    net = AutoModelForCausalLM.from_pretrained(folder).eval()
+    found = []
+    for row in rows:
+        prompt = tokenizer(row["prompt"]).input_ids
+        logps = []
+        for text in (row["chosen"], *row["rejected"]):
+            response = tokenizer(text, add_special_tokens=False).input_ids
+            response = [*response, tokenizer.eos_token_id]
+            with torch.no_grad():
+                logits = net(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+            picked = torch.log_softmax(logits, -1)[range(len(response)), response]
+            logps.append(float(picked.sum()))
+        found.append(logps)
+    return found
+
+
+@pytest.mark.usefixtures("one_device")
+def test_score_and_evaluate_equal_transformers(
+    tmp_path: Path, torch: ModuleType, model: Path
+) -> None:
+    data = write_jsonl(tmp_path / "data.jsonl", examples=10)
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    expected = torch_logps(torch, model, rows)
+    config = tiny_config(data, **{"model.path": str(model)})
+    lines = list(score(config, None, None))
+    assert [line["id"] for line in lines] == [row["id"] for row in rows]
+    for line, logps in zip(lines, expected, strict=True):
+        assert line["logps"] == pytest.approx(logps, rel=1e-4, abs=1e-4)
+        assert set(line) == {"id", "logps", "response_tokens"}  # No reference was given.
+
+    config = tiny_config(data, **{"model.path": str(model), "model.reference_path": str(model)})
+    for line in score(config, None, None):
+        assert line["rewards"] == pytest.approx([0.0] * len(line["logps"]), abs=1e-4)
+
+    table = np.full((len(rows), 7), -np.inf)
+    for row, logps in zip(table, expected, strict=True):
+        row[: len(logps)] = logps
+    wanted = metrics.ranking(table, np.isfinite(table), "policy")
+    config = tiny_config(data, **{"model.path": str(model)})
+    assert evaluate(config, None, None) == pytest.approx(wanted)
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_trained_run_scores_as_it_reported(tmp_path: Path, model: Path) -> None:
+    data = write_jsonl(tmp_path / "data.jsonl", examples=30)
+    config = tiny_config(data, **{"model.path": str(model)})
+    done = train(config, tmp_path / "run")
+    found = evaluate(tiny_config(data), tmp_path / "run", None)
+    assert found == pytest.approx(done["final"], abs=1e-5)
+    last = [line for line in log_lines(tmp_path / "run") if "eval/policy/mrr" in line][-1]
+    assert last["eval/policy/mrr"] == pytest.approx(found["policy/mrr"], abs=1e-6)
+    # The reference of a run is the model that it started from.
+    lines = list(score(tiny_config(data), tmp_path / "run", None))
+    started = list(score(tiny_config(data, **{"model.path": str(model)}), None, None))
+    assert len(lines) == 30
+    for line, before in zip(lines, started, strict=True):
+        assert line["ref_logps"] == pytest.approx(before["logps"], abs=1e-4)
+
+
+def command(*words: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    return subprocess.run(
+        [sys.executable, "-m", *words], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+
+
+def refused(*words: str) -> str:
+    """The one line a command says on standard error when it refuses."""
+    done = command(*words)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+TRAIN = ("mass_dpo_jax.train", "--config=configs/tiny.py")
+
+
+def test_mistakes_on_the_command_line(tmp_path: Path) -> None:
+    workdir = f"--workdir={tmp_path / 'run'}"
+    line = refused(*TRAIN, workdir, "--config.train.learning_rat=1")
+    assert "--config.train.learning_rat" in line and "--config.train.learning_rate" in line
+    line = refused(*TRAIN, workdir, "--config.train.steps=many")
+    assert "--config.train.steps=many" in line and "int" in line
+    line = refused("mass_dpo_jax.train", "--config=configs/tony.py", workdir)
+    assert "configs/tony.py: no such file" in line
+    line = refused(*TRAIN, workdir, "--config.method=mass_dop")
+    assert "config.method='mass_dop'" in line and "mass_dpo" in line
+
+
+def test_mistakes_in_files(tmp_path: Path, model: Path) -> None:
+    workdir = f"--workdir={tmp_path / 'run'}"
+    data = write_jsonl(tmp_path / "data.jsonl")
+    with data.open("a") as file:
+        file.write('{"prompt": "after amber comes ", "rejected": ["basil"]}\n')
+    jsonl = ("--config.data.name=jsonl", f"--config.data.path={data}")
+    line = refused(*TRAIN, workdir, *jsonl)
+    assert f"{data}:25" in line and "chosen" in line
+    empty = tmp_path / "model"
+    empty.mkdir()
+    for file in model.iterdir():
+        if file.suffix != ".safetensors":
+            (empty / file.name).write_bytes(file.read_bytes())
+    write_jsonl(tmp_path / "data.jsonl")
+    line = refused(*TRAIN, workdir, *jsonl, f"--config.model.path={empty}")
+    assert str(empty) in line and "safetensors" in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "score"])
+def test_help_shows_the_examples(name: str) -> None:
+    done = command(f"mass_dpo_jax.{name}", "--help")
+    assert f"python -m mass_dpo_jax.{name} --config=configs/llama3.py" in done.stdout
+    assert "--workdir" in done.stdout
