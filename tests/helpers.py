@@ -11,9 +11,7 @@ from ml_collections import ConfigDict
 
 from mass_dpo_jax import config as config_lib
 
-WORDS = (
-    "amber basil cedar delta ember fjord grove haven islet jetty knoll ledge maple".split()
-)
+WORDS = "amber basil cedar delta ember fjord grove haven islet jetty knoll ledge maple".split()
 
 
 def write_jsonl(path: Path, examples: int = 24, negatives: int = 6, seed: int = 0) -> Path:

@@ -11,8 +11,8 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-
 from helpers import WORDS, log_lines, tiny_config, write_jsonl
+
 from mass_dpo_jax import metrics
 from mass_dpo_jax.data.vocabulary import train_tokenizer
 from mass_dpo_jax.evaluate import evaluate

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-
 from helpers import tiny_config, write_jsonl
+
 from mass_dpo_jax import train as train_lib
 from mass_dpo_jax.data.batches import Order
 from mass_dpo_jax.errors import UserError

@@ -92,10 +92,9 @@ def test_random_models(torch: ModuleType, tmp_path: Path, case: str) -> None:
     assert (ours.head is None) == changes.get("tie_word_embeddings", False)
     pool = random_candidates(seed=1)
     logps, features = reference(torch, theirs, pool)
-    for i, pooling in enumerate(("response", "all")):
-        found = run(ours, pool, pooling=pooling)
-        assert relative_error(found.logps, logps) < 1e-4
-        assert relative_error(found.features, features[i]) < 1e-4
+    found = run(ours, pool, pooling="response")
+    assert relative_error(found.logps, logps) < 1e-4
+    assert relative_error(found.features, features[0]) < 1e-4
 
 
 def test_llama3_frequencies(torch: ModuleType, tmp_path: Path) -> None:
@@ -132,9 +131,10 @@ def test_real_model(torch: ModuleType, real_data: Path) -> None:
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     pool = story_pool(folder)
     logps, features = reference(torch, theirs, pool)
-    found = run(load(folder), pool, pooling="response")
-    assert relative_error(found.logps, logps) < 1e-4
-    assert relative_error(found.features, features[0]) < 1e-4
+    for i, pooling in enumerate(("response", "all")):
+        found = run(load(folder), pool, pooling=pooling)
+        assert relative_error(found.logps, logps) < 1e-4
+        assert relative_error(found.features, features[i]) < 1e-4
     # bfloat16 has 8 significant bits; measured: 0.3% of a log-prob.
     rough = run(load(folder, "bfloat16"), pool, pooling="response")
     assert rough.logps.dtype == rough.features.dtype == jnp.float32
@@ -144,12 +144,14 @@ def test_real_model(torch: ModuleType, real_data: Path) -> None:
 
 
 def test_bfloat16_files_are_read_exactly(torch: ModuleType, tmp_path: Path) -> None:
-    theirs = random_folder(torch, tmp_path, hf_config("qwen3")).bfloat16()
-    theirs.save_pretrained(tmp_path)
+    theirs = random_folder(torch, tmp_path, hf_config("qwen3", tie_word_embeddings=True))
+    theirs.bfloat16().save_pretrained(tmp_path)
     ours = load(tmp_path)
-    pool = random_candidates(seed=2)
-    logps, _ = reference(torch, theirs.float(), pool)
-    assert relative_error(run(ours, pool, pooling=None).logps, logps) < 1e-4
+    kernel = ours.blocks.gate.kernel[...]
+    assert kernel.dtype == jnp.float32
+    for layer, block in enumerate(theirs.model.layers):
+        expected = block.mlp.gate_proj.weight.detach().float().numpy().T
+        np.testing.assert_array_equal(kernel[layer], expected)
 
 
 def test_real_model_tells_its_story(real_data: Path) -> None:

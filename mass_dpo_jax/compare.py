@@ -1,0 +1,116 @@
+"""Runs beside each other on the same test examples, and beside rankings without a model.
+
+    python -m mass_dpo_jax.compare runs/warm-start runs/mass-dpo runs/sdpo
+
+Prints the ranking at the start of the first run and at the end of each, and what every later run
+gained over its own start and over the run before it, with paired standard errors. Baselines are
+counted in the training split: how often an item was chosen at all, and after the items of the
+history.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import app
+from ml_collections import ConfigDict
+
+from mass_dpo_jax import baselines, metrics
+from mass_dpo_jax import config as config_lib
+from mass_dpo_jax.data import load_examples, synthetic
+from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.training import run_folder
+from mass_dpo_jax.training.report import FINAL_LOGPS, START_LOGPS
+
+COLUMNS = ("accuracy", "recall@3", "mrr", "ndcg@3")
+
+
+def compare(runs: Sequence[Path]) -> str:
+    """A table of finished runs on the same data, as text.
+
+    Raises:
+      UserError: a run is not finished, or was tested on other examples than the first.
+    """
+    found = [_read(run) for run in runs]
+    configs = [config_lib.load(run) for run in runs]
+    for run, config in zip(runs[1:], configs[1:], strict=True):
+        if config.data != configs[0].data or config.seed != configs[0].seed:
+            raise UserError(f"{run}: tested on other examples than {runs[0]} (config.data, seed)")
+    rows = {f"{runs[0].name}, before": found[0]["start"]}
+    rows |= {run.name: metrics_["final"] for run, metrics_ in zip(runs, found, strict=True)}
+    split, count = found[0]["split"], found[0]["examples"]
+    lines = [_line(f"{split}: {count} examples, %", (*COLUMNS, "by reward"))]
+    lines += [_line(name, _cells(row)) for name, row in rows.items()]
+    lines += [
+        _line(name, _cells(row)) for name, row in reference_rankings(configs[0], split).items()
+    ]
+    lines += ["", "difference in accuracy by policy, same examples, points:"]
+    for i, run in enumerate(runs[1:], 1):
+        lines.append(_difference(f"{run.name} - its start", run / FINAL_LOGPS, run / START_LOGPS))
+        if i > 1:
+            before = runs[i - 1]
+            name = f"{run.name} - {before.name}"
+            lines.append(_difference(name, run / FINAL_LOGPS, before / FINAL_LOGPS))
+    return "\n".join(lines)
+
+
+def reference_rankings(config: ConfigDict, split: str) -> dict[str, dict[str, float]]:
+    """Ranking metrics of the baselines and, in the made-up world, of the true tastes."""
+    train = load_examples(config.data, "train", config.seed)
+    examples = load_examples(config.data, split, config.seed)
+    scores = {
+        "popularity in training": baselines.popularity(train, examples),
+        "co-occurrence in training": baselines.cooccurrence(train, examples),
+    }
+    if config.data.name == "synthetic":
+        scores["the true tastes"] = synthetic.oracle_scores(examples)
+    return {
+        name: metrics.ranking(found, np.isfinite(found), "policy") for name, found in scores.items()
+    }
+
+
+def _read(run: Path) -> dict[str, Any]:
+    found = run_folder.read_json(run / "metrics.json")
+    if not found or not found["finished"]:
+        raise UserError(f"{run}: not a finished run (no final metrics.json)")
+    if not found["split"]:
+        raise UserError(f"{run}: had no test or validation split")
+    return found
+
+
+def _line(name: str, cells: Sequence[str]) -> str:
+    return f"{name:28}" + "".join(f"{cell:>13}" for cell in cells)
+
+
+def _cells(row: dict[str, float]) -> list[str]:
+    names = [f"policy/{name}" for name in COLUMNS] + ["reward/accuracy"]
+    return [f"{100 * row[n]:.1f} ± {100 * row[f'{n}_se']:.1f}" for n in names if n in row]
+
+
+def _difference(name: str, ours: Path, theirs: Path) -> str:
+    # Missing candidates have log-prob 0 in the files; real ones are below.
+    correct = []
+    for logps in (np.load(ours), np.load(theirs)):
+        valid = logps < 0
+        correct.append(metrics.per_example_rank(logps, valid) == 1)
+    gain, error = metrics.paired_difference(*correct)
+    return f"{name:40}{100 * gain:+6.1f} ± {100 * error:.1f}"
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) < 2:
+        print(__doc__)
+        raise SystemExit(2)
+    try:
+        print(compare([Path(word) for word in argv[1:]]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    app.run(main)
