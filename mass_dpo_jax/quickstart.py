@@ -19,7 +19,7 @@ from mass_dpo_jax import cli, compare, curves
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.train import train
 
-WARM_STEPS = 150  # Enough to write names of items, too few to know much of tastes.
+WARM_STEPS = 40  # Enough to write names of items, too few to know much of tastes.
 _log = logging.getLogger("mass_dpo_jax.quickstart")
 
 
@@ -28,7 +28,7 @@ def quickstart(config: ConfigDict, workdir: Path) -> str:
     warm, final = workdir / "warm-start", workdir / "mass-dpo"
     first = config.copy_and_resolve_references()
     first.update(method="sft")
-    first.train.update(steps=WARM_STEPS, learning_rate=2e-3, eval_every=50)
+    first.train.update(steps=WARM_STEPS, learning_rate=3e-3, eval_every=10)
     _log.info("1 of 2: supervised warm start from random weights")
     train(first, warm)
     _log.info("2 of 2: MASS-DPO from the warm start")

@@ -20,10 +20,12 @@ from mass_dpo_jax.data.examples import Example, History, check_string
 from mass_dpo_jax.errors import UserError
 
 PATTERNS = ("lastfm-{}.json", "lastfm-{}.json.gz")
-BEFORE = "A listener played these artists, oldest first: "
-LISTED = ".\nOne of the following comes next: {}.\nNext artist:\n"
-UNLISTED = ".\nNext artist:\n"
-SEPARATOR = "; "  # Names have commas in them.
+# Names have commas in them; and on a line of its own a name in the history or the list is the same
+# tokens as in the response.
+SEPARATOR = "\n"
+BEFORE = "A listener played these artists, oldest first:\n"
+LISTED = "\n\nOne of these comes next:\n{}\n\nNext artist:\n"
+UNLISTED = "\n\nNext artist:\n"
 
 
 def load(

@@ -138,6 +138,8 @@ def _scratch(config: ConfigDict, tokenizer: PreTrainedTokenizerBase) -> DecoderC
         "head_dim": s.hidden_size // s.num_heads,
         "max_position_embeddings": config.data.max_prompt_length + config.data.max_response_length,
         "rms_norm_eps": 1e-5,
+        # Large models' 0.02 leaves a narrow one on a plateau for its first hundreds of steps.
+        "initializer_range": s.hidden_size**-0.5,
         "rope_theta": 10000.0,
         "tie_word_embeddings": True,
         "bos_token_id": tokenizer.bos_token_id,
