@@ -111,6 +111,7 @@ def prepare(config: ConfigDict, workdir: Path | None, splits: Sequence[str]) -> 
         layout=config.model.layout,
         max_response=-(-longest // 8) * 8,
         seed=config.seed,
+        mesh=mesh,
         shardings=policy.shardings,
     )
     buckets = {split: make_buckets(t, method.num_negatives) for split, t in tokens.items()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -15,10 +16,13 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax import Array
+from jax.sharding import Mesh
 
 from mass_dpo_jax import losses, selection
 from mass_dpo_jax.data.batches import Batch
 from mass_dpo_jax.models import shared_prefix
+from mass_dpo_jax.models.logprobs import MAX_LOGITS
+from mass_dpo_jax.training.mesh import BATCH
 from mass_dpo_jax.training.methods import Method
 
 Params = Any
@@ -26,9 +30,9 @@ Metrics = dict[str, Array]
 
 
 class TrainState(NamedTuple):
-    """All that a step changes: the number of updates made, weights, Adam's state."""
+    """All that a step changes; or the shapes and shardings of all that."""
 
-    step: Array
+    step: Any  # int32: updates made
     params: Params
     opt_state: optax.OptState
 
@@ -45,6 +49,7 @@ class Program:
       layout: `packed` or `rectangle`.
       max_response: R, the longest response of any batch (the rectangle's width).
       seed: of random negatives.
+      mesh: the devices.
       shardings: of the weights, a tree like them; gradients are held to it.
     """
 
@@ -55,12 +60,14 @@ class Program:
     layout: str
     max_response: int
     seed: int
+    mesh: Mesh
     shardings: Any
 
     def score(self, params: Params, batch: Batch, pooling: str | None = None) -> Any:
         """Log-probs `[B, C]` and, if pooled, features `[B, C, D]` of every candidate."""
         # A rectangle is scored in chunks as large as what training has to hold anyway.
         chunk = self.method.num_negatives + 1 if self.layout == "rectangle" else None
+        shards = math.prod(self.mesh.shape[axis] for axis in BATCH)
         return shared_prefix.score(
             nnx.merge(self.graphdef, params),
             batch.prompts,
@@ -71,6 +78,7 @@ class Program:
             layout=self.layout,
             max_response=self.max_response,
             candidate_chunk=chunk,
+            max_logits=MAX_LOGITS * shards,
         )
 
     def choose(self, params: Params, batch: Batch, draw: Array) -> tuple[Array, Metrics]:
