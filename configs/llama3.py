@@ -1,4 +1,4 @@
-r"""MASS-DPO on Llama 3.2 with the paper's settings, which are the defaults.
+r"""MASS-DPO on Llama 3.2 with the paper's settings.
 
     python -m mass_dpo_jax.train --config=configs/llama3.py \
         --config.model.path=DIR --config.data.name=lastfm --config.data.path=DIR \
@@ -7,15 +7,6 @@ r"""MASS-DPO on Llama 3.2 with the paper's settings, which are the defaults.
 where model.path is a folder with meta-llama/Llama-3.2-3B-Instruct as downloaded from Hugging Face.
 """
 
-from ml_collections import ConfigDict
+from mass_dpo_jax.config import paper as get_config
 
-from mass_dpo_jax import config
-
-
-def get_config() -> ConfigDict:
-    c = config.default()
-    c.model.dtype = "bfloat16"  # Compute; the trained weights are float32.
-    c.data.chat_template = "tokenizer"  # The model's own.
-    c.mesh.data = 1
-    c.mesh.fsdp = -1  # All devices share the weights: 3B with Adam needs some 50 GB in all.
-    return c
+__all__ = ["get_config"]

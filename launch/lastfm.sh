@@ -15,8 +15,9 @@ train() { # train NAME FLAGS...
 }
 train warm-start --config.method=sft --config.train.steps=1000 --config.train.learning_rate=3e-3 \
   --config.train.batch_size=64 --config.train.micro_batch_size=64
+# One pass over 12,800 rows; the second run reads the reference that the first one computed.
 for method in mass_dpo sdpo; do
   train "$method" --config.method="$method" --config.model.path="$runs/warm-start" \
-    --config.train.steps=400 --config.train.learning_rate=3e-4
+    --config.train.steps=400 --config.train.learning_rate=3e-4 --config.data.max_train=12800
 done
 "$venv/bin/python" -m mass_dpo_jax.compare "$runs/warm-start" "$runs/sdpo" "$runs/mass_dpo"

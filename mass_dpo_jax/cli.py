@@ -55,6 +55,9 @@ def run(main: Callable[[], None]) -> None:
             main()
         except UserError as error:
             raise SystemExit(_fail(str(error))) from None
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on from what was saved", file=sys.stderr)
+            raise SystemExit(130) from None
 
     app.run(guarded, flags_parser=_parse)
 

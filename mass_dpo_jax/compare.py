@@ -38,7 +38,7 @@ def compare(runs: Sequence[Path]) -> str:
     found = [_read(run) for run in runs]
     configs = [config_lib.load(run) for run in runs]
     for run, config in zip(runs[1:], configs[1:], strict=True):
-        if config.data != configs[0].data or config.seed != configs[0].seed:
+        if _tested_on(config) != _tested_on(configs[0]):
             raise UserError(f"{run}: tested on other examples than {runs[0]} (config.data, seed)")
     rows = {f"{runs[0].name}, before": found[0]["start"]}
     rows |= {run.name: metrics_["final"] for run, metrics_ in zip(runs, found, strict=True)}
@@ -71,6 +71,12 @@ def reference_rankings(config: ConfigDict, split: str) -> dict[str, dict[str, fl
     return {
         name: metrics.ranking(found, np.isfinite(found), "policy") for name, found in scores.items()
     }
+
+
+def _tested_on(config: ConfigDict) -> dict[str, Any]:
+    """The settings that decide which examples a run is tested on, and as what text."""
+    free = ("max_train", "max_validation")
+    return {"seed": config.seed, **{k: v for k, v in config.data.items() if k not in free}}
 
 
 def _read(run: Path) -> dict[str, Any]:

@@ -85,6 +85,15 @@ def default() -> ConfigDict:
     return c
 
 
+def paper() -> ConfigDict:
+    """The defaults, for models of billions of weights on accelerators."""
+    c = default()
+    c.model.dtype = "bfloat16"  # Compute; the trained weights are float32.
+    c.mesh.data = 1
+    c.mesh.fsdp = -1  # All devices share the weights: 3B with Adam needs some 50 GB in all.
+    return c
+
+
 def get_config(workdir: str = "") -> ConfigDict:
     """The defaults or, for `--config=.../config.py:DIR`, the configuration of the run in DIR."""
     return load(Path(workdir)) if workdir else default()

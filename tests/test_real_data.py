@@ -86,7 +86,8 @@ def test_lastfm_through_the_whole_pipeline(
     given = {"date_string": config.data.date, "enable_thinking": False, "tokenize": False}
     head = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **given)
     prompt = tokenizer(head, add_special_tokens=False).input_ids
-    for text, logp in list(zip((example.chosen, *example.rejected), line["logps"], strict=True))[:4]:
+    responses = (example.chosen, *example.rejected)
+    for text, logp in list(zip(responses, line["logps"], strict=True))[:4]:
         answer = {"role": "assistant", "content": text}
         whole = tokenizer.apply_chat_template([*messages, answer], **given)
         assert whole.startswith(head)

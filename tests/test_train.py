@@ -32,14 +32,15 @@ def test_loss_is_log_of_one_plus_n_at_the_reference(tmp_path: Path, n: int) -> N
     assert losses(tmp_path / "run")[0] == pytest.approx(math.log(1 + n), abs=1e-5)
 
 
-def test_pools_smaller_than_n_use_what_they_have(tmp_path: Path, data: Path) -> None:
+@pytest.mark.parametrize("changes", [{"num_negatives": 6}, {"selection.criterion": "all"}])
+def test_pools_smaller_than_n_use_what_they_have(tmp_path: Path, data: Path, changes: dict) -> None:
     lines = data.read_text().splitlines(keepends=True)
     rows = [json.loads(line) for line in lines[:8]]
     folder = tmp_path / "splits"
     folder.mkdir()
     (folder / "train.jsonl").write_text("".join(lines[:8]))
     (folder / "test.jsonl").write_text("".join(lines[8:]))
-    train(tiny_config(folder, num_negatives=6, **{"train.steps": 1}), tmp_path / "run")
+    train(tiny_config(folder, **changes, **{"train.steps": 1}), tmp_path / "run")
     expected = np.mean([math.log(1 + len(row["rejected"])) for row in rows])
     assert losses(tmp_path / "run")[0] == pytest.approx(expected, abs=1e-5)
 
