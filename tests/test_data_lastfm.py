@@ -37,13 +37,13 @@ def history(example: Example) -> History:
 
 def listed(example: Example) -> list[str]:
     """The candidates in the prompt, in order."""
-    return history(example).after.split("next: ")[1].split(".\n")[0].split("; ")
+    return history(example).after.split("next:\n")[1].split("\n\n")[0].split("\n")
 
 
 def test_a_row(tmp_path: Path) -> None:
     [example] = load(write(tmp_path, [ROW]))
     assert history(example).items == ("A", "B, C", "D")
-    assert "A; B, C; D." in history(example).text
+    assert "\nA\nB, C\nD\n" in history(example).text
     assert example.chosen == "y"
     assert sorted(example.rejected) == ["v", "x", "z; w"]
     assert (example.id, example.place) == ("lastfm-test-0", f"{tmp_path}/lastfm-test.json row 0")

@@ -81,8 +81,9 @@ def test_eight_devices_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             optimizer_8, state_8, batch, negatives, np.int32(step), size
         )
         found.pop("rewards/accuracies")  # A count: rounding decides it while policy = reference.
+        assert float(found_8["loss"]) == pytest.approx(float(found["loss"]), abs=1e-5)
         for name, value in found.items():
-            assert float(found_8[name]) == pytest.approx(float(value), rel=1e-5, abs=1e-5), name
+            assert float(found_8[name]) == pytest.approx(float(value), rel=1e-4, abs=1e-4), name
     assert flips <= 1
     # The update keeps the state where it was.
     kernel = state_8.opt_state[1][0].nu["blocks"]["gate"]["kernel"]

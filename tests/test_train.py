@@ -130,15 +130,17 @@ def test_rectangle_trains_as_packed(tmp_path: Path, data: Path) -> None:
 
 
 def test_reference_is_read_again_and_only_while_nothing_changed(
-    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, data: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", logger="mass_dpo_jax")
+
     def runs(name: str, **changes: object) -> bool:
         """Does a run read its reference from the cache?"""
         config = tiny_config(data, cache_dir=str(tmp_path / "cache"), **changes)
         config.train.steps = 1
-        capsys.readouterr()
+        caplog.clear()
         train(config, tmp_path / name)
-        return "reference: read" in capsys.readouterr().out
+        return "reference: read" in caplog.text
 
     assert not runs("first")
     assert runs("same")
