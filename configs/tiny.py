@@ -16,10 +16,12 @@ def get_config() -> ConfigDict:
     c.data.name = "synthetic"
     c.data.chat_template = "none"
     c.data.list_candidates = False  # A model this small cannot look names up in a list.
+    c.data.max_validation = 1000
     c.beta = 1.0  # A small model far from done: the reference is no place to stay close to.
     c.train.steps = 400
     c.train.batch_size = 32
     c.train.micro_batch_size = 32
     c.train.learning_rate = 1e-3  # The paper's 1e-5 and clip 0.3 are for billions of weights.
     c.train.clip = 1.0
+    c.train.eval_every = 50
     return c

@@ -195,6 +195,8 @@ def _put_in_sequence(ax: Axes, panel: Panel, edges: Sequence[float]) -> None:
 
 
 def _levels(ax: Axes, accuracies: Mapping[str, float]) -> None:
+    # Setting the bottom has fixed the top too: make room for every level and its name.
+    ax.set_ylim(top=max([ax.get_ylim()[1], *(1.15 * value for value in accuracies.values())]))
     for name, value in accuracies.items():
         ax.axhline(value, color=FAINT, linewidth=1, linestyle=(0, (6, 3)))
         ax.annotate(

@@ -38,12 +38,14 @@ def start(config: Any, workdir: Path) -> tuple[Setup, Any, TrainState, np.ndarra
 def test_eight_devices_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(jax.devices()) == 8
     data = write_jsonl(tmp_path / "data.jsonl", examples=40)
-    config = tiny_config(
-        data, **{"train.micro_batch_size": 4, "data.validation_share": 0.0, "beta": 1.0}
-    )
-    eight = tiny_config(
-        data, **{"train.micro_batch_size": 4, "data.validation_share": 0.0, "beta": 1.0}
-    )
+    # Adam moves a weight whose gradient is rounding noise by the whole learning rate, so two orders
+    # of summation agree only while that is small.
+    changes = {
+        "train.micro_batch_size": 4, "data.validation_share": 0.0, "beta": 1.0,
+        "train.learning_rate": 1e-4,
+    }  # fmt: skip
+    config = tiny_config(data, **changes)
+    eight = tiny_config(data, **changes)
     eight.mesh.update(data=2, fsdp=2, tensor=2)
     make_mesh = mesh_lib.make_mesh
     with monkeypatch.context() as patch:

@@ -140,7 +140,8 @@ def test_reference_is_read_again_and_only_while_nothing_changed(
         config.train.steps = 1
         caplog.clear()
         train(config, tmp_path / name)
-        return "reference: read" in caplog.text
+        # Validation and test are the same rows here, so the one always reads the other's.
+        return caplog.text.count("reference: read") == 3
 
     assert not runs("first")
     assert runs("same")
