@@ -5,4 +5,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 install run "-e ."
 say "Training in runs/quickstart (under 6 minutes on two cores)"
-exec "$venv/bin/python" -m mass_dpo_jax.quickstart --workdir=runs/quickstart "$@"
+exec "$venv/bin/python" -m mass_dpo_jax.quickstart --config=configs/tiny.py \
+  --workdir=runs/quickstart "$@"
