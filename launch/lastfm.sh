@@ -11,6 +11,7 @@ train() { # train NAME FLAGS...
   say "$1"
   "$venv/bin/python" -m mass_dpo_jax.train --config=configs/tiny.py --workdir="$runs/$1" \
     --config.data.name=lastfm --config.data.path="$data" --config.data.max_test=0 \
+    --config.data.max_validation=500 --config.train.eval_every=100 \
     --config.model.scratch.vocab_size=12288 "${@:2}"
 }
 train warm-start --config.method=sft --config.train.steps=1000 --config.train.learning_rate=3e-3 \

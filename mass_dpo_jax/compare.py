@@ -40,7 +40,8 @@ def compare(runs: Sequence[Path]) -> str:
     for run, config in zip(runs[1:], configs[1:], strict=True):
         if _tested_on(config) != _tested_on(configs[0]):
             raise UserError(f"{run}: tested on other examples than {runs[0]} (config.data, seed)")
-    rows = {f"{runs[0].name}, before": found[0]["start"]}
+    before = f"{runs[0].name}, before" if configs[0].model.path else "random weights"
+    rows = {before: found[0]["start"]}
     rows |= {run.name: metrics_["final"] for run, metrics_ in zip(runs, found, strict=True)}
     split, count = found[0]["split"], found[0]["examples"]
     lines = [_line(f"{split}: {count} examples, %", (*COLUMNS, "by reward"))]
@@ -52,9 +53,9 @@ def compare(runs: Sequence[Path]) -> str:
     for i, run in enumerate(runs[1:], 1):
         lines.append(_difference(f"{run.name} - its start", run / FINAL_LOGPS, run / START_LOGPS))
         if i > 1:
-            before = runs[i - 1]
-            name = f"{run.name} - {before.name}"
-            lines.append(_difference(name, run / FINAL_LOGPS, before / FINAL_LOGPS))
+            other = runs[i - 1]
+            name = f"{run.name} - {other.name}"
+            lines.append(_difference(name, run / FINAL_LOGPS, other / FINAL_LOGPS))
     return "\n".join(lines)
 
 

@@ -1,0 +1,51 @@
+"""Runs beside each other: the same rows, or a refusal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import tiny_config, write_jsonl
+
+from mass_dpo_jax.compare import compare
+from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.train import train
+
+
+@pytest.mark.usefixtures("one_device")
+def test_table_and_paired_difference(tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "data.jsonl", examples=60)
+    config = tiny_config(data, method="sft", **{"data.validation_share": 0.3})
+    train(config, tmp_path / "first")
+    config = tiny_config(
+        data, **{"data.validation_share": 0.3, "model.path": str(tmp_path / "first")}
+    )
+    done = train(config, tmp_path / "second")
+    text = compare([tmp_path / "first", tmp_path / "second"])
+    lines = dict.fromkeys(line[:28].strip() for line in text.splitlines())
+    assert {"random weights", "first", "second", "popularity in training"} <= set(lines)
+
+    # The paired figures, from the rows themselves.
+    correct = []
+    for name in ("logps-final.npy", "logps-start.npy"):
+        logps = np.load(tmp_path / "second" / name)
+        best = np.where(logps < 0, logps, -np.inf)
+        correct.append((best[:, :1] > best[:, 1:]).all(1))
+    gain = correct[0].astype(float) - correct[1]
+    expected = f"{100 * gain.mean():+.1f} ± {100 * gain.std(ddof=1) / np.sqrt(len(gain)):.1f}"
+    assert expected in text.splitlines()[-1]
+    assert done["gain"]["policy/accuracy"] == pytest.approx(gain.mean())
+
+
+@pytest.mark.usefixtures("one_device")
+def test_other_examples_and_unfinished_runs_are_refused(tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "data.jsonl")
+    other = write_jsonl(tmp_path / "other.jsonl", seed=1)
+    for name, source in (("one", data), ("two", other)):
+        train(tiny_config(source, method="sft", **{"train.steps": 1}), tmp_path / name)
+    with pytest.raises(UserError, match=r"two: tested on other examples than .*one"):
+        compare([tmp_path / "one", tmp_path / "two"])
+    (tmp_path / "two" / "metrics.json").unlink()
+    with pytest.raises(UserError, match="two: not a finished run"):
+        compare([tmp_path / "one", tmp_path / "two"])
