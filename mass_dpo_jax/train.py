@@ -99,8 +99,9 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         state, figures = setup.program.train_step(optimizer, state, batch, chosen, draw, size)
         steps.add(step + 1, {**figures, "learning_rate": rate(step)})
         last = step + 1 == total
-        evaluate = last or _due(step + 1, config.train.eval_every)
-        save = last or _due(step + 1, config.train.checkpoint_every)
+        every = config.train.eval_every
+        evaluate = every > 0 and (last or (step + 1) % every == 0)
+        save = last or (step + 1) % config.train.checkpoint_every == 0
         if evaluate or save:
             steps.flush()
             if evaluate:
@@ -132,10 +133,6 @@ def put(
         mesh_lib.split_rows(setup.mesh, leading=1),
     )
     return *placed, shape.selected
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
 
 
 def abstract_state(setup: Setup, optimizer: optax.GradientTransformation) -> Any:
