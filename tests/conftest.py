@@ -33,8 +33,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["XDG_CACHE_HOME"] = CACHE
 os.environ.pop("HF_HOME", None)
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# Not JAX's compilation cache, fast as it is: reading it back crashed jaxlib 0.10 on CPUs once.
-os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 
 
 def pytest_unconfigure() -> None:
@@ -83,8 +81,25 @@ def real_data() -> Path:
     return Path(folder)
 
 
+def _forget_compiled() -> None:
+    """Compiled programs hold memory mappings, of which Linux grants a process 65,530: the whole
+    suite in one process ran out of them and crashed in the compiler."""
+    import gc
+
+    import jax
+
+    jax.clear_caches()
+    gc.collect()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _free_after_each_file() -> Iterator[None]:
+    yield
+    _forget_compiled()
+
+
 @pytest.fixture
-def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def one_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Runs see one of the simulated devices: faster, and what most users have."""
     import jax
 
@@ -94,6 +109,8 @@ def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         mesh, "make_mesh", lambda config: make_mesh(config, devices=jax.devices()[:1])
     )
+    yield
+    _forget_compiled()
 
 
 @pytest.fixture(scope="session")
