@@ -16,6 +16,7 @@ from ml_collections import ConfigDict, config_flags
 
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.training.compiled import keep_compiled
 
 
 def define_config(default: str | None = None) -> flags.FlagHolder[ConfigDict]:
@@ -38,9 +39,14 @@ def define_split() -> flags.FlagHolder[str | None]:
 
 
 def required(holder: flags.FlagHolder[ConfigDict]) -> ConfigDict:
-    """The parsed configuration; UserError without --config (or a --workdir that has one)."""
+    """The parsed configuration, which also says where compiled programs are kept.
+
+    Raises:
+      UserError: there is no --config (and no --workdir that has one).
+    """
     if holder.value is None:
         raise UserError("--config is missing, for example --config=configs/tiny.py")
+    keep_compiled(holder.value.cache_dir)
     return holder.value
 
 
