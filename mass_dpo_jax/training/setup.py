@@ -18,7 +18,8 @@ from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.data import load_examples
 from mass_dpo_jax.data.batches import Batch, Buckets, make_buckets
 from mass_dpo_jax.data.examples import Example
-from mass_dpo_jax.data.tokens import Tokens, tokenize
+from mass_dpo_jax.data.token_cache import tokenize_once
+from mass_dpo_jax.data.tokens import Tokens
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training import scoring
@@ -131,8 +132,9 @@ def prepare(config: ConfigDict, workdir: Path | None, splits: Sequence[str]) -> 
     found = {split: load_examples(config.data, split, config.seed) for split in splits}
     examples = {split: rows for split, rows in found.items() if rows}
     policy = open_policy(config, mesh, workdir, examples.get("train", ()))
+    cache = scoring.cache_folder(config.cache_dir)
     tokens = {
-        split: tokenize(rows, policy.tokenizer, config.data, progress=True)
+        split: tokenize_once(cache, rows, policy.tokenizer, config.data, progress=True)
         for split, rows in examples.items()
     }
     for split, rows in tokens.items():
