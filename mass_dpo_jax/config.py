@@ -25,7 +25,8 @@ def default() -> ConfigDict:
     c.beta = 0.1  # Strength of the pull towards the reference; rewards are beta * log-ratios.
     c.num_negatives = 3  # n: how many negatives of the pool a step trains on (dpo: 1, pl_all: all).
     c.sft_weight = 0.0  # Of a supervised term on the chosen response, nats per token, in the loss.
-    # Where reference log-probs and compiled programs are kept; empty: ~/.cache/mass_dpo_jax.
+    # Where the reference's log-probs, large splits' tokens and compiled programs are kept; empty:
+    # ~/.cache/mass_dpo_jax.
     c.cache_dir = ""
 
     c.model = ConfigDict()
