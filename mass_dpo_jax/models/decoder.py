@@ -9,11 +9,12 @@ run plain causal text (`attention.causal`) and prompts that many responses share
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from mass_dpo_jax.errors import UserError
@@ -25,6 +26,13 @@ from mass_dpo_jax.models.config import DecoderConfig
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
 REMAT = ("none", "dots", "full")
+
+
+class Splits(NamedTuple):
+    """How hidden states [B * T, D] are split over devices."""
+
+    embedded: NamedSharding  # As they come out of the embedding table: along D, as the table is.
+    stream: NamedSharding  # Between layers: whole rows, as prompts are.
 
 
 class RMSNorm(nnx.Module):
@@ -103,6 +111,10 @@ class Decoder(nnx.Module):
     the backward pass keeps of a layer: "none" (keep everything), "dots" (keep the outputs of the
     matrix products with weights), "full" (keep only the layer's input and recompute the rest).
 
+    `splits` says how hidden states lie on several devices; None: as the compiler likes. Where
+    weights are split it likes to split hidden states in the same way, and then every device
+    computes on the tokens of the whole batch.
+
     Every parameter names its dimensions in its metadata, e.g. dims=("layer", "embed", "mlp").
     """
 
@@ -113,12 +125,14 @@ class Decoder(nnx.Module):
         rngs: nnx.Rngs,
         dtype: DTypeLike = jnp.float32,
         remat: str = "full",
+        splits: Splits | None = None,
     ):
         if remat not in REMAT:
             raise UserError(f"remat: found {remat!r}, expected one of {', '.join(REMAT)}")
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.remat = remat
+        self.splits = splits
 
         def vocabulary() -> nnx.Param:
             init = nnx.initializers.normal(config.initializer_range)
@@ -155,15 +169,21 @@ class Decoder(nnx.Module):
         cos, sin = jnp.cos(angles), jnp.sin(angles)
         definition, weights = nnx.split(self.blocks)
 
+        def stream(x: jax.Array) -> jax.Array:
+            if self.splits is None:
+                return x
+            return jax.lax.with_sharding_constraint(x, self.splits.stream)
+
         def layer(x: jax.Array, scanned: Any) -> tuple[jax.Array, Any]:
             weights, has_positions, extra = scanned
             block = nnx.merge(definition, weights)
-            return block(
+            x, kept = block(
                 x,
                 jnp.where(has_positions, cos, 1.0),
                 jnp.where(has_positions, sin, 0.0),
                 lambda query, key, value: attend(query, key, value, extra),
             )
+            return stream(x), kept
 
         if self.remat != "none":
             policies = jax.checkpoint_policies
@@ -171,6 +191,9 @@ class Decoder(nnx.Module):
             layer = jax.checkpoint(layer, policy=keep, prevent_cse=False)
         has_positions = jnp.asarray(self.config.rope_layers)
         x = self.embed[...][tokens.reshape(-1)].astype(self.dtype)
+        if self.splits is not None:
+            x = jax.lax.with_sharding_constraint(x, self.splits.embedded)
+        x = stream(x)
         x, kept = jax.lax.scan(layer, x, (weights, has_positions, extra))
         return self.norm(x).reshape(*tokens.shape, -1), kept
 
@@ -207,10 +230,16 @@ def rope_frequencies(config: DecoderConfig) -> jax.Array:
 
 
 def abstract_decoder(
-    config: DecoderConfig, *, dtype: DTypeLike = jnp.float32, remat: str = "full"
+    config: DecoderConfig,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    remat: str = "full",
+    splits: Splits | None = None,
 ) -> Decoder:
     """A Decoder whose parameters are shapes only: to plan shardings before any array exists."""
-    return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype, remat=remat))
+    return nnx.eval_shape(
+        lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype, remat=remat, splits=splits)
+    )
 
 
 def param_dims(params: nnx.State) -> nnx.State:

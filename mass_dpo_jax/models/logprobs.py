@@ -4,27 +4,57 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mass_dpo_jax.models.attention import einsum_f32
 
-# Logits held at once, over all devices together: 2^24 float32 are 64 MiB, enough for matrix
-# products to run at full speed on one device.
+# Logits held at once on a device: 2^24 float32 are 64 MiB, enough for matrix products to run at
+# full speed.
 MAX_LOGITS = 2**24
 
 
 def token_logps(
-    hidden: jax.Array, weights: jax.Array, targets: jax.Array, max_logits: int = MAX_LOGITS
+    hidden: jax.Array,
+    weights: jax.Array,
+    targets: jax.Array,
+    max_logits: int = MAX_LOGITS,
+    rows: NamedSharding | None = None,
 ) -> jax.Array:
     """log softmax(hidden @ weights.T)[target] in float32 [B, T].
 
-    Runs over the T axis in chunks of at most `max_logits` logits, so a batch that is sharded over
-    B stays so, and the backward pass recomputes each chunk's logits.
+    Runs over the T axis in chunks of at most `max_logits` logits, and the backward pass recomputes
+    each chunk's logits.
 
     Args:
       hidden: [B, T, D] in the compute type.
       weights: float32 [V, D]. Cast inside each chunk, so that their gradient adds up in float32.
       targets: int32 [B, T].
+      max_logits: on each device.
+      rows: how B is split over devices. Each then runs its own chunks: weights are gathered before
+        the first and their gradient is summed over devices after the last, not in every one.
     """
+    if rows is None:
+        return _token_logps(hidden, weights, targets, max_logits)
+    axes = rows.spec[0]
+
+    def of_device(hidden: jax.Array, weights: jax.Array, targets: jax.Array) -> jax.Array:
+        # Said here, the sum over devices of the gradient is here too, and not inside the loop.
+        weights = jax.lax.pcast(weights, axes, to="varying")
+        return _token_logps(hidden, weights, targets, max_logits)
+
+    split = PartitionSpec(axes)
+    return jax.shard_map(
+        of_device,
+        mesh=rows.mesh,
+        in_specs=(split, PartitionSpec(), split),
+        out_specs=split,
+        axis_names=set(axes),
+    )(hidden, weights, targets)
+
+
+def _token_logps(
+    hidden: jax.Array, weights: jax.Array, targets: jax.Array, max_logits: int
+) -> jax.Array:
     batch, length, size = hidden.shape
     longest = max(1, max_logits // (batch * weights.shape[0]))
     chunks = max(1, -(-length // longest))

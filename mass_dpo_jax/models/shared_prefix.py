@@ -64,7 +64,7 @@ def score(
       max_response: R, static, at least the longest response. The rectangle needs it.
       candidate_chunk: with the rectangle, the number of candidates to run at a time, against the
         prompt's keys and values computed once; bounds memory for long responses.
-      max_logits: logits held at once, over all devices together.
+      max_logits: logits held at once on a device.
     """
     if pooling not in ("response", "all", None):
         raise ValueError(f"pooling: found {pooling!r}, expected 'response', 'all' or None")
@@ -226,6 +226,7 @@ def _per_candidate(
         model.vocabulary_weights(),
         groups.tokens.reshape(batch, -1),
         max_logits,
+        None if model.splits is None else model.splits.stream,
     )
     # [B, G * L, C]: which tokens are whose.
     owner = groups.segments.reshape(batch, -1, 1) == jnp.arange(num_candidates)

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.models.decoder import Splits
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # Prompts are split over both.
@@ -64,6 +65,17 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def split_rows(mesh: Mesh, leading: int = 0) -> NamedSharding:
     """Splits the axis after `leading` others over the batch axes."""
     return NamedSharding(mesh, P(*(None,) * leading, BATCH))
+
+
+def hidden_splits(mesh: Mesh, hidden_size: int) -> Splits | None:
+    """Hidden states lie as prompts do; `embedded` is where an exchange along `fsdp` leads there.
+
+    None: there is one device.
+    """
+    if mesh.size == 1:
+        return None
+    columns = RULES["embed"] if hidden_size % mesh.shape[RULES["embed"]] == 0 else None
+    return Splits(NamedSharding(mesh, P("data", columns)), NamedSharding(mesh, P(BATCH)))
 
 
 def param_shardings(mesh: Mesh, abstract: Any, dims: Any) -> Any:

@@ -24,7 +24,7 @@ from mass_dpo_jax.models.config import DecoderConfig, load_config
 from mass_dpo_jax.models.decoder import Decoder, abstract_decoder, param_dims
 from mass_dpo_jax.models.weights import load_hf
 from mass_dpo_jax.training import checkpoint
-from mass_dpo_jax.training.mesh import param_shardings
+from mass_dpo_jax.training.mesh import hidden_splits, param_shardings
 
 MODEL_FOLDER = "model"  # Inside a run folder: config.json and the tokenizer.
 TOKENIZER_EXAMPLES = 20_000  # A vocabulary does not change with more.
@@ -117,7 +117,12 @@ def open_policy(
             f"has {architecture.vocab_size} entries"
         )
     dtype = jnp.dtype(config.model.dtype)
-    model = abstract_decoder(architecture, dtype=dtype, remat=config.model.remat)
+    model = abstract_decoder(
+        architecture,
+        dtype=dtype,
+        remat=config.model.remat,
+        splits=hidden_splits(mesh, architecture.hidden_size),
+    )
     graphdef, state = nnx.split(model, nnx.Param)
     shapes = nnx.to_pure_dict(state)
     shardings = param_shardings(mesh, shapes, nnx.to_pure_dict(param_dims(state)))

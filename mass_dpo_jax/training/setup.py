@@ -154,7 +154,6 @@ def prepare(config: ConfigDict, workdir: Path | None, splits: Sequence[str]) -> 
         # As large as what training has to hold anyway.
         chunk=1 + method.num_negatives if rectangle else None,
         pooling=config.selection.pooling,
-        mesh=mesh,
     )
     program = Program(scorer, method, policy.shardings)
     buckets = {split: make_buckets(t, method.num_negatives) for split, t in tokens.items()}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -16,13 +15,10 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax import Array
-from jax.sharding import Mesh
 
 from mass_dpo_jax import selection
 from mass_dpo_jax.data.batches import Batch
 from mass_dpo_jax.models import shared_prefix
-from mass_dpo_jax.models.logprobs import MAX_LOGITS
-from mass_dpo_jax.training.mesh import BATCH
 from mass_dpo_jax.training.methods import Method, Responses
 
 Params = Any
@@ -59,7 +55,6 @@ class Scorer:
       max_response: R, the longest response of any batch (the rectangle's width).
       chunk: how many candidates of a rectangle are computed at a time; None: all.
       pooling: `response` or `all`, the tokens whose hidden states make a feature.
-      mesh: the devices.
     """
 
     graphdef: nnx.GraphDef
@@ -67,11 +62,9 @@ class Scorer:
     max_response: int
     chunk: int | None
     pooling: str
-    mesh: Mesh
 
     def __call__(self, params: Params, batch: Batch, features: bool = False) -> Any:
         """Log-probs `[B, C]` and, if asked for, features `[B, C, D]` of every candidate."""
-        shards = math.prod(self.mesh.shape[axis] for axis in BATCH)
         return shared_prefix.score(
             nnx.merge(self.graphdef, params),
             batch.prompts,
@@ -82,7 +75,6 @@ class Scorer:
             layout=self.layout,
             max_response=self.max_response,
             candidate_chunk=self.chunk,
-            max_logits=MAX_LOGITS * shards,
         )
 
     @functools.partial(jax.jit, static_argnums=0)
