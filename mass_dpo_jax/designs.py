@@ -84,10 +84,11 @@ def gram_matrix(features: jax.Array, mask: jax.Array, feature_norm: str) -> jax.
     if feature_norm == "l2":
         norms = jnp.sqrt(jnp.sum(features**2, axis=-1, keepdims=True))
         features = features / jnp.where(norms > 0, norms, 1.0)
-    features = features - features[1 + jnp.argmax(mask)]
     present = jnp.pad(mask, (1, 0), constant_values=True)[:, None]
-    features = jnp.where(present, features, 0.0)
-    mean = jnp.sum(features[1:], axis=0) / jnp.maximum(jnp.sum(mask), 1)
+    features = jnp.where(present, features - features[1 + jnp.argmax(mask)], 0.0)
+    # A product, since XLA sums over rows on a CPU much more slowly than it multiplies.
+    shares = jnp.pad(mask, (1, 0)) / jnp.maximum(jnp.sum(mask), 1)
+    mean = jnp.matmul(shares, features, precision=lax.Precision.HIGHEST)
     features = jnp.where(present, features - mean, 0.0)
     # In full float32: by default a GPU or TPU rounds the factors.
     return jnp.einsum("id,jd->ij", features, features, precision=lax.Precision.HIGHEST)

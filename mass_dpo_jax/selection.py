@@ -201,7 +201,14 @@ def _select_negatives(
 
 def grams(features: jax.Array, mask: jax.Array, settings: Settings) -> jax.Array:
     """What criteria see of features [B, C, D]: float32 [B, C, C]; mask [B, N] as in `Pool`."""
-    return jax.vmap(lambda h, m: designs.gram_matrix(h, m, settings.feature_norm))(features, mask)
+
+    def gram(one: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return designs.gram_matrix(*one, settings.feature_norm)
+
+    if jax.default_backend() == "cpu" and jax.device_count() == 1:
+        # One prompt after another stays in the cache from its centring to its product.
+        return lax.map(gram, (features, mask))
+    return jax.vmap(gram)((features, mask))
 
 
 @design("pool_fisher")

@@ -588,3 +588,17 @@ def test_only_criteria_that_read_scores_need_a_scoring_pass():
 def test_settings_that_cannot_be_are_errors_in_one_line(field, value, message):
     with pytest.raises(UserError, match=message):
         Settings(**{field: value})
+
+
+def test_grams_one_by_one_are_those_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one CPU device prompts go one after another."""
+    rng = np.random.default_rng(0)
+    features = jnp.asarray(rng.normal(size=(5, 7, 33)) + 100, jnp.float32)
+    mask = jnp.asarray(rng.random((5, 6)) < 0.7).at[0].set(False)
+    found = {}
+    for devices in (1, 8):
+        monkeypatch.setattr(jax, "device_count", lambda devices=devices: devices)
+        found[devices] = selection.grams(features, mask, Settings())
+        text = str(jax.make_jaxpr(lambda h, m: selection.grams(h, m, Settings()))(features, mask))
+        assert ("scan" in text) == (devices == 1)
+    np.testing.assert_allclose(found[1], found[8], rtol=1e-6, atol=1e-6)
