@@ -411,6 +411,9 @@ PREDICTIONS = (
     (3, "drawing from the pool weights beats random", "sampled", RANDOM, "above"),
     (3, "... and `contrast` at every step", "sampled", "contrast-step", "above"),
     (3, "... and `set_fisher` at every step", "sampled", "set_fisher-step", "above"),
+    (3, "drawing with replacement beats random", "sampled-replacement", RANDOM, "above"),
+    (3, "... and `contrast` at every step", "sampled-replacement", "contrast-step", "above"),
+    (3, "... and `set_fisher` at every step", "sampled-replacement", "set_fisher-step", "above"),
     (4, "redrawn random negatives beat fixed ones", RANDOM, "random-once", "above"),
     (4, "all negatives beat redrawn random ones", ALL, RANDOM, "above"),
 )  # fmt: skip
