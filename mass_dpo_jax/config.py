@@ -28,6 +28,8 @@ def default() -> ConfigDict:
     # Where the reference's log-probs, large splits' tokens and compiled programs are kept; empty:
     # ~/.cache/mass_dpo_jax.
     c.cache_dir = ""
+    c.dry_run = False  # Print what a step needs of memory and arithmetic, and do not train.
+    c.device_memory_gb = 0.0  # Of one device, in 10^9 bytes, for dry_run; 0: not compared.
 
     c.model = ConfigDict()
     c.model.path = ""  # Hugging Face folder or run folder; empty: random weights (model.scratch).
@@ -90,6 +92,8 @@ def default() -> ConfigDict:
     c.train.warmup_ratio = 0.05  # Share of the steps with linearly growing learning rate.
     c.train.clip = 0.3  # Global norm the gradient is clipped to.
     c.train.weight_decay = 0.0
+    c.train.moments_dtype = "float32"  # Of Adam's moments as stored: float32 | bfloat16.
+    c.train.offload_moments = False  # Keep Adam's moments in the host's memory between updates.
     c.train.eval_every = 100  # Steps between evaluations on the validation split; 0: never.
     c.train.checkpoint_every = 100  # Steps between checkpoints; the last step always saves.
     c.train.keep_checkpoints = 2
@@ -168,6 +172,7 @@ CHOICES = {
     ),
     "odpo.offset": ("score", "rank"),
     "model.dtype": ("float32", "bfloat16"),
+    "train.moments_dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
     "model.layout": ("packed", "rectangle"),
     "model.scratch.model_type": ("llama", "qwen3", "smollm3"),
@@ -187,7 +192,7 @@ POSITIVE = (
 ).split()
 NOT_NEGATIVE = (
     "seed train.steps train.epochs train.warmup_ratio train.weight_decay train.eval_every "
-    "data.max_train data.max_validation data.max_test sft_weight"
+    "data.max_train data.max_validation data.max_test sft_weight device_memory_gb"
 ).split()
 
 

@@ -5,7 +5,8 @@ r"""Trains a policy on preferences with several negatives.
         --config.data.name=lastfm --config.data.path=DIR --workdir=runs/lastfm
 
 Run again on the same --workdir, it goes on from the newest checkpoint; --config may then be left
-out. Every setting and its default stand in mass_dpo_jax/config.py. The work folder gets
+out. With --config.dry_run=True it only says what a step needs of memory and arithmetic. Every
+setting and its default stand in mass_dpo_jax/config.py. The work folder gets
 config.json, metrics.jsonl, metrics.json, checkpoints/ and model/ (architecture and tokenizer), and
 can be given to the other commands, and to this one as --config.model.path.
 """
@@ -24,10 +25,11 @@ from ml_collections import ConfigDict
 
 from mass_dpo_jax import cli, evaluation
 from mass_dpo_jax.data.batches import Batch, Order, make_batch
+from mass_dpo_jax.dry_run import dry_run
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.training import checkpoint, run_folder
 from mass_dpo_jax.training import mesh as mesh_lib
-from mass_dpo_jax.training.optimizer import learning_rate, make_optimizer
+from mass_dpo_jax.training.optimizer import learning_rate, make_optimizer, memory_of_moments
 from mass_dpo_jax.training.policy import save_description
 from mass_dpo_jax.training.refresh import Sets
 from mass_dpo_jax.training.report import Report, StepLog
@@ -141,9 +143,17 @@ def abstract_state(setup: Setup, optimizer: optax.GradientTransformation) -> Any
     """A `TrainState` of shapes and shardings: Adam's moments lie where their weights do."""
     params = setup.policy.abstract
     everywhere = mesh_lib.replicated(setup.mesh)
+    memory = memory_of_moments(setup.config.train, setup.mesh)
+
+    def beside(leaf: Any, weight: Any) -> jax.ShapeDtypeStruct:
+        place = weight.sharding
+        if memory is not None:
+            place = place.with_memory_kind(memory)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
     opt_state = optax.tree_utils.tree_map_params(
         optimizer,
-        lambda leaf, weight: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=weight.sharding),
+        beside,
         jax.eval_shape(optimizer.init, params),
         params,
         transform_non_params=lambda leaf: jax.ShapeDtypeStruct(
@@ -159,6 +169,10 @@ def _shardings(tree: Any) -> Any:
 
 def main() -> None:
     config = cli.required(_CONFIG)
+    if config.dry_run:
+        folder = Path(_WORKDIR.value) if _WORKDIR.value else None
+        print(dry_run(config, folder, SPLITS))
+        return
     if _WORKDIR.value is None:
         raise UserError("--workdir is missing: a folder for checkpoints and metrics")
     done = train(config, Path(_WORKDIR.value))

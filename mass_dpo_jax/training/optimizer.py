@@ -1,11 +1,23 @@
-"""AdamW with linear warm-up, cosine decay and a clipped gradient, as the paper trains."""
+"""AdamW with linear warm-up, cosine decay and a clipped gradient, as the paper trains.
+
+Adam's moments take twice the memory of the weights. They can be stored in bfloat16, and lie in
+the host's memory between updates.
+"""
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
+
+from mass_dpo_jax.errors import UserError
+
+HOST = "pinned_host"  # JAX's name of the host memory that a device can copy from and to.
 
 
 def learning_rate(train: ConfigDict, total_steps: int) -> optax.Schedule:
@@ -15,8 +27,33 @@ def learning_rate(train: ConfigDict, total_steps: int) -> optax.Schedule:
 
 def make_optimizer(train: ConfigDict, total_steps: int) -> optax.GradientTransformation:
     """The same object for the same settings, so that what was compiled for it serves again."""
-    warmup = round(train.warmup_ratio * total_steps)
-    return _optimizer(train.learning_rate, warmup, total_steps, train.clip, train.weight_decay)
+    return _optimizer(
+        train.learning_rate,
+        round(train.warmup_ratio * total_steps),
+        total_steps,
+        train.clip,
+        train.weight_decay,
+        train.moments_dtype,
+        train.offload_moments,
+    )
+
+
+def memory_of_moments(train: ConfigDict, mesh: Mesh) -> str | None:
+    """The memory kind of Adam's moments in shardings; None: the devices' own.
+
+    Raises:
+      UserError: they are to lie in the host's memory, and the devices cannot address it.
+    """
+    if not train.offload_moments:
+        return None
+    device = mesh.devices.flat[0]
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if HOST not in kinds:
+        raise UserError(
+            f"config.train.offload_moments=True: {device.platform} devices know the memories "
+            f"{', '.join(kinds)}; expected {HOST} among them, or the setting False"
+        )
+    return HOST
 
 
 def _schedule(peak: float, warmup: int, total_steps: int) -> optax.Schedule:
@@ -30,9 +67,100 @@ def _schedule(peak: float, warmup: int, total_steps: int) -> optax.Schedule:
 
 @functools.cache
 def _optimizer(
-    peak: float, warmup: int, total_steps: int, clip: float, weight_decay: float
+    peak: float,
+    warmup: int,
+    total_steps: int,
+    clip: float,
+    weight_decay: float,
+    moments_dtype: str,
+    offload: bool,
 ) -> optax.GradientTransformation:
+    adam = optax.scale_by_adam()
+    if moments_dtype == "bfloat16":
+        adam = stored_in_bfloat16(adam)
+    if offload:
+        adam = kept_on_host(adam)
+    # The second part is optax.adamw, taken apart.
     return optax.chain(
-        optax.clip_by_global_norm(clip),
-        optax.adamw(_schedule(peak, warmup, total_steps), weight_decay=weight_decay),
+        clip_by_global_norm(clip),
+        optax.chain(
+            adam,
+            optax.add_decayed_weights(weight_decay),
+            optax.scale_by_learning_rate(_schedule(peak, warmup, total_steps)),
+        ),
     )
+
+
+def clip_by_global_norm(most: float) -> optax.GradientTransformation:
+    """g * most / max(||g||, most): optax's function of this name without its copy of the gradient.
+
+    That divides every entry by the norm, and XLA computes a division once and keeps the results,
+    so all gradients are in memory twice. A product with one number is computed where it is used.
+    """
+
+    def clip(updates: Any, params: Any) -> Any:
+        del params
+        factor = most / jnp.maximum(optax.tree.norm(updates), most)
+        return jax.tree.map(lambda g: g * factor, updates)
+
+    return optax.stateless(clip)
+
+
+def stored_in_bfloat16(adam: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`optax.scale_by_adam` whose moments are bfloat16 between updates; its arithmetic is float32.
+
+    Rounding is stochastic. One update changes the second moment by at most 1/1000 of itself where
+    the gradient shrinks, less than half of bfloat16's spacing of 1/128 to 1/256: rounded to the
+    nearest value it would never move. So each value goes up or down with the probabilities that
+    keep its expectation. The bits depend on the count of updates alone, so a resumed run draws the
+    same.
+    """
+
+    def init(params: optax.Params) -> Any:
+        return _with_moments(adam.init(params), lambda x: x.astype(jnp.bfloat16))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        wide = _with_moments(state, lambda x: x.astype(jnp.float32))
+        updates, new = adam.update(updates, wide, params)
+        leaves, tree = jax.tree.flatten(new.mu)
+        key = jax.random.fold_in(jax.random.key(0), new.count)
+        bits = [
+            jax.random.bits(jax.random.fold_in(key, i), leaf.shape, jnp.uint32)
+            for i, leaf in enumerate(leaves)
+        ]
+        bits = jax.tree.unflatten(tree, bits)
+        mu = jax.tree.map(lambda x, b: _round(x, b & 0xFFFF), new.mu, bits)
+        nu = jax.tree.map(lambda x, b: _round(x, b >> 16), new.nu, bits)
+        return updates, new._replace(mu=mu, nu=nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def kept_on_host(adam: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`adam` whose moments come to the device for the update and go back to the host after it.
+
+    Their first place is that of the state which comes in: see `memory_of_moments`.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        near = _with_moments(state, lambda x: jax.device_put(x, jax.memory.Space.Device))
+        updates, new = adam.update(updates, near, params)
+        return updates, _with_moments(new, lambda x: jax.device_put(x, jax.memory.Space.Host))
+
+    return optax.GradientTransformation(adam.init, update)
+
+
+def _with_moments(state: Any, change: Any) -> Any:
+    """`optax.ScaleByAdamState` with both moments changed, leaf by leaf."""
+    return state._replace(mu=jax.tree.map(change, state.mu), nu=jax.tree.map(change, state.nu))
+
+
+def _round(x: jax.Array, bits: jax.Array) -> jax.Array:
+    """float32 to one of the two bfloat16 around it, by 16 random bits (uint32).
+
+    A bfloat16 is a float32 without its lower 16 bits. They carry over into the upper ones with the
+    probability (lower bits) / 2^16, so the expectation is x.
+    """
+    carried = jax.lax.bitcast_convert_type(x, jnp.uint32) + bits
+    upper = (carried >> 16).astype(jnp.uint16)
+    return jax.lax.bitcast_convert_type(upper, jnp.bfloat16)

@@ -15,7 +15,16 @@ from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.training.checkpoint import latest_step
 
 # Settings that may change when a run goes on: they do not change what it computes.
-FREE = ("mesh.", "cache_dir", "eval.", "train.checkpoint_every", "train.keep_checkpoints")
+FREE = (
+    "mesh.",
+    "cache_dir",
+    "dry_run",
+    "device_memory_gb",
+    "eval.",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.offload_moments",
+)
 
 
 def check(workdir: Path, config: ConfigDict) -> None:

@@ -1,0 +1,416 @@
+"""What a train step needs of a device's memory and arithmetic, from formulas: nothing is allocated.
+
+Weights, gradients, optimizer state and batch are exact: they are the sharded arrays themselves.
+What the backward pass keeps is what JAX's differentiation of the model saves. Temporaries are
+estimates: how many copies of an array live at once is the compiler's choice, and the counts below
+were read off XLA's programs for CPUs in float32, where they are off by some 15%. They hold for the
+attention of models/attention.py, which computes all scores, and not for a fused kernel.
+
+Letters as in docs and models: B prompts (here of a micro-batch, on one device), P and R tokens, G
+groups of L response places (packed: one group of S), D hidden, F inner, V vocabulary, H heads of K.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from mass_dpo_jax.models.config import DecoderConfig
+from mass_dpo_jax.models.decoder import abstract_decoder, param_dims
+from mass_dpo_jax.models.logprobs import MAX_LOGITS
+from mass_dpo_jax.training.mesh import param_shardings, replicated
+
+FLOAT = 4  # Bytes.
+MASKS = FLOAT + 1  # Of a score: its mask, and the zeros that masked gradients become.
+
+
+class Layout(NamedTuple):
+    """B rows of a prompt and G groups of L response places each."""
+
+    batch: int
+    prompt: int
+    groups: int
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        """B (P + G L)."""
+        return self.batch * (self.prompt + self.responses)
+
+    @property
+    def responses(self) -> int:
+        """G L, of one row."""
+        return self.groups * self.length
+
+    @property
+    def pairs(self) -> int:
+        """Query-key pairs whose scores are computed, masked ones too: B (P^2 + G L P + G L^2)."""
+        return sum(self.scores)
+
+    @property
+    def scores(self) -> tuple[int, int, int]:
+        """Pairs among prompt tokens, of responses with the prompt, and within groups."""
+        own = self.responses * self.length
+        return tuple(self.batch * n for n in (self.prompt**2, self.responses * self.prompt, own))  # type: ignore[return-value]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The sizes of a decoder on one device: a dimension that `tensor` devices divide is split.
+
+    Attributes:
+      layers: how many.
+      hidden, inner, vocabulary: D, F, V.
+      heads: H; queries, keys: widths H K and KV K of all heads together; size: K.
+      itemsize: bytes of the compute type.
+      remat: none | dots | full.
+      gathered: are weights split over devices that compute with them whole?
+    """
+
+    layers: int
+    hidden: int
+    inner: int
+    vocabulary: int
+    heads: int
+    queries: int
+    keys: int
+    size: int
+    itemsize: int
+    remat: str
+    gathered: bool = False
+
+    @property
+    def block(self) -> int:
+        """Weights of a layer's matrix products: D (2 H K + 2 KV K + 3 F)."""
+        return self.hidden * (2 * self.queries + 2 * self.keys + 3 * self.inner)
+
+
+def of_device(
+    config: DecoderConfig, itemsize: int, remat: str, fsdp: int = 1, tensor: int = 1
+) -> Model:
+    """The part of a decoder that one device computes with."""
+
+    def part(size: int) -> int:
+        return size // tensor if size % tensor == 0 else size
+
+    return Model(
+        layers=config.num_layers,
+        hidden=config.hidden_size,
+        inner=part(config.intermediate_size),
+        vocabulary=part(config.vocab_size),
+        heads=part(config.num_heads),
+        queries=part(config.num_heads * config.head_dim),
+        keys=part(config.num_kv_heads * config.head_dim),
+        size=config.head_dim,
+        itemsize=itemsize,
+        remat=remat,
+        gathered=fsdp > 1,
+    )
+
+
+def bytes_of(tree: Any) -> int:
+    """Bytes on one device of a tree of `jax.ShapeDtypeStruct`, split as their shardings say."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape) if x.sharding else x.shape) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+    )
+
+
+def state_bytes(
+    config: DecoderConfig, mesh: Mesh, optimizer: optax.GradientTransformation
+) -> tuple[int, int]:
+    """Exact bytes of float32 weights and of the optimizer's state, on one device of `mesh`, of
+    which only names and sizes are read."""
+    state = nnx.state(abstract_decoder(config), nnx.Param)
+    shapes = nnx.to_pure_dict(state)
+    places = param_shardings(mesh, shapes, nnx.to_pure_dict(param_dims(state)))
+
+    def put(leaf: Any, place: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    moments = optax.tree_utils.tree_map_params(
+        optimizer,
+        put,
+        jax.eval_shape(optimizer.init, shapes),
+        places,
+        transform_non_params=lambda leaf: put(leaf, replicated(mesh)),
+    )
+    return bytes_of(jax.tree.map(put, shapes, places)), bytes_of(moments)
+
+
+def batch_bytes(rows: int, prompt: int, responses: int, candidates: int, more: int = 0) -> int:
+    """The arrays of data/batches.py's Batch, a row: tokens, lengths, log-probs, number, `more`."""
+    return rows * (prompt + responses + 2 * candidates + 2 + more) * FLOAT
+
+
+def kept_bytes(m: Model, at: Layout) -> int:
+    """What the forward pass keeps for the backward pass, c bytes a value of the compute type.
+
+    full  a layer's input: D c a token
+    dots  also the results of products with weights (but the last): (2 D + H K + 2 KV K + 2 F) c
+    none  6 F c; of D: c and 2 x 4 a norm, the rest c; heads; rotary angles; one softmax's weights
+          in float32 and, where that is another type, in the compute type: H (4 + c) a pair
+
+    Beside the layers: the final norm's two float32 [tokens, D], what the logits came from and its
+    mask, and rotary angles, if each layer has not its own. The masks of `none` are `MASKS`'.
+    """
+    c, t = m.itemsize, at.tokens
+    wide = FLOAT + (c if c < FLOAT else 0)
+    if m.remat == "full":
+        layer = t * m.hidden * c
+    elif m.remat == "dots":
+        layer = t * (2 * m.hidden + m.queries + 2 * m.keys + 2 * m.inner) * c
+    else:
+        prompt, behind = at.batch * at.prompt, at.batch * at.responses
+        layer = t * (6 * m.inner + 2 * m.hidden + 2 * m.queries) * c
+        layer += t * (4 * m.hidden + m.queries + 2 * m.size) * FLOAT
+        layer += (4 * prompt + 2 * behind) * m.keys * c
+        layer += t * (2 * m.heads + 4) * FLOAT  # Norms' and softmaxes' denominators.
+        layer += at.pairs * m.heads * wide
+    beside = 2 * t * m.hidden * FLOAT + at.batch * at.responses * m.hidden * (c + 1)
+    if m.remat != "none":
+        beside += t * m.size * FLOAT
+    return m.layers * layer + beside
+
+
+def forward_bytes(m: Model, at: Layout) -> int:
+    """Temporaries of a layer in the forward pass: its MLP's, or its attention's.
+
+    mlp        (3 D + 2 F) c a token
+    attention  (D + 2 H K + 2 KV K) c a token and 4 H a pair: those of the prompt twice, or once
+               and those of the responses twice
+    """
+    c, t = m.itemsize, at.tokens
+    prompt, to_prompt, own = (n * m.heads * FLOAT for n in at.scores)
+    mlp = t * (3 * m.hidden + 2 * m.inner) * c
+    scores = max(2 * prompt, prompt + 2 * (to_prompt + own))
+    attention = t * (m.hidden + 2 * m.queries + 2 * m.keys) * c + scores
+    return max(mlp, attention)
+
+
+def backward_bytes(m: Model, at: Layout) -> int:
+    """Temporaries of a layer in the backward pass, recomputed values among them.
+
+    mlp      (3 D + k F + 2 H K + 2 KV K) c a token; k = 5, 4, 3 for full, dots, none; and, where
+             attention was computed again, all pairs' weights (4 + c)
+    norms    7 D c a token
+    heads    (2 D + 5 H K + 5 KV K) c a token
+    scores   (D + 2 H K + 2 KV K) c a token, and a pair's weight (4 + c) and gradient (4): of all
+             pairs and the responses', or of the prompt's
+
+    and, in every layer, `MASKS` a pair and head.
+    """
+    c, t = m.itemsize, at.tokens
+    wide = FLOAT + (c if c < FLOAT else 0)
+    prompt, to_prompt, own = (n * m.heads for n in at.scores)
+    inner = {"full": 5, "dots": 4, "none": 3}[m.remat]
+    every = prompt + to_prompt + own
+    again = 0 if m.remat == "none" else every * wide
+    scores = max(every * wide + (to_prompt + own) * FLOAT, prompt * (wide + FLOAT))
+    return every * MASKS + max(
+        t * (3 * m.hidden + inner * m.inner + 2 * m.queries + 2 * m.keys) * c + again,
+        t * 7 * m.hidden * c,
+        t * (2 * m.hidden + 5 * m.queries + 5 * m.keys) * c,
+        t * (m.hidden + 2 * m.queries + 2 * m.keys) * c + scores,
+    )
+
+
+def weight_copies(m: Model, backward: bool) -> int:
+    """Copies of weights to compute with: a layer's, taken out of the stack in the compute type.
+
+    With `none` and a smaller compute type all layers' are kept; where weights are split, a layer
+    is gathered in float32 and its gradient is whole before it is split again.
+    """
+    whole = m.layers if backward and m.remat == "none" and m.itemsize < FLOAT else 1
+    gathered = m.block * FLOAT * (2 if backward else 1) if m.gathered else 0
+    return whole * m.block * m.itemsize + gathered
+
+
+def logits_bytes(m: Model, at: Layout, backward: bool) -> int:
+    """A chunk of the vocabulary projection: one array of logits, or three in the backward pass,
+    the head's weights in the compute type, and then their gradient."""
+    chunk = logits_chunk(m, at)
+    logits = at.batch * chunk * m.vocabulary * FLOAT
+    head = m.vocabulary * m.hidden
+    copies = (m.itemsize if m.itemsize < FLOAT else 0) + (FLOAT if m.gathered else 0)
+    return (3 if backward else 1) * logits + head * (copies + (FLOAT if backward else 0))
+
+
+def logits_chunk(m: Model, at: Layout) -> int:
+    """Response places of a row whose logits are computed at once, see models/logprobs.py."""
+    longest = max(1, MAX_LOGITS // (at.batch * m.vocabulary))
+    chunks = max(1, -(-at.responses // longest))
+    return -(-at.responses // chunks)
+
+
+def scoring_bytes(m: Model, at: Layout, chunk: int | None) -> int:
+    """Temporaries of scoring a pool, nothing kept for a backward pass.
+
+    Args:
+      chunk: groups computed at a time behind the prompt's keys and values; None: all with it.
+    """
+    if chunk is None or chunk >= at.groups:
+        hidden = 2 * at.tokens * m.hidden * m.itemsize
+        layers = forward_bytes(m, at) + weight_copies(m, backward=False)
+        return max(layers, hidden + logits_bytes(m, at, backward=False))
+    prompt, some = at._replace(groups=0), at._replace(groups=chunk)
+    kept = at.batch * at.prompt * (2 * m.layers * m.keys + m.hidden) * m.itemsize
+    behind = some._replace(prompt=0)
+    scores = m.heads * FLOAT * 2 * sum(some.scores[1:])
+    attention = behind.tokens * (m.hidden + 2 * m.queries + 2 * m.keys) * m.itemsize + scores
+    mlp = behind.tokens * (3 * m.hidden + 2 * m.inner) * m.itemsize
+    logits = 2 * behind.tokens * m.hidden * m.itemsize + logits_bytes(m, behind, backward=False)
+    weights = weight_copies(m, backward=False)
+    return max(
+        forward_bytes(m, prompt) + weights, max(mlp, attention) + weights + kept, logits + kept
+    )
+
+
+def forward_flops(m: Model, at: Layout) -> int:
+    """Operations of a forward pass over all places, 2 a multiplication:
+    layers (2 tokens block + 4 H K pairs) + 2 D V response places."""
+    layer = 2 * at.tokens * m.block + 4 * m.queries * at.pairs
+    return m.layers * layer + logits_flops(m, at)
+
+
+def scoring_flops(m: Model, at: Layout, chunk: int | None) -> int:
+    """`forward_flops` of a pool in chunks of groups, the last filled up; see `scoring_bytes`."""
+    if chunk is None or chunk >= at.groups:
+        return forward_flops(m, at)
+    chunks = -(-at.groups // chunk)
+    layers = forward_flops(m, at._replace(groups=chunks * chunk)) - logits_flops(
+        m, at._replace(groups=chunks * chunk)
+    )
+    return layers + chunks * logits_flops(m, at._replace(groups=chunk))
+
+
+def logits_flops(m: Model, at: Layout) -> int:
+    """2 D V a response place, those that fill up the last chunk too."""
+    chunk = logits_chunk(m, at)
+    return 2 * m.hidden * m.vocabulary * at.batch * chunk * -(-at.responses // chunk)
+
+
+def training_flops(m: Model, at: Layout) -> int:
+    """Forward, backward (twice as much) and what it computes again: the logits, always; `dots`
+    attention; `full` the layers but for their last product."""
+    again = 0
+    if m.remat != "none":
+        again = 4 * m.queries * at.pairs
+    if m.remat == "full":
+        again += 2 * at.tokens * (m.block - m.inner * m.hidden)
+    return 3 * forward_flops(m, at) + m.layers * again + logits_flops(m, at)
+
+
+def useful_flops(m: Model, prompts: np.ndarray, responses: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Of a forward pass over real tokens and the pairs that see each other, nothing twice.
+
+    Args:
+      prompts: `[M]` tokens.
+      responses: `[M, C]` tokens.
+
+    Returns:
+      float64 `[M]` of the prompts, and `[M, C]` of each response behind its prompt.
+    """
+    p, r = prompts.astype(np.float64), responses.astype(np.float64)
+    token, pair = 2.0 * m.layers * m.block, 4.0 * m.layers * m.queries
+    logit = 2.0 * m.hidden * m.vocabulary
+    behind = r * (token + logit) + pair * (r * p[:, None] + r * (r + 1) / 2)
+    return p * token + pair * p * (p + 1) / 2, behind
+
+
+@dataclasses.dataclass(frozen=True)
+class Account:
+    """Bytes on one device.
+
+    Attributes:
+      parameters, gradients, optimizer, batch: float32 weights, their gradient, Adam's state, and
+        all micro-batches of a step.
+      sums: the gradients of earlier micro-batches.
+      copies: of weights, in the backward pass.
+      kept: for the backward pass.
+      scoring, vocabulary, layers: temporaries of scoring the pool and, of the loss, of the
+        vocabulary projection and of a layer.
+      offloaded: the optimizer's state is on the device only during the update.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    batch: int
+    sums: int
+    copies: int
+    kept: int
+    scoring: int
+    vocabulary: int
+    layers: int
+    offloaded: bool
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """What is held in each part of a step; during the update all of an offloaded state, which
+        is the most it can be."""
+        always = self.parameters + self.batch
+        state = always + (0 if self.offloaded else self.optimizer) + self.sums
+        return {
+            "scoring": state + self.scoring,
+            "vocabulary": state + self.kept + self.vocabulary,
+            "layers": state + self.gradients + self.copies + self.kept + self.layers,
+            "update": always + self.optimizer + self.gradients,
+        }
+
+    @property
+    def peak(self) -> int:
+        return max(self.phases.values())
+
+    @property
+    def temporaries(self) -> int:
+        """Of the peak, what is neither weights nor optimizer nor batch: XLA's `temp_size`."""
+        held = self.parameters + self.batch
+        rest = {name: size - held for name, size in self.phases.items()}
+        return max(
+            size - (0 if self.offloaded and name != "update" else self.optimizer)
+            for name, size in rest.items()
+        )
+
+
+def account(
+    m: Model,
+    parameters: int,
+    optimizer: int,
+    batch: int,
+    pool: Layout | None,
+    chunk: int | None,
+    trained: Layout,
+    micro_batches: int,
+    offloaded: bool = False,
+) -> Account:
+    """The account of a step.
+
+    Args:
+      m: the model on one device.
+      parameters, optimizer, batch: exact bytes.
+      pool: what is scored; None: nothing.
+      chunk: see `scoring_bytes`.
+      trained: what the loss sees.
+      micro_batches: of a step.
+    """
+    return Account(
+        parameters=parameters,
+        gradients=parameters,
+        optimizer=optimizer,
+        batch=batch,
+        sums=parameters if micro_batches > 1 else 0,
+        copies=weight_copies(m, backward=True),
+        kept=kept_bytes(m, trained),
+        scoring=0 if pool is None else scoring_bytes(m, pool, chunk),
+        vocabulary=logits_bytes(m, trained, backward=True),
+        layers=backward_bytes(m, trained),
+        offloaded=offloaded,
+    )
