@@ -1,0 +1,294 @@
+"""What the step's benchmarks run: sizes, batches, weights, and our own step on them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from benchmarks import cost
+from mass_dpo_jax import config as config_lib
+from mass_dpo_jax.data import load_examples
+from mass_dpo_jax.data.batches import Batch, Order, Shape, make_batch, make_buckets
+from mass_dpo_jax.data.tokens import Tokens, load_tokenizer, tokenize
+from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.models import shared_prefix
+from mass_dpo_jax.models.config import DecoderConfig
+from mass_dpo_jax.models.decoder import Decoder, abstract_decoder
+from mass_dpo_jax.training import mesh as mesh_lib
+from mass_dpo_jax.training.methods import make_method
+from mass_dpo_jax.training.optimizer import make_optimizer
+from mass_dpo_jax.training.step import Program, Scorer, TrainState
+
+LASTFM_ROWS = 2000  # Enough for buckets like those of the whole split.
+LASTFM_BATCHES = 4  # Timed together: prompts of LastFM have many lengths.
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """Sizes. With `lastfm`, lengths are those of real rows instead of prompt, response and pool."""
+
+    batch: int = 4  # B, prompts in a batch.
+    prompt: int = 160  # P, tokens.
+    response: int = 10  # R.
+    pool: int = 20  # N, negatives to choose from.
+    negatives: int = 3  # n.
+    layout: str = "packed"
+    lastfm: bool = False
+    layers: int = 6
+    width: int = 384
+    heads: int = 6
+    kv_heads: int = 2
+    mlp: int = 1024
+    vocabulary: int = 8192
+
+    @property
+    def model(self) -> DecoderConfig:
+        return DecoderConfig.from_hf(
+            {
+                "model_type": "llama",
+                "vocab_size": self.vocabulary,
+                "hidden_size": self.width,
+                "intermediate_size": self.mlp,
+                "num_hidden_layers": self.layers,
+                "num_attention_heads": self.heads,
+                "num_key_value_heads": self.kv_heads,
+                "max_position_embeddings": 4096,
+                "rms_norm_eps": 1e-5,
+                "initializer_range": self.width**-0.5,
+                "tie_word_embeddings": True,
+            },
+            "a workload",
+        )
+
+
+WORKLOADS = {
+    "W1": Workload(),
+    "W2": Workload(lastfm=True),
+    "W3": Workload(prompt=128, response=256, pool=7, layout="rectangle"),
+}
+
+
+def changed(workload: Workload, changes: Sequence[str]) -> Workload:
+    """The workload with other sizes, `pool=7` and so on.
+
+    Raises:
+      UserError: no such size, or not a number above 0.
+    """
+    sizes = [f.name for f in dataclasses.fields(Workload) if f.type == "int"]
+    for change in changes:
+        name, _, value = change.partition("=")
+        if name not in sizes or not value.isdecimal() or not int(value):
+            raise UserError(
+                f"--change={change}: expected NAME=NUMBER, NAME one of {', '.join(sizes)}"
+            )
+        size: Any = {name: int(value)}
+        workload = dataclasses.replace(workload, **size)
+    return workload
+
+
+class Unshared(Scorer):
+    """Without what the layouts are for: every response is a row behind its own copy of the prompt.
+
+    Needs layout `packed` and no chunk.
+    """
+
+    def __call__(self, params: Any, batch: Batch, features: bool = False) -> Any:
+        lengths = batch.response_lengths
+        rows, candidates = lengths.shape
+        groups = shared_prefix.rectangle(batch.responses, lengths, self.max_response)
+        repeated = batch._replace(
+            prompts=jnp.repeat(batch.prompts, candidates, axis=0),
+            prompt_lengths=jnp.repeat(batch.prompt_lengths, candidates),
+            responses=groups.tokens.reshape(rows * candidates, -1),
+            response_lengths=lengths.reshape(-1, 1),
+        )
+        found = super().__call__(params, repeated, features)
+        return jax.tree.map(lambda x: x.reshape(rows, candidates, *x.shape[2:]), found)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A workload with everything that all programs share.
+
+    Attributes:
+      model: the decoder.
+      config: the package's settings.
+      tokens: the rows that batches are of.
+      batches: on the device; `ref_logps` are the reference's.
+      shapes: theirs.
+      params, reference: two models' weights, nested dicts.
+      mesh: one device.
+    """
+
+    workload: Workload
+    model: DecoderConfig
+    config: ConfigDict
+    tokens: Tokens
+    batches: list[Batch]
+    shapes: list[Shape]
+    params: Any
+    reference: Any
+    mesh: Mesh
+
+    @classmethod
+    def make(
+        cls, workload: Workload, data: str | None = None, tokenizer: str | None = None
+    ) -> Case:
+        """Random weights and tokens; lengths of LastFM in the folder `data` by a tokenizer's.
+
+        Raises:
+          UserError: the data or the tokenizer is not what it should be.
+        """
+        config = config_lib.default()
+        config.num_negatives = workload.negatives
+        config.model.layout = workload.layout
+        config.train.warmup_ratio = 0.0  # So that the first update is one.
+        mesh = mesh_lib.make_mesh(config.mesh, devices=jax.devices()[:1])
+        tokens = _lastfm(workload, data, tokenizer) if workload.lastfm else _random(workload)
+        buckets = make_buckets(tokens, workload.negatives)
+        order = Order(buckets, workload.batch, seed=0)
+        steps = range(min(LASTFM_BATCHES if workload.lastfm else 1, order.steps_per_epoch))
+        params, other = (_weights(workload.model, seed) for seed in (0, 1))
+        case = cls(
+            workload,
+            workload.model,
+            config,
+            tokens,
+            [make_batch(tokens, *order(step), None) for step in steps],
+            [order(step)[1] for step in steps],
+            params,
+            # Near the policy, as references are; equal to it, all losses would be log(1 + n).
+            jax.tree.map(lambda x, y: 0.9 * x + 0.1 * y, params, other),
+            mesh,
+        )
+        scorer = case.program("mass_dpo", "none").scorer
+        for i, batch in enumerate(case.batches):
+            placed = jax.device_put(batch, mesh_lib.split_rows(mesh))
+            logps = scorer.logps(case.reference, placed)
+            case.batches[i] = placed._replace(ref_logps=logps)
+        return case
+
+    def program(self, method: str, remat: str, shared: bool = True) -> Program:
+        """The package's computations by a method of its; without `shared`, prompts are repeated."""
+        config = self.config.copy_and_resolve_references()
+        config.method = method
+        lengths = self.tokens.response_lengths
+        made = make_method(config, largest_pool=lengths.shape[1] - 1)
+        graphdef, _ = nnx.split(abstract_decoder(self.model, remat=remat))
+        chunked = shared and self.workload.layout == "rectangle"
+        scorer = (Scorer if shared else Unshared)(
+            graphdef=graphdef,
+            layout=self.workload.layout if shared else "packed",
+            max_response=self.max_response,
+            chunk=1 + made.num_negatives if chunked else None,
+            pooling=config.selection.pooling,
+        )
+        everywhere = mesh_lib.replicated(self.mesh)
+        return Program(scorer, made, jax.tree.map(lambda _: everywhere, self.params))
+
+    @property
+    def max_response(self) -> int:
+        return -(-int(self.tokens.response_lengths.max()) // 8) * 8
+
+    def passes(
+        self, shape: Shape, shared: bool = True, negatives: int | None = None
+    ) -> tuple[cost.Pass, cost.Pass]:
+        """What our step sends through the decoder to score the pool, and to train.
+
+        Args:
+          negatives: n, if it is not the workload's.
+        """
+        w, widest = self.workload, self.max_response
+        n = w.negatives if negatives is None else negatives
+        sizes = (self.tokens.response_lengths.shape[1], 1 + n)  # Of pools and sets.
+        if not shared:
+            whole, some = (cost.packed(w.batch * size, shape.prompt, widest) for size in sizes)
+        elif w.layout == "packed":
+            room = shape.responses if n == sizes[0] - 1 else shape.selected
+            whole = cost.packed(w.batch, shape.prompt, shape.responses)
+            some = cost.packed(w.batch, shape.prompt, room)
+        else:
+            chunked = -(-sizes[0] // sizes[1]) * sizes[1]  # Pools run in chunks of 1 + n.
+            whole = cost.rectangle(w.batch, shape.prompt, chunked, widest)
+            some = cost.rectangle(w.batch, shape.prompt, sizes[1], widest)
+        return whole, some
+
+
+class Ours:
+    """The package's train step with its state, which every step replaces."""
+
+    def __init__(self, case: Case, program: Program):
+        self.case, self.program = case, program
+        self._optimizer = make_optimizer(case.config.train, total_steps=10**6)
+        everywhere = mesh_lib.replicated(case.mesh)
+        params = jax.tree.map(jnp.copy, case.params)
+        start = TrainState(jnp.int32(0), params, self._optimizer.init(params))
+        self.state = jax.device_put(start, everywhere)
+        self._key = jax.device_put(jax.random.key(0), everywhere)
+        self._batches = jax.tree.map(lambda x: x[None], case.batches)
+
+    def step(self, i: int, numbers: np.ndarray | None = None) -> tuple[jax.Array, Any]:
+        """An update on batch i, without waiting for it: the negatives used [1, B, n], figures."""
+        negatives = None if numbers is None else jnp.asarray(numbers[None], jnp.int32)
+        shape = self.case.shapes[i]
+        everyone = self.program.method.selection.criterion == "all"
+        self.state, used, figures = self.program.train_step(
+            self._optimizer,
+            self.state,
+            self._batches[i],
+            negatives,
+            self._key,
+            shape.responses if everyone else shape.selected,
+        )
+        return used, figures
+
+
+def _weights(model: DecoderConfig, seed: int) -> Any:
+    decoder = Decoder(model, rngs=nnx.Rngs(seed), remat="none")
+    return nnx.to_pure_dict(nnx.state(decoder, nnx.Param))
+
+
+def _random(w: Workload) -> Tokens:
+    """As many rows as a batch has."""
+    rng = np.random.default_rng(0)
+    lengths = np.full((w.batch, 1 + w.pool), w.response, np.int32)
+    return Tokens(
+        ids=[str(i) for i in range(w.batch)],
+        prompt_tokens=rng.integers(1, w.vocabulary, w.batch * w.prompt, dtype=np.int32),
+        prompt_lengths=np.full(w.batch, w.prompt, np.int32),
+        response_tokens=rng.integers(1, w.vocabulary, int(lengths.sum()), dtype=np.int32),
+        response_lengths=lengths,
+        cut={},
+        numbers=np.tile(np.arange(1 + w.pool, dtype=np.int32), (w.batch, 1)),
+    )
+
+
+def _lastfm(w: Workload, data: str | None, tokenizer: str | None) -> Tokens:
+    """Training rows with their true lengths; ids are brought into the model's vocabulary."""
+    if data is None or tokenizer is None:
+        raise UserError("LastFM's lengths need its files and a tokenizer")
+    config = config_lib.default()
+    config.data.update(name="lastfm", path=data, max_train=LASTFM_ROWS)
+    made = load_tokenizer(tokenizer)
+    if not made.chat_template:
+        config.data.chat_template = "none"
+    found = tokenize(load_examples(config.data, "train", 0), made, config.data, progress=False)
+    if not found.response_lengths.all():
+        raise UserError(f"{data}: pools of several sizes; a benchmark needs rows of one size")
+    if found.response_lengths.shape[1] <= w.negatives:
+        raise UserError(
+            f"{data}: pools of {found.response_lengths.shape[1] - 1} negatives, too few"
+        )
+    return dataclasses.replace(
+        found,
+        prompt_tokens=found.prompt_tokens % w.vocabulary,
+        response_tokens=found.response_tokens % w.vocabulary,
+    )
