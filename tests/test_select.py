@@ -75,7 +75,8 @@ def features_of(setup: Any, params: Any, row: int) -> np.ndarray:
     from mass_dpo_jax.data.batches import make_batch
 
     tokens = setup.tokens["all"]
-    batch = make_batch(tokens, np.array([row]), setup.buckets["all"].shapes[-1], None)
+    rows = np.full(jax.device_count(), row)  # Rows split evenly over devices.
+    batch = make_batch(tokens, rows, setup.buckets["all"].shapes[-1], None)
     found = setup.program.scorer(params, jax.tree.map(np.asarray, batch), features=True)
     return np.asarray(found.features[0, tokens.response_lengths[row] > 0], np.float64)
 
