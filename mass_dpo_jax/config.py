@@ -36,6 +36,8 @@ def default() -> ConfigDict:
     c.model.reference_path = ""  # The reference policy; empty: the weights training starts from.
     c.model.dtype = "float32"  # Of the computation: float32 | bfloat16. Weights stay float32.
     c.model.remat = "full"  # What the backward pass recomputes: none | dots | full (each block).
+    # auto: a fused kernel on one GPU with bfloat16, where it agrees with plain | plain | fused.
+    c.model.attention = "auto"
     c.model.layout = "packed"  # Responses behind their prompt: packed | rectangle (long ones).
 
     c.model.scratch = ConfigDict()  # The model and tokenizer made when model.path is empty.
@@ -175,6 +177,7 @@ CHOICES = {
     "train.moments_dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
     "model.layout": ("packed", "rectangle"),
+    "model.attention": ("auto", "plain", "fused"),
     "model.scratch.model_type": ("llama", "qwen3", "smollm3"),
     "data.name": ("jsonl", "hub", "lastfm", "movielens", "medmcqa", "qasc", "synthetic"),
     "data.on_bad_row": ("error", "skip"),

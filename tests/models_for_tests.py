@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
@@ -128,3 +129,12 @@ def write_weights(folder: Path, tensors: dict[str, np.ndarray]) -> Path:
     path = folder / "model.safetensors"
     save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, path)
     return path
+
+
+def pretend_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets jax trace and lower cuDNN's attention where there is no GPU; it cannot run."""
+    from jax._src.cudnn import fused_attention_stablehlo as kernel
+
+    monkeypatch.setattr(kernel, "check_cudnn_version", lambda: 91300)
+    monkeypatch.setattr(kernel, "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(kernel, "is_cuda_compute_capability_equal", lambda capability: False)

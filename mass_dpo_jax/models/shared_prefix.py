@@ -17,8 +17,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mass_dpo_jax.models import attention
+from mass_dpo_jax.models import attention as plain_attention
 from mass_dpo_jax.models.decoder import Decoder
+from mass_dpo_jax.models.fused_attention import Attention
 from mass_dpo_jax.models.logprobs import MAX_LOGITS, token_logps
 
 
@@ -49,6 +50,7 @@ def score(
     max_response: int | None = None,
     candidate_chunk: int | None = None,
     max_logits: int = MAX_LOGITS,
+    attention: Attention = plain_attention,
 ) -> Scored:
     """Scores C candidate responses of each prompt in one forward pass.
 
@@ -65,6 +67,7 @@ def score(
       candidate_chunk: with the rectangle, the number of candidates to run at a time, against the
         prompt's keys and values computed once; bounds memory for long responses.
       max_logits: logits held at once on a device.
+      attention: how: models/attention.py, or a `Fused` of models/fused_attention.py.
     """
     if pooling not in ("response", "all", None):
         raise ValueError(f"pooling: found {pooling!r}, expected 'response', 'all' or None")

@@ -21,6 +21,7 @@ from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.data.token_cache import tokenize_once
 from mass_dpo_jax.data.tokens import Tokens
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.models import fused_attention
 from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training import scoring
 from mass_dpo_jax.training.methods import Method, make_method, uses_reference
@@ -74,6 +75,8 @@ class Setup:
         """What is needed of the reference's weights, computed once and kept in the cache."""
         folder = scoring.cache_folder(self.config.cache_dir)
         key = f"{self.policy.config} {self.config.model.dtype} {scoring.fingerprint(params)}"
+        if isinstance(self.program.scorer.attention, fused_attention.Fused):
+            key += " fused"  # In 16 bits its roundings are not the other's.
         logps = {}
         for split, tokens in self.tokens.items():
             logps[split] = scoring.cached(
@@ -154,6 +157,9 @@ def prepare(config: ConfigDict, workdir: Path | None, splits: Sequence[str]) -> 
         # As large as what training has to hold anyway.
         chunk=1 + method.num_negatives if rectangle else None,
         pooling=config.selection.pooling,
+        attention=fused_attention.choose(
+            config.model.attention, policy.config, config.model.dtype, mesh
+        ),
     )
     program = Program(scorer, method, policy.shardings)
     buckets = {split: make_buckets(t, method.num_negatives) for split, t in tokens.items()}

@@ -18,7 +18,8 @@ from jax import Array
 
 from mass_dpo_jax import selection
 from mass_dpo_jax.data.batches import Batch
-from mass_dpo_jax.models import shared_prefix
+from mass_dpo_jax.models import attention, shared_prefix
+from mass_dpo_jax.models.fused_attention import Attention
 from mass_dpo_jax.training.methods import Method, Responses
 
 Params = Any
@@ -55,6 +56,7 @@ class Scorer:
       max_response: R, the longest response of any batch (the rectangle's width).
       chunk: how many candidates of a rectangle are computed at a time; None: all.
       pooling: `response` or `all`, the tokens whose hidden states make a feature.
+      attention: plain, or by a fused kernel.
     """
 
     graphdef: nnx.GraphDef
@@ -62,6 +64,7 @@ class Scorer:
     max_response: int
     chunk: int | None
     pooling: str
+    attention: Attention = attention
 
     def __call__(self, params: Params, batch: Batch, features: bool = False) -> Any:
         """Log-probs `[B, C]` and, if asked for, features `[B, C, D]` of every candidate."""
@@ -75,6 +78,7 @@ class Scorer:
             layout=self.layout,
             max_response=self.max_response,
             candidate_chunk=self.chunk,
+            attention=self.attention,
         )
 
     @functools.partial(jax.jit, static_argnums=0)

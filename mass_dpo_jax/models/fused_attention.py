@@ -1,0 +1,241 @@
+"""What attends to what, by one fused kernel (cuDNN's) that never writes scores to memory.
+
+The functions of models/attention.py for GPUs and 16-bit types, equal to them up to rounding. There
+is one call for the prompt, causal, and one for the responses, whose keys are the prompt's and their
+own group's under a mask: one softmax over both. (Two calls merged by their log-sum-exp would train
+on wrong gradients: the kernel's backward pass ignores that of the log-sum-exp.) Groups are batch
+rows, so that none computes pairs with another's; the packed layout has one group.
+
+The kernel gets a mask as a bias [B * G, 1, L, P + L] in the compute type, all heads sharing it,
+and, in jax 0.10, writes a gradient of the same size that nothing reads. For 16 prompts of 160
+tokens with 200 response places that is 2.3 MB, where one layer's scores in float32 for 24 heads
+are 110 MB. Masked pairs are computed: of all operations of a 3B model's step they are some 2%. A
+row a response without any mask, causal, would need no bias, but a query for every prompt token of
+every response: for short responses many times the tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.models import attention as plain
+from mass_dpo_jax.models.config import DecoderConfig
+
+if TYPE_CHECKING:
+    from mass_dpo_jax.models.decoder import Attend
+
+_log = logging.getLogger(__name__)
+
+# jax refuses a backward pass with an odd number of queries or keys. With multiples of 8 each row of
+# a 16-bit bias begins at a multiple of 16 bytes, the most a thread loads at once.
+ALIGNMENT = 8
+CHOICES = ("auto", "plain", "fused")
+# Relative, of outputs and gradients: two roundings to bfloat16 differ by some 0.005, a single key
+# that one query sees and should not by 0.03.
+MOST = 0.02
+
+
+class Attention(Protocol):
+    """What `shared_prefix.score` needs: models/attention.py itself, or a `Fused`."""
+
+    def causal(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, extra: Any = None
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]: ...
+
+    def shared_prefix(
+        self, prompt_size: int, prompt_lengths: jax.Array, segments: jax.Array
+    ) -> Attend: ...
+
+    def behind_prompt(self, prompt_lengths: jax.Array, segments: jax.Array) -> Attend: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Fused:
+    """The three functions of models/attention.py. Equal by value: part of a static argument.
+
+    Attributes:
+      implementation: `cudnn`; or `xla`, the same calls in plain operations, for tests.
+    """
+
+    implementation: Literal["cudnn", "xla"] = "cudnn"
+
+    def causal(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, extra: Any = None
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """See models/attention.py."""
+        del extra
+        length = query.shape[1]
+        # No real token comes after those of padding, so they need no mask.
+        q, k, v = (_pad(x, -length % ALIGNMENT) for x in (query, key, value))
+        return self._attend(q, k, v, None)[:, :length], (key, value)
+
+    def shared_prefix(
+        self, prompt_size: int, prompt_lengths: jax.Array, segments: jax.Array
+    ) -> Attend:
+        """See models/attention.py."""
+        responses = self.behind_prompt(prompt_lengths, segments)
+
+        def attend(
+            query: jax.Array, key: jax.Array, value: jax.Array, extra: Any
+        ) -> tuple[jax.Array, None]:
+            del extra
+            q, k, v = (x[:, :prompt_size] for x in (query, key, value))
+            prompt, keys_values = self.causal(q, k, v)
+            q, k, v = (x[:, prompt_size:] for x in (query, key, value))
+            response, _ = responses(q, k, v, keys_values)
+            return jnp.concatenate([prompt, response], axis=1), None
+
+        return attend
+
+    def behind_prompt(self, prompt_lengths: jax.Array, segments: jax.Array) -> Attend:
+        """See models/attention.py."""
+        batch, groups, length = segments.shape
+
+        def attend(
+            query: jax.Array, key: jax.Array, value: jax.Array, extra: Any
+        ) -> tuple[jax.Array, None]:
+            prompt_size = extra[0].shape[1]
+            more_queries = -length % ALIGNMENT
+            more_keys = -(prompt_size + length) % ALIGNMENT
+
+            def rows(x: jax.Array) -> jax.Array:  # [B, G * L, heads, K] -> [B * G, L, heads, K]
+                return x.reshape(batch * groups, length, *x.shape[2:])
+
+            def with_prompt(of_prompt: jax.Array, own: jax.Array) -> jax.Array:
+                """[B, P, KV, K] and [B, G * L, KV, K] -> [B * G, P + L + padding, KV, K]."""
+                repeated = jnp.repeat(of_prompt, groups, axis=0)
+                return _pad(jnp.concatenate([repeated, rows(own)], axis=1), more_keys)
+
+            visible = _visible(prompt_size, prompt_lengths, segments)
+            # No row may see nothing: the kernel would subtract huge numbers from each other. So
+            # queries of padding see all; their gradient is zero.
+            visible = jnp.pad(visible, ((0, 0), (0, more_queries), (0, 0)), constant_values=True)
+            visible = jnp.pad(visible, ((0, 0), (0, 0), (0, more_keys)), constant_values=False)
+            seen = self._attend(
+                _pad(rows(query), more_queries),
+                with_prompt(extra[0], key),
+                with_prompt(extra[1], value),
+                visible[:, None],
+            )
+            return seen[:, :length].reshape(query.shape), None
+
+        return attend
+
+    def _attend(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array | None
+    ) -> jax.Array:
+        """[rows, L, H, K] and [rows, keys, KV, K] -> [rows, L, H, K].
+
+        Args:
+          visible: bool [rows, 1, L, keys]; None: causal, where the kernel leaves pairs out. As a
+            mask and not as a bias: newer versions of jax then ask for no gradient of it.
+        """
+        return jax.nn.dot_product_attention(
+            query,
+            key,
+            value,
+            mask=visible,
+            scale=1.0,  # Queries are scaled.
+            is_causal=visible is None,
+            implementation=self.implementation,
+        )
+
+
+def _pad(x: jax.Array, more: int) -> jax.Array:
+    """[rows, L, heads, K] -> [rows, L + more, heads, K], zeros behind."""
+    return jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0)))
+
+
+def _visible(prompt_size: int, prompt_lengths: jax.Array, segments: jax.Array) -> jax.Array:
+    """Which of the prompt's and its own group's keys a response's token sees: bool
+    [B * G, L, P + L], never none, since a token sees itself."""
+    batch, groups, length = segments.shape
+    real = jnp.arange(prompt_size) < prompt_lengths[:, None]  # [B, P]
+    real = jnp.broadcast_to(real[:, None, None], (batch, groups, length, prompt_size))
+    own = segments[..., :, None] == segments[..., None, :]  # [B, G, L, L]
+    own &= jnp.tri(length, dtype=bool)
+    return jnp.concatenate([real, own], axis=-1).reshape(batch * groups, length, -1)
+
+
+def choose(setting: str, config: DecoderConfig, dtype: DTypeLike, mesh: Mesh) -> Attention:
+    """What `config.model.attention` means on these devices.
+
+    `auto` is the fused kernel on a single GPU where it computes what plain attention does: that is
+    tried, on a small example. On several GPUs nobody has run it, so there it has to be asked for.
+
+    Raises:
+      UserError: `fused`, and it cannot be.
+    """
+    if setting == "plain":
+        return plain
+    found = obstacle(config, jnp.dtype(dtype), mesh)
+    if setting == "fused":
+        if found is not None:
+            raise UserError(f"config.model.attention=fused: {found}; expected auto or plain")
+        return Fused()
+    if found is None and mesh.size == 1:
+        return Fused()
+    if mesh.devices.flat[0].platform == "gpu":
+        why = found or "several devices (config.model.attention=fused would try it)"
+        _log.info(f"attention without a fused kernel: {why}")
+    return plain
+
+
+def obstacle(config: DecoderConfig, dtype: jnp.dtype, mesh: Mesh) -> str | None:
+    """Why the kernel cannot run there, or None."""
+    platform = mesh.devices.flat[0].platform
+    if platform != "gpu":
+        return f"the kernel is cuDNN's, and this run is on {platform}"
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"the kernel needs config.model.dtype=bfloat16, not {dtype.name}"
+    if mesh.shape["tensor"] > 1:
+        return f"heads are split (mesh.tensor={mesh.shape['tensor']}), which nobody has tried"
+    try:
+        error = difference(Fused(), config, dtype)
+    except (NotImplementedError, RuntimeError, ValueError) as failure:
+        return f"the kernel failed: {str(failure).splitlines()[0]}"
+    if not error <= MOST:  # Nor is a NaN.
+        return f"the kernel is off by {error:.2g} on a small example, expected at most {MOST}"
+    return None
+
+
+def difference(fused: Attention, config: DecoderConfig, dtype: DTypeLike) -> float:
+    """The largest relative difference to plain attention, of outputs and of gradients.
+
+    On rows with padding, an absent response and lengths that are no multiples of anything; heads
+    as the model's.
+    """
+    prompt, length = 21, 13
+    prompt_lengths = jnp.array([prompt, 6])
+    segments = jnp.array([[[0] * 5 + [2] * 7 + [3]], [[1] * 4 + [3] * 9]])
+    heads, kv_heads, size = config.num_heads, config.num_kv_heads, config.head_dim
+    keys = jax.random.split(jax.random.key(0), 4)
+    query, key, value, weights = (
+        jax.random.normal(k, (2, prompt + length, n, size), jnp.float32).astype(dtype)
+        for k, n in zip(keys, (heads, kv_heads, kv_heads, heads), strict=True)
+    )
+    query *= jnp.asarray(size**-0.5, dtype)
+
+    @jax.jit
+    def outputs(query: jax.Array, key: jax.Array, value: jax.Array) -> Any:
+        def values(attention: Attention) -> Any:
+            attend = attention.shared_prefix(prompt, prompt_lengths, segments)
+            seen, vjp = jax.vjp(lambda q, k, v: attend(q, k, v, None)[0], query, key, value)
+            return seen, *vjp(weights)
+
+        return values(fused), values(plain)
+
+    found, expected = outputs(query, key, value)
+    errors = []
+    for a, b in zip(found, expected, strict=True):
+        a, b = (x.astype(jnp.float32) for x in (a, b))
+        errors.append(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
+    return float(jnp.max(jnp.stack(errors)))
