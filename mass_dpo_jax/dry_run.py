@@ -6,6 +6,7 @@ be larger than the devices at hand.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import tempfile
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from ml_collections import ConfigDict
 from mass_dpo_jax.config import refresh_window
 from mass_dpo_jax.data.batches import Shape
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.models.fused_attention import Fused
 from mass_dpo_jax.training import account as account_lib
 from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training.account import Account, Layout, Model
@@ -54,10 +56,14 @@ def dry_run(config: ConfigDict, workdir: Path | None, splits: Sequence[str]) -> 
         mesh_lib.check_batch(mesh, name, config[group][field])
     here = config.copy_and_resolve_references()
     here.mesh.update(data=1, fsdp=1, tensor=-1)  # Whatever devices there are: they hold nothing.
+    if config.model.attention == "fused":  # And need not be able to.
+        here.model.attention = "plain"
     with tempfile.TemporaryDirectory() as empty:
         known = workdir is not None and (workdir / "config.json").exists()
         folder = workdir if known else Path(empty)
         setup = prepare(here, None if config.model.path else folder, splits)
+    if config.model.attention == "fused":
+        setup = _with_fused(setup)
     accounts = {shape: of_shape(setup, mesh, shape) for shape in setup.buckets["train"].shapes}
     shape = max(accounts, key=lambda shape: accounts[shape].peak)
     evaluation = accounts[shape].parameters + accounts[shape].batch + _evaluation(setup, mesh)
@@ -132,7 +138,16 @@ def of_mesh(setup: Setup, mesh: Mesh | None) -> Model:
     """The model on one device; None: on one that holds everything."""
     itemsize = np.dtype(setup.config.model.dtype).itemsize
     sizes = {} if mesh is None else {axis: mesh.shape[axis] for axis in ("fsdp", "tensor")}
-    return account_lib.of_device(setup.policy.config, itemsize, setup.config.model.remat, **sizes)
+    fused = isinstance(setup.program.scorer.attention, Fused)
+    return account_lib.of_device(
+        setup.policy.config, itemsize, setup.config.model.remat, fused=fused, **sizes
+    )
+
+
+def _with_fused(setup: Setup) -> Setup:
+    """The same with a fused kernel, which the devices at hand may not have."""
+    scorer = dataclasses.replace(setup.program.scorer, attention=Fused())
+    return dataclasses.replace(setup, program=dataclasses.replace(setup.program, scorer=scorer))
 
 
 def layouts(setup: Setup, shape: Shape, batch: int) -> tuple[Layout, Layout]:

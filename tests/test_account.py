@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers import WORDS, tiny_config, write_jsonl
-from models_for_tests import hf_config
+from models_for_tests import hf_config, pretend_a_gpu
 from test_commands import command, refused
 
 from benchmarks import cost
@@ -29,6 +29,7 @@ from mass_dpo_jax.dry_run import abstract_mesh, dry_run
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models.config import DecoderConfig
 from mass_dpo_jax.models.decoder import abstract_decoder
+from mass_dpo_jax.models.fused_attention import Fused
 from mass_dpo_jax.training import account as account_lib
 from mass_dpo_jax.training.account import Layout
 from mass_dpo_jax.training.methods import make_method
@@ -77,10 +78,10 @@ def test_weights_and_optimizer_are_exact_on_a_mesh(tmp_path: Path, dtype: str) -
     assert found.parameters == found.gradients == on_device(params)
 
 
-def program(remat: str, layout: str, dtype: str) -> Program:
+def program(remat: str, layout: str, dtype: str, model: DecoderConfig = MODEL) -> Program:
     config = config_lib.default()
     config.num_negatives = NEGATIVES
-    graphdef, _ = nnx.split(abstract_decoder(MODEL, dtype=jnp.dtype(dtype), remat=remat))
+    graphdef, _ = nnx.split(abstract_decoder(model, dtype=jnp.dtype(dtype), remat=remat))
     scorer = Scorer(
         graphdef=graphdef,
         layout=layout,
@@ -91,9 +92,9 @@ def program(remat: str, layout: str, dtype: str) -> Program:
     return Program(scorer, make_method(config, POOL), None)
 
 
-def arguments(rows: int) -> tuple[Any, Batch]:
+def arguments(rows: int, model: DecoderConfig = MODEL) -> tuple[Any, Batch]:
     """Shapes of weights and of a batch."""
-    params = nnx.to_pure_dict(nnx.state(abstract_decoder(MODEL), nnx.Param))
+    params = nnx.to_pure_dict(nnx.state(abstract_decoder(model), nnx.Param))
     integers = [(rows, PROMPT), (rows,), (rows, (1 + POOL) * RESPONSE), (rows, 1 + POOL)]
     made = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in integers]
     reference = jax.ShapeDtypeStruct((rows, 1 + POOL), jnp.float32)
@@ -147,6 +148,46 @@ def test_kept_bytes_are_what_differentiation_saves(remat: str, layout: str, dtyp
 
     # What does not grow with the batch are weights.
     assert kept(6) - kept(2) == pytest.approx(saved(6) - saved(2), rel=0.04)
+
+
+@pytest.mark.parametrize("layout", ["packed", "rectangle"])
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_kept_bytes_of_a_fused_kernel(
+    remat: str, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced, not run: the kernel's own rules say what it keeps."""
+    pretend_a_gpu(monkeypatch)
+    config = dataclasses.replace(MODEL, head_dim=16)  # The kernel takes multiples of 8.
+    model = account_lib.of_device(config, 2, remat, fused=True)
+    made = program(remat, layout, "bfloat16", config)
+    made = dataclasses.replace(made, scorer=dataclasses.replace(made.scorer, attention=Fused()))
+
+    def saved(rows: int) -> int:
+        def residuals(params: Any, batch: Batch, numbers: Any) -> Any:
+            return jax.vjp(lambda p: loss(made)(p, batch, numbers), params)[1]
+
+        found = jax.eval_shape(residuals, *arguments(rows, config), numbers(rows))
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(found))
+
+    _, _, trained = layouts(layout, 4)
+    kept = account_lib.kept_bytes(model, trained)
+    assert kept == pytest.approx(saved(6) - saved(2), rel=0.04)
+    plain = account_lib.kept_bytes(dataclasses.replace(model, fused=False), trained)
+    assert kept < 0.7 * plain if remat == "none" else kept == plain
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_a_fused_kernel_holds_no_scores(remat: str) -> None:
+    """Temporaries grow with the number of heads by no pair of tokens."""
+    one = account_lib.of_device(MODEL, 2, remat, fused=True)
+    many = dataclasses.replace(one, heads=one.heads + 1)
+    pool, chunk, trained = layouts("rectangle", 2)
+    for layout in (trained, trained._replace(prompt=400)):
+        for of in (account_lib.kept_bytes, account_lib.backward_bytes, account_lib.forward_bytes):
+            assert of(many, layout) - of(one, layout) <= 4 * layout.tokens * one.layers
+    assert account_lib.scoring_bytes(one, pool, chunk) < account_lib.scoring_bytes(
+        dataclasses.replace(one, fused=False, heads=24), pool, chunk
+    )
 
 
 @pytest.mark.parametrize(("remat", "layout"), [case[:2] for case in CASES])
@@ -245,6 +286,13 @@ def test_dry_run_of_a_mesh_that_is_not_here(tmp_path: Path, hf_folder: Path) -> 
         config.device_memory_gb = memory
         config.model.update(dtype="float32", remat="full")
         assert dry_run(config, None, train_lib.SPLITS).splitlines()[-1].startswith(verdict)
+
+    config.model.update(dtype="bfloat16", remat="none")
+    plain = dry_run(config, None, train_lib.SPLITS)
+    config.model.attention = "fused"  # Nor need the kernel be here.
+    fused = dry_run(config, None, train_lib.SPLITS)
+    assert gigabytes(fused, "kept for") < 0.9 * gigabytes(plain, "kept for")
+    config.model.update(dtype="float32", remat="full", attention="auto")
 
     config.mesh.update(data=-1, fsdp=3)
     with pytest.raises(UserError, match=r"this machine's 8 device\(s\), .* no multiple of 6"):

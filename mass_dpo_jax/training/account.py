@@ -3,8 +3,9 @@
 Weights, gradients, optimizer state and batch are exact: they are the sharded arrays themselves.
 What the backward pass keeps is what JAX's differentiation of the model saves. Temporaries are
 estimates: how many copies of an array live at once is the compiler's choice, and the counts below
-were read off XLA's programs for CPUs in float32, where they are off by some 15%. They hold for the
-attention of models/attention.py, which computes all scores, and not for a fused kernel.
+were read off XLA's programs for CPUs in float32, where they are off by some 15%. A fused kernel
+(models/fused_attention.py) has no scores; what it holds instead nobody has measured, and its
+operations are counted as if they were those of plain attention.
 
 Letters as in docs and models: B prompts (here of a micro-batch, on one device), P and R tokens, G
 groups of L response places (packed: one group of S), D hidden, F inner, V vocabulary, H heads of K.
@@ -60,6 +61,11 @@ class Layout(NamedTuple):
         own = self.responses * self.length
         return tuple(self.batch * n for n in (self.prompt**2, self.responses * self.prompt, own))  # type: ignore[return-value]
 
+    @property
+    def repeated(self) -> int:
+        """Keys of a fused kernel's responses, the prompt's again for every group: B G (P + L)."""
+        return self.batch * self.groups * (self.prompt + self.length)
+
 
 @dataclasses.dataclass(frozen=True)
 class Model:
@@ -72,6 +78,7 @@ class Model:
       itemsize: bytes of the compute type.
       remat: none | dots | full.
       gathered: are weights split over devices that compute with them whole?
+      fused: is attention a fused kernel?
     """
 
     layers: int
@@ -85,6 +92,7 @@ class Model:
     itemsize: int
     remat: str
     gathered: bool = False
+    fused: bool = False
 
     @property
     def block(self) -> int:
@@ -93,7 +101,12 @@ class Model:
 
 
 def of_device(
-    config: DecoderConfig, itemsize: int, remat: str, fsdp: int = 1, tensor: int = 1
+    config: DecoderConfig,
+    itemsize: int,
+    remat: str,
+    fsdp: int = 1,
+    tensor: int = 1,
+    fused: bool = False,
 ) -> Model:
     """The part of a decoder that one device computes with."""
 
@@ -112,6 +125,7 @@ def of_device(
         itemsize=itemsize,
         remat=remat,
         gathered=fsdp > 1,
+        fused=fused,
     )
 
 
@@ -156,10 +170,12 @@ def kept_bytes(m: Model, at: Layout) -> int:
     full  a layer's input: D c a token
     dots  also the results of products with weights (but the last): (2 D + H K + 2 KV K + 2 F) c
     none  6 F c; of D: c and 2 x 4 a norm, the rest c; heads; rotary angles; one softmax's weights
-          in float32 and, where that is another type, in the compute type: H (4 + c) a pair
+          in float32 and, where that is another type, in the compute type: H (4 + c) a pair.
+          Fused: the kernel's queries, keys, values, outputs and H log-sum-exps a token instead
 
     Beside the layers: the final norm's two float32 [tokens, D], what the logits came from and its
-    mask, and rotary angles, if each layer has not its own. The masks of `none` are `MASKS`'.
+    mask, and rotary angles, if each layer has not its own. The masks of `none` are `MASKS`'; fused,
+    it is one bias of the compute type.
     """
     c, t = m.itemsize, at.tokens
     wide = FLOAT + (c if c < FLOAT else 0)
@@ -170,14 +186,37 @@ def kept_bytes(m: Model, at: Layout) -> int:
     else:
         prompt, behind = at.batch * at.prompt, at.batch * at.responses
         layer = t * (6 * m.inner + 2 * m.hidden + 2 * m.queries) * c
-        layer += t * (4 * m.hidden + m.queries + 2 * m.size) * FLOAT
-        layer += (4 * prompt + 2 * behind) * m.keys * c
-        layer += t * (2 * m.heads + 4) * FLOAT  # Norms' and softmaxes' denominators.
-        layer += at.pairs * m.heads * wide
+        layer += t * (4 * m.hidden + 2 * m.size) * FLOAT
+        if m.fused:
+            layer += t * m.queries * c + (2 * prompt + 2 * at.repeated) * m.keys * c
+            layer += t * (m.heads + 4) * FLOAT  # Norms' denominators, too.
+        else:
+            layer += t * m.queries * FLOAT + (4 * prompt + 2 * behind) * m.keys * c
+            layer += t * (2 * m.heads + 4) * FLOAT  # Norms' and softmaxes' denominators.
+            layer += at.pairs * m.heads * wide
     beside = 2 * t * m.hidden * FLOAT + at.batch * at.responses * m.hidden * (c + 1)
+    if m.fused and m.remat == "none":
+        beside += bias_bytes(m, at)
     if m.remat != "none":
         beside += t * m.size * FLOAT
     return m.layers * layer + beside
+
+
+def bias_bytes(m: Model, at: Layout) -> int:
+    """A fused kernel's mask of the responses, in the compute type and for all heads: c a pair."""
+    return sum(at.scores[1:]) * m.itemsize
+
+
+def fused_bytes(m: Model, at: Layout, copies: int = 1) -> int:
+    """What a fused kernel has beside queries, keys and values of the layer: its own copies of
+    those, keys repeated for every group, log-sum-exps, the mask (1 a pair) and its bias.
+
+    Args:
+      copies: 2 with gradients of all these.
+    """
+    rows = (at.tokens * 2 * m.queries + at.repeated * 2 * m.keys) * m.itemsize
+    mask = sum(at.scores[1:])
+    return copies * (rows + bias_bytes(m, at)) + at.tokens * m.heads * FLOAT + mask
 
 
 def forward_bytes(m: Model, at: Layout) -> int:
@@ -185,12 +224,14 @@ def forward_bytes(m: Model, at: Layout) -> int:
 
     mlp        (3 D + 2 F) c a token
     attention  (D + 2 H K + 2 KV K) c a token and 4 H a pair: those of the prompt twice, or once
-               and those of the responses twice
+               and those of the responses twice; `fused_bytes` instead
     """
     c, t = m.itemsize, at.tokens
     prompt, to_prompt, own = (n * m.heads * FLOAT for n in at.scores)
     mlp = t * (3 * m.hidden + 2 * m.inner) * c
     scores = max(2 * prompt, prompt + 2 * (to_prompt + own))
+    if m.fused:
+        scores = fused_bytes(m, at)
     attention = t * (m.hidden + 2 * m.queries + 2 * m.keys) * c + scores
     return max(mlp, attention)
 
@@ -205,7 +246,7 @@ def backward_bytes(m: Model, at: Layout) -> int:
     scores   (D + 2 H K + 2 KV K) c a token, and a pair's weight (4 + c) and gradient (4): of all
              pairs and the responses', or of the prompt's
 
-    and, in every layer, `MASKS` a pair and head.
+    and, in every layer, `MASKS` a pair and head. Fused: `fused_bytes` for pairs, no `MASKS`.
     """
     c, t = m.itemsize, at.tokens
     wide = FLOAT + (c if c < FLOAT else 0)
@@ -214,7 +255,11 @@ def backward_bytes(m: Model, at: Layout) -> int:
     every = prompt + to_prompt + own
     again = 0 if m.remat == "none" else every * wide
     scores = max(every * wide + (to_prompt + own) * FLOAT, prompt * (wide + FLOAT))
-    return every * MASKS + max(
+    masks = every * MASKS
+    if m.fused:
+        masks, again = 0, 0 if m.remat == "none" else fused_bytes(m, at)
+        scores = fused_bytes(m, at, copies=2)
+    return masks + max(
         t * (3 * m.hidden + inner * m.inner + 2 * m.queries + 2 * m.keys) * c + again,
         t * 7 * m.hidden * c,
         t * (2 * m.hidden + 5 * m.queries + 5 * m.keys) * c,
@@ -264,6 +309,8 @@ def scoring_bytes(m: Model, at: Layout, chunk: int | None) -> int:
     kept = at.batch * at.prompt * (2 * m.layers * m.keys + m.hidden) * m.itemsize
     behind = some._replace(prompt=0)
     scores = m.heads * FLOAT * 2 * sum(some.scores[1:])
+    if m.fused:  # Of `some`, since the keys include the prompt's.
+        scores = fused_bytes(m, some)
     attention = behind.tokens * (m.hidden + 2 * m.queries + 2 * m.keys) * m.itemsize + scores
     mlp = behind.tokens * (3 * m.hidden + 2 * m.inner) * m.itemsize
     logits = 2 * behind.tokens * m.hidden * m.itemsize + logits_bytes(m, behind, backward=False)
