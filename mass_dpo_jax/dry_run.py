@@ -22,6 +22,7 @@ from mass_dpo_jax.config import refresh_window
 from mass_dpo_jax.data.batches import Shape
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models.fused_attention import Fused
+from mass_dpo_jax.models.logprobs import max_logits_of
 from mass_dpo_jax.training import account as account_lib
 from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training.account import Account, Layout, Model
@@ -138,15 +139,22 @@ def of_mesh(setup: Setup, mesh: Mesh | None) -> Model:
     """The model on one device; None: on one that holds everything."""
     itemsize = np.dtype(setup.config.model.dtype).itemsize
     sizes = {} if mesh is None else {axis: mesh.shape[axis] for axis in ("fsdp", "tensor")}
-    fused = isinstance(setup.program.scorer.attention, Fused)
+    scorer = setup.program.scorer
     return account_lib.of_device(
-        setup.policy.config, itemsize, setup.config.model.remat, fused=fused, **sizes
+        setup.policy.config,
+        itemsize,
+        setup.config.model.remat,
+        fused=isinstance(scorer.attention, Fused),
+        max_logits=scorer.max_logits,
+        **sizes,
     )
 
 
 def _with_fused(setup: Setup) -> Setup:
-    """The same with a fused kernel, which the devices at hand may not have."""
-    scorer = dataclasses.replace(setup.program.scorer, attention=Fused())
+    """The same as on a GPU, which the devices at hand need not be."""
+    scorer = dataclasses.replace(
+        setup.program.scorer, attention=Fused(), max_logits=max_logits_of("gpu")
+    )
     return dataclasses.replace(setup, program=dataclasses.replace(setup.program, scorer=scorer))
 
 

@@ -8,9 +8,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mass_dpo_jax.models.attention import einsum_f32
 
-# Logits held at once on a device: 2^24 float32 are 64 MiB, enough for matrix products to run at
-# full speed.
+# Logits held at once on a device: 2^24 float32 are 64 MiB, enough for a CPU's matrix products to
+# run at full speed. Accelerators multiply so fast that reading and casting the weights of the head
+# and adding to their gradient, once a chunk, would take longer: 2^27 are 1,000 places of a
+# vocabulary of 128,256.
 MAX_LOGITS = 2**24
+ACCELERATOR_MAX_LOGITS = 2**27
+
+
+def max_logits_of(platform: str) -> int:
+    """For devices of a platform: cpu, gpu, tpu."""
+    return MAX_LOGITS if platform == "cpu" else ACCELERATOR_MAX_LOGITS
 
 
 def token_logps(

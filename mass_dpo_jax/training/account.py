@@ -79,6 +79,7 @@ class Model:
       remat: none | dots | full.
       gathered: are weights split over devices that compute with them whole?
       fused: is attention a fused kernel?
+      max_logits: held at once.
     """
 
     layers: int
@@ -93,6 +94,7 @@ class Model:
     remat: str
     gathered: bool = False
     fused: bool = False
+    max_logits: int = MAX_LOGITS
 
     @property
     def block(self) -> int:
@@ -107,6 +109,7 @@ def of_device(
     fsdp: int = 1,
     tensor: int = 1,
     fused: bool = False,
+    max_logits: int = MAX_LOGITS,
 ) -> Model:
     """The part of a decoder that one device computes with."""
 
@@ -126,6 +129,7 @@ def of_device(
         remat=remat,
         gathered=fsdp > 1,
         fused=fused,
+        max_logits=max_logits,
     )
 
 
@@ -290,7 +294,7 @@ def logits_bytes(m: Model, at: Layout, backward: bool) -> int:
 
 def logits_chunk(m: Model, at: Layout) -> int:
     """Response places of a row whose logits are computed at once, see models/logprobs.py."""
-    longest = max(1, MAX_LOGITS // (at.batch * m.vocabulary))
+    longest = max(1, m.max_logits // (at.batch * m.vocabulary))
     chunks = max(1, -(-at.responses // longest))
     return -(-at.responses // chunks)
 

@@ -22,6 +22,7 @@ from mass_dpo_jax.data.token_cache import tokenize_once
 from mass_dpo_jax.data.tokens import Tokens
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models import fused_attention
+from mass_dpo_jax.models.logprobs import max_logits_of
 from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training import scoring
 from mass_dpo_jax.training.methods import Method, make_method, uses_reference
@@ -160,6 +161,7 @@ def prepare(config: ConfigDict, workdir: Path | None, splits: Sequence[str]) -> 
         attention=fused_attention.choose(
             config.model.attention, policy.config, config.model.dtype, mesh
         ),
+        max_logits=max_logits_of(mesh.devices.flat[0].platform),
     )
     program = Program(scorer, method, policy.shardings)
     buckets = {split: make_buckets(t, method.num_negatives) for split, t in tokens.items()}

@@ -20,6 +20,7 @@ from mass_dpo_jax import selection
 from mass_dpo_jax.data.batches import Batch
 from mass_dpo_jax.models import attention, shared_prefix
 from mass_dpo_jax.models.fused_attention import Attention
+from mass_dpo_jax.models.logprobs import MAX_LOGITS
 from mass_dpo_jax.training.methods import Method, Responses
 
 Params = Any
@@ -57,6 +58,7 @@ class Scorer:
       chunk: how many candidates of a rectangle are computed at a time; None: all.
       pooling: `response` or `all`, the tokens whose hidden states make a feature.
       attention: plain, or by a fused kernel.
+      max_logits: held at once on a device.
     """
 
     graphdef: nnx.GraphDef
@@ -65,6 +67,7 @@ class Scorer:
     chunk: int | None
     pooling: str
     attention: Attention = attention
+    max_logits: int = MAX_LOGITS
 
     def __call__(self, params: Params, batch: Batch, features: bool = False) -> Any:
         """Log-probs `[B, C]` and, if asked for, features `[B, C, D]` of every candidate."""
@@ -79,6 +82,7 @@ class Scorer:
             max_response=self.max_response,
             candidate_chunk=self.chunk,
             attention=self.attention,
+            max_logits=self.max_logits,
         )
 
     @functools.partial(jax.jit, static_argnums=0)
