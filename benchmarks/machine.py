@@ -113,12 +113,28 @@ def jax_product(m: int, k: int, n: int, dtype: Any = jnp.float32) -> Callable[[]
     return lambda: jax.block_until_ready(multiply(a, b))
 
 
-def torch_product(m: int, k: int, n: int) -> Callable[[], Any]:
-    """As `jax_product`, in PyTorch on the CPU, float32."""
+def torch_product(
+    m: int, k: int, n: int, dtype: str = "float32", device: str = "cpu"
+) -> Callable[[], Any]:
+    """As `jax_product`, in PyTorch."""
     import torch
 
-    a, b = torch.full((m, k), 0.5), torch.full((k, n), 0.5)
-    return lambda: a @ b
+    kind = getattr(torch, dtype)
+    a, b = (torch.full(size, 0.5, dtype=kind, device=device) for size in ((m, k), (k, n)))
+
+    def multiply() -> None:
+        a @ b
+        torch_wait(device)
+
+    return multiply
+
+
+def torch_wait(device: str) -> None:
+    """Until a GPU has done what it was told; a CPU has."""
+    import torch
+
+    if device != "cpu":
+        torch.cuda.synchronize()
 
 
 def best_threads(program: Callable[[], Any], most: int | None = None, runs: int = 2) -> int:

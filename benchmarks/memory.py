@@ -35,6 +35,7 @@ from mass_dpo_jax.dry_run import abstract_mesh
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models.config import DecoderConfig
 from mass_dpo_jax.models.decoder import REMAT
+from mass_dpo_jax.models.fused_attention import Fused
 from mass_dpo_jax.training import account as account_lib
 from mass_dpo_jax.training.account import Account, Layout
 from mass_dpo_jax.training.optimizer import make_optimizer
@@ -71,7 +72,11 @@ def compiled_bytes(case: Case, program: Program) -> int:
 def account_of(case: Case, remat: str, shared: bool = True) -> Account:
     """The account of the same step."""
     w, shape = case.workload, case.shapes[0]
-    model = account_lib.of_device(case.model, account_lib.FLOAT, remat)
+    fused = isinstance(case.attention, Fused)
+    itemsize = jnp.dtype(case.dtype).itemsize
+    model = account_lib.of_device(
+        case.model, itemsize, remat, fused=fused, max_logits=case.max_logits
+    )
     optimizer = make_optimizer(case.config.train, 1)
     chunk = None
     if not shared:

@@ -3,11 +3,13 @@
 Written as a careful user would: rows padded on the right to the batch's longest, so that causal
 attention needs no mask and runs in its fused kernel; the final norm's output is cut to response
 positions before the projection to the vocabulary; fused AdamW; what a data loader's worker would
-prepare (`collate`) is not part of a step.
+prepare (`collate`) is not part of a step. In float32 on the CPU, or on a GPU with the model in
+float32 and autocast to bfloat16.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,9 +26,9 @@ MAX_LOGITS = 2**24  # At once, where no gradient is needed.
 MASKED = torch.finfo(torch.float32).min
 
 
-def to_torch(config: DecoderConfig, params: Any) -> Any:
+def to_torch(config: DecoderConfig, params: Any, device: str = "cpu") -> Any:
     """transformers' model with our weights (nested dicts of arrays)."""
-    model = LlamaForCausalLM._from_config(LlamaConfig(**config.to_hf()), attn_implementation="sdpa")
+    model = random_torch(config, "cpu")
     state = {}
     for entry in table(config):
         value = np.asarray(_at(params, entry.path))
@@ -36,12 +38,21 @@ def to_torch(config: DecoderConfig, params: Any) -> Any:
     if config.tie_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state)
+    return model.to(device)
+
+
+def random_torch(config: DecoderConfig, device: str) -> Any:
+    """transformers' model with random weights, float32, made where they stay."""
+    with torch.device(device):
+        model = LlamaForCausalLM._from_config(
+            LlamaConfig(**config.to_hf()), attn_implementation="sdpa"
+        )
     return model.train()
 
 
 def from_torch(config: DecoderConfig, model: Any) -> dict[tuple[str, ...], np.ndarray]:
     """The model's weights by our names."""
-    state = {name: value.detach().numpy() for name, value in model.state_dict().items()}
+    state = {name: value.detach().cpu().numpy() for name, value in model.state_dict().items()}
     found = {}
     for entry in table(config):
         layers = [state[name] for name in entry.names(config)]
@@ -88,15 +99,16 @@ class Pool:
 
     Args:
       batch: as ours; every candidate has to be there.
+      device: where all tensors are.
     """
 
-    def __init__(self, batch: Batch):
+    def __init__(self, batch: Batch, device: str = "cpu"):
         prompts, responses = np.asarray(batch.prompts), np.asarray(batch.responses)
         self.prompts = np.asarray(batch.prompt_lengths).astype(np.int64)
         self.lengths = np.asarray(batch.response_lengths).astype(np.int64)
         if not self.lengths.all():
             raise ValueError("a candidate is missing: the peers need full pools")
-        self.reference = torch.tensor(np.asarray(batch.ref_logps))
+        self.reference = torch.tensor(np.asarray(batch.ref_logps), device=device)
         shape = self.lengths.shape
         width = int((self.prompts[:, None] + self.lengths).max())
         tokens = np.zeros((*shape, width), np.int64)
@@ -106,8 +118,10 @@ class Pool:
                 tokens[b, c, :prompt] = prompts[b, :prompt]
                 tokens[b, c, prompt : prompt + length] = responses[b, at : at + length]
                 at += length
-        self.tokens = torch.tensor(tokens)
-        self._prompts, self._lengths = torch.tensor(self.prompts), torch.tensor(self.lengths)
+        self.tokens = torch.tensor(tokens, device=device)
+        self._prompts, self._lengths = (
+            torch.tensor(x, device=device) for x in (self.prompts, self.lengths)
+        )
 
     def rows(self, candidates: Tensor) -> Rows:
         """Some candidates int64 [B, K] of each prompt, a row each."""
@@ -116,14 +130,15 @@ class Pool:
         width = int((prompts + lengths).max())
         which = candidates[..., None].expand(-1, -1, width)
         tokens = self.tokens[..., :width].gather(1, which).reshape(-1, width)
-        places = torch.arange(width)
+        places = torch.arange(width, device=tokens.device)
         real = (places >= prompts[:, None]) & (places < (prompts + lengths)[:, None])
         at = real.reshape(-1).nonzero()[:, 0]
         return Rows(tokens, at - 1, tokens.reshape(-1)[at], at // width)
 
     def packed(self, candidates: Tensor) -> Packed:
         """Some candidates int64 [B, K] of each prompt, behind one copy of it."""
-        chosen = candidates.numpy()
+        chosen, device = candidates.cpu().numpy(), self.tokens.device
+        known = self.tokens.cpu().numpy()
         batch, count = chosen.shape
         lengths = np.take_along_axis(self.lengths, chosen, 1)
         width = int((self.prompts + lengths.sum(1)).max())
@@ -131,13 +146,12 @@ class Pool:
         segments = np.full((batch, width), -1)  # Of padding; the prompt is 0.
         before, owner = [], []
         for b, prompt in enumerate(self.prompts):
-            tokens[b, :prompt] = self.tokens[b, 0, :prompt].numpy()
+            tokens[b, :prompt] = known[b, 0, :prompt]
             positions[b, :prompt], segments[b, :prompt] = np.arange(prompt), 0
             at = prompt
             for k, length in enumerate(lengths[b]):
                 piece = slice(at, at + length)
-                source = self.tokens[b, chosen[b, k], prompt : prompt + length]
-                tokens[b, piece] = source.numpy()
+                tokens[b, piece] = known[b, chosen[b, k], prompt : prompt + length]
                 positions[b, piece] = np.arange(prompt, prompt + length)
                 segments[b, piece] = k + 1
                 before += [
@@ -148,11 +162,12 @@ class Pool:
                 at += length
         seen = (segments[:, :, None] == segments[:, None, :]) | (segments[:, None, :] == 0)
         seen &= np.tri(width, dtype=bool)
-        mask = torch.where(torch.tensor(seen)[:, None], 0.0, MASKED)
-        real = torch.tensor(segments > 0)
-        ids = torch.tensor(tokens)
-        rows = Rows(ids, torch.tensor(before), ids[real], torch.tensor(owner))
-        return Packed(rows, mask, torch.tensor(positions))
+        mask = torch.where(torch.tensor(seen, device=device)[:, None], 0.0, MASKED)
+        real = torch.tensor(segments > 0, device=device)
+        ids = torch.tensor(tokens, device=device)
+        places, owners = (torch.tensor(x, device=device) for x in (before, owner))
+        rows = Rows(ids, places, ids[real], owners)
+        return Packed(rows, mask, torch.tensor(positions, device=device))
 
 
 def hidden_states(model: Any, inputs: Rows | Packed) -> Tensor:
@@ -178,7 +193,7 @@ def logps(model: Any, hidden: Tensor, rows: Rows, count: int) -> Tensor:
         -functional.cross_entropy(model.lm_head(part), targets, reduction="none")
         for part, targets in zip(states.split(size), rows.targets.split(size), strict=True)
     ]
-    return torch.zeros(count).index_add(0, rows.owner, torch.cat(parts))
+    return torch.zeros(count, device=hidden.device).index_add(0, rows.owner, torch.cat(parts))
 
 
 def plackett_luce(ratios: Tensor, beta: float) -> Tensor:
@@ -195,6 +210,7 @@ class Peer:
       beta, learning_rate, clip: as ours.
       reference: a model to run on the same rows; None: the pool's log-probs are looked up.
       shared: prompts once, their responses behind them under a mask.
+      dtype: to multiply in (autocast); None: the weights' own.
     """
 
     def __init__(
@@ -205,16 +221,22 @@ class Peer:
         clip: float,
         reference: Any = None,
         shared: bool = False,
+        dtype: torch.dtype | None = None,
     ):
+        self._device = next(model.parameters()).device
+        self._dtype = dtype
         self.model, self.reference, self.beta, self.shared = model, reference, beta, shared
         self._clip = clip
         self._optimizer = torch.optim.AdamW(
             model.parameters(), lr=learning_rate, weight_decay=0.0, fused=True
         )
 
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None)
+
     def collate(self, pool: Pool, numbers: np.ndarray) -> tuple[Rows | Packed, Tensor]:
         """Inputs and reference log-probs [B, 1 + n] for negatives int [B, n], counted from 1."""
-        candidates = torch.tensor(np.pad(numbers, ((0, 0), (1, 0)))).long()
+        candidates = torch.tensor(np.pad(numbers, ((0, 0), (1, 0))), device=self._device).long()
         return self._inputs(pool, candidates)
 
     def _inputs(self, pool: Pool, candidates: Tensor) -> tuple[Rows | Packed, Tensor]:
@@ -224,9 +246,10 @@ class Peer:
     def loss(self, inputs: Rows | Packed, reference: Tensor) -> Tensor:
         """The mean over prompts."""
         rows = inputs.rows if isinstance(inputs, Packed) else inputs
-        found = logps(self.model, hidden_states(self.model, inputs), rows, reference.numel())
+        with self.autocast():
+            found = logps(self.model, hidden_states(self.model, inputs), rows, reference.numel())
         if self.reference is not None:
-            with torch.no_grad():
+            with torch.no_grad(), self.autocast():
                 hidden = hidden_states(self.reference, inputs)
                 reference = logps(self.reference, hidden, rows, reference.numel()).reshape(
                     reference.shape
@@ -235,7 +258,16 @@ class Peer:
 
     def step(self, inputs: Rows | Packed, reference: Tensor) -> float:
         """One update; the norm of its gradient."""
-        self.loss(inputs, reference).backward()
+        return self.steps([(inputs, reference)])
+
+    def steps(self, parts: Sequence[tuple[Rows | Packed, Tensor]]) -> float:
+        """One update on a batch that comes in equal parts, for less memory."""
+        for inputs, reference in parts:
+            (self.loss(inputs, reference) / len(parts)).backward()
+        return self.update()
+
+    def update(self) -> float:
+        """With the gradient that is there; its norm."""
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._clip)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
@@ -248,22 +280,34 @@ class MassDpo(Peer):
     def choose(self, pool: Pool, everyone: Rows, n: int, ridge: float) -> Tensor:
         """Algorithm 1 at the current policy: int64 [B, n], negatives counted from 1."""
         with torch.no_grad():
-            hidden = hidden_states(self.model, everyone)
-            shape = pool.reference.shape
-            found = logps(self.model, hidden, everyone, pool.reference.numel()).reshape(shape)
+            shape, device = pool.reference.shape, self._device
+            with self.autocast():
+                hidden = hidden_states(self.model, everyone)
+                found = logps(self.model, hidden, everyone, pool.reference.numel()).reshape(shape)
             # The hidden states of the response tokens themselves come one after those before them.
-            sums = torch.zeros(pool.reference.numel(), hidden.shape[1]).index_add(
-                0, everyone.owner, hidden.index_select(0, everyone.before + 1)
+            sums = torch.zeros(pool.reference.numel(), hidden.shape[1], device=device).index_add(
+                0, everyone.owner, hidden.index_select(0, everyone.before + 1).float()
             )
-            features = sums.reshape(*shape, -1) / torch.tensor(pool.lengths)[..., None]
+            lengths = torch.tensor(pool.lengths, device=device)[..., None]
+            features = sums.reshape(*shape, -1) / lengths
             rewards = self.beta * (found - pool.reference)
             return algorithm_1(features[:, 1:], rewards[:, 1:] - rewards[:, :1], n, ridge) + 1
 
     def select_and_step(self, pool: Pool, everyone: Rows, n: int, ridge: float) -> Tensor:
         """One update on negatives chosen before it; those negatives."""
-        numbers = self.choose(pool, everyone, n, ridge)
-        self.step(*self._inputs(pool, functional.pad(numbers, (1, 0))))
-        return numbers
+        return self.select_and_steps([(pool, everyone)], n, ridge)[0]
+
+    def select_and_steps(
+        self, parts: Sequence[tuple[Pool, Rows]], n: int, ridge: float
+    ) -> list[Tensor]:
+        """The same on a batch that comes in equal parts."""
+        chosen = []
+        for pool, everyone in parts:
+            chosen.append(self.choose(pool, everyone, n, ridge))
+            loss = self.loss(*self._inputs(pool, functional.pad(chosen[-1], (1, 0))))
+            (loss / len(parts)).backward()
+        self.update()
+        return chosen
 
 
 def algorithm_1(features: Tensor, scores: Tensor, n: int, ridge: float) -> Tensor:
@@ -278,9 +322,11 @@ def algorithm_1(features: Tensor, scores: Tensor, n: int, ridge: float) -> Tenso
     """
     weights = scores.softmax(1)[..., None]
     vectors = weights.sqrt() * (features - (weights * features).sum(1, keepdim=True))
-    inverse = (torch.eye(features.shape[-1]) / ridge).repeat(len(features), 1, 1)
+    device = features.device
+    inverse = torch.eye(features.shape[-1], device=device) / ridge
+    inverse = inverse.repeat(len(features), 1, 1)
     free = torch.ones_like(scores, dtype=torch.bool)
-    rows, picks = torch.arange(len(features)), []
+    rows, picks = torch.arange(len(features), device=device), []
     for _ in range(n):
         gains = ((vectors @ inverse) * vectors).sum(-1)
         best = gains.masked_fill(~free, -torch.inf).argmax(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,11 @@ from mass_dpo_jax.data import load_examples
 from mass_dpo_jax.data.batches import Batch, Order, Shape, make_batch, make_buckets
 from mass_dpo_jax.data.tokens import Tokens, load_tokenizer, tokenize
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.models import shared_prefix
+from mass_dpo_jax.models import attention, shared_prefix
 from mass_dpo_jax.models.config import DecoderConfig
 from mass_dpo_jax.models.decoder import Decoder, abstract_decoder
+from mass_dpo_jax.models.fused_attention import Attention
+from mass_dpo_jax.models.logprobs import MAX_LOGITS
 from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training.methods import make_method
 from mass_dpo_jax.training.optimizer import make_optimizer
@@ -76,7 +78,10 @@ WORKLOADS = {
 }
 
 
-def changed(workload: Workload, changes: Sequence[str]) -> Workload:
+Kind = TypeVar("Kind", bound=Workload)
+
+
+def changed(workload: Kind, changes: Sequence[str]) -> Kind:
     """The workload with other sizes, `pool=7` and so on.
 
     Raises:
@@ -124,8 +129,11 @@ class Case:
       tokens: the rows that batches are of.
       batches: on the device; `ref_logps` are the reference's.
       shapes: theirs.
-      params, reference: two models' weights, nested dicts.
+      params, reference: two models' weights, nested dicts; None without weights.
       mesh: one device.
+      dtype: that ours computes in.
+      attention: ours, plain or by a fused kernel.
+      max_logits: that ours holds at once.
     """
 
     workload: Workload
@@ -137,6 +145,9 @@ class Case:
     params: Any
     reference: Any
     mesh: Mesh
+    dtype: str = "float32"
+    attention: Attention = attention
+    max_logits: int = MAX_LOGITS
 
     @classmethod
     def make(
@@ -147,34 +158,52 @@ class Case:
         Raises:
           UserError: the data or the tokenizer is not what it should be.
         """
+        tokens = _lastfm(workload, data, tokenizer) if workload.lastfm else _random(workload)
+        params, other = (_weights(workload.model, seed) for seed in (0, 1))
+        case = dataclasses.replace(
+            cls.without_weights(workload, tokens),
+            params=params,
+            # Near the policy, as references are; equal to it, all losses would be log(1 + n).
+            reference=jax.tree.map(lambda x, y: 0.9 * x + 0.1 * y, params, other),
+        )
+        scorer = case.program("mass_dpo", "none").scorer
+        for i, batch in enumerate(case.batches):
+            placed = jax.device_put(batch, mesh_lib.split_rows(case.mesh))
+            logps = scorer.logps(case.reference, placed)
+            case.batches[i] = placed._replace(ref_logps=logps)
+        return case
+
+    @classmethod
+    def without_weights(
+        cls,
+        workload: Workload,
+        tokens: Tokens | None = None,
+        dtype: str = "float32",
+        attention: Attention = attention,
+        max_logits: int = MAX_LOGITS,
+    ) -> Case:
+        """Batches on the host, without reference log-probs; of random tokens, if none are given."""
         config = config_lib.default()
         config.num_negatives = workload.negatives
         config.model.layout = workload.layout
         config.train.warmup_ratio = 0.0  # So that the first update is one.
-        mesh = mesh_lib.make_mesh(config.mesh, devices=jax.devices()[:1])
-        tokens = _lastfm(workload, data, tokenizer) if workload.lastfm else _random(workload)
-        buckets = make_buckets(tokens, workload.negatives)
-        order = Order(buckets, workload.batch, seed=0)
+        tokens = _random(workload) if tokens is None else tokens
+        order = Order(make_buckets(tokens, workload.negatives), workload.batch, seed=0)
         steps = range(min(LASTFM_BATCHES if workload.lastfm else 1, order.steps_per_epoch))
-        params, other = (_weights(workload.model, seed) for seed in (0, 1))
-        case = cls(
+        return cls(
             workload,
             workload.model,
             config,
             tokens,
             [make_batch(tokens, *order(step), None) for step in steps],
             [order(step)[1] for step in steps],
-            params,
-            # Near the policy, as references are; equal to it, all losses would be log(1 + n).
-            jax.tree.map(lambda x, y: 0.9 * x + 0.1 * y, params, other),
-            mesh,
+            None,
+            None,
+            mesh_lib.make_mesh(config.mesh, devices=jax.devices()[:1]),
+            dtype,
+            attention,
+            max_logits,
         )
-        scorer = case.program("mass_dpo", "none").scorer
-        for i, batch in enumerate(case.batches):
-            placed = jax.device_put(batch, mesh_lib.split_rows(mesh))
-            logps = scorer.logps(case.reference, placed)
-            case.batches[i] = placed._replace(ref_logps=logps)
-        return case
 
     def program(self, method: str, remat: str, shared: bool = True) -> Program:
         """The package's computations by a method of its; without `shared`, prompts are repeated."""
@@ -182,7 +211,9 @@ class Case:
         config.method = method
         lengths = self.tokens.response_lengths
         made = make_method(config, largest_pool=lengths.shape[1] - 1)
-        graphdef, _ = nnx.split(abstract_decoder(self.model, remat=remat))
+        graphdef, state = nnx.split(
+            abstract_decoder(self.model, dtype=self.dtype, remat=remat), nnx.Param
+        )
         chunked = shared and self.workload.layout == "rectangle"
         scorer = (Scorer if shared else Unshared)(
             graphdef=graphdef,
@@ -190,9 +221,12 @@ class Case:
             max_response=self.max_response,
             chunk=1 + made.num_negatives if chunked else None,
             pooling=config.selection.pooling,
+            attention=self.attention,
+            max_logits=self.max_logits,
         )
         everywhere = mesh_lib.replicated(self.mesh)
-        return Program(scorer, made, jax.tree.map(lambda _: everywhere, self.params))
+        shardings = jax.tree.map(lambda _: everywhere, nnx.to_pure_dict(state))
+        return Program(scorer, made, shardings)
 
     @property
     def max_response(self) -> int:
