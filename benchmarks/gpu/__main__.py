@@ -1,0 +1,18 @@
+"""`python -m benchmarks.gpu`: see the package's docstring."""
+
+import importlib.util
+import sys
+
+# Before they are imported: this runs on whatever Python a machine with a card has.
+NEEDED = (
+    "absl flax jax jinja2 ml_collections numpy optax orbax safetensors tokenizers torch tqdm "
+    "transformers"
+).split()
+
+if __name__ == "__main__":
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        sys.exit(f"error: {sys.executable} has no {', '.join(missing)}, which benchmarks.gpu needs")
+    from benchmarks.gpu.command import start
+
+    start()
