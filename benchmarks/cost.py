@@ -9,7 +9,8 @@ query-key pair and of one token's logits,
     train   = 3 forward, and what the backward pass computes again.
 
 The floor of a step is `useful`: real tokens only, pairs that are not masked, nothing computed
-twice.
+twice. Scoring a pool is the forward pass on whatever is selected from it, so that MASS-DPO's is
+forward on the pool and 2 forward, the backward pass, on the set.
 """
 
 from __future__ import annotations
@@ -114,16 +115,19 @@ def train(config: DecoderConfig, size: Pass) -> float:
     return 3 * forward(config, size)
 
 
-def train_ours(config: DecoderConfig, size: Pass, remat: str) -> float:
+def train_ours(config: DecoderConfig, size: Pass, remat: str, recorded: bool = False) -> float:
     """FLOPs of forward and backward as our decoder does them.
 
     Logits are always computed again; with remat "full" so is every layer, but for the last product,
-    whose result no gradient needs.
+    whose result no gradient needs. `recorded`: scoring the pool was the forward pass; attention is
+    computed again then whatever `remat` is.
     """
-    flops = train(config, size) + logits_cost(config) * size.projected
+    flops = (2 if recorded else 3) * forward(config, size) + logits_cost(config) * size.projected
+    if recorded or remat == "full":
+        flops += pair_cost(config) * size.pairs
     if remat == "full":
         down = 2 * config.num_layers * config.intermediate_size * config.hidden_size
-        flops += (weights_cost(config) - down) * size.tokens + pair_cost(config) * size.pairs
+        flops += (weights_cost(config) - down) * size.tokens
     return flops
 
 

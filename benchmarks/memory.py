@@ -99,6 +99,7 @@ def account_of(case: Case, remat: str, shared: bool = True) -> Account:
         chunk,
         trained,
         micro_batches=1,
+        reuse=shared,
     )
 
 
@@ -180,6 +181,7 @@ def large(fsdp: int, moments: str, offload: bool, batch: int = 128, micro: int =
         Layout(micro // fsdp, 160, 1, 40),
         batch // micro,
         offload,
+        reuse=True,
     )
 
 

@@ -11,22 +11,23 @@ The model of the cost. With a shared prompt a forward pass over x negatives cost
     F(x) = a + (1 + x) r
 
 where a is the prompt's part, P tokens, and r one response's: its R tokens through the layers and to
-the vocabulary, and their attention to the prompt and to each other. Forward and backward is 3 F. If
-sets are chosen anew every k steps (`selection.refresh`),
+the vocabulary, and their attention to the prompt and to each other. Forward and backward is 3 F.
+The pass that scores a pool is the forward pass on the set as well; if sets are chosen anew only
+every k steps (`selection.refresh`), the set has a pass of its own:
 
-    mass_dpo   F(N) / k + 3 F(n)
+    mass_dpo   F(N) + 2 F(n), or F(N) / k + 3 F(n)
     pl_all     3 F(N)
     sdpo       3 F(n)
 
-so choosing costs less than taking all where
+So choosing at every step costs less than taking all whenever there is something to choose, N > n,
+and choosing every k > 1 steps where
 
     1 + N  >  (3 (1 + n) + a / (k r)) / (3 - 1 / k)
 
-that is, with k = 1, where 1 + N > 1.5 (1 + n) + a / (2 r): the pool has to be half as large again
-as the set, and beyond that by half as many responses as one prompt is worth. Long prompts with
-short responses (a / r large) and k = 1 are where it pays least. It saves at most a factor of 3 k,
-for pools much larger than the set. Random negatives always cost less. This counts FLOPs; what the
-choice does for learning is another matter.
+The gain at every step is 2 (N - n) r: least, in proportion, for long prompts with short responses
+(a / r large), where either method mostly encodes prompts. It is at most a factor of 3 k, for pools
+much larger than the set. Random negatives always cost less, by F(N) - F(n) = (N - n) r at every
+step. This counts FLOPs; what the choice does for learning is another matter.
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ def pays_from(
     model: DecoderConfig, prompt: int, response: int, negatives: int, refresh: int = 1
 ) -> float:
     """The pool size N above which choosing n negatives every so-many steps costs less than all."""
+    if refresh == 1:
+        return negatives
     one = np.array([prompt])
     # A response of no tokens leaves the prompt's part.
     a, whole = (
@@ -99,7 +102,7 @@ def measure(workload: Workload, rounds: int) -> dict[str, Any]:
     _, everyone = case.passes(case.shapes[0], negatives=workload.pool)
     train = functools.partial(cost.train_ours, workload.model, remat="none")
     flops = {
-        "mass_dpo": cost.forward(workload.model, whole) + train(size=some),
+        "mass_dpo": cost.forward(workload.model, whole) + train(size=some, recorded=True),
         "pl_all": train(size=everyone),
         "sdpo": train(size=some),
     }

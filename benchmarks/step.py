@@ -197,10 +197,10 @@ class Bench:
 
         ready = []
         for batch in self.case.batches:
-            logps, features = scored(self.case.params, batch)
-            keys = jax.random.split(jax.random.key(0), len(logps))
-            rewards = self.case.config.beta * (logps - batch.ref_logps)
-            ready.append((features, rewards, batch.response_lengths[:, 1:] > 0, keys))
+            found = scored(self.case.params, batch)
+            keys = jax.random.split(jax.random.key(0), len(found.logps))
+            rewards = self.case.config.beta * (found.logps - batch.ref_logps)
+            ready.append((found.features, rewards, batch.response_lengths[:, 1:] > 0, keys))
         return _often(lambda: jax.block_until_ready([select(*x) for x in ready]), REPEATS)
 
     def flops(self) -> dict[str, float]:
@@ -215,7 +215,7 @@ class Bench:
             sets = _lengths(pool.lengths, numbers)
             whole, some = case.passes(shape)
             for remat in ("none", "full"):
-                train = cost.train_ours(model, some, remat)
+                train = cost.train_ours(model, some, remat, recorded=True)
                 add(remat_name(remat), cost.forward(model, whole) + train)
             add(GIVEN, cost.train_ours(model, some, "none"))
             whole, some = case.passes(shape, shared=False)
@@ -230,7 +230,7 @@ class Bench:
             add(PEERS["d"], cost.train_flash(model, cost.masked(pool.prompts, sets)))
             least = cost.useful(pool.prompts, pool.lengths)
             some = cost.useful(pool.prompts, sets)
-            add("useful", cost.forward(model, least) + cost.train(model, some))
+            add("useful", cost.forward(model, least) + 2 * cost.forward(model, some))
         return total
 
     def useful_tokens(self) -> tuple[float, float]:

@@ -105,7 +105,10 @@ class Unshared(Scorer):
     Needs layout `packed` and no chunk.
     """
 
-    def __call__(self, params: Any, batch: Batch, features: bool = False) -> Any:
+    def __call__(
+        self, params: Any, batch: Batch, features: bool = False, record: bool = False
+    ) -> Any:
+        assert not record
         lengths = batch.response_lengths
         rows, candidates = lengths.shape
         groups = shared_prefix.rectangle(batch.responses, lengths, self.max_response)
@@ -205,8 +208,9 @@ class Case:
             max_logits,
         )
 
-    def program(self, method: str, remat: str, shared: bool = True) -> Program:
-        """The package's computations by a method of its; without `shared`, prompts are repeated."""
+    def program(self, method: str, remat: str, shared: bool = True, reuse: bool = True) -> Program:
+        """The package's computations by a method of its; without `shared`, prompts are repeated,
+        and nothing is reused."""
         config = self.config.copy_and_resolve_references()
         config.method = method
         lengths = self.tokens.response_lengths
@@ -226,7 +230,7 @@ class Case:
         )
         everywhere = mesh_lib.replicated(self.mesh)
         shardings = jax.tree.map(lambda _: everywhere, nnx.to_pure_dict(state))
-        return Program(scorer, made, shardings)
+        return Program(scorer, made, shardings, reuse and shared)
 
     @property
     def max_response(self) -> int:

@@ -94,6 +94,9 @@ def default() -> ConfigDict:
     c.train.warmup_ratio = 0.05  # Share of the steps with linearly growing learning rate.
     c.train.clip = 0.3  # Global norm the gradient is clipped to.
     c.train.weight_decay = 0.0
+    # Where pools are scored at a step, is that the forward pass on the sets too? False: their own
+    # pass, which takes longer and needs less memory if pools are much longer than sets.
+    c.train.reuse_scoring = True
     c.train.moments_dtype = "float32"  # Of Adam's moments as stored: float32 | bfloat16.
     c.train.offload_moments = False  # Keep Adam's moments in the host's memory between updates.
     c.train.eval_every = 100  # Steps between evaluations on the validation split; 0: never.

@@ -132,6 +132,7 @@ def of_shape(setup: Setup, mesh: Mesh, shape: Shape) -> Account:
         trained,
         config.train.batch_size // config.train.micro_batch_size,
         config.train.offload_moments,
+        reuse=scored and in_step and setup.program.reuse,
     )
 
 
@@ -182,7 +183,8 @@ def flops(setup: Setup) -> Flops:
     processed = np.zeros(2)
     for share, shape in zip(shares, buckets.shapes, strict=True):
         pool, trained = layouts(setup, shape, micro)
-        parts = [0, account_lib.training_flops(model, trained)]
+        recorded = scored and setup.program.reuse
+        parts = [0, account_lib.training_flops(model, trained, recorded)]
         if scored:
             parts[0] = account_lib.scoring_flops(model, pool, chunk)
         processed += share * np.array(parts) / micro
@@ -191,7 +193,8 @@ def flops(setup: Setup) -> Flops:
     present = (lengths[:, 1:] > 0).sum(1)
     mean = responses[:, 1:].sum(1) / np.maximum(present, 1)  # As if negatives were drawn.
     negatives = np.minimum(method.num_negatives, present) * mean
-    useful = 3 * (prompts + responses[:, 0] + negatives).mean()
+    # Where pools are scored, that is also the forward pass on the sets.
+    useful = (2 if scored else 3) * (prompts + responses[:, 0] + negatives).mean()
     score = (prompts + responses.sum(1)).mean() if scored else 0.0
     return Flops(
         (steps * float(processed[0]), steps * float(processed[1])),
@@ -217,6 +220,7 @@ def lines_of(a: Account, config: ConfigDict, evaluation: int) -> list[str]:
         ("gradient of earlier micro-batches", a.sums),
         (f"estimate: copies of weights to compute with, {dtype}", a.copies),
         (f"kept for the backward pass, remat={config.model.remat}", a.kept),
+        ("of that, left by scoring the pool", a.recorded),
         ("estimate: temporaries of scoring the pool", a.scoring),
         ("estimate: temporaries of the loss, vocabulary", a.vocabulary),
         ("estimate: temporaries of the loss, a layer", a.layers),

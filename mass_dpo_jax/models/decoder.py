@@ -8,7 +8,8 @@ run plain causal text (`attention.causal`) and prompts that many responses share
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ from jax.typing import DTypeLike
 
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models.config import DecoderConfig
+from mass_dpo_jax.models.known import known
 
 # (queries [B, T, H, K], keys [B, T, KV, K], values [B, T, KV, K], extra) -> (what the queries saw
 # [B, T, H, K], what to keep of this layer). `extra` is this layer's slice of the pytree that was
@@ -26,6 +28,22 @@ from mass_dpo_jax.models.config import DecoderConfig
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
 REMAT = ("none", "dots", "full")
+
+# Products with weights whose values the rest of a layer needs, by the names of `Block`'s fields.
+PRODUCTS = ("query", "key", "value", "output", "gate", "up")
+
+
+class Record(NamedTuple):
+    """What a forward pass leaves behind so that `Decoder.replay` need not repeat it.
+
+    inputs: [num_layers, B, T, D] of each layer.
+    products: [num_layers, B, T, ...] by name, of `PRODUCTS`; with remat "full" there are none.
+    last: [B, T, D], of the last layer, before the final norm.
+    """
+
+    inputs: jax.Array
+    products: dict[str, jax.Array]
+    last: jax.Array
 
 
 class Splits(NamedTuple):
@@ -81,26 +99,55 @@ class Block(nnx.Module):
         self.down = linear(mlp, embed, "mlp", "embed")
 
     def __call__(
-        self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Callable
-    ) -> tuple[jax.Array, Any]:
-        """x [B * T, D] and rotary cos, sin float32 [B, T, K / 2] -> (x, what `attend` keeps).
+        self,
+        x: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        attend: Callable,
+        products: Mapping[str, jax.Array] = MappingProxyType({}),
+    ) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
+        """One layer on [B * T, D].
 
         Tokens are one axis here: on CPU, XLA's weight gradients over two axes take half as long
         again.
+
+        Args:
+          x: [B * T, D].
+          cos, sin: float32 [B, T, K / 2], the rotary angles'.
+          attend: see `Attend`, without `extra`.
+          products: [B * T, ...], those of `PRODUCTS` that are known already.
+
+        Returns:
+          x [B * T, D], what `attend` keeps, and all of `PRODUCTS`.
         """
+        found = {}
+
+        def product(name: str, y: jax.Array) -> jax.Array:
+            layer = getattr(self, name)
+            if name in products:
+                found[name] = known(_matmul, products[name], y, layer.kernel[...].astype(y.dtype))
+            else:
+                found[name] = layer(y)
+            return found[name]
+
         y = self.attention_norm(x)
         split = (*cos.shape[:2], -1, self.head_dim)
-        query = self.query(y).reshape(split)
-        key = self.key(y).reshape(split)
-        value = self.value(y).reshape(split)
+        query = product("query", y).reshape(split)
+        key = product("key", y).reshape(split)
+        value = product("value", y).reshape(split)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         query = rotate(query, cos, sin, scale=self.head_dim**-0.5)
         key = rotate(key, cos, sin)
         seen, kept = attend(query, key, value)
-        x = x + self.output(seen.reshape(x.shape[0], -1))
+        x = x + product("output", seen.reshape(x.shape[0], -1))
         y = self.mlp_norm(x)
-        return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y)), kept
+        x = x + self.down(jax.nn.silu(product("gate", y)) * product("up", y))
+        return x, kept, found
+
+
+def _matmul(x: jax.Array, weights: jax.Array) -> jax.Array:
+    return x @ weights
 
 
 class Decoder(nnx.Module):
@@ -165,37 +212,133 @@ class Decoder(nnx.Module):
         Returns:
           hidden [B, T, D] in the compute type, and what `attend` kept, stacked over layers.
         """
-        angles = positions[..., None] * rope_frequencies(self.config)
-        cos, sin = jnp.cos(angles), jnp.sin(angles)
-        definition, weights = nnx.split(self.blocks)
+        layer = self._layer(positions, attend)
 
-        def stream(x: jax.Array) -> jax.Array:
-            if self.splits is None:
-                return x
-            return jax.lax.with_sharding_constraint(x, self.splits.stream)
-
-        def layer(x: jax.Array, scanned: Any) -> tuple[jax.Array, Any]:
+        def apply(x: jax.Array, scanned: Any) -> tuple[jax.Array, Any]:
             weights, has_positions, extra = scanned
-            block = nnx.merge(definition, weights)
-            x, kept = block(
-                x,
-                jnp.where(has_positions, cos, 1.0),
-                jnp.where(has_positions, sin, 0.0),
-                lambda query, key, value: attend(query, key, value, extra),
-            )
-            return stream(x), kept
+            x, kept, _ = layer(weights, x, has_positions, {}, extra)
+            return x, kept
 
         if self.remat != "none":
             policies = jax.checkpoint_policies
             keep = {"dots": policies.dots_with_no_batch_dims_saveable, "full": None}[self.remat]
-            layer = jax.checkpoint(layer, policy=keep, prevent_cse=False)
-        has_positions = jnp.asarray(self.config.rope_layers)
+            apply = jax.checkpoint(apply, policy=keep, prevent_cse=False)
+        x, kept = jax.lax.scan(apply, self._embed(tokens), (*self._layers(), extra))
+        return self.norm(x).reshape(*tokens.shape, -1), kept
+
+    def record(
+        self, tokens: jax.Array, positions: jax.Array, attend: Attend, extra: Any = None
+    ) -> tuple[jax.Array, Any, Record]:
+        """As `__call__`, and what `replay` needs, by `remat`; not to be differentiated."""
+        layer = self._layer(positions, attend)
+
+        def apply(x: jax.Array, scanned: Any) -> tuple[jax.Array, Any]:
+            weights, has_positions, extra = scanned
+            y, kept, products = layer(weights, x, has_positions, {}, extra)
+            return y, (kept, x, {} if self.remat == "full" else products)
+
+        x = self._embed(tokens)
+        x, (kept, *found) = jax.lax.scan(apply, x, (*self._layers(), extra))
+
+        def by_token(x: jax.Array) -> jax.Array:  # [..., B * T, size] -> [..., B, T, size]
+            return x.reshape(*x.shape[:-2], *tokens.shape, x.shape[-1])
+
+        record = Record(*jax.tree.map(by_token, (*found, x)))
+        return self.norm(record.last), kept, record
+
+    def replay(
+        self,
+        record: Record,
+        places: jax.Array,
+        tokens: jax.Array,
+        positions: jax.Array,
+        attend: Attend,
+    ) -> jax.Array:
+        """`__call__` on some tokens of a pass that was recorded with the same weights.
+
+        Forward, this looks up the last hidden states. Backward, each layer runs on what was
+        recorded of these tokens: with remat "full" it is computed again from its input, else only
+        attention and what is done value by value.
+
+        Args:
+          record: of T tokens.
+          places: int32 [B, t], which of them.
+          tokens, positions: int32 [B, t], theirs. All that they attend to has to be among them.
+          attend: see `Attend`.
+
+        Returns:
+          hidden [B, t, D], as `__call__`.
+        """
+        layer = self._layer(positions, attend)
+
+        def here(x: jax.Array) -> jax.Array:  # [B, T, size] -> [B * t, size]
+            found = jnp.take_along_axis(x, places[..., None], axis=1, mode="clip")
+            return found.reshape(-1, x.shape[-1])
+
+        def last(weights: Any, x: jax.Array) -> jax.Array:
+            del weights, x
+            return here(record.last)
+
+        def forward(weights: Any, x: jax.Array) -> tuple[jax.Array, Any]:
+            return last(weights, x), weights
+
+        def backward(weights: Any, gradient: jax.Array) -> tuple[Any, jax.Array]:
+            def apply(gradient: jax.Array, scanned: Any) -> tuple[jax.Array, Any]:
+                weights, has_positions, inputs, products = scanned
+                products = jax.tree.map(here, products)
+                _, vjp = jax.vjp(
+                    lambda w, x: layer(w, x, has_positions, products)[0], weights, here(inputs)
+                )
+                of_weights, gradient = vjp(gradient)
+                return gradient, of_weights
+
+            of_record = (has_positions, record.inputs, record.products)
+            gradient, of_weights = jax.lax.scan(
+                apply, gradient, (weights, *of_record), reverse=True
+            )
+            return of_weights, gradient
+
+        replayed = jax.custom_vjp(last)
+        replayed.defvjp(forward, backward)
+        weights, has_positions = self._layers()
+        return self.norm(replayed(weights, self._embed(tokens))).reshape(*tokens.shape, -1)
+
+    def _embed(self, tokens: jax.Array) -> jax.Array:
+        """[B, T] -> [B * T, D] in the compute type."""
         x = self.embed[...][tokens.reshape(-1)].astype(self.dtype)
         if self.splits is not None:
             x = jax.lax.with_sharding_constraint(x, self.splits.embedded)
-        x = stream(x)
-        x, kept = jax.lax.scan(layer, x, (weights, has_positions, extra))
-        return self.norm(x).reshape(*tokens.shape, -1), kept
+        return self._stream(x)
+
+    def _stream(self, x: jax.Array) -> jax.Array:
+        if self.splits is None:
+            return x
+        return jax.lax.with_sharding_constraint(x, self.splits.stream)
+
+    def _layers(self) -> tuple[Any, jax.Array]:
+        """What differs between layers: weights, and whether there are rotary positions."""
+        return nnx.split(self.blocks)[1], jnp.asarray(self.config.rope_layers)
+
+    def _layer(self, positions: jax.Array, attend: Attend) -> Callable:
+        """Any of the layers: (weights, x [B * T, D], has_positions, known products, extra) ->
+        (x, what `attend` keeps, products)."""
+        angles = positions[..., None] * rope_frequencies(self.config)
+        cos, sin = jnp.cos(angles), jnp.sin(angles)
+        definition, _ = nnx.split(self.blocks)
+
+        def layer(
+            weights: Any, x: jax.Array, has_positions: jax.Array, products: Any, extra: Any = None
+        ) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
+            x, kept, products = nnx.merge(definition, weights)(
+                x,
+                jnp.where(has_positions, cos, 1.0),
+                jnp.where(has_positions, sin, 0.0),
+                lambda query, key, value: attend(query, key, value, extra),
+                products,
+            )
+            return self._stream(x), kept, products
+
+        return layer
 
     def vocabulary_weights(self) -> jax.Array:
         """The float32 [V, D] weights that turn hidden states into logits; tied: the embedding."""

@@ -18,16 +18,26 @@ import jax
 import jax.numpy as jnp
 
 from mass_dpo_jax.models import attention as plain_attention
-from mass_dpo_jax.models.decoder import Decoder
+from mass_dpo_jax.models.decoder import Attend, Decoder
+from mass_dpo_jax.models.decoder import Record as Layers
 from mass_dpo_jax.models.fused_attention import Attention
+from mass_dpo_jax.models.known import known
 from mass_dpo_jax.models.logprobs import MAX_LOGITS, token_logps
+
+
+class Record(NamedTuple):
+    """What `replay` needs of a forward pass."""
+
+    layers: Layers
+    logps: jax.Array  # float32 [B, G * L], of every response token
 
 
 class Scored(NamedTuple):
     """Of every candidate; zeros where there is none."""
 
     logps: jax.Array  # float32 [B, C]: log p(response | prompt), summed over tokens
-    features: jax.Array | None  # float32 [B, C, D]: mean final hidden state
+    features: jax.Array | None = None  # float32 [B, C, D]: mean final hidden state
+    record: Record | None = None
 
 
 class Groups(NamedTuple):
@@ -51,6 +61,7 @@ def score(
     candidate_chunk: int | None = None,
     max_logits: int = MAX_LOGITS,
     attention: Attention = plain_attention,
+    record: bool = False,
 ) -> Scored:
     """Scores C candidate responses of each prompt in one forward pass.
 
@@ -68,50 +79,39 @@ def score(
         prompt's keys and values computed once; bounds memory for long responses.
       max_logits: logits held at once on a device.
       attention: how: models/attention.py, or a `Fused` of models/fused_attention.py.
+      record: also what `replay` needs; not to be differentiated.
     """
     if pooling not in ("response", "all", None):
         raise ValueError(f"pooling: found {pooling!r}, expected 'response', 'all' or None")
-    if layout == "packed":
-        if candidate_chunk is not None:
-            raise ValueError("candidate_chunk needs layout='rectangle'")
-        groups = pack(responses, response_lengths)
-    elif layout == "rectangle":
-        if max_response is None:
-            raise ValueError("layout='rectangle' needs max_response")
-        groups = rectangle(responses, response_lengths, max_response)
-    else:
-        raise ValueError(f"layout: found {layout!r}, expected 'packed' or 'rectangle'")
-
+    if candidate_chunk is not None and layout == "packed":
+        raise ValueError("candidate_chunk needs layout='rectangle'")
+    groups = _groups(layout, responses, response_lengths, max_response)
     batch, prompt_size = prompts.shape
     num_candidates = response_lengths.shape[1]
-    positions = jnp.broadcast_to(jnp.arange(prompt_size), prompts.shape)
-
-    def positions_of(groups: Groups) -> jax.Array:
-        return (prompt_lengths[:, None, None] + groups.offsets).reshape(batch, -1)
-
+    run = model.record if record else lambda *args: (*model(*args), None)
     if candidate_chunk is None or candidate_chunk >= num_candidates:
-        hidden, _ = model(
-            jnp.concatenate([prompts, groups.tokens.reshape(batch, -1)], axis=1),
-            jnp.concatenate([positions, positions_of(groups)], axis=1),
-            attention.shared_prefix(prompt_size, prompt_lengths, groups.segments),
+        hidden, _, layers = run(*_sequence(prompts, prompt_lengths, groups, attention))
+        prompt = _Prompt(hidden[:, :prompt_size], prompt_lengths)
+        hidden = hidden[:, prompt_size:]
+        scored, logps = _per_candidate(
+            model, prompt, hidden, groups, response_lengths, pooling, max_logits
         )
-        ends = _Prompt(hidden[:, :prompt_size], prompt_lengths)
-        return _per_candidate(
-            model, ends, hidden[:, prompt_size:], groups, response_lengths, pooling, max_logits
-        )
+        return scored._replace(record=None if layers is None else Record(layers, logps))
 
-    hidden, keys_values = model(prompts, positions, attention.causal)
+    positions = jnp.broadcast_to(jnp.arange(prompt_size), prompts.shape)
+    hidden, keys_values, of_prompt = run(prompts, positions, attention.causal)
     prompt = _Prompt(hidden, prompt_lengths)
 
-    def score_chunk(chunk: tuple[Groups, jax.Array]) -> Scored:
+    def score_chunk(chunk: tuple[Groups, jax.Array]) -> tuple[Scored, Layers | None, jax.Array]:
         groups, lengths = chunk
-        hidden, _ = model(
+        hidden, _, layers = run(
             groups.tokens.reshape(batch, -1),
-            positions_of(groups),
+            _positions(prompt_lengths, groups),
             attention.behind_prompt(prompt_lengths, groups.segments),
             keys_values,
         )
-        return _per_candidate(model, prompt, hidden, groups, lengths, pooling, max_logits)
+        scored, logps = _per_candidate(model, prompt, hidden, groups, lengths, pooling, max_logits)
+        return scored, layers, logps
 
     chunks = -(-num_candidates // candidate_chunk)
 
@@ -125,13 +125,93 @@ def score(
     first = jnp.arange(num_candidates)[:, None] // candidate_chunk * candidate_chunk
     local = jnp.where(groups.segments < num_candidates, groups.segments - first, candidate_chunk)
     stacked = Groups(cut(groups.tokens, 0), cut(local, candidate_chunk), cut(groups.offsets, 0))
-    scored = jax.lax.map(score_chunk, (stacked, cut(response_lengths, 0)))
+    scored, layers, logps = jax.lax.map(score_chunk, (stacked, cut(response_lengths, 0)))
 
-    def join(x: jax.Array) -> jax.Array:  # [chunks, B, chunk, ...] -> [B, C, ...]
-        x = jnp.moveaxis(x, 0, 1)
-        return x.reshape(batch, -1, *x.shape[3:])[:, :num_candidates]
+    def join(x: jax.Array, axis: int = 0) -> jax.Array:
+        """The first axis, chunks, becomes part of what is then axis + 1: candidates or tokens."""
+        x = jnp.moveaxis(x, 0, axis + 1)
+        return x.reshape(*x.shape[: axis + 1], -1, *x.shape[axis + 3 :])
 
-    return jax.tree.map(join, scored)
+    scored = jax.tree.map(lambda x: join(x)[:, :num_candidates], scored)
+    if not record:
+        return scored
+    layers = jax.tree.map(
+        lambda x, chunks: jnp.concatenate([x, join(chunks, chunks.ndim - 4)], axis=-2),
+        of_prompt,
+        layers,
+    )
+    return scored._replace(record=Record(layers, join(logps)))
+
+
+def replay(
+    model: Decoder,
+    record: Record,
+    prompts: jax.Array,
+    prompt_lengths: jax.Array,
+    responses: jax.Array,
+    response_lengths: jax.Array,
+    candidates: jax.Array,
+    valid: jax.Array,
+    size: int,
+    *,
+    layout: str = "packed",
+    max_response: int | None = None,
+    max_logits: int = MAX_LOGITS,
+    attention: Attention = plain_attention,
+) -> jax.Array:
+    """`score(...).logps` of K of the candidates, from a record of `score` on all of them.
+
+    The numbers are those of the record, and only the backward pass computes anything, on the
+    prompt and these K responses: equal to the gradient of scoring the K alone.
+
+    Args:
+      model: with the weights that were recorded.
+      record: of `score` with the same batch, layout and max_response.
+      prompts, prompt_lengths, responses, response_lengths: of all candidates, see `score`.
+      candidates, valid, size: see `gather_candidates`.
+      layout, max_response, max_logits, attention: see `score`.
+
+    Returns:
+      float32 [B, K], 0 where `valid` is not.
+    """
+    batch, prompt_size = prompts.shape
+    picked, lengths = gather_candidates(responses, response_lengths, candidates, valid, size)
+    groups = _groups(layout, picked, lengths, max_response)
+    # Where every response begins among those of the pool.
+    if layout == "packed":
+        first = jnp.take_along_axis(_starts(response_lengths), candidates, axis=1)
+    else:
+        assert max_response is not None
+        first = candidates * max_response
+    places = _at(first, groups.segments.reshape(batch, -1)) + groups.offsets.reshape(batch, -1)
+    hidden = model.replay(
+        record.layers,
+        jnp.concatenate(
+            [jnp.broadcast_to(jnp.arange(prompt_size), prompts.shape), prompt_size + places], axis=1
+        ),
+        *_sequence(prompts, prompt_lengths, groups, attention),
+    )
+    prompt = _Prompt(hidden[:, :prompt_size], prompt_lengths)
+    hidden = hidden[:, prompt_size:]
+    found = jnp.take_along_axis(record.logps, places, axis=1, mode="clip")
+    return _per_candidate(model, prompt, hidden, groups, lengths, None, max_logits, found)[0].logps
+
+
+def _sequence(
+    prompts: jax.Array, prompt_lengths: jax.Array, groups: Groups, attention: Attention
+) -> tuple[jax.Array, jax.Array, Attend]:
+    """What a `Decoder` takes: tokens and positions [B, P + G * L], and what attends to what."""
+    positions = jnp.broadcast_to(jnp.arange(prompts.shape[1]), prompts.shape)
+    return (
+        jnp.concatenate([prompts, groups.tokens.reshape(len(prompts), -1)], axis=1),
+        jnp.concatenate([positions, _positions(prompt_lengths, groups)], axis=1),
+        attention.shared_prefix(prompts.shape[1], prompt_lengths, groups.segments),
+    )
+
+
+def _positions(prompt_lengths: jax.Array, groups: Groups) -> jax.Array:
+    """[B, G * L]: a response's continue from its prompt's own length."""
+    return (prompt_lengths[:, None, None] + groups.offsets).reshape(len(prompt_lengths), -1)
 
 
 def gather_candidates(
@@ -160,6 +240,18 @@ def gather_candidates(
     sources = _at(starts, segments) + offsets
     tokens = jnp.take_along_axis(responses, sources, axis=1, mode="clip")
     return jnp.where(segments < lengths.shape[1], tokens, 0), lengths
+
+
+def _groups(
+    layout: str, responses: jax.Array, response_lengths: jax.Array, max_response: int | None
+) -> Groups:
+    if layout == "packed":
+        return pack(responses, response_lengths)
+    if layout != "rectangle":
+        raise ValueError(f"layout: found {layout!r}, expected 'packed' or 'rectangle'")
+    if max_response is None:
+        raise ValueError("layout='rectangle' needs max_response")
+    return rectangle(responses, response_lengths, max_response)
 
 
 def pack(responses: jax.Array, response_lengths: jax.Array) -> Groups:
@@ -215,8 +307,12 @@ def _per_candidate(
     response_lengths: jax.Array,
     pooling: str | None,
     max_logits: int,
-) -> Scored:
-    """Sums and means over each candidate's tokens; hidden [B, G * L, D] are the responses'."""
+    found: jax.Array | None = None,
+) -> tuple[Scored, jax.Array]:
+    """Sums and means over each candidate's tokens; hidden [B, G * L, D] are the responses'.
+
+    Returns also the tokens' log-probs [B, G * L]; they are `found` where they are known already.
+    """
     batch, num_candidates = response_lengths.shape
     size = hidden.shape[-1]
     last = (prompt.lengths - 1)[:, None, None]
@@ -224,18 +320,22 @@ def _per_candidate(
     grouped = hidden.reshape(*groups.tokens.shape, size)
     before = jnp.pad(grouped, ((0, 0), (0, 0), (1, 0), (0, 0)))[:, :, :-1]
     before = jnp.where((groups.offsets == 0)[..., None], last, before)
-    logps = token_logps(
+    rows = None if model.splits is None else model.splits.stream
+
+    def compute(before: jax.Array, weights: jax.Array, targets: jax.Array) -> jax.Array:
+        return token_logps(before, weights, targets, max_logits, rows)
+
+    args = (
         before.reshape(batch, -1, size),
         model.vocabulary_weights(),
         groups.tokens.reshape(batch, -1),
-        max_logits,
-        None if model.splits is None else model.splits.stream,
     )
+    of_tokens = compute(*args) if found is None else known(compute, found, *args)
     # [B, G * L, C]: which tokens are whose.
     owner = groups.segments.reshape(batch, -1, 1) == jnp.arange(num_candidates)
-    logps = jnp.where(owner, logps[..., None], 0.0).sum(axis=1)
+    logps = jnp.where(owner, of_tokens[..., None], 0.0).sum(axis=1)
     if pooling is None:
-        return Scored(logps, None)
+        return Scored(logps), of_tokens
 
     def total(owner: jax.Array, hidden: jax.Array) -> jax.Array:
         owner, hidden = owner.astype(jnp.float32), hidden.astype(jnp.float32)
@@ -249,4 +349,4 @@ def _per_candidate(
         count = count + prompt.lengths[:, None]
     present = response_lengths > 0
     features = features / jnp.maximum(count, 1)[..., None]
-    return Scored(logps, jnp.where(present[..., None], features, 0.0))
+    return Scored(logps, jnp.where(present[..., None], features, 0.0)), of_tokens

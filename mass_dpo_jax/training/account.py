@@ -198,12 +198,35 @@ def kept_bytes(m: Model, at: Layout) -> int:
             layer += t * m.queries * FLOAT + (4 * prompt + 2 * behind) * m.keys * c
             layer += t * (2 * m.heads + 4) * FLOAT  # Norms' and softmaxes' denominators.
             layer += at.pairs * m.heads * wide
-    beside = 2 * t * m.hidden * FLOAT + at.batch * at.responses * m.hidden * (c + 1)
+    return m.layers * layer + _beside_layers(m, at)
+
+
+def _beside_layers(m: Model, at: Layout) -> int:
+    beside = 2 * at.tokens * m.hidden * FLOAT
+    beside += at.batch * at.responses * m.hidden * (m.itemsize + 1)
     if m.fused and m.remat == "none":
         beside += bias_bytes(m, at)
     if m.remat != "none":
-        beside += t * m.size * FLOAT
-    return m.layers * layer + beside
+        beside += at.tokens * m.size * FLOAT
+    return beside
+
+
+def record_bytes(m: Model, pool: Layout) -> int:
+    """What scoring a pool leaves behind for training on some of it (models/decoder.py's Record).
+
+    Every layer's input and what the last one gives, D c a token; but for `full` also products with
+    weights, (D + H K + 2 KV K + 2 F) c a token and layer; a log-prob a response token.
+    """
+    layer = m.hidden
+    if m.remat != "full":
+        layer += m.hidden + m.queries + 2 * m.keys + 2 * m.inner
+    values = pool.tokens * (m.layers * layer + m.hidden)
+    return values * m.itemsize + pool.batch * pool.responses * FLOAT
+
+
+def replayed(m: Model) -> Model:
+    """As whose backward pass that from a record counts: attention, at least, is computed again."""
+    return dataclasses.replace(m, remat="full" if m.remat == "full" else "dots")
 
 
 def bias_bytes(m: Model, at: Layout) -> int:
@@ -348,15 +371,18 @@ def logits_flops(m: Model, at: Layout) -> int:
     return 2 * m.hidden * m.vocabulary * at.batch * chunk * -(-at.responses // chunk)
 
 
-def training_flops(m: Model, at: Layout) -> int:
+def training_flops(m: Model, at: Layout, recorded: bool = False) -> int:
     """Forward, backward (twice as much) and what it computes again: the logits, always; `dots`
-    attention; `full` the layers but for their last product."""
+    attention; `full` the layers but for their last product. From a record there is no forward."""
+    if recorded:
+        m = replayed(m)
     again = 0
     if m.remat != "none":
         again = 4 * m.queries * at.pairs
     if m.remat == "full":
         again += 2 * at.tokens * (m.block - m.inner * m.hidden)
-    return 3 * forward_flops(m, at) + m.layers * again + logits_flops(m, at)
+    passes = 2 if recorded else 3
+    return passes * forward_flops(m, at) + m.layers * again + logits_flops(m, at)
 
 
 def useful_flops(m: Model, prompts: np.ndarray, responses: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -386,6 +412,7 @@ class Account:
       sums: the gradients of earlier micro-batches.
       copies: of weights, in the backward pass.
       kept: for the backward pass.
+      recorded: of that, what scoring the pool leaves behind.
       scoring, vocabulary, layers: temporaries of scoring the pool and, of the loss, of the
         vocabulary projection and of a layer.
       offloaded: the optimizer's state is on the device only during the update.
@@ -398,6 +425,7 @@ class Account:
     sums: int
     copies: int
     kept: int
+    recorded: int
     scoring: int
     vocabulary: int
     layers: int
@@ -410,7 +438,7 @@ class Account:
         always = self.parameters + self.batch
         state = always + (0 if self.offloaded else self.optimizer) + self.sums
         return {
-            "scoring": state + self.scoring,
+            "scoring": state + self.recorded + self.scoring,
             "vocabulary": state + self.kept + self.vocabulary,
             "layers": state + self.gradients + self.copies + self.kept + self.layers,
             "update": always + self.optimizer + self.gradients,
@@ -441,6 +469,7 @@ def account(
     trained: Layout,
     micro_batches: int,
     offloaded: bool = False,
+    reuse: bool = False,
 ) -> Account:
     """The account of a step.
 
@@ -451,7 +480,15 @@ def account(
       chunk: see `scoring_bytes`.
       trained: what the loss sees.
       micro_batches: of a step.
+      reuse: does training start from what scoring the pool has left?
     """
+    recorded = 0
+    if reuse:
+        assert pool is not None
+        recorded = record_bytes(m, pool)
+    scoring = 0 if pool is None else scoring_bytes(m, pool, chunk)
+    if reuse:
+        m = replayed(m)
     return Account(
         parameters=parameters,
         gradients=parameters,
@@ -459,8 +496,9 @@ def account(
         batch=batch,
         sums=parameters if micro_batches > 1 else 0,
         copies=weight_copies(m, backward=True),
-        kept=kept_bytes(m, trained),
-        scoring=0 if pool is None else scoring_bytes(m, pool, chunk),
+        kept=recorded + _beside_layers(m, trained) if reuse else kept_bytes(m, trained),
+        recorded=recorded,
+        scoring=scoring,
         vocabulary=logits_bytes(m, trained, backward=True),
         layers=backward_bytes(m, trained),
         offloaded=offloaded,

@@ -163,7 +163,7 @@ def prepare(config: ConfigDict, workdir: Path | None, splits: Sequence[str]) -> 
         ),
         max_logits=max_logits_of(mesh.devices.flat[0].platform),
     )
-    program = Program(scorer, method, policy.shardings)
+    program = Program(scorer, method, policy.shardings, config.train.reuse_scoring)
     buckets = {split: make_buckets(t, method.num_negatives) for split, t in tokens.items()}
     return Setup(config, mesh, policy, method, program, examples, tokens, buckets)
 

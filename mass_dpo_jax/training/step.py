@@ -69,8 +69,11 @@ class Scorer:
     attention: Attention = attention
     max_logits: int = MAX_LOGITS
 
-    def __call__(self, params: Params, batch: Batch, features: bool = False) -> Any:
-        """Log-probs `[B, C]` and, if asked for, features `[B, C, D]` of every candidate."""
+    def __call__(
+        self, params: Params, batch: Batch, features: bool = False, record: bool = False
+    ) -> Any:
+        """Log-probs `[B, C]` and, if asked for, features `[B, C, D]` of every candidate, and the
+        record of the pass."""
         return shared_prefix.score(
             nnx.merge(self.graphdef, params),
             batch.prompts,
@@ -81,6 +84,33 @@ class Scorer:
             layout=self.layout,
             max_response=self.max_response,
             candidate_chunk=self.chunk,
+            attention=self.attention,
+            max_logits=self.max_logits,
+            record=record,
+        )
+
+    def replay(
+        self,
+        params: Params,
+        record: shared_prefix.Record,
+        batch: Batch,
+        candidates: Array,
+        valid: Array,
+        size: int,
+    ) -> Array:
+        """Log-probs `[B, K]` of some candidates of a batch whose scoring was recorded."""
+        return shared_prefix.replay(
+            nnx.merge(self.graphdef, params),
+            record,
+            batch.prompts,
+            batch.prompt_lengths,
+            batch.responses,
+            batch.response_lengths,
+            candidates,
+            valid,
+            size,
+            layout=self.layout,
+            max_response=self.max_response,
             attention=self.attention,
             max_logits=self.max_logits,
         )
@@ -108,16 +138,18 @@ class Program:
       scorer: the decoder.
       method: loss and choice of negatives.
       shardings: of the weights, a tree like them; gradients are held to it.
+      reuse: the pass that scores a pool is the forward pass of training too.
     """
 
     scorer: Scorer
     method: Method
     shardings: Any
+    reuse: bool = True
 
     @functools.cached_property
     def _key(self) -> tuple[Any, ...]:
         leaves, tree = jax.tree.flatten(self.shardings)
-        return (self.scorer, self.method, tuple(leaves), tree)
+        return (self.scorer, self.method, tuple(leaves), tree, self.reuse)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Program) and self._key == other._key
@@ -125,47 +157,61 @@ class Program:
     def __hash__(self) -> int:
         return hash(self._key)
 
-    def choose(self, params: Params, batch: Batch, key: Array) -> tuple[Choice, Metrics]:
+    def choose(
+        self, params: Params, batch: Batch, key: Array, record: bool = False
+    ) -> tuple[Choice, Metrics, shared_prefix.Record | None]:
         """The negatives to train on.
 
         Args:
           params: the current policy.
           batch: `[B, ...]`, the whole pool of each prompt.
           key: of this drawing; every prompt gets one of its own from it, by its row of the split.
+          record: keep what `loss` can use of a scoring pass.
 
         Returns:
-          The choice, and figures on it.
+          The choice, figures on it, and the record; None where nothing was scored.
         """
-        pools = self.pools(params, batch, key)
+        pools, found = self.pools(params, batch, key, record)
         settings = self.method.selection
         chosen = selection.select(pools, self.method.num_negatives, settings)
         numbers = jnp.where(chosen.valid, chosen.indices + 1, 0)
         figures = selection.diagnostics(pools, chosen, settings) if settings.needs_scoring else {}
         if not self.method.sampled:
-            return Choice(numbers), figures
+            return Choice(numbers), figures, found
         assert pools.scores is not None
         pool_loss = jax.vmap(selection.pool_loss)(pools.scores, pools.mask)
-        return Choice(numbers, chosen.weights, pool_loss), figures
+        return Choice(numbers, chosen.weights, pool_loss), figures, found
 
-    def pools(self, params: Params, batch: Batch, key: Array) -> selection.Pool:
+    def pools(
+        self, params: Params, batch: Batch, key: Array, record: bool = False
+    ) -> tuple[selection.Pool, shared_prefix.Record | None]:
         """What the method's criterion chooses from; scored only if the criterion looks at that."""
         settings = self.method.selection
         mask = batch.response_lengths[:, 1:] > 0
         keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(batch.index)
         if not settings.needs_scoring:
-            return selection.Pool(gram=None, scores=None, mask=mask, key=keys)
+            return selection.Pool(gram=None, scores=None, mask=mask, key=keys), None
         live = settings.needs_features and not self.method.frozen_features
-        scored = self.scorer(params, batch, features=live)
+        scored = self.scorer(params, batch, features=live, record=record)
         rewards = self.method.beta * (scored.logps - batch.ref_logps)
         gram = batch.ref_gram
         if live:
             gram = selection.grams(scored.features, mask, settings)
-        return selection.Pool(gram, rewards[:, 1:] - rewards[:, :1], mask, keys)
+        pools = selection.Pool(gram, rewards[:, 1:] - rewards[:, :1], mask, keys)
+        return pools, scored.record
 
     def loss(
-        self, params: Params, batch: Batch, choice: Choice, size: int
+        self,
+        params: Params,
+        batch: Batch,
+        choice: Choice,
+        size: int,
+        record: shared_prefix.Record | None = None,
     ) -> tuple[Array, Metrics]:
-        """Mean loss of a micro-batch on the chosen response and the chosen negatives."""
+        """Mean loss of a micro-batch on the chosen response and the chosen negatives.
+
+        With a record of these weights' pass over the pools, nothing is computed again forward.
+        """
         negatives = choice.numbers
         candidates = jnp.pad(negatives, ((0, 0), (1, 0)))
         valid = jnp.pad(negatives > 0, ((0, 0), (1, 0)), constant_values=True)
@@ -176,8 +222,11 @@ class Program:
         def of_chosen(table: Array | None) -> Array | None:
             return None if table is None else jnp.take_along_axis(table, candidates, axis=1)
 
-        scored = batch._replace(responses=responses, response_lengths=lengths)
-        logps = self.scorer(params, scored).logps
+        if record is None:
+            some = batch._replace(responses=responses, response_lengths=lengths)
+            logps = self.scorer(params, some).logps
+        else:
+            logps = self.scorer.replay(params, record, batch, candidates, valid, size)
         found = Responses(
             logps=logps,
             log_ratios=jnp.where(valid, logps - of_chosen(batch.ref_logps), 0.0),
@@ -196,7 +245,7 @@ class Program:
     @functools.partial(jax.jit, static_argnums=0)
     def choose_batch(self, params: Params, batch: Batch, key: Array) -> tuple[Choice, Metrics]:
         """`choose`, on its own: for sets that outlive a step."""
-        return self.choose(params, batch, key)
+        return self.choose(params, batch, key)[:2]
 
     @functools.partial(jax.jit, static_argnums=(0, 4))
     def select_batch(
@@ -207,7 +256,7 @@ class Program:
         Args:
           at_reference: these weights are the reference, so that all scores are 0.
         """
-        pools = self.pools(params, batch, key)
+        pools, _ = self.pools(params, batch, key)
         if at_reference and pools.scores is not None:
             pools = pools._replace(scores=jnp.zeros_like(pools.scores))
         return selection.select(pools, self.method.num_negatives, self.method.selection)
@@ -242,13 +291,14 @@ class Program:
         def micro(sums: Any, args: Any) -> tuple[Any, Array]:
             micro_batch, numbers = args
             figures: Metrics = {}
+            record = None
             if self.method.supervised:
                 choice = Choice(jnp.zeros((micro_batch.prompts.shape[0], 0), jnp.int32))
             elif numbers is None:
-                choice, figures = self.choose(state.params, micro_batch, key)
+                choice, figures, record = self.choose(state.params, micro_batch, key, self.reuse)
             else:
                 choice = Choice(numbers)
-            (loss, more), grads = gradient(state.params, micro_batch, choice, size)
+            (loss, more), grads = gradient(state.params, micro_batch, choice, size, record)
             found = grads, {"loss": loss, **more, **figures}
             return found if sums is None else jax.tree.map(jnp.add, sums, found), choice.numbers
 

@@ -1,0 +1,145 @@
+"""Training from the record of a scoring pass: the numbers and gradients of a pass of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import tiny_config as run_config
+from helpers import write_jsonl
+from models_for_tests import VOCABULARY, Candidates, random_candidates, random_decoder, tiny_config
+
+from mass_dpo_jax import train as train_lib
+from mass_dpo_jax.data.batches import Order
+from mass_dpo_jax.models.decoder import Decoder
+from mass_dpo_jax.models.known import known
+from mass_dpo_jax.models.shared_prefix import gather_candidates, replay, score
+from mass_dpo_jax.training.setup import Reference, prepare
+
+RESPONSE = 7
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "packed": {"layout": "packed"},
+    "packed, few logits": {"layout": "packed", "max_logits": 4 * VOCABULARY},
+    "rectangle": {"layout": "rectangle", "max_response": RESPONSE},
+    "rectangle, 2 at a time": {
+        "layout": "rectangle",
+        "max_response": RESPONSE,
+        "candidate_chunk": 2,
+    },
+}
+
+
+def sets(pool: Candidates) -> tuple[np.ndarray, np.ndarray]:
+    """Three candidates of each prompt in any order, one twice, and now and then one too few."""
+    rng = np.random.default_rng(0)
+    batch, candidates = pool.response_lengths.shape
+    numbers = np.pad(rng.integers(1, candidates, (batch, 2)), ((0, 0), (1, 0)))
+    numbers[0, 2] = numbers[0, 1]
+    valid = np.ones_like(numbers, bool)
+    valid[-1, 2] = False
+    return numbers, valid & (np.take_along_axis(pool.response_lengths, numbers, 1) > 0)
+
+
+def gradients(model: Decoder, pool: Candidates, layout: dict[str, Any], recorded: bool) -> Any:
+    """Log-probs of some candidates, and gradients of a loss that weighs each of them."""
+    numbers, valid = sets(pool)
+    size = 3 * RESPONSE
+    weights = np.random.default_rng(1).normal(size=numbers.shape)
+    graphdef, params = nnx.split(model)
+    whole = {key: value for key, value in layout.items() if key != "candidate_chunk"}
+
+    @jax.jit
+    def run(params: Any, *args: jax.Array) -> Any:
+        record = None
+        if recorded:
+            scored = score(nnx.merge(graphdef, params), *args, pooling=None, record=True, **layout)
+            record = scored.record
+
+        def loss(params: Any) -> tuple[jax.Array, jax.Array]:
+            model = nnx.merge(graphdef, params)
+            if record is not None:
+                logps = replay(model, record, *args, numbers, valid, size, **whole)
+            else:
+                some = gather_candidates(*args[2:], numbers, valid, size)
+                logps = score(model, *args[:2], *some, pooling=None, **whole).logps
+            return jnp.sum(weights * logps), logps
+
+        (_, logps), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return logps, grads
+
+    return run(params, *map(jnp.asarray, pool))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "remat", "layout"),
+    [
+        ("qwen3", "none", "packed"),
+        ("qwen3", "full", "rectangle, 2 at a time"),
+        ("smollm3", "full", "packed, few logits"),
+        ("smollm3", "dots", "rectangle"),
+        ("llama", "none", "rectangle, 2 at a time"),
+    ],
+)
+def test_gradients_are_those_of_a_pass_of_its_own(model_type: str, remat: str, layout: str) -> None:
+    model = random_decoder(tiny_config(model_type), remat=remat)
+    pool = random_candidates(response=RESPONSE)
+    logps, found = gradients(model, pool, LAYOUTS[layout], recorded=True)
+    others, expected = gradients(model, pool, LAYOUTS[layout], recorded=False)
+    np.testing.assert_allclose(logps, others, rtol=1e-5, atol=1e-4)
+    assert np.all(logps[-1, 2] == 0)
+    for (path, a), b in zip(
+        jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True
+    ):
+        norm = float(jnp.linalg.norm(b))
+        assert norm > 0, path
+        assert float(jnp.linalg.norm(a - b)) < 1e-4 * norm, path
+
+
+def test_known_computes_nothing_forward() -> None:
+    def cube(x: jax.Array, times: jax.Array) -> jax.Array:
+        return x**3 * times
+
+    x, wrong = jnp.array([1.0, 2.0]), jnp.array([7.0, 7.0])
+    value, vjp = jax.vjp(lambda x: known(cube, wrong, x, jnp.array([2, 1])), x)
+    np.testing.assert_array_equal(value, wrong)
+    np.testing.assert_array_equal(vjp(jnp.ones(2))[0], [6.0, 12.0])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"selection.criterion": "contrast"},
+        {"method": "pl_sampled", "selection.replacement": True, "model.layout": "rectangle"},
+        {"train.batch_size": 8, "train.micro_batch_size": 4, "model.remat": "none"},
+    ],
+)
+@pytest.mark.usefixtures("one_device")
+def test_a_step_is_the_same_without_reuse(tmp_path: Path, changes: dict[str, Any]) -> None:
+    config = run_config(write_jsonl(tmp_path / "data.jsonl"), **changes)
+    setup = prepare(config, tmp_path / "run", ("train",))
+    assert setup.program.reuse  # By default.
+    params = setup.policy.weights("", 0)
+    # Away from the reference, so that pool weights are not uniform.
+    reference = Reference({"train": setup.score(setup.policy.weights("", 1), "train", "reference")})
+    order = Order(setup.buckets["train"], config.train.batch_size, 0)
+    found = []
+    for reuse in (True, False):
+        optimizer = train_lib.make_optimizer(config.train, 4)
+        state = train_lib.TrainState(jnp.int32(0), params, optimizer.init(params))
+        batch, _, size = train_lib.put(setup, order, 0, reference, None)
+        program = dataclasses.replace(setup.program, reuse=reuse)
+        state, numbers, figures = program.train_step(
+            optimizer, jax.tree.map(jnp.copy, state), batch, None, setup.key(0), size
+        )
+        found.append((numbers, figures))
+    (numbers, figures), (others, expected) = found
+    np.testing.assert_array_equal(numbers, others)
+    assert figures.keys() == expected.keys()
+    for name, value in figures.items():
+        np.testing.assert_allclose(value, expected[name], rtol=2e-5, atol=2e-5, err_msg=name)
