@@ -77,8 +77,8 @@ def test_a_step_moves_weights_and_gradients_and_little_else(
     assert found["data"]["all-gather"] < 0.1 * weights["data"]
     # The embedding is used twice, and each use has its gradient summed.
     assert 0.9 < found["data"]["all-reduce"] / weights["data"] < 1.5
-    # Scoring, forward, backward.
-    assert 2.0 < found["fsdp"]["all-gather"] / weights["fsdp"] < 4.0
+    # Once for scoring, which is the forward pass as well, and once for the backward pass.
+    assert 1.5 < found["fsdp"]["all-gather"] / weights["fsdp"] < 2.5
     assert 0.9 < found["fsdp"]["all-reduce"] / weights["fsdp"] < 1.5
 
 
