@@ -9,9 +9,9 @@ each value of --tensor. Prompts per device stay the same (--rows).
 
 Beside the sums stand the weights of one device after gathering. With `fsdp` each pass over the
 layers (scoring, which is the forward pass too, and backward) has to gather them once and the
-gradients have to be summed once; with `data` only the latter; selection sends nothing. XLA's CPU backend knows no
-reduce-scatter, so that a gradient's sum is an all-reduce here, which costs twice as much. Time on a
-network is not in these figures.
+gradients have to be summed once; with `data` only the latter; selection sends nothing. XLA's CPU
+backend knows no reduce-scatter, so that a gradient's sum is an all-reduce here, which costs twice
+as much. Time on a network is not in these figures.
 """
 
 from __future__ import annotations

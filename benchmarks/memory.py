@@ -23,12 +23,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from absl import flags
 
 from benchmarks import machine
-from benchmarks.workloads import Case, Workload, changed
+from benchmarks.workloads import Case, Workload, changed, lower
 from mass_dpo_jax import cli
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.dry_run import abstract_mesh
@@ -39,7 +38,7 @@ from mass_dpo_jax.models.fused_attention import Fused
 from mass_dpo_jax.training import account as account_lib
 from mass_dpo_jax.training.account import Account, Layout
 from mass_dpo_jax.training.optimizer import make_optimizer
-from mass_dpo_jax.training.step import Program, TrainState
+from mass_dpo_jax.training.step import Program
 
 SMALL = Workload(
     batch=4, prompt=64, response=8, pool=15, layers=3, width=64, heads=4, mlp=192, vocabulary=1000
@@ -55,16 +54,7 @@ MEGABYTE = 1e6
 
 def compiled_bytes(case: Case, program: Program) -> int:
     """XLA's temporaries of the train step on the first batch."""
-    optimizer = make_optimizer(case.config.train, 1)
-    params = jax.eval_shape(lambda: case.params)
-    state = TrainState(
-        jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(optimizer.init, params)
-    )
-    batch = jax.eval_shape(lambda: jax.tree.map(lambda x: x[None], case.batches[0]))
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    size = case.shapes[0].selected
-    step = type(program).train_step.lower(program, optimizer, state, batch, None, key, size)
-    found = step.compile(compiler_options=OPTIONS).memory_analysis()
+    found = lower(case, program).compile(compiler_options=OPTIONS).memory_analysis()
     assert found is not None
     return found.temp_size_in_bytes
 

@@ -289,6 +289,18 @@ class Ours:
         return used, figures
 
 
+def lower(case: Case, program: Program) -> Any:
+    """The train step on the first batch, traced from shapes alone, ready to be compiled."""
+    optimizer = make_optimizer(case.config.train, 1)
+    params = nnx.to_pure_dict(nnx.state(abstract_decoder(case.model), nnx.Param))
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    state = TrainState(step, params, jax.eval_shape(optimizer.init, params))
+    batch = jax.eval_shape(lambda: jax.tree.map(lambda x: jnp.asarray(x)[None], case.batches[0]))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    size = case.shapes[0].selected
+    return type(program).train_step.lower(program, optimizer, state, batch, None, key, size)
+
+
 def _weights(model: DecoderConfig, seed: int) -> Any:
     decoder = Decoder(model, rngs=nnx.Rngs(seed), remat="none")
     return nnx.to_pure_dict(nnx.state(decoder, nnx.Param))
