@@ -21,6 +21,7 @@ from flax import nnx
 from helpers import tiny_config as tiny_run
 from helpers import write_jsonl
 from models_for_tests import pretend_a_gpu, random_candidates, random_decoder, tiny_config
+from test_replay import gradients as recorded_gradients
 from test_shared_prefix import LAYOUTS, RESPONSE, gradients, run
 
 from mass_dpo_jax import config as config_lib
@@ -69,6 +70,19 @@ def test_gradients_equal_those_of_plain_attention(layout: str, size: int) -> Non
     pool = random_candidates(prompt=size, response=RESPONSE)
     expected = gradients(model, pool, **LAYOUTS[layout])
     found = gradients(model, pool, attention=XLA, **LAYOUTS[layout])
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert np.linalg.norm(a - b) < 1e-4 * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("layout", ["packed", "rectangle, 2 at a time"])
+def test_training_from_a_record_equals_plain_attention(layout: str) -> None:
+    """Scoring and the backward pass by the kernel's calls, against one plain pass on the sets."""
+    model = random_decoder(tiny_config(), remat="full")
+    pool = random_candidates(response=RESPONSE)
+    logps, expected = recorded_gradients(model, pool, LAYOUTS[layout], recorded=False)
+    how = {**LAYOUTS[layout], "attention": XLA}
+    others, found = recorded_gradients(model, pool, how, recorded=True)
+    np.testing.assert_allclose(others, logps, rtol=1e-5, atol=1e-4)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert np.linalg.norm(a - b) < 1e-4 * np.linalg.norm(b)
 
@@ -129,23 +143,27 @@ def train_step(
     return program, optimizer, (state, batch, None, key)
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("reuse", [True, False])
+@pytest.mark.parametrize("remat", ["none", "full"])
 @pytest.mark.parametrize("layout", ["packed", "rectangle"])
 def test_the_step_lowers_to_the_kernels(
-    layout: str, remat: str, monkeypatch: pytest.MonkeyPatch
+    layout: str, remat: str, reuse: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For a GPU that is not here: jax takes our shapes, and forward and backward are kernels."""
     pretend_a_gpu(monkeypatch)
     program, optimizer, args = train_step(layout, "bfloat16", remat, Fused())
+    program = dataclasses.replace(program, reuse=reuse)
     traced = Program.train_step.trace(program, optimizer, *args, 17)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     calls = re.findall(r"@(__cudnn\$fmha\w+)\(", text)
-    # Scoring: the prompt and the responses; the loss, forward and backward.
+    # Scoring, the prompt and the responses; the loss, forward and backward.
     assert {"__cudnn$fmhaSoftmax", "__cudnn$fmhaScaleBiasSoftmax"} < set(calls)
     assert calls.count("__cudnn$fmhaSoftmaxBackward") == 1
     assert calls.count("__cudnn$fmhaScaleBiasSoftmaxBackward") == 1
     forward = [call for call in calls if not call.endswith("Backward")]
-    assert len(forward) == (4 if remat == "none" else 6)  # Computed again in the backward pass.
+    # The loss has its forward pass if scoring was not that, and with `full`, or from a record, the
+    # backward pass begins with another.
+    assert len(forward) == 2 + 2 * (not reuse) + 2 * (reuse or remat == "full")
     # What reads as scores: float32 over all pairs of some head.
     plain_program, *_ = train_step(layout, "bfloat16", remat, plain)
     plain_text = (
@@ -248,8 +266,8 @@ def test_the_kernel_agrees(heads: tuple[int, int, int]) -> None:
 @pytest.mark.accelerator
 @pytest.mark.parametrize("layout", ["packed", "wide rectangle", "rectangle, 2 at a time"])
 def test_the_kernel_in_a_model(layout: str) -> None:
-    """Log-probs and gradients, fused and plain, both in bfloat16, no further from each other than
-    plain attention in bfloat16 is from float32."""
+    """Log-probs and gradients, fused and plain, both in bfloat16, about as far from each other as
+    plain attention in bfloat16 is from float32: with other operations on a CPU 0.7 to 1.2 times."""
     _gpu()
     pool = random_candidates(response=RESPONSE)
     exact, rough = (random_decoder(tiny_config(), dtype=d) for d in ("float32", "bfloat16"))
@@ -263,4 +281,4 @@ def test_the_kernel_in_a_model(layout: str) -> None:
     with jax.default_matmul_precision("highest"):
         right = values(exact, plain)
     for a, b, c in zip(values(rough, Fused()), values(rough, plain), right, strict=True):
-        assert np.linalg.norm(a - b) < 1.5 * np.linalg.norm(b - c)
+        assert np.linalg.norm(a - b) < 2.0 * np.linalg.norm(b - c)

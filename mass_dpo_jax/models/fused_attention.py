@@ -9,9 +9,9 @@ rows, so that none computes pairs with another's; the packed layout has one grou
 The kernel gets a mask as a bias [B * G, 1, L, P + L] in the compute type, all heads sharing it,
 and, in jax 0.10, writes a gradient of the same size that nothing reads. For 16 prompts of 160
 tokens with 200 response places that is 2.3 MB, where one layer's scores in float32 for 24 heads
-are 110 MB. Masked pairs are computed: of all operations of a 3B model's step they are some 2%. A
-row a response without any mask, causal, would need no bias, but a query for every prompt token of
-every response: for short responses many times the tokens.
+are 110 MB. Masked pairs are computed, but all of attention is some 2% of a 3B model's operations
+at such lengths. Every response in a row behind its prompt, causal, would need no bias, but a query
+for every prompt token of every response: for short responses many times the tokens.
 """
 
 from __future__ import annotations
