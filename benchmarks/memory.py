@@ -59,7 +59,7 @@ def compiled_bytes(case: Case, program: Program) -> int:
     return found.temp_size_in_bytes
 
 
-def account_of(case: Case, remat: str, shared: bool = True) -> Account:
+def account_of(case: Case, remat: str, shared: bool = True, reuse: bool = True) -> Account:
     """The account of the same step."""
     w, shape = case.workload, case.shapes[0]
     fused = isinstance(case.attention, Fused)
@@ -89,7 +89,7 @@ def account_of(case: Case, remat: str, shared: bool = True) -> Account:
         chunk,
         trained,
         micro_batches=1,
-        reuse=shared,
+        reuse=shared and reuse,
     )
 
 

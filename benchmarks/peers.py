@@ -22,7 +22,8 @@ from mass_dpo_jax.data.batches import Batch
 from mass_dpo_jax.models.config import DecoderConfig
 from mass_dpo_jax.models.weights import table
 
-MAX_LOGITS = 2**24  # At once, where no gradient is needed.
+# At once, where no gradient is needed: on a CPU, and as ours on a GPU.
+MAX_LOGITS, GPU_MAX_LOGITS = 2**24, 2**27
 MASKED = torch.finfo(torch.float32).min
 
 
@@ -187,8 +188,9 @@ def hidden_states(model: Any, inputs: Rows | Packed) -> Tensor:
 def logps(model: Any, hidden: Tensor, rows: Rows, count: int) -> Tensor:
     """Summed over each of `count` responses' tokens: float32 [count]."""
     states = hidden.index_select(0, rows.before)
+    most = MAX_LOGITS if hidden.device.type == "cpu" else GPU_MAX_LOGITS
     whole = torch.is_grad_enabled()
-    size = len(states) if whole else max(1, MAX_LOGITS // model.config.vocab_size)
+    size = len(states) if whole else max(1, most // model.config.vocab_size)
     parts = [
         -functional.cross_entropy(model.lm_head(part), targets, reduction="none")
         for part, targets in zip(states.split(size), rows.targets.split(size), strict=True)

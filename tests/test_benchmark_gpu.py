@@ -44,7 +44,7 @@ def _small_products(monkeypatch: pytest.MonkeyPatch, torch: ModuleType) -> None:
 def tiny(name: str, side: str, folder: Path, **fields: Any) -> Job:
     made = Job(
         changed(workload(name, "tiny"), CHANGES), side, "cpu", "float32", 2, time.time() + 300,
-        str(folder / f"{name}-{side}.json"), batch=2, remat="full",
+        str(folder / f"{name}-{side}.json"), batch=2, remat="full", reuse=True,
     )  # fmt: skip
     return dataclasses.replace(made, **fields)
 
@@ -162,23 +162,24 @@ def test_out_of_memory_means_more_parts(
 
 
 def test_the_plan_for_a_card_of_80_gb(tmp_path: Path) -> None:
-    for name, expected in (("G1", (32, "dots")), ("G2", (8, "dots"))):
+    for name in job.SHAPES:
         big = Job(workload(name, "3b"), "ours", "cuda", "bfloat16", 7, 0.0, "", memory=int(78.6e9))
-        batch, remat = ours.plan(big, Fused())
-        assert (batch, remat) == expected
-
-        def peak(size: int, big: Job = big, remat: str = remat) -> float:
-            case = ours.case_of(big, size, Fused())
-            return ours.memory.account_of(case, remat).peak
-
-        assert peak(batch) <= ours.MARGIN * 78.6e9 < peak(2 * batch)
-        # Rows of scores would not leave so much room.
-        assert ours.plan(big, fused_attention.plain) <= (batch, remat)
-        assert ours.plan(dataclasses.replace(big, remat="full"), Fused())[0] > batch
-        asked = dataclasses.replace(big, batch=4, memory=None, remat="none")
-        assert ours.plan(asked, Fused()) == (4, "none")
-        small = dataclasses.replace(big, memory=int(1e9))
-        assert ours.plan(small, Fused()) == (1, "full")
+        best = ours.plan(big, Fused())
+        assert best == (32, {"G1": "none", "G2": "full"}[name], True)
+        double = best._replace(batch=2 * best.batch)
+        limit = ours.MARGIN * 78.6e9
+        assert ours.peak(big, best, Fused()) <= limit < ours.peak(big, double, Fused())
+        for remat, reuse in (("none", False), ("dots", False), ("full", False)):
+            other = ours.plan(dataclasses.replace(big, remat=remat, reuse=reuse), Fused())
+            assert other.batch > 1 and ours.effort(big, other) > ours.effort(big, best)
+        less, second = ours.smaller(big, best, Fused())
+        assert ours.peak(big, second, Fused()) <= 0.95 * ours.peak(big, best, Fused())
+        assert ours.effort(big, second) >= ours.effort(big, best)
+        assert ours.smaller(less, second, Fused())[1] != second
+        assert ours.smaller(dataclasses.replace(big, batch=8), best, Fused())[1].batch == 16
+        asked = dataclasses.replace(big, batch=4, memory=None, remat="none", reuse=False)
+        assert ours.plan(asked, Fused()) == (4, "none", False)
+        assert ours.plan(dataclasses.replace(big, memory=int(1e9)), Fused()) == (1, "full", False)
 
 
 def test_a_step_that_does_not_fit_or_run_is_tried_otherwise(
@@ -188,13 +189,13 @@ def test_a_step_that_does_not_fit_or_run_is_tried_otherwise(
     monkeypatch.setattr(ours.fused_attention, "difference", lambda *args: 0.005)
     tried: list[tuple[int, bool]] = []
 
-    def attempt(some: Job, batch: int, remat: str, attention: Any) -> dict[str, Any]:
-        tried.append((batch, isinstance(attention, Fused)))
-        if batch > 2:
+    def attempt(some: Job, how: ours.Plan, attention: Any) -> dict[str, Any]:
+        tried.append((how.batch, isinstance(attention, Fused)))
+        if how.batch > 2:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmore")
         if isinstance(attention, Fused):
             raise jax.errors.JaxRuntimeError("INTERNAL: no engine")
-        return {"prompts": batch}
+        return {"prompts": how.batch}
 
     monkeypatch.setattr(ours, "attempt", attempt)
     found = ours.run(tiny("G1", "ours", tmp_path, batch=8))
@@ -215,11 +216,10 @@ def test_useful_operations_are_those_of_the_account(name: str) -> None:
         model, prompts, np.full((batch, 1 + w.pool), w.response)
     )
     sets = behind[:, : 1 + w.negatives]
-    expected = (of_prompts + behind.sum(1)).sum() + 3 * (of_prompts + sets.sum(1)).sum()
+    expected = (of_prompts + behind.sum(1)).sum() + 2 * (of_prompts + sets.sum(1)).sum()
     found, tokens = job.useful(w, batch, scored=True, reference=False)
     assert found == pytest.approx(expected, rel=1e-12)
-    rows = 2 * w.prompt + (1 + w.pool + 1 + w.negatives) * w.response
-    assert tokens == batch * rows
+    assert tokens == batch * (w.prompt + (1 + w.pool) * w.response)
     with_reference, _ = job.useful(w, batch, scored=False, reference=True)
     without, _ = job.useful(w, batch, scored=False, reference=False)
     assert with_reference == pytest.approx(without * 4 / 3)
@@ -266,10 +266,35 @@ def test_what_did_not_run_is_said(tmp_path: Path) -> None:
     failed = command.start_job(broken, tmp_path / "job", 100.0)
     assert "config.model.attention=fused: the kernel is cuDNN's" in failed["not_run"]
 
+    assert failed["exit_status"] == 2
+
     sides = {"ours": failed, "peers": {"not_run": "out of time"}, "ratios": {}}
     text = command.describe("G1", sides)
     assert text.count("not run: ") == 4 and "cuDNN's" in text
     assert command.ratios("G1", sides) == {}
+
+
+def test_a_process_that_the_kernel_ends_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str, int | None]] = []
+
+    def start(some: Job, path: Path, seconds: float) -> dict[str, Any]:
+        asked.append((some.side, some.attention, some.batch))
+        assert some.until > time.time() and 0 < seconds <= 100
+        if some.side == "peers":
+            return {"not_run": "out of time"}
+        if some.attention == "auto":
+            return {"not_run": "exit status -11: no message", "exit_status": -11}
+        return {"prompts": 32}
+
+    monkeypatch.setattr(command, "start_job", start)
+    jobs = [("G1", tiny("G1", side, tmp_path, batch=None)) for side in ("ours", "peers")]
+    found = command.run(jobs, budget=100.0, output=None)["G1"]
+    # The peers get as many prompts as ours had.
+    assert asked == [("ours", "auto", None), ("ours", "plain", None), ("peers", "auto", 32)]
+    assert found["ours"]["failed_with_auto_attention"] == "exit status -11: no message"
+    assert "| **ours** | not run: no figures |" in command.describe("G1", found)
 
 
 def test_peaks_by_name() -> None:
@@ -287,7 +312,7 @@ def test_mistakes_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     line = refused("benchmarks.gpu", "--workloads=G9", "--device=cpu")
     assert "--workloads: no 'G9'; expected G1, G2" in line
     line = refused("benchmarks.gpu", "--device=cpu", "--model=tiny")
-    assert "--device=cpu: give --batch and --remat, or --memory_gb" in line
+    assert "--device=cpu: give --batch or --memory_gb" in line
     import importlib.util
 
     found = importlib.util.find_spec

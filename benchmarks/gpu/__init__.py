@@ -8,8 +8,8 @@ Llama 3.2 3B's sizes with random weights, all of them trained. G1: prompts of 16
 19 negatives of 10 tokens, n = 3. G2: prompts of 128, 7 negatives of 256, n = 3. Programs:
 
 - ours: MASS-DPO, scores the pool, selects, trains, updates. The batch is the largest that fits, by
-  the package's memory account with a margin, halved where that was too much; `model.remat` the one
-  that computes least again and leaves room for a batch that fills the card.
+  the package's memory account with a margin; `model.remat` and `train.reuse_scoring` are those that
+  take the fewest operations a prompt then; what turns out too large is planned again.
 - (a) PyTorch S-DPO with the reference beside the policy, (b) with the reference's log-probs
   cached, (c) PyTorch MASS-DPO, all of benchmarks/peers.py, on as many prompts. Each in as few parts
   as fit, gradients accumulated, with and without gradient checkpointing: the faster of the two.
@@ -22,5 +22,6 @@ cuDNN's fused kernel, and PyTorch's own (SDPA).
 Before anything is timed, ours and PyTorch's have to agree in float32 on a tiny model, (a) to (c) on
 the card: losses, picks, gradient norms; and a run's first loss is log(1 + n), up to bfloat16.
 Utilisation counts useful operations only (benchmarks/cost.py: no padding, nothing twice, prompts
-once), also PyTorch's. What does not fit, or not into the time, is reported as not run.
+once, scoring a pool is the forward pass on its sets), also PyTorch's. What does not fit, or not
+into the time, is reported as not run.
 """

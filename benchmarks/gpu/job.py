@@ -61,7 +61,7 @@ class Job:
       rounds: runs to time, if there is time.
       until: when to begin no further run, by time.time().
       batch: prompts in a step; None: the most that fits.
-      remat: of ours; None: the one that suits.
+      remat, reuse: of ours, `model.remat` and `train.reuse_scoring`; None: what suits.
       attention: `config.model.attention` of ours.
       memory: bytes for ours; None: what the device has.
       result: a file for the figures.
@@ -76,6 +76,7 @@ class Job:
     result: str
     batch: int | None = None
     remat: str | None = None
+    reuse: bool | None = None
     attention: str = "auto"
     memory: int | None = None
 
@@ -117,17 +118,17 @@ def useful(w: Workload, batch: int, scored: bool, reference: bool) -> tuple[floa
     """Operations and tokens of a step on `batch` prompts: real ones, each prompt once.
 
     Args:
-      scored: the whole pool is scored before.
+      scored: the whole pool is scored, which is the forward pass on what is selected, too.
       reference: the reference runs on what is trained on.
     """
     prompts = np.full(batch, w.prompt)
     pool = cost.useful(prompts, np.full((batch, 1 + w.pool), w.response))
     trained = cost.useful(prompts, np.full((batch, 1 + w.negatives), w.response))
-    flop, tokens = cost.train(w.model, trained), trained.tokens
-    for runs, size in ((scored, pool), (reference, trained)):
-        if runs:
-            flop, tokens = flop + cost.forward(w.model, size), tokens + size.tokens
-    return flop, tokens
+    forward = pool if scored else trained
+    flop = cost.forward(w.model, forward) + 2 * cost.forward(w.model, trained)
+    if reference:
+        flop += cost.forward(w.model, trained)
+    return flop, forward.tokens
 
 
 def check_first_loss(loss: float, job: Job) -> None:

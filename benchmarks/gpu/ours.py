@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import gc
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from benchmarks import machine, memory
+from benchmarks import cost, machine, memory
 from benchmarks.gpu.job import (
     Job,
     check_first_loss,
@@ -33,8 +33,20 @@ from mass_dpo_jax.training.step import TrainState
 # Of the memory that JAX may take; the account's temporaries are estimates.
 MARGIN = 0.93
 MOST = 512  # Prompts.
-# Trained at a time, so that matrix products fill the card: with fewer, rather compute more again.
-ENOUGH_TOKENS = 4096
+# Operations that a step's update and casts take the time of, a weight: they move some 40 bytes, and
+# cards do some 200 operations in the time of a byte.
+PER_WEIGHT = 8000
+
+
+class Plan(NamedTuple):
+    """A batch and a way to compute."""
+
+    batch: int
+    remat: str
+    reuse: bool  # The pass that scores is training's forward pass.
+
+    def __str__(self) -> str:
+        return f"{self.batch} prompts, remat={self.remat}, reuse_scoring={self.reuse}"
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -52,15 +64,19 @@ def run(job: Job) -> dict[str, Any]:
         found["attention_obstacle"] = fused_attention.obstacle(
             w.model, jnp.dtype(job.dtype), case.mesh
         )
-    batch, remat = plan(job, attention)
+    some = plan(job, attention)
     failures: list[str] = []
     while True:
-        how = {"attention": "fused" if isinstance(attention, Fused) else "plain", "remat": remat}
-        told = f"{batch} prompts, remat={remat}, {how['attention']} attention"
+        how = {
+            "attention": "fused" if isinstance(attention, Fused) else "plain",
+            "remat": some.remat,
+            "reuse_scoring": some.reuse,
+        }
+        told = f"{some}, {how['attention']} attention"
         print(f"ours: {told}", flush=True)
         failure = None
         try:
-            found |= attempt(job, batch, remat, attention) | how | {"failed_before": failures}
+            found |= attempt(job, some, attention) | how | {"failed_before": failures}
         except jax.errors.JaxRuntimeError as error:
             failure = str(error).splitlines()[0]  # Nothing of the frames, which hold arrays.
         if failure is None:
@@ -68,11 +84,11 @@ def run(job: Job) -> dict[str, Any]:
         gc.collect()
         failures.append(f"{told}: {failure}")
         print(f"ours: {failures[-1]}", flush=True)
-        if "RESOURCE_EXHAUSTED" in failure and batch > 1:
-            batch //= 2
+        if "RESOURCE_EXHAUSTED" in failure and some.batch > 1:
+            job, some = smaller(job, some, attention)
         elif "RESOURCE_EXHAUSTED" not in failure and isinstance(attention, Fused):
             attention = fused_attention.plain
-            batch, remat = plan(job, attention)
+            some = plan(job, attention)
         else:
             found |= {"not_run": "; ".join(failures)}
             break
@@ -92,8 +108,9 @@ def case_of(job: Job, batch: int, attention: Attention) -> Case:
     )
 
 
-def plan(job: Job, attention: Attention) -> tuple[int, str]:
-    """Prompts in a step, and `model.remat`: by the account.
+def plan(job: Job, attention: Attention) -> Plan:
+    """The fastest by estimate of what fits by the account: for every way to compute, the largest
+    power of two of prompts.
 
     Raises:
       ValueError: neither a batch nor how much memory there is.
@@ -101,34 +118,57 @@ def plan(job: Job, attention: Attention) -> tuple[int, str]:
     limit = job.memory
     if limit is None:
         limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
-    if job.batch is not None and job.remat is not None:
-        return job.batch, job.remat
-    if limit is None:
+    if limit is None and job.batch is None:
         raise ValueError("this device does not say how much memory it has: give memory")
-    w, most = job.workload, (1, REMAT[-1])
+    plans = []
     for remat in (job.remat,) if job.remat else REMAT:
-        batch = job.batch or MOST
-        while job.batch is None and batch > 1:
-            if memory.account_of(case_of(job, batch, attention), remat).peak <= MARGIN * limit:
-                break
-            batch //= 2
-        account = memory.account_of(case_of(job, batch, attention), remat)
-        most = batch, remat
-        trained = batch * (w.prompt + (1 + w.negatives) * w.response)
-        if account.peak <= MARGIN * limit and (trained >= ENOUGH_TOKENS or job.batch):
-            break
-    return most
+        for reuse in (True, False) if job.reuse is None else (job.reuse,):
+            some = Plan(job.batch or MOST, remat, reuse)
+            while limit is not None and peak(job, some, attention) > MARGIN * limit:
+                if job.batch is not None or some.batch == 1:
+                    break
+                some = some._replace(batch=some.batch // 2)
+            else:
+                plans.append(some)
+    if not plans:  # What needs least, whether it fits or not.
+        return Plan(job.batch or 1, job.remat or "full", bool(job.reuse))
+    return min(plans, key=lambda some: effort(job, some))
 
 
-def attempt(job: Job, batch: int, remat: str, attention: Attention) -> dict[str, Any]:
+def smaller(job: Job, some: Plan, attention: Attention) -> tuple[Job, Plan]:
+    """After out of memory: half of a batch that was asked for, or the best plan that needs 5% less
+    by the account, and the job with as much memory as that."""
+    if job.batch is not None:
+        return job, some._replace(batch=some.batch // 2)
+    job = dataclasses.replace(job, memory=int(0.95 * peak(job, some, attention) / MARGIN))
+    return job, plan(job, attention)
+
+
+def peak(job: Job, some: Plan, attention: Attention) -> int:
+    """Bytes, by the account."""
+    case = case_of(job, some.batch, attention)
+    return memory.account_of(case, some.remat, reuse=some.reuse).peak
+
+
+def effort(job: Job, some: Plan) -> float:
+    """Operations a prompt, and what reading and writing the weights once a step is worth."""
+    case = case_of(job, some.batch, fused_attention.plain)
+    whole, trained = case.passes(case.shapes[0])
+    train = cost.train_ours(case.model, trained, some.remat, recorded=some.reuse)
+    model = case.model
+    weights = (cost.weights_cost(model) + cost.logits_cost(model)) / 2
+    return (cost.forward(model, whole) + train + PER_WEIGHT * weights) / some.batch
+
+
+def attempt(job: Job, some: Plan, attention: Attention) -> dict[str, Any]:
     """Figures of the train step on one batch.
 
     Raises:
       jax.errors.JaxRuntimeError: it does not fit, or does not run.
     """
     began = time.perf_counter()
-    case = case_of(job, batch, attention)
-    program = case.program("mass_dpo", remat)
+    case = case_of(job, some.batch, attention)
+    program = case.program("mass_dpo", some.remat, reuse=some.reuse)
     everywhere = mesh_lib.replicated(case.mesh)
     params = jax.jit(lambda key: _weights(case, key), out_shardings=everywhere)(jax.random.key(0))
     placed = jax.device_put(case.batches[0], mesh_lib.split_rows(case.mesh))
@@ -158,11 +198,11 @@ def attempt(job: Job, batch: int, remat: str, attention: Attention) -> dict[str,
     return {
         **figures(
             seconds,
-            batch,
-            *useful(case.workload, batch, scored=True, reference=False),
+            some.batch,
+            *useful(case.workload, some.batch, scored=True, reference=False),
             stats.get("peak_bytes_in_use"),
         ),
-        "account_gb": memory.account_of(case, remat).peak / 1e9,
+        "account_gb": peak(job, some, attention) / 1e9,
         "losses": losses,
         "seconds_until_first_step": ready,
     }
