@@ -13,16 +13,22 @@ from types import ModuleType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from models_for_tests import pretend_a_gpu
 from test_commands import refused
 
 from benchmarks.gpu import command, job, ours
 from benchmarks.gpu.job import Job, workload
 from benchmarks.workloads import changed
 from mass_dpo_jax.models import fused_attention
+from mass_dpo_jax.models.decoder import abstract_decoder
 from mass_dpo_jax.models.fused_attention import Fused
 from mass_dpo_jax.training import account as account_lib
+from mass_dpo_jax.training.optimizer import make_optimizer
+from mass_dpo_jax.training.step import TrainState
 
 CHANGES = ("prompt=20", "response=5", "pool=5", "negatives=2")
 
@@ -321,3 +327,32 @@ def test_mistakes_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     with pytest.raises(SystemExit, match=r"has no transformers, which benchmarks\.gpu needs"):
         runpy.run_module("benchmarks.gpu", run_name="__main__")
+
+
+@pytest.mark.parametrize("name", list(job.SHAPES))
+def test_the_planned_step_lowers_for_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At full size: jax takes the shapes, and no array of scores is left."""
+    pretend_a_gpu(monkeypatch)
+    big = Job(workload(name, "3b"), "ours", "cuda", "bfloat16", 7, 0.0, "", batch=8)
+    case = ours.case_of(big, 8, Fused())
+    program = case.program("mass_dpo", "full")
+    optimizer = make_optimizer(case.config.train, 1)
+    params = nnx.to_pure_dict(nnx.state(abstract_decoder(case.model), nnx.Param))
+    args = jax.eval_shape(
+        lambda params: (
+            TrainState(jnp.int32(0), params, optimizer.init(params)),
+            jax.tree.map(lambda x: jnp.asarray(x)[None], case.batches[0]),
+            None,
+            jax.random.key(0),
+        ),
+        params,
+    )
+    size = case.shapes[0].selected
+    traced = type(program).train_step.trace(program, optimizer, *args, size)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@__cudnn$fmhaScaleBiasSoftmaxBackward(") == 1
+    prompt, w = case.shapes[0].prompt, case.workload
+    assert f"tensor<8x8x1x3x{prompt}x{prompt}xf32>" not in text
+    # The kernel's bias: 16 bits, one for all heads, keys of the prompt and the group.
+    rows, length = (8, size) if w.layout == "packed" else (8 * (1 + w.negatives), w.response)
+    assert f"tensor<{rows}x1x{length}x{prompt + length}xbf16>" in text
