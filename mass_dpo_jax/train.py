@@ -13,6 +13,7 @@ can be given to the other commands, and to this one as --config.model.path.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -72,49 +73,53 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
     # Resume order: this run's newest checkpoint, else model.path, else random weights.
     optimizer = make_optimizer(config.train, total)
-    saved = checkpoint.Checkpoints(workdir, config.train.keep_checkpoints)
-    like = abstract_state(setup, optimizer)
-    negatives = None
-    if saved.latest() is None:
-        state = TrainState(
-            jax.device_put(np.int32(0), like.step.sharding),
-            params,
-            jax.jit(optimizer.init, out_shardings=_shardings(like.opt_state))(params),
-        )
-    else:
-        del params
-        state, negatives = saved.restore(like)
-        _log.info(f"{workdir}: going on from step {int(state.step)} of {total}")
+    # However training ends, what is being written is waited for.
+    with contextlib.closing(
+        checkpoint.Checkpoints(workdir, config.train.keep_checkpoints)
+    ) as saved:
+        like = abstract_state(setup, optimizer)
+        negatives = None
+        if saved.latest() is None:
+            state = TrainState(
+                jax.device_put(np.int32(0), like.step.sharding),
+                params,
+                jax.jit(optimizer.init, out_shardings=_shardings(like.opt_state))(params),
+            )
+        else:
+            del params
+            state, negatives = saved.restore(like)
+            _log.info(f"{workdir}: going on from step {int(state.step)} of {total}")
 
-    start = int(state.step)
-    log = run_folder.MetricsLog(workdir, start)
-    report = Report(setup, reference.logps, workdir, log)
-    if start == 0:
-        report.at_start(state.params)
-    rate = learning_rate(config.train, total)
-    sets = Sets(setup, order, total, reference, negatives)
-    steps = StepLog(log, config, start, total)
-    for step in range(start, total):
-        negatives = sets.at(step, state.params)
-        batch, chosen, size = put(setup, order, step, reference, negatives)
-        key = setup.key(step // sets.window)
-        state, used, figures = setup.program.train_step(optimizer, state, batch, chosen, key, size)
-        changed = sets.changed(order(step)[0], used)
-        more = {"learning_rate": rate(step), "selection/changed": changed}
-        steps.add(step + 1, {**figures, **more})
-        last = step + 1 == total
-        every = config.train.eval_every
-        evaluate = every > 0 and (last or (step + 1) % every == 0)
-        save = last or (step + 1) % config.train.checkpoint_every == 0
-        if evaluate or save:
-            steps.flush()
-            if evaluate:
-                steps.say(report.during(state.params, step + 1))
-            if save:
-                saved.save(state, sets.to_keep())
-            steps.resume()
-    steps.close()
-    saved.close()
+        start = int(state.step)
+        log = run_folder.MetricsLog(workdir, start)
+        report = Report(setup, reference.logps, workdir, log)
+        if start == 0:
+            report.at_start(state.params)
+        rate = learning_rate(config.train, total)
+        sets = Sets(setup, order, total, reference, negatives)
+        steps = StepLog(log, config, start, total)
+        for step in range(start, total):
+            negatives = sets.at(step, state.params)
+            batch, chosen, size = put(setup, order, step, reference, negatives)
+            key = setup.key(step // sets.window)
+            state, used, figures = setup.program.train_step(
+                optimizer, state, batch, chosen, key, size
+            )
+            changed = sets.changed(order(step)[0], used)
+            more = {"learning_rate": rate(step), "selection/changed": changed}
+            steps.add(step + 1, {**figures, **more})
+            last = step + 1 == total
+            every = config.train.eval_every
+            evaluate = every > 0 and (last or (step + 1) % every == 0)
+            save = last or (step + 1) % config.train.checkpoint_every == 0
+            if evaluate or save:
+                steps.flush()
+                if evaluate:
+                    steps.say(report.during(state.params, step + 1))
+                if save:
+                    saved.save(state, sets.to_keep())
+                steps.resume()
+        steps.close()
     log.close()
     return report.at_end(state.params, total)
 

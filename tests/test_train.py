@@ -77,7 +77,7 @@ def first_loss(tmp_path: Path, data: Path, **changes: Any) -> float:
     def loss(params: Any, batch: Any) -> Any:
         choice = Choice(jnp.zeros((len(batch.index), 0), jnp.int32))
         if not setup.method.supervised:
-            choice, _ = setup.program.choose(params, batch, setup.key(0))
+            choice, *_ = setup.program.choose(params, batch, setup.key(0))
         return setup.program.loss(params, batch, choice, size)[0]
 
     parts = [loss(params, jax.tree.map(lambda x, i=i: x[i], batch)) for i in range(len(batch[0]))]
