@@ -183,10 +183,8 @@ def kept_bytes(m: Model, at: Layout) -> int:
     """
     c, t = m.itemsize, at.tokens
     wide = FLOAT + (c if c < FLOAT else 0)
-    if m.remat == "full":
-        layer = t * m.hidden * c
-    elif m.remat == "dots":
-        layer = t * (2 * m.hidden + m.queries + 2 * m.keys + 2 * m.inner) * c
+    if m.remat != "none":
+        layer = t * _layer_values(m) * c
     else:
         prompt, behind = at.batch * at.prompt, at.batch * at.responses
         layer = t * (6 * m.inner + 2 * m.hidden + 2 * m.queries) * c
@@ -199,6 +197,13 @@ def kept_bytes(m: Model, at: Layout) -> int:
             layer += t * (2 * m.heads + 4) * FLOAT  # Norms' and softmaxes' denominators.
             layer += at.pairs * m.heads * wide
     return m.layers * layer + _beside_layers(m, at)
+
+
+def _layer_values(m: Model) -> int:
+    """Of a token in a layer: its input, D, and but for `full` the products with weights (without
+    the last), D + H K + 2 KV K + 2 F."""
+    products = m.hidden + m.queries + 2 * m.keys + 2 * m.inner
+    return m.hidden + (0 if m.remat == "full" else products)
 
 
 def _beside_layers(m: Model, at: Layout) -> int:
@@ -214,13 +219,10 @@ def _beside_layers(m: Model, at: Layout) -> int:
 def record_bytes(m: Model, pool: Layout) -> int:
     """What scoring a pool leaves behind for training on some of it (models/decoder.py's Record).
 
-    Every layer's input and what the last one gives, D c a token; but for `full` also products with
-    weights, (D + H K + 2 KV K + 2 F) c a token and layer; a log-prob a response token.
+    What `dots` keeps, or `full`; what the last layer gives, D c a token; a log-prob a response
+    token.
     """
-    layer = m.hidden
-    if m.remat != "full":
-        layer += m.hidden + m.queries + 2 * m.keys + 2 * m.inner
-    values = pool.tokens * (m.layers * layer + m.hidden)
+    values = pool.tokens * (m.layers * _layer_values(m) + m.hidden)
     return values * m.itemsize + pool.batch * pool.responses * FLOAT
 
 
