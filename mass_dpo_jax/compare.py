@@ -23,6 +23,7 @@ from mass_dpo_jax import baselines, metrics
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.data import load_examples, synthetic
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.files import read_array
 from mass_dpo_jax.training import run_folder
 from mass_dpo_jax.training.report import FINAL_LOGPS, START_LOGPS
 
@@ -76,16 +77,20 @@ def reference_rankings(config: ConfigDict, split: str) -> dict[str, dict[str, fl
 
 def read_logps(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Log-probs `[M, C]` that a run has kept, and which of the candidates exist."""
-    logps = np.load(path)
+    logps = read_array(path)
+    if logps.ndim != 2 or 0 in logps.shape:
+        raise UserError(f"{path}: an array {list(logps.shape)}, expected log-probs [M, C]")
+    if not (logps[:, 0] < 0).all():
+        raise UserError(f"{path}: a chosen response's log-prob is not below 0")
     # Missing candidates have log-prob 0 in the files; real ones are below.
     return logps, logps < 0
 
 
 def _read(run: Path) -> dict[str, Any]:
-    found = run_folder.read_json(run / "metrics.json")
+    found = run_folder.read_metrics(run)
     if not found or not found["finished"]:
         raise UserError(f"{run}: not a finished run (no final metrics.json)")
-    if not found["split"]:
+    if not all(found.get(name) for name in ("split", "start", "final")):
         raise UserError(f"{run}: had no test or validation split")
     return found
 
@@ -96,11 +101,14 @@ def _line(name: str, cells: Sequence[str]) -> str:
 
 def _cells(row: dict[str, float]) -> list[str]:
     names = [f"policy/{name}" for name in COLUMNS] + ["reward/accuracy"]
-    return [f"{100 * row[n]:.1f} ± {100 * row[f'{n}_se']:.1f}" for n in names if n in row]
+    names = [name for name in names if name in row and f"{name}_se" in row]
+    return [f"{100 * row[n]:.1f} ± {100 * row[f'{n}_se']:.1f}" for n in names]
 
 
 def _difference(name: str, ours: Path, theirs: Path) -> str:
     correct = [metrics.per_example_rank(*read_logps(path)) == 1 for path in (ours, theirs)]
+    if len(correct[0]) != len(correct[1]):
+        raise UserError(f"{ours}: {len(correct[0])} rows, but {theirs} has {len(correct[1])}")
     gain, error = metrics.paired_difference(*correct)
     return f"{name:40}{100 * gain:+6.1f} ± {100 * error:.1f}"
 

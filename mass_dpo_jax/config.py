@@ -5,7 +5,6 @@ The defaults are the paper's. Names are stable: scripts set them as `--config.tr
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.files import read_json
 
 
 def default() -> ConfigDict:
@@ -131,18 +131,25 @@ def get_config(workdir: str = "") -> ConfigDict:
 def load(workdir: Path) -> ConfigDict:
     """The configuration that the run in `workdir` was started with."""
     path = workdir / "config.json"
-    try:
-        stored = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{workdir}: not a run folder (it has no config.json)") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not path.exists():
+        raise UserError(f"{workdir}: not a run folder (it has no config.json)")
+    stored = read_json(path)
+    if not isinstance(stored, dict):
+        raise UserError(f"{path}: expected a JSON object with a run's settings")
     config = default()
     known = dict(flat(config))
     for name, value in flat(stored):
         if name not in known:
             raise UserError(f"{path}: unknown setting {name!r}, written by another version?")
-        _set(config, name, value)
+        try:
+            _set(config, name, value)
+        except TypeError:
+            kind = type(known[name]).__name__
+            raise UserError(f"{path}: setting {name!r}: found {value!r}, expected {kind}") from None
+    try:
+        check(config)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     return config
 
 
@@ -191,10 +198,12 @@ CHOICES = {
     "selection.feature_norm": ("none", "l2"),
     "selection.pooling": ("response", "all"),
 }
+LARGEST = 2**31  # Of any number: what XLA counts with.
 POSITIVE = (
-    "beta num_negatives selection.ridge train.batch_size train.micro_batch_size "
-    "train.learning_rate train.clip train.checkpoint_every train.keep_checkpoints "
-    "eval.batch_size data.max_prompt_length data.max_response_length odpo.alpha"
+    "beta num_negatives model.scratch.hidden_size model.scratch.num_heads selection.ridge "
+    "train.batch_size train.micro_batch_size train.learning_rate train.clip "
+    "train.checkpoint_every train.keep_checkpoints eval.batch_size data.max_prompt_length "
+    "data.max_response_length odpo.alpha"
 ).split()
 NOT_NEGATIVE = (
     "seed train.steps train.epochs train.warmup_ratio train.weight_decay train.eval_every "
@@ -208,6 +217,9 @@ def check(config: ConfigDict) -> None:
     for name, choices in CHOICES.items():
         if fields[name] not in choices:
             raise UserError(f"config.{name}={fields[name]!r}: expected one of {', '.join(choices)}")
+    for name, value in fields.items():
+        if isinstance(value, (int, float)) and not abs(value) < LARGEST:
+            raise UserError(f"config.{name}={value!r}: expected a number below {LARGEST}")
     for name in POSITIVE:
         if not fields[name] > 0:
             raise UserError(f"config.{name}={fields[name]!r}: expected a number above 0")
@@ -233,7 +245,7 @@ def refresh_window(refresh: str, steps_per_epoch: int) -> int:
     named = {"step": 1, "epoch": steps_per_epoch, "once": 0}
     if refresh in named:
         return named[refresh]
-    if str(refresh).isdecimal() and int(refresh) > 0:
+    if str(refresh).isdecimal() and len(str(refresh)) < 10 and int(refresh) > 0:
         return int(refresh)
     raise UserError(
         f"config.selection.refresh={refresh!r}: expected step, epoch, once or a number of steps"

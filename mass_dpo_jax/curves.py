@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.files import parse_json, read_text
 
 # Okabe and Ito's colours, told apart with any colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -61,16 +61,16 @@ def read_metrics(path: Path) -> dict[str, Series]:
     Raises:
       UserError: there is no such file, or a line is something else.
     """
-    try:
-        lines = path.read_text().splitlines()
-    except OSError:
-        raise UserError(f"{path}: no such file; is this the folder of a run?") from None
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; is this the folder of a run?")
+    lines = read_text(path).splitlines()
     points: dict[str, list[tuple[float, float]]] = {}
     for number, line in enumerate(lines, start=1):
         try:
-            values = {name: float(value) for name, value in json.loads(line).items()}
+            row = parse_json(line, path, number)
+            values = {name: float(value) for name, value in row.items()}
             step = values.pop("step")
-        except (ValueError, TypeError, AttributeError, KeyError):
+        except (ValueError, TypeError, AttributeError, KeyError, OverflowError):
             raise UserError(
                 f"{path}:{number}: expected an object of numbers, step among them"
             ) from None

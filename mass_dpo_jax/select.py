@@ -39,6 +39,7 @@ from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.data import load_examples
 from mass_dpo_jax.data.examples import Example, History, Message, Text
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.files import read_array
 from mass_dpo_jax.selection import Selection, select_negatives
 from mass_dpo_jax.training import scoring
 from mass_dpo_jax.training.methods import make_method
@@ -189,15 +190,15 @@ def _every_row(config: ConfigDict) -> str:
 
 def _read(path: Path) -> Mapping[str, np.ndarray]:
     """`features` [M, C, D] and perhaps `scores` and `mask` [M, C - 1], with shapes checked."""
+    if not path.is_file():
+        raise UserError(f"--features={path}: no such file")
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="numpy") as file:
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         else:
-            arrays = {"features": np.load(path, mmap_mode="r", allow_pickle=False)}
-    except FileNotFoundError:
-        raise UserError(f"--features={path}: no such file") from None
-    except (ValueError, EOFError, OSError, SafetensorError, TypeError) as error:
+            arrays = {"features": read_array(path)}
+    except (UserError, OSError, SafetensorError, TypeError) as error:
         raise UserError(f"--features={path}: not a .npy or .safetensors file: {error}") from None
     if "features" not in arrays:
         raise UserError(f"{path}: no tensor 'features'; found {', '.join(arrays) or 'none'}")

@@ -52,7 +52,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
       UserError: something in the configuration, the data or the model folder is wrong.
     """
     run_folder.check(workdir, config)
-    done = run_folder.read_json(workdir / "metrics.json")
+    done = run_folder.read_metrics(workdir)
     if done and done["finished"] and checkpoint.latest_step(workdir) == done["step"]:
         _log.info(f"{workdir}: finished at step {done['step']}; nothing to do")
         return done

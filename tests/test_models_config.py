@@ -158,7 +158,7 @@ def test_what_the_decoder_does_not_compute_is_an_error(
 
 def test_load_config(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
-    for content, words in ((None, "no such file"), ("{", "not valid JSON"), ("[]", "found list")):
+    for content, words in ((None, "no such file"), ("{", "invalid JSON"), ("[]", "found list")):
         if content is not None:
             path.write_text(content)
         with pytest.raises(UserError, match=words) as error:

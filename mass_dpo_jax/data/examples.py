@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.files import shorten
 
 Message = dict[str, str]  # {"role": ..., "content": ...}
 Text = str | list[Message]
@@ -109,11 +110,6 @@ def digest(examples: Iterable[Example]) -> str:
     return sha.hexdigest()[:32]
 
 
-def shorten(text: str, length: int = 60) -> str:
-    """The text quoted for a one-line message."""
-    return repr(text if len(text) <= length else text[: length - 3] + "...")
-
-
 def check_string(value: Any, field: str, place: str) -> str:
     """The value, if it is a string with something in it that can be written as UTF-8."""
     if not isinstance(value, str):
@@ -205,6 +201,7 @@ def _message(value: Any, field: str, place: str) -> Message:
                 f"{place}: field {field!r}: a chat message needs a string {key!r}, "
                 f"found {kind(value.get(key))}"
             )
+    check_string(value["role"], f"{field}.role", place)
     # Columns of a table hold every key in every row; only one with a value means something.
     extra = [k for k, v in value.items() if k not in ("role", "content") and v is not None]
     if extra:

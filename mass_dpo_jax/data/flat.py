@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
+
+from mass_dpo_jax.errors import UserError
 
 CHUNK = 2048  # Texts handed to the tokenizer at a time.
 
@@ -48,20 +51,36 @@ class Flat:
         return Flat(self.tokens[keep], np.minimum(self.lengths, limit))
 
 
+@contextlib.contextmanager
+def refusals(what: str) -> Iterator[None]:
+    """Whatever the tokenizers' libraries raise in here is a UserError that starts with `what`.
+
+    For a broken file they raise bare Exception or panic in Rust, which is no Exception at all.
+    """
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        message = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{what}: {message}") from None
+
+
 def encode_texts(tokenizer: Any, texts: Sequence[str], special_tokens: bool, show: str) -> Flat:
     """Tokenizes texts; `show` titles a progress bar, "" shows none."""
     unique = list(dict.fromkeys(texts))  # Titles and letters repeat a lot.
     numbers = {text: i for i, text in enumerate(unique)}
     parts: list[np.ndarray] = []
     for start in tqdm(range(0, len(unique), CHUNK), show, leave=False, disable=not show):
-        encoded = tokenizer(
-            unique[start : start + CHUNK],
-            add_special_tokens=special_tokens,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )["input_ids"]
-        parts += [np.array(tokens, np.int32) for tokens in encoded]
+        with refusals(f"{tokenizer.name_or_path}: the tokenizer fails"):
+            encoded = tokenizer(
+                unique[start : start + CHUNK],
+                add_special_tokens=special_tokens,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,
+            )["input_ids"]
+            parts += [np.array(tokens, np.int32) for tokens in encoded]
     lengths = [len(part) for part in parts]
     flat = Flat(np.concatenate([np.zeros(0, np.int32), *parts]), np.array(lengths, np.int64))
     return flat.take(np.array([numbers[text] for text in texts], np.int64))

@@ -7,13 +7,16 @@ perhaps id, score_chosen and score_rejected.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import DatasetCard
 
 from mass_dpo_jax.data import splits, tables
 from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.files import check_links, read_json, read_text
 
 
 def load(data: Any, split: str, seed: int) -> list[Example]:
@@ -58,11 +61,48 @@ def _is_saved(folder: Path) -> bool:
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
+def _check_names(folder: Path) -> None:
+    """Raises UserError where a folder's own descriptions name files elsewhere.
+
+    Of a folder, `datasets` opens whatever they name: files anywhere on this machine, and addresses
+    on the network.
+    """
+    for file in (*folder.glob("**/dataset_dict.json"), *folder.glob("**/state.json")):
+        content = read_json(file)
+        if isinstance(content, dict):
+            for name in _strings([content.get("splits"), content.get("_data_files")]):
+                _check_name(name, file)
+    for file in (folder / "README.md", folder / ".huggingface.yaml"):
+        if file.is_file():
+            text = read_text(file)
+            card = DatasetCard(text if file.suffix == ".md" else f"---\n{text}\n---\n")
+            for name in _strings(card.data.to_dict().get("configs")):
+                _check_name(name, file)
+
+
+def _check_name(name: str, file: Path) -> None:
+    if name.startswith(("/", "~")) or ".." in name or ":" in name or "\\" in name:
+        raise UserError(f"{file}: names {name!r}, expected files of this folder only")
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _strings(value.values())
+    elif isinstance(value, Iterable):
+        for part in value:
+            yield from _strings(part)
+
+
 def _read(path: str) -> Any:
     from datasets import load_dataset, load_from_disk
 
     folder = Path(path)
     try:
+        if folder.is_dir():
+            check_links(folder)
+            _check_names(folder)
         if _is_saved(folder):
             return load_from_disk(path)
         if folder.exists() and not is_local(folder):

@@ -10,7 +10,6 @@ shown in their order gives the answer away: every row's order is drawn again.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import numpy as np
 from mass_dpo_jax.data import hetrec, splits, tables
 from mass_dpo_jax.data.examples import Example, check_string
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.files import parse_json
 
 PATTERNS = ("lastfm-{}.json", "lastfm-{}.json.gz")
 
@@ -38,10 +38,7 @@ def load(data: Any, split: str, seed: int) -> list[Example]:
     text = "".join(line for _, line in splits.read_lines(file))
     if not text.strip():
         raise UserError(f"{file}: is empty, expected a JSON array")
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}:{error.lineno}: invalid JSON: {error.msg}") from None
+    rows = parse_json(text, file)
     if not isinstance(rows, list):
         raise UserError(f"{file}: expected a JSON array of rows, found {type(rows).__name__}")
     table = tables.Table(

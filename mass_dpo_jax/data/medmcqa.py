@@ -142,7 +142,7 @@ def _first_option(table: tables.Table) -> int:
 def _cop(row: Mapping[str, Any]) -> Any:
     """The field, a number in quotes as a number; None where it says that there is no answer."""
     cop = row.get("cop")
-    if isinstance(cop, str) and cop.strip().isdecimal():
+    if isinstance(cop, str) and cop.strip() in tuple("01234"):
         return int(cop)
     return None if cop in (None, "", -1) else cop
 

@@ -11,10 +11,9 @@ import json
 from pathlib import Path
 from typing import Any, Protocol
 
-from jinja2 import TemplateError
-
-from mass_dpo_jax.data.examples import Example, History, Message, Text, shorten
+from mass_dpo_jax.data.examples import Example, History, Message, Text
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.files import read_text, shorten
 
 PROBE = "response"  # Stands for any answer when we look at what the template writes around it.
 
@@ -43,10 +42,14 @@ def make_renderer(tokenizer: Any, data: Any) -> Renderer:
                 "config.data.chat_template='tokenizer', but the model's tokenizer has no chat "
                 "template: set it to none, or to the path of a template file"
             )
-        return Template(tokenizer, tokenizer.get_chat_template(), data.date)
+        try:
+            template = tokenizer.get_chat_template()
+        except ValueError as error:  # It has several, and none is called "default".
+            raise UserError(f"config.data.chat_template='tokenizer': {error}") from None
+        return Template(tokenizer, template, data.date)
     try:
-        template = Path(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        template = read_text(Path(name))
+    except UserError as error:
         raise UserError(
             f"config.data.chat_template={name!r}: expected tokenizer, none or a readable template "
             f"file: {error}"
@@ -165,9 +168,11 @@ class Template:
                 enable_thinking=False,
                 date_string=self._date,
             )
-        except TemplateError as error:
+            text.encode()
+        # A template is a program: it can divide by zero, add strings to numbers, recurse for ever.
+        except Exception as error:
             roles = ", ".join(m["role"] for m in messages)
-            message = " ".join(str(error).split())
+            message = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"{place}: the chat template fails on ({roles}): {message}") from None
         return text
 

@@ -24,6 +24,7 @@ from mass_dpo_jax.data import splits
 from mass_dpo_jax.data.bad_rows import BadRows
 from mass_dpo_jax.data.examples import Example, History, check_string
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.files import shorten
 
 LEAST = 3  # Items before the chosen one.
 MOST = 10  # Items that the prompt shows.
@@ -206,4 +207,4 @@ def _integer(text: str, what: str, place: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise UserError(f"{place}: {what} must be an integer, found {text!r}") from None
+        raise UserError(f"{place}: {what} must be an integer, found {shorten(text)}") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -11,6 +10,7 @@ from mass_dpo_jax.data import examples, splits
 from mass_dpo_jax.data.bad_rows import BadRows
 from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.files import parse_json
 
 
 class Table(NamedTuple):
@@ -83,10 +83,7 @@ def _objects(file: Path) -> Iterator[tuple[str, Any]]:
             continue
         place = f"{file}:{number}"
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            row = UserError(
-                f"{place}: invalid JSON: {error.msg} at column {error.colno}, in "
-                f"{examples.shorten(line.strip())}"
-            )
+            row = parse_json(line, file, number)
+        except UserError as error:
+            row = error
         yield place, row

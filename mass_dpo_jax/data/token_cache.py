@@ -31,7 +31,7 @@ def tokenize_once(
     folder: Path, examples: Sequence[Example], tokenizer: Any, data: Any, *, progress: bool
 ) -> Tokens:
     """`tokenize`, or what an earlier run kept in `folder` of the same examples, tokenizer, limits
-    and code. Unreadable files are reported and made again.
+    and code. Files that are not as they were written are reported and made again.
 
     Raises:
       UserError: as `tokenize`.
@@ -47,7 +47,7 @@ def tokenize_once(
         return found
     except FileNotFoundError:
         pass
-    except (ValueError, KeyError, TypeError, EOFError, OSError) as error:
+    except (ValueError, OSError) as error:
         _log.warning(f"{path}: unreadable ({error}); tokenizing again")
     found = tokenize(examples, tokenizer, data, progress=progress)
     _write(path, found)
@@ -60,7 +60,7 @@ def _digest(examples: Sequence[Example], tokenizer: Any, backend: Any, data: Any
     settings = {
         "versions": (mass_dpo_jax.__version__, transformers.__version__),
         "data": {name: data[name] for name in SETTINGS},
-        "file": template.read_text() if template.is_file() else "",
+        "file": template.read_text(errors="replace") if template.is_file() else "",
         "template": tokenizer.chat_template,
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
     }
@@ -77,12 +77,24 @@ def _digest(examples: Sequence[Example], tokenizer: Any, backend: Any, data: Any
 
 
 def _read(path: Path) -> Tokens:
-    stored = json.loads((path / "rest.json").read_text())
-    arrays = {
-        name: np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-        for name in stored.pop("arrays")
-    }
+    text, _, checksum = (path / "rest.json").read_text().rpartition("\n")
+    if hashlib.sha256(text.encode()).hexdigest() != checksum:
+        raise ValueError("rest.json is not what was written")
+    stored = json.loads(text)
+    checksums = stored.pop("arrays")
+    arrays = {}
+    for field in dataclasses.fields(Tokens):
+        if field.name in checksums:
+            file = path / f"{field.name}.npy"
+            if _checksum(file) != checksums[field.name]:
+                raise ValueError(f"{file.name} is not what was written")
+            arrays[field.name] = np.load(file, mmap_mode="r", allow_pickle=False)
     return Tokens(**stored, **arrays)
+
+
+def _checksum(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _write(path: Path, found: Tokens) -> None:
@@ -96,7 +108,10 @@ def _write(path: Path, found: Tokens) -> None:
         temporary = Path(tempfile.mkdtemp(dir=path.parent, suffix=".tmp"))
         for name, value in arrays.items():
             np.save(temporary / f"{name}.npy", value)
-        (temporary / "rest.json").write_text(json.dumps({**rest, "arrays": list(arrays)}))
+        checksums = {name: _checksum(temporary / f"{name}.npy") for name in arrays}
+        text = json.dumps({**rest, "arrays": checksums})
+        checksum = hashlib.sha256(text.encode()).hexdigest()
+        (temporary / "rest.json").write_text(f"{text}\n{checksum}")
         shutil.rmtree(path, ignore_errors=True)
         temporary.rename(path)
     except OSError as error:

@@ -20,9 +20,10 @@ import numpy as np
 from tqdm import tqdm
 
 from mass_dpo_jax.data.examples import Example, History
-from mass_dpo_jax.data.flat import Flat, encode_texts
+from mass_dpo_jax.data.flat import Flat, encode_texts, refusals
 from mass_dpo_jax.data.render import Renderer, make_renderer
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.files import read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +94,12 @@ def load_tokenizer(folder: str | Path) -> Any:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder, expected one with a tokenizer")
-    try:
+    with refusals(f"{folder}: the tokenizer cannot be read"):
         if (folder / "tokenizer_config.json").is_file():
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            # Left out, the last one lets a folder with code of its own ask on the terminal.
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False
+            )
         elif (folder / "tokenizer.json").is_file():
             tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
             template = folder / "chat_template.jinja"
@@ -104,16 +108,12 @@ def load_tokenizer(folder: str | Path) -> Any:
         else:
             raise UserError(f"{folder}: has neither tokenizer.json nor tokenizer_config.json")
         _name_special_tokens(tokenizer, folder / "config.json")
-    except UserError:
-        raise
-    except Exception as error:  # The libraries raise bare Exception for a broken file.
-        message = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder}: the tokenizer cannot be read: {message}") from None
+    tokenizer.name_or_path = str(folder)  # For messages.
     return tokenizer
 
 
 def _name_special_tokens(tokenizer: Any, config_file: Path) -> None:
-    config = json.loads(config_file.read_text()) if config_file.is_file() else {}
+    config = read_json(config_file) if config_file.is_file() else {}
     for name in ("bos", "eos", "pad"):
         number = config.get(f"{name}_token_id")
         number = number[0] if isinstance(number, list) and number else number

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.files import read_json
+
+MOST_OF_AN_AXIS = 2**31 - 1  # What XLA counts an axis with.
+MOST_LAYERS = 10_000  # A list of as many names is made before the weights are looked at.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,15 +91,15 @@ class DecoderConfig:
         """
         read = _Reader(config, place)
         model_type = config.get("model_type")
-        if model_type not in FAMILIES:
+        if not isinstance(model_type, str) or model_type not in FAMILIES:
             raise read.error("model_type", model_type, f"one of {', '.join(FAMILIES)}")
         family = FAMILIES[model_type]
-        for name in config.get("architectures") or ():
+        for name in read.list("architectures"):
             if name != family.architecture:
                 raise read.error("architectures", name, family.architecture)
         _refuse_unsupported(read)
 
-        num_layers = read.integer("num_hidden_layers")
+        num_layers = read.integer("num_hidden_layers", most=MOST_LAYERS)
         num_heads = read.integer("num_attention_heads")
         hidden_size = read.integer("hidden_size")
         num_kv_heads = read.integer("num_key_value_heads", family.num_kv_heads, none=num_heads)
@@ -107,7 +110,7 @@ class DecoderConfig:
             raise read.error("head_dim", head_dim, "an even number")
         max_positions = read.integer("max_position_embeddings")
         rope_theta, rope_scaling = _rope(read, family, max_positions)
-        eos = config.get("eos_token_id")
+        bos, eos = read.token_ids("bos_token_id"), read.token_ids("eos_token_id")
         return cls(
             model_type=model_type,
             vocab_size=read.integer("vocab_size"),
@@ -125,8 +128,8 @@ class DecoderConfig:
             tie_embeddings=read.flag("tie_word_embeddings", family.tie_embeddings),
             initializer_range=read.number("initializer_range", 0.02),
             max_positions=max_positions,
-            bos_token_id=config.get("bos_token_id"),
-            eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
+            bos_token_id=bos[0] if bos else None,
+            eos_token_ids=eos,
         )
 
     def to_hf(self) -> dict[str, Any]:
@@ -182,10 +185,7 @@ def load_config(folder: str | Path) -> DecoderConfig:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected the folder of a Hugging Face model")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
+    config = read_json(path)
     if not isinstance(config, dict):
         raise UserError(f"{path}: found {type(config).__name__}, expected a JSON object")
     return DecoderConfig.from_hf(config, str(path))
@@ -201,13 +201,37 @@ class _Reader:
     def error(self, field: str, found: Any, expected: str) -> UserError:
         return UserError(f"{self.place}: {field}: found {found!r}, expected {expected}")
 
-    def integer(self, field: str, default: int | None = None, *, none: int | None = None) -> int:
+    def integer(
+        self,
+        field: str,
+        default: int | None = None,
+        *,
+        none: int | None = None,
+        most: int = MOST_OF_AN_AXIS,
+    ) -> int:
         """A positive integer; `default` where the field is absent, `none` where it is null."""
         value = self.config.get(field, default)
         value = none if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.error(field, value, "a positive integer")
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
+            raise self.error(field, value, f"a positive integer up to {most}")
         return value
+
+    def list(self, field: str) -> Sequence[Any]:
+        """A list; empty where the field is absent or null."""
+        value = self.config.get(field)
+        if value is not None and not isinstance(value, list):
+            raise self.error(field, value, "a list")
+        return value or []
+
+    def token_ids(self, field: str) -> tuple[int, ...]:
+        """A token id or several; none where the field is absent or null."""
+        value = self.config.get(field)
+        if value is None:
+            return ()
+        values = value if isinstance(value, list) else [value]
+        if not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
+            raise self.error(field, value, "an integer or a list of integers")
+        return tuple(values)
 
     def number(self, field: str, default: float) -> float:
         return self.positive(field, self.config.get(field, default))
@@ -216,8 +240,7 @@ class _Reader:
         if (
             isinstance(value, bool)
             or not isinstance(value, (int, float))
-            or not math.isfinite(value)
-            or value <= 0
+            or not 0 < value <= sys.float_info.max
         ):
             raise self.error(field, value, "a positive number")
         return float(value)
@@ -241,7 +264,7 @@ def _refuse_unsupported(read: _Reader) -> None:
     # SmolLM3 ignore the number while use_sliding_window is false.
     if config["model_type"] == "llama" and config.get("sliding_window") is not None:
         raise read.error("sliding_window", config["sliding_window"], "null")
-    for kind in config.get("layer_types") or ():
+    for kind in read.list("layer_types"):
         if kind != "full_attention":
             raise read.error("layer_types", kind, "'full_attention'")
     if config.get("quantization_config") is not None:

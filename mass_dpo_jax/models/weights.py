@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.files import read_json
 from mass_dpo_jax.models.config import DecoderConfig
 from mass_dpo_jax.models.decoder import abstract_decoder
 
@@ -174,11 +174,12 @@ class _Files:
             found = sorted(path.name for path in folder.glob("pytorch_model*"))
             has = f" (found {found[0]}; convert it to safetensors first)" if found else ""
             raise UserError(f"{folder}: no weights: expected {SINGLE} or {INDEX}{has}")
+        present = {path.name for path in folder.iterdir() if path.is_file()}
         self.paths: dict[str, Path] = {}
         self.open: dict[Path, Any] = {}
         for name in names:
             path = folder / name
-            if not path.is_file():
+            if name not in present:
                 raise UserError(f"{self.listing}: names {name}, which is not in the folder")
             try:
                 self.open[path] = safe_open(path, framework="numpy")
@@ -225,12 +226,11 @@ class _Files:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = set(weight_map.values())
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{index}: expected a JSON object with a 'weight_map' object") from None
-    for name in names:
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict):
+        raise UserError(f"{index}: expected a JSON object with a 'weight_map' object")
+    for name in weight_map.values():
         # The index comes with the download: it must not make us open files elsewhere.
         if not isinstance(name, str) or Path(name).name != name or "\\" in name:
             raise UserError(f"{index}: weight_map: found {name!r}, expected a plain file name")

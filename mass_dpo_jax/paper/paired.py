@@ -28,6 +28,7 @@ import numpy as np
 
 from mass_dpo_jax import metrics
 from mass_dpo_jax.compare import read_logps
+from mass_dpo_jax.files import read_array
 from mass_dpo_jax.paper.cells import Cell
 from mass_dpo_jax.paper.runs import Run
 from mass_dpo_jax.paper.tables import Block, Table
@@ -142,12 +143,11 @@ def _per_row(run: Run, left_out: list[str]) -> dict[str, np.ndarray]:
         found = {"exists": exists} | _ranking("policy", final, exists)
         # The start is the reference where the run named no other, and a reward was measured.
         if not run.settings["model.reference_path"] and run.final("reward/accuracy") is not None:
-            start = np.load(run.folder / START_LOGPS)
+            start = read_array(run.folder / START_LOGPS)
             rewards = np.float32(run.settings["beta"]) * (final - start)
             found |= _ranking("reward", rewards, exists)
-    except (OSError, ValueError, EOFError) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else str(error)
-        left_out.append(f"{run.folder.as_posix()}: its log-probabilities cannot be used: {reason}")
+    except ValueError as error:
+        left_out.append(f"{run.folder.as_posix()}: its log-probabilities cannot be used: {error}")
         return {}
     return found
 

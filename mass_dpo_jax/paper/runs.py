@@ -7,7 +7,6 @@ found too and says so in its `state`.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.files import parse_json, read_json
 from mass_dpo_jax.training.run_folder import FREE
 
 FINISHED = "finished"
@@ -100,11 +100,11 @@ def _config(folder: Path) -> dict[str, Any] | str | None:
 
     A Hugging Face folder has a config.json too, with other fields.
     """
-    try:
-        stored = json.loads((folder / "config.json").read_text())
-    except FileNotFoundError:
+    if not (folder / "config.json").exists():
         return None
-    except (OSError, ValueError):
+    try:
+        stored = read_json(folder / "config.json")
+    except UserError:
         return "unreadable: config.json is no valid JSON"
     settings = dict(config_lib.flat(config_lib.default()))
     if not isinstance(stored, dict) or not {"method", "data", "train"} <= set(stored):
@@ -129,11 +129,11 @@ def _read(folder: Path, configs: Mapping[Path, Any]) -> Run:
 
 
 def _metrics(folder: Path) -> tuple[dict[str, Any], str]:
-    try:
-        metrics = json.loads((folder / "metrics.json").read_text())
-    except FileNotFoundError:
+    if not (folder / "metrics.json").exists():
         return {}, f"unfinished{_last_step(folder)}"
-    except (OSError, ValueError):
+    try:
+        metrics = read_json(folder / "metrics.json")
+    except UserError:
         return {}, "unreadable: metrics.json is no valid JSON"
     if not isinstance(metrics, dict) or "finished" not in metrics:
         return {}, "unreadable: metrics.json has no field 'finished'"
@@ -153,14 +153,13 @@ def _never_started(folder: Path) -> str:
 
 
 def _last_step(folder: Path) -> str:
-    try:
-        text = (folder / "metrics.jsonl").read_text()
-    except OSError:
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
         return ""
-    for line in reversed(text.splitlines()):
+    for line in reversed(path.read_text(errors="replace").splitlines()):
         try:
-            return f", step {int(json.loads(line)['step'])}"
-        except (ValueError, TypeError, KeyError):
+            return f", step {int(parse_json(line, path)['step'])}"
+        except (ValueError, TypeError, KeyError, OverflowError):
             continue  # The line that an interruption cut short.
     return ""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ class Checkpoints:
         }
         if self._has_negatives(step):
             items["negatives"] = ocp.args.ArrayRestore()
-        found = self._manager.restore(step, args=ocp.args.Composite(**items))
+        found = _restore(self._manager, step, items)
         state = TrainState(
             jax.device_put(np.int32(step), like.step.sharding), found.params, found.opt_state
         )
@@ -100,8 +101,16 @@ def load_params(workdir: Path, like: Any) -> Any:
         item_names=("params",),
         options=ocp.CheckpointManagerOptions(read_only=True),
     )
-    found = manager.restore(
-        step, args=ocp.args.Composite(params=ocp.args.StandardRestore(like))
-    ).params
-    manager.close()
-    return found
+    with contextlib.closing(manager):
+        return _restore(manager, step, {"params": ocp.args.StandardRestore(like)}).params
+
+
+def _restore(manager: ocp.CheckpointManager, step: int, items: dict[str, Any]) -> Any:
+    try:
+        return manager.restore(step, args=ocp.args.Composite(**items))
+    # Of a broken checkpoint, orbax lets through whatever its libraries met, bare Exception too.
+    except Exception as error:
+        message = " ".join(str(error).split())
+        raise UserError(
+            f"{manager.directory / str(step)}: the checkpoint cannot be read: {message[:300]}"
+        ) from None

@@ -20,6 +20,7 @@ from mass_dpo_jax.data.examples import Example, History
 from mass_dpo_jax.data.tokens import load_tokenizer
 from mass_dpo_jax.data.vocabulary import train_tokenizer
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.files import check_links
 from mass_dpo_jax.models.config import DecoderConfig, load_config
 from mass_dpo_jax.models.decoder import Decoder, abstract_decoder, param_dims
 from mass_dpo_jax.models.weights import load_hf
@@ -39,7 +40,9 @@ def description_folder(path: Path) -> Path:
     """Where config.json and tokenizer lie, for a run folder or a Hugging Face folder."""
     if not path.is_dir():
         raise UserError(f"model folder {path}: no such folder")
-    return path / MODEL_FOLDER if is_run(path) else path
+    folder = path / MODEL_FOLDER if is_run(path) else path
+    check_links(folder)
+    return folder
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from mass_dpo_jax import evaluation
 from mass_dpo_jax.data.examples import digest
+from mass_dpo_jax.files import read_array
 from mass_dpo_jax.training import run_folder, scoring
 from mass_dpo_jax.training.setup import Setup
 
@@ -117,11 +118,11 @@ class Report:
 
     def at_end(self, params: Any, step: int) -> dict[str, Any]:
         """The final metrics, into metrics.json."""
-        started = run_folder.read_json(self._workdir / "metrics.json") or {}
+        started = run_folder.read_metrics(self._workdir) or {}
         final = gain = None
         if self._final:
             final, logps = self._evaluate(params, self._final)
-            before = np.load(self._workdir / START_LOGPS)
+            before = read_array(self._workdir / START_LOGPS)
             gain = evaluation.gains(logps, before, self._valid(self._final))
             np.save(self._workdir / FINAL_LOGPS, logps)
         return self._write_json(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from ml_collections import ConfigDict
 
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.files import parse_json, read_json
 from mass_dpo_jax.training.checkpoint import latest_step
 
 # Settings that may change when a run goes on: they do not change what it computes.
@@ -60,8 +62,37 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     temporary.replace(path)
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.exists() else None
+def read_metrics(workdir: Path) -> dict[str, Any] | None:
+    """What a run has written to metrics.json; None where it has written nothing yet.
+
+    Raises:
+      UserError: the file is something else.
+    """
+    path = workdir / "metrics.json"
+    if not path.exists():
+        return None
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    for name, (kinds, words) in _METRICS.items():
+        if not isinstance(found.get(name), kinds):
+            raise UserError(f"{path}: field {name!r}: found {found.get(name)!r}, expected {words}")
+    for name in ("start", "final"):
+        for metric, value in (found.get(name) or {}).items():
+            if not isinstance(value, (int, float)):
+                raise UserError(f"{path}: {name}: {metric}: found {value!r}, expected a number")
+    return found
+
+
+_METRICS: Mapping[str, tuple[Any, str]] = {
+    "finished": (bool, "true or false"),
+    "step": (int, "an integer"),
+    "split": ((str, NoneType), "the name of a split or null"),
+    "examples": (int, "an integer"),
+    "digest": (str, "a string"),
+    "start": ((dict, NoneType), "an object of numbers or null"),
+    "final": ((dict, NoneType), "an object of numbers or null"),
+}
 
 
 class MetricsLog:
@@ -75,12 +106,16 @@ class MetricsLog:
         path = workdir / "metrics.jsonl"
         kept = []
         if path.exists() and step:
-            for line in path.read_text().splitlines():
+            for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
                 try:
-                    if json.loads(line)["step"] <= step:
-                        kept.append(line + "\n")
-                except (json.JSONDecodeError, KeyError):
+                    found = parse_json(line, path, number)
+                except UserError:
                     break  # The line that an interruption cut short.
+                at = found.get("step") if isinstance(found, dict) else None
+                if not isinstance(at, (int, float)):
+                    break
+                if at <= step:
+                    kept.append(line + "\n")
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(kept))
         temporary.replace(path)

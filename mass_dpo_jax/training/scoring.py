@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import os
 import sys
@@ -22,6 +23,7 @@ from mass_dpo_jax.data.batches import Batch, Buckets, in_order, make_batch
 from mass_dpo_jax.data.tokens import Tokens
 from mass_dpo_jax.training import mesh as mesh_lib
 
+SHA_BYTES = 32
 _log = logging.getLogger(__name__)
 
 
@@ -102,30 +104,45 @@ def cache_folder(setting: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mass_dpo_jax"
 
 
-def cached(
-    folder: Path, name: str, key: str, shape: tuple[int, ...], compute: Callable[[], np.ndarray]
-) -> np.ndarray:
-    """`compute()`, float32 of `shape`, or what an earlier run with the same key kept in `folder`.
+def cached(folder: Path, name: str, key: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
+    """`compute()`, or what an earlier run with the same key kept in `folder`.
 
     The file is called by `name` and a digest of `key` and the package's version, so that a part of
-    the key that changes finds no file. An unreadable file is reported and made again.
+    the key that changes finds no file. It ends with a checksum, behind what numpy reads; one that
+    is not as it was written is reported and made again. Where none can be written, none is kept.
     """
     digest = hashlib.sha256(f"{key} {mass_dpo_jax.__version__}".encode()).hexdigest()[:32]
     path = folder / f"{name}-{digest}.npy"
     try:
-        found = np.load(path, allow_pickle=False)
-        if found.shape == shape and found.dtype == np.float32:
+        written = path.read_bytes()
+        content, checksum = written[:-SHA_BYTES], written[-SHA_BYTES:]
+        if hashlib.sha256(content).digest() == checksum:
             _log.info(f"reference: read from {path}")
+            found: np.ndarray = np.load(io.BytesIO(content), allow_pickle=False)
             return found
-        _log.warning(f"{path}: not what it should be; computing it again")
+        _log.warning(f"{path}: not what was written; computing it again")
     except FileNotFoundError:
         pass
-    except (ValueError, EOFError, OSError) as error:
-        _log.warning(f"{path}: unreadable ({error}); computing it again")
+    except OSError as error:
+        _log.warning(f"{path}: unreadable ({error.strerror}); computing it again")
     result = compute()
-    folder.mkdir(parents=True, exist_ok=True)
-    # Renamed when whole: another run may read the folder meanwhile.
-    with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as file:
-        np.save(file, result)
-    Path(file.name).replace(path)
+    _write(path, result)
     return result
+
+
+def _write(path: Path, result: np.ndarray) -> None:
+    """Renamed when whole: another run may read the folder meanwhile."""
+    memory = io.BytesIO()
+    np.save(memory, result)
+    content = memory.getvalue()
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+            temporary = Path(file.name)
+            file.write(content + hashlib.sha256(content).digest())
+        temporary.replace(path)
+    except OSError as error:
+        _log.warning(f"{path}: {error.strerror}; the reference is not kept")
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)

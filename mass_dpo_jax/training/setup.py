@@ -84,19 +84,17 @@ class Setup:
                 folder,
                 "ref_logps",
                 f"{key} {tokens.digest()}",
-                tokens.response_lengths.shape,
                 functools.partial(self.score, params, split, "reference"),
             )
         if not self.method.frozen_features or "train" not in self.tokens:
             return Reference(logps)
         how, tokens, scorer = self.config.selection, self.tokens["train"], self.program.scorer
-        rows, candidates = tokens.response_lengths.shape
+        candidates = tokens.response_lengths.shape[1]
         size = (candidates, candidates)
         grams = scoring.cached(
             folder,
             "ref_grams",
             f"{key} {tokens.digest()} {how.pooling} {how.feature_norm}",
-            (rows, *size),
             lambda: self._over_split(
                 lambda batch: scorer.grams(params, batch, self.method.selection),
                 size,

@@ -1,0 +1,109 @@
+"""Files that others wrote, or that an interruption cut short: read, or refused with their place."""
+
+from __future__ import annotations
+
+import json
+import tokenize
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mass_dpo_jax.errors import UserError
+
+DEEPEST = 100  # Python itself follows about 1000 levels, fewer where much has been called already.
+
+
+def parse_json(text: str, file: Path, line: int = 1) -> Any:
+    """The value that a JSON text, which starts at a line of a file, stands for.
+
+    Raises:
+      UserError: the text is no JSON, is nested deeper than any file of ours, or has a number with
+        more digits than Python converts.
+    """
+    text = text.rstrip()  # So that what is missing is missed in the last line that is there.
+    try:
+        found = json.loads(text)
+        if text.count("[") + text.count("{") <= DEEPEST or _depth(found) <= DEEPEST:
+            return found
+        what = "nested too deeply"
+    except json.JSONDecodeError as error:
+        broken = text.split("\n")[error.lineno - 1].strip()
+        what = f"{error.msg} at column {error.colno}, in {shorten(broken)}"
+        line += error.lineno - 1
+    except ValueError:
+        what = "a number has too many digits"
+    except RecursionError:
+        what = "nested too deeply"
+    raise UserError(f"{file}:{line}: invalid JSON: {what}")
+
+
+def _depth(value: Any) -> int:
+    depth, level = 0, [v for v in (value,) if isinstance(v, (dict, list))]
+    while level:
+        depth += 1
+        parts = [v.values() if isinstance(v, dict) else v for v in level]
+        level = [v for part in parts for v in part if isinstance(v, (dict, list))]
+    return depth
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+      UserError: there is no such file, or it is not what `parse_json` reads.
+    """
+    return parse_json(read_text(path), path)
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8.
+
+    Raises:
+      UserError: there is no such file, or it is something else.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
+
+
+def read_array(path: Path) -> np.ndarray:
+    """The array in a `.npy` file, mapped into memory: a header can promise more than there is.
+
+    Raises:
+      UserError: there is no such file, or it holds no array of numbers.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+    # What a header can do to numpy, which reads it as Python.
+    except (ValueError, EOFError, SyntaxError, tokenize.TokenError, OverflowError) as error:
+        raise UserError(f"{path}: not a .npy file: {error}") from None
+    if not isinstance(found, np.ndarray) or found.dtype.kind not in "biuf":
+        raise UserError(f"{path}: expected a .npy file with an array of numbers")
+    return found
+
+
+def check_links(folder: Path) -> None:
+    """Raises UserError where a downloaded folder has links that leave it.
+
+    A download can hold links (git clones do), and what they name is not the download's to read. In
+    the cache of the Hugging Face hub a model's files are links to others of the same model.
+    """
+    home = folder.resolve()
+    if home.parent.name == "snapshots":
+        home = home.parent.parent
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() and not (target := path.resolve()).is_relative_to(home):
+            raise UserError(f"{path}: a link to {target}, expected files of this folder only")
+
+
+def shorten(text: str, length: int = 60) -> str:
+    """The text quoted for a one-line message."""
+    return repr(text if len(text) <= length else text[: length - 3] + "...")
