@@ -61,7 +61,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     total = config.train.steps or config.train.epochs * order.steps_per_epoch
     params = setup.policy.weights(config.model.path, config.seed)
     run_folder.claim(workdir, config)
-    save_description(setup.policy, workdir)
+    save_description(setup.policy, config, workdir)
 
     # The reference is a table: its weights are not needed after this.
     if not setup.method.reference:

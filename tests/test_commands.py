@@ -173,6 +173,14 @@ def test_select_without_a_model_or_a_configuration(tmp_path: Path) -> None:
     assert "--output is missing" in refused(*words[:2])
 
 
+def test_exporting_what_is_no_run(tmp_path: Path) -> None:
+    words = ("mass_dpo_jax.export", f"--output={tmp_path / 'out'}")
+    assert "--workdir is missing" in refused(*words)
+    line = refused(*words, f"--workdir={tmp_path}")
+    assert f"{tmp_path}: not a run folder" in line
+    assert "python -m mass_dpo_jax.export --workdir=" in command(words[0], "--help").stdout
+
+
 @pytest.mark.parametrize("name", ["train", "evaluate", "score", "select", "data"])
 def test_help_shows_the_examples(name: str) -> None:
     done = command(f"mass_dpo_jax.{name}", "--help")

@@ -1,10 +1,12 @@
-"""Hugging Face weights: one table of names, and streaming `safetensors` into sharded arrays."""
+"""Hugging Face weights: one table of names, `safetensors` streamed into sharded arrays and out."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from mass_dpo_jax.errors import UserError
@@ -23,6 +26,7 @@ from mass_dpo_jax.models.decoder import abstract_decoder
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SHARD = "model-{:05}-of-{:05}.safetensors"
 DTYPES = ("F64", "F32", "F16", "BF16")
 
 
@@ -116,6 +120,76 @@ def load_hf(
             arrays.append(_read(files, entry, config, shape, places[path], np.dtype(dtype)))
             bar.update(len(entry.names(config)))
     return jax.tree.unflatten(jax.tree.structure(shapes), arrays)
+
+
+def save_hf(
+    folder: Path,
+    config: DecoderConfig,
+    read: Callable[[tuple[str, ...], int | None], np.ndarray],
+    *,
+    dtype: DTypeLike,
+    max_bytes: int,
+    progress: bool = False,
+) -> None:
+    """Writes weights as `load_hf` and transformers read them: one file or, over `max_bytes`,
+    several with an index.
+
+    Tensors are asked for one at a time, and no more than one file's are held.
+
+    Args:
+      folder: exists.
+      config: the decoder's.
+      read: gives the parameter at a path of `nnx.state(model, nnx.Param)`; of one that stacks
+        layers, that layer's part.
+      dtype: of the files' tensors.
+      max_bytes: a file's, unless a single tensor is larger.
+      progress: draw a progress bar if standard error is a terminal.
+    """
+    dtype = np.dtype(dtype)
+    files: list[dict[str, tuple[Entry, int | None]]] = [{}]
+    size = total = parameters = 0
+    for name, entry, layer, count in _in_order(config):
+        if files[-1] and size + count * dtype.itemsize > max_bytes:
+            files.append({})
+            size = 0
+        files[-1][name] = entry, layer
+        size += count * dtype.itemsize
+        total += count * dtype.itemsize
+        parameters += count
+
+    weight_map = {}
+    hidden = not (progress and sys.stderr.isatty())
+    with tqdm(total=total, desc="weights", unit="B", unit_scale=True, disable=hidden) as bar:
+        for number, tensors in enumerate(files, start=1):
+            file = SINGLE if len(files) == 1 else SHARD.format(number, len(files))
+            arrays = {}
+            for name, (entry, layer) in tensors.items():
+                array = read(entry.path, layer)
+                array = array.T if entry.transposed else array
+                arrays[name] = np.ascontiguousarray(array.astype(dtype))
+                bar.update(arrays[name].nbytes)
+                weight_map[name] = file
+            # transformers refuses a file that does not say which library's it is.
+            save_file(arrays, folder / file, metadata={"format": "pt"})
+    if len(files) > 1:
+        sizes = {"total_parameters": parameters, "total_size": total}
+        index = {"metadata": sizes, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _in_order(config: DecoderConfig) -> Iterator[tuple[str, Entry, int | None, int]]:
+    """Every tensor in the order of the model: name, entry, layer (None: of none), elements."""
+    shapes = _by_path(nnx.state(abstract_decoder(config), nnx.Param))
+    entries = table(config)
+    stacked = [entry for entry in entries if entry.stacked]
+    embed, *rest = [entry for entry in entries if not entry.stacked]
+    yield embed.name, embed, None, math.prod(shapes[embed.path].shape)
+    for layer in range(config.num_layers):
+        for entry in stacked:
+            count = math.prod(shapes[entry.path].shape[1:])
+            yield entry.name.format(layer=layer), entry, layer, count
+    for entry in rest:
+        yield entry.name, entry, None, math.prod(shapes[entry.path].shape)
 
 
 def _by_path(tree: Any) -> dict[tuple[str, ...], Any]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from orbax.checkpoint import checkpoint_managers
 
 from mass_dpo_jax.errors import UserError
@@ -24,12 +27,17 @@ def abstract(tree: Any, shardings: Any) -> Any:
     )
 
 
-def latest_step(workdir: Path) -> int | None:
-    """The step of the newest complete checkpoint in a run folder."""
+def steps(workdir: Path) -> list[int]:
+    """The steps of the complete checkpoints in a run folder, the newest last."""
     folder = workdir / FOLDER
     # A checkpoint gets its final, numeric name when it is complete.
     names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-    return max((int(name) for name in names if name.isdecimal()), default=None)
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def latest_step(workdir: Path) -> int | None:
+    """The step of the newest complete checkpoint in a run folder."""
+    return max(steps(workdir), default=None)
 
 
 class Checkpoints:
@@ -58,7 +66,7 @@ class Checkpoints:
         if step == self.latest():
             return
         items = {
-            "params": ocp.args.StandardSave(state.params),
+            "params": ocp.args.StandardSave(state.params, _by_layer(state.params)),
             "opt_state": ocp.args.StandardSave(state.opt_state),
             "step": ocp.args.JsonSave({"step": step}),
         }
@@ -91,6 +99,40 @@ class Checkpoints:
         self._manager.close()
 
 
+def _by_layer(params: Any) -> Any:
+    """Stored in pieces of one layer, so that `reader` need not hold a whole stack."""
+
+    def how(path: Any, _: Any) -> ocp.SaveArgs:
+        return ocp.SaveArgs(shard_axes=(0,) if path[0].key == "blocks" else ())
+
+    return jax.tree_util.tree_map_with_path(how, params)
+
+
+def reader(workdir: Path, step: int) -> Callable[[tuple[str, ...], int | None], np.ndarray]:
+    """Reads the weights of a checkpoint a piece at a time, whatever devices it was written on.
+
+    Returns:
+      A function of a parameter's path and, of one that stacks layers, a layer (None: all of it).
+      It raises UserError where the checkpoint is broken.
+    """
+    folder = (workdir / FOLDER / str(step)).absolute()
+
+    @functools.cache
+    def opened(path: tuple[str, ...]) -> ts.TensorStore:
+        base = f"file://{folder / 'params'}/"
+        kvstore = {"driver": "ocdbt", "base": base, "path": ".".join(path) + "/"}
+        return ts.open({"driver": "zarr", "kvstore": kvstore}, open=True, read=True).result()
+
+    def read(path: tuple[str, ...], layer: int | None) -> np.ndarray:
+        try:
+            array = opened(path)
+            return np.asarray((array if layer is None else array[layer]).read().result())
+        except Exception as error:  # As `_restore`.
+            raise _unreadable(folder, error) from None
+
+    return read
+
+
 def load_params(workdir: Path, like: Any) -> Any:
     """Only the weights of the newest checkpoint in a run folder, into `like`'s shardings."""
     step = latest_step(workdir)
@@ -110,7 +152,9 @@ def _restore(manager: ocp.CheckpointManager, step: int, items: dict[str, Any]) -
         return manager.restore(step, args=ocp.args.Composite(**items))
     # Of a broken checkpoint, orbax lets through whatever its libraries met, bare Exception too.
     except Exception as error:
-        message = " ".join(str(error).split())
-        raise UserError(
-            f"{manager.directory / str(step)}: the checkpoint cannot be read: {message[:300]}"
-        ) from None
+        raise _unreadable(manager.directory / str(step), error) from None
+
+
+def _unreadable(folder: Path, error: Exception) -> UserError:
+    message = " ".join(str(error).split())
+    return UserError(f"{folder}: the checkpoint cannot be read: {message[:300]}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import json
@@ -28,6 +29,7 @@ from mass_dpo_jax.training import checkpoint
 from mass_dpo_jax.training.mesh import hidden_splits, param_shardings
 
 MODEL_FOLDER = "model"  # Inside a run folder: config.json and the tokenizer.
+GENERATION = "generation_config.json"
 TOKENIZER_EXAMPLES = 20_000  # A vocabulary does not change with more.
 
 
@@ -132,13 +134,22 @@ def open_policy(
     return Policy(architecture, tokenizer, graphdef, checkpoint.abstract(shapes, shardings))
 
 
-def save_description(policy: Policy, workdir: Path) -> None:
-    """Writes what a run folder needs to be opened as a model: config.json and the tokenizer."""
+def save_description(policy: Policy, config: ConfigDict, workdir: Path) -> None:
+    """Writes what a run folder needs to be opened as a model: config.json, the tokenizer with the
+    chat template of training, and what the model's folder says of generation."""
     folder = workdir / MODEL_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    policy.tokenizer.save_pretrained(folder)
+    tokenizer = policy.tokenizer
+    if config.data.chat_template not in ("tokenizer", "none"):
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.chat_template = Path(config.data.chat_template).read_text(encoding="utf-8")
+    tokenizer.save_pretrained(folder)
     text = json.dumps(policy.config.to_hf(), indent=2) + "\n"
     (folder / "config.json").write_text(text)
+    if config.model.path:
+        generation = description_folder(Path(config.model.path)) / GENERATION
+        if generation.is_file():
+            (folder / GENERATION).write_bytes(generation.read_bytes())
 
 
 def _scratch(config: ConfigDict, tokenizer: PreTrainedTokenizerBase) -> DecoderConfig:

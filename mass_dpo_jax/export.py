@@ -1,0 +1,198 @@
+r"""Writes a run's policy as a Hugging Face folder, for transformers, vLLM and everything else.
+
+    python -m mass_dpo_jax.export --workdir=runs/lastfm --output=lastfm-mass-dpo
+
+The folder gets the weights of the run's newest checkpoint (or that of --step) as safetensors, in
+files of at most --max_shard_gb; config.json, with rotary settings as transformers writes them
+since version 5 and as readers before it look for them; the tokenizer with the chat template of
+training; generation_config.json; and README.md, a model card with the run's settings and metrics.
+
+It appears whole or not at all, and must not exist before. Our own commands take it, too, as
+--config.model.path. Weights are stored in the type the run computed in (config.model.dtype), or in
+that of --dtype: training keeps float32.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from absl import flags
+from ml_collections import ConfigDict
+
+from mass_dpo_jax import cli, model_card
+from mass_dpo_jax import config as config_lib
+from mass_dpo_jax.data.examples import Example
+from mass_dpo_jax.data.render import make_renderer
+from mass_dpo_jax.data.tokens import load_tokenizer
+from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.files import read_json
+from mass_dpo_jax.models.config import DecoderConfig, load_config
+from mass_dpo_jax.models.weights import save_hf
+from mass_dpo_jax.training import checkpoint
+from mass_dpo_jax.training.policy import GENERATION, description_folder, is_run
+
+_log = logging.getLogger(__name__)
+
+
+def export(
+    workdir: Path,
+    output: Path,
+    *,
+    step: int | None = None,
+    dtype: str | None = None,
+    max_shard_gb: float = 5.0,
+    base_model: str = "",
+) -> None:
+    """Writes the policy of the run in `workdir` to the new folder `output`.
+
+    Args:
+      workdir: a run folder.
+      output: does not exist yet, or is an empty folder.
+      step: of the checkpoint; None: the newest.
+      dtype: "float32" or "bfloat16", of the stored weights; None: `model.dtype` of the run.
+      max_shard_gb: of a file, in 10^9 bytes.
+      base_model: what the card calls the model that training started from; empty: the name of
+        its folder.
+
+    Raises:
+      UserError: there is no such run or checkpoint, or `output` is taken.
+    """
+    if not is_run(workdir):
+        raise UserError(f"{workdir}: not a run folder (it has no model/config.json)")
+    config = config_lib.load(workdir)
+    if not max_shard_gb > 0:
+        raise UserError(f"--max_shard_gb={max_shard_gb}: expected a number above 0")
+    there = checkpoint.steps(workdir)
+    if not there:
+        raise UserError(f"{workdir}: a run that has saved no checkpoint yet")
+    step = there[-1] if step is None else step
+    if step not in there:
+        shown = ", ".join(map(str, there))
+        raise UserError(f"--step={step}: {workdir} has checkpoints of steps {shown}")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(
+            f"--output={output}: exists and is not empty: choose another folder or remove it"
+        )
+
+    described = description_folder(workdir)
+    decoder = load_config(described)
+    tokenizer = load_tokenizer(described)
+    dtype = dtype or config.model.dtype
+    temporary = output.with_name(output.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # Of an export that was killed.
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"--output={output}: cannot be written: {error.strerror}") from None
+    try:
+        save_hf(
+            temporary,
+            decoder,
+            checkpoint.reader(workdir, step),
+            dtype=jnp.dtype(dtype),
+            max_bytes=int(max_shard_gb * 1e9),
+            progress=True,
+        )
+        _save_tokenizer(tokenizer, temporary)
+        # Readers before transformers 5 know the type as torch_dtype.
+        kind = {"dtype": dtype, "torch_dtype": dtype, "pad_token_id": tokenizer.pad_token_id}
+        _write(temporary / "config.json", decoder.to_hf() | kind)
+        generation = _generation(described, decoder, tokenizer, config)
+        _write(temporary / GENERATION, generation)
+        card = model_card.write(workdir, config, decoder, step, dtype, base_model)
+        (temporary / "README.md").write_text(card)
+        for path in temporary.glob("*.safetensors"):
+            shutil.copymode(temporary / "README.md", path)  # The library lets only the owner read.
+        if output.exists():
+            output.rmdir()
+        temporary.rename(output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _log.info(f"step {step} of {workdir}, {dtype}, written to {output}")
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    # What transformers 5 writes of where it read from; its names for a class and a field that
+    # readers before it know by others, which it knows too; and what those would hand to a decoder
+    # besides.
+    for name in ("is_local", "local_files_only", "backend"):
+        settings.pop(name, None)
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    settings["model_input_names"] = ["input_ids", "attention_mask"]
+    _write(path, settings)
+
+
+def _generation(
+    folder: Path, decoder: DecoderConfig, tokenizer: Any, config: ConfigDict
+) -> dict[str, Any]:
+    """The base model's settings of generation, which ends where a response of training did."""
+    path = folder / GENERATION
+    settings = read_json(path) if path.is_file() else {}
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    settings.setdefault("bos_token_id", decoder.bos_token_id)
+    settings.setdefault("pad_token_id", tokenizer.pad_token_id)
+    ends = settings.get("eos_token_id", list(decoder.eos_token_ids))
+    ends = ends if isinstance(ends, list) else [ends]
+    end = _end_of_response(tokenizer, config)
+    settings["eos_token_id"] = ends if end in ends else [*ends, end]
+    return settings
+
+
+def _end_of_response(tokenizer: Any, config: ConfigDict) -> int:
+    data = config.data.copy_and_resolve_references()
+    if data.chat_template != "none":
+        data.chat_template = "tokenizer"  # A template from a file is in the run's tokenizer.
+    renderer = make_renderer(tokenizer, data)
+    if renderer.end_id is not None:
+        return renderer.end_id
+    text = renderer.responses(Example("", "question", "answer", ("other",), "chat template"))[0]
+    return int(tokenizer(text, add_special_tokens=False).input_ids[-1])
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    if not _WORKDIR.value:
+        raise UserError("--workdir is missing: the run to export")
+    if not _OUTPUT.value:
+        raise UserError("--output is missing: the folder to write")
+    export(
+        Path(_WORKDIR.value),
+        Path(_OUTPUT.value),
+        step=_STEP.value,
+        dtype=_DTYPE.value,
+        max_shard_gb=_MAX_SHARD_GB.value,
+        base_model=_BASE_MODEL.value,
+    )
+
+
+if __name__ == "__main__":
+    _log = logging.getLogger("mass_dpo_jax.export")
+    _WORKDIR = flags.DEFINE_string("workdir", None, "A run's folder.")
+    _OUTPUT = flags.DEFINE_string("output", None, "The folder to write; it must not exist.")
+    _STEP = flags.DEFINE_integer("step", None, "Of which checkpoint. Left out: the newest.")
+    _DTYPE = flags.DEFINE_enum(
+        "dtype", None, ["bfloat16", "float32"], "Of the stored weights. Left out: the run's."
+    )
+    _MAX_SHARD_GB = flags.DEFINE_float("max_shard_gb", 5.0, "Of a file of weights, 10^9 bytes.")
+    _BASE_MODEL = flags.DEFINE_string(
+        "base_model",
+        "",
+        "The model training started from, as the hub calls it (meta-llama/Llama-3.2-3B-Instruct). "
+        "Left out: the name of its folder.",
+    )
+    cli.run(main)

@@ -1,0 +1,346 @@
+"""An exported run in transformers (PyTorch): the same logits, tokens, templates and rankings."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import weakref
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import WORDS, log_lines, tiny_config, write_jsonl
+from huggingface_hub import ModelCard
+from ml_collections import ConfigDict
+from models_for_tests import hf_config, random_tensors
+from models_for_tests import tiny_config as decoder_config
+from safetensors import safe_open
+from safetensors.numpy import load_file
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from mass_dpo_jax import config as config_lib
+from mass_dpo_jax import model_card
+from mass_dpo_jax.data import load_examples
+from mass_dpo_jax.data.vocabulary import train_tokenizer
+from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.evaluate import evaluate
+from mass_dpo_jax.export import export
+from mass_dpo_jax.models import attention
+from mass_dpo_jax.models.config import load_config
+from mass_dpo_jax.models.decoder import abstract_decoder
+from mass_dpo_jax.models.weights import INDEX, SINGLE, load_hf, save_hf
+from mass_dpo_jax.selection import CRITERIA
+from mass_dpo_jax.train import train
+from mass_dpo_jax.training import checkpoint, run_folder
+from mass_dpo_jax.training.mesh import make_mesh
+from mass_dpo_jax.training.methods import KINDS
+from mass_dpo_jax.training.policy import open_policy, save_description
+from mass_dpo_jax.training.step import TrainState
+
+VOCABULARY = 320
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content | trim }}<end>\n"
+    "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+CASES = {
+    "llama, llama3 scaling": ("llama", {}),
+    "llama tied, one head each": (
+        "llama",
+        {
+            "tie_word_embeddings": True,
+            "num_key_value_heads": 4,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e3},
+        },
+    ),
+    "qwen3": ("qwen3", {}),
+    "qwen3 tied": ("qwen3", {"tie_word_embeddings": True}),
+    "smollm3": ("smollm3", {"no_rope_layers": [0, 1, 0, 1]}),
+    "smollm3 tied": ("smollm3", {"tie_word_embeddings": True}),
+}
+
+
+def model_folder(torch: ModuleType, folder: Path, model_type: str, **changes: Any) -> Any:
+    """A random model of transformers with a tokenizer of ours; the model."""
+    train_tokenizer([" ".join(WORDS)], 300, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = hf_config(model_type, vocab_size=VOCABULARY, **changes)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type].from_dict(config)).float()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.1)
+    model.save_pretrained(folder)
+    return model
+
+
+def untrained_run(workdir: Path, config: ConfigDict) -> Path:
+    """What a run of no steps would leave: the model it starts from, as a checkpoint."""
+    run_folder.claim(workdir, config)
+    policy = open_policy(config, make_mesh(config.mesh), workdir, ())
+    save_description(policy, config, workdir)
+    saved = checkpoint.Checkpoints(workdir)
+    saved.save(TrainState(np.int32(0), policy.weights(config.model.path, 0), {"none": 0}), None)
+    saved.close()
+    return workdir
+
+
+def tensors_of(folder: Path) -> dict[str, np.ndarray]:
+    files = [load_file(path) for path in folder.glob("*.safetensors")]
+    return {name: tensor for file in files for name, tensor in file.items()}
+
+
+def their_logits(torch: ModuleType, folder: Path, ids: np.ndarray) -> np.ndarray:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(torch.tensor(ids)).logits.numpy()
+
+
+def our_logits(params: Any, folder: Path, ids: np.ndarray) -> np.ndarray:
+    graphdef, _ = nnx.split(abstract_decoder(load_config(folder)))
+    model = nnx.merge(graphdef, params)
+    positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+    hidden, _ = jax.jit(lambda t, p: model(t, p, attention.causal))(ids, positions)
+    return np.asarray(hidden @ model.vocabulary_weights().T)
+
+
+@pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_weights_of_an_untrained_run(
+    tmp_path: Path, torch: ModuleType, case: str
+) -> None:
+    model_type, changes = CASES[case]
+    model = model_folder(torch, tmp_path / "model", model_type, **changes)
+    config = config_lib.default()
+    config.update_from_flattened_dict(
+        {"model.path": str(tmp_path / "model"), "data.chat_template": "none"}
+    )
+    run, output = untrained_run(tmp_path / "run", config), tmp_path / "out"
+    export(run, output, max_shard_gb=1e-4)
+    ids = np.random.default_rng(0).integers(0, VOCABULARY, (2, 40))
+    logits = their_logits(torch, output, ids)
+    with torch.no_grad():
+        want = model(torch.tensor(ids)).logits.numpy()
+    np.testing.assert_allclose(logits, want, atol=1e-6)
+    ours = our_logits(load_hf(output, load_config(output)), output, ids)
+    np.testing.assert_allclose(ours, logits, rtol=1e-4, atol=1e-4)
+
+    before, after = tensors_of(tmp_path / "model"), tensors_of(output)
+    assert before.keys() == after.keys()
+    assert ("lm_head.weight" in after) != changes.get("tie_word_embeddings", False)
+    for name, tensor in before.items():
+        np.testing.assert_array_equal(after[name], tensor)
+    sizes = [path.stat().st_size for path in output.glob("*.safetensors")]
+    assert len(sizes) > 3 and max(sizes) < 1.1e5 + 2e4  # One tensor is larger than 1e5 bytes.
+    index = json.loads((output / INDEX).read_text())
+    assert index["metadata"]["total_size"] == sum(x.nbytes for x in after.values())
+    written = json.loads((output / "config.json").read_text())
+    assert {"rope_theta", "rope_scaling", "rope_parameters", "dtype", "torch_dtype"} <= set(written)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "smollm3"])
+def test_a_trained_run(tmp_path: Path, torch: ModuleType, model_type: str) -> None:
+    model_folder(torch, tmp_path / "model", model_type, tie_word_embeddings=model_type == "llama")
+    (tmp_path / "model/generation_config.json").write_text(
+        '{"do_sample": true, "top_p": 0.7, "eos_token_id": 2}'
+    )
+    template = tmp_path / "template.jinja"
+    template.write_text(TEMPLATE)
+    data = write_jsonl(tmp_path / "data.jsonl", examples=40)
+    changes = {
+        "model.path": str(tmp_path / "model"), "data.chat_template": str(template),
+        "train.steps": 1, "train.eval_every": 0,
+    }  # fmt: skip
+    run, output = tmp_path / "run", tmp_path / "out"
+    done = train(tiny_config(data, **changes), run)
+    template.unlink()  # The run has its own copy.
+    export(run, output, base_model="someone/something")
+    assert {path.name for path in output.iterdir()} == {
+        "README.md", "chat_template.jinja", "config.json", "generation_config.json", SINGLE,
+        "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    before, after = tensors_of(tmp_path / "model"), tensors_of(output)
+    assert all((before[name] != after[name]).any() for name in before)
+
+    # Given as a model, it ranks as the run did.
+    changes = {"model.path": str(output), "data.chat_template": "tokenizer"}
+    found = evaluate(tiny_config(data, **changes), None, "test")
+    policy = {k: v for k, v in done["final"].items() if k.startswith("policy/")}
+    assert len(policy) == 12 and found == policy
+
+    # transformers tokenizes alike, and its log-probs are those that the run reported.
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    net = AutoModelForCausalLM.from_pretrained(output).eval()
+    rows = {row["id"]: row for row in map(json.loads, data.read_text().splitlines())}
+    examples = load_examples(config_lib.load(run).data, "test", 0)
+    table = np.load(run / "logps-final.npy")
+    assert len(table) == len(examples) > 2
+    for example, logps in zip(examples, table, strict=True):
+        row = rows[example.id]
+        messages = [{"role": "user", "content": row["prompt"]}]
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        assert text == f"<bos>user: {row['prompt'].strip()}<end>\nassistant: "
+        prompt = tokenizer(text, add_special_tokens=False).input_ids
+        for found_here, words in zip(logps, (row["chosen"], *row["rejected"]), strict=False):
+            response = tokenizer(words + "<end>", add_special_tokens=False).input_ids
+            with torch.no_grad():
+                logits = net(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+            picked = torch.log_softmax(logits, -1)[range(len(response)), response]
+            assert found_here == pytest.approx(float(picked.sum()), rel=1e-4, abs=1e-4)
+
+    assert "<end>" in tokenizer.all_special_tokens
+    # Names that readers before transformers 5 know.
+    settings = json.loads((output / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
+    assert settings["additional_special_tokens"] == ["<end>"]
+    settings = GenerationConfig.from_pretrained(output)
+    assert settings.top_p == 0.7
+    assert settings.eos_token_id == [2, tokenizer.convert_tokens_to_ids("<end>")]
+    card = ModelCard.load(output / "README.md")
+    assert card.data.base_model == "someone/something"
+    assert card.data.library_name == "transformers" and "mass-dpo" in card.data.tags
+    accuracy, error = (100 * done["final"][f"policy/mrr{kind}"] for kind in ("", "_se"))
+    assert f"{accuracy:.1f} ± {error:.1f}" in card.content
+    assert str(tmp_path) not in card.content
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with checkpoints of steps 2 and 4, from scratch, weights split over eight devices."""
+    folder = tmp_path_factory.mktemp("run")
+    data = write_jsonl(folder / "data.jsonl")
+    train(tiny_config(data, **{"mesh.data": 1, "mesh.fsdp": 4, "mesh.tensor": 2}), folder / "run")
+    return folder / "run"
+
+
+def test_weights_that_were_split_are_whole_and_in_their_layers(tmp_path: Path, run: Path) -> None:
+    config = config_lib.load(run)
+    policy = open_policy(config, make_mesh(config.mesh), run, ())
+    params = checkpoint.load_params(run, policy.abstract)
+    export(run, tmp_path / "out")
+    tensors = tensors_of(tmp_path / "out")
+    assert {t.dtype for t in tensors.values()} == {np.dtype(np.float32)}
+    np.testing.assert_array_equal(tensors["model.embed_tokens.weight"], params["embed"])
+    for layer in range(2):
+        for name, want in (("gate", "mlp.gate_proj"), ("output", "self_attn.o_proj")):
+            kernel = np.asarray(params["blocks"][name]["kernel"][layer])
+            np.testing.assert_array_equal(tensors[f"model.layers.{layer}.{want}.weight"], kernel.T)
+    assert len(tensors) == 2 + 2 * 9
+
+
+def test_steps_and_types(tmp_path: Path, run: Path) -> None:
+    export(run, tmp_path / "two", step=2)
+    export(run, tmp_path / "four")
+    export(run, tmp_path / "half", dtype="bfloat16")
+    two, four, half = (tensors_of(tmp_path / name) for name in ("two", "four", "half"))
+    assert any((two[name] != four[name]).any() for name in two)
+    for name, tensor in four.items():
+        np.testing.assert_array_equal(half[name], tensor.astype(ml_dtypes.bfloat16))
+    assert json.loads((tmp_path / "half/config.json").read_text())["dtype"] == "bfloat16"
+    with safe_open(tmp_path / "half" / SINGLE, "numpy") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert file.get_slice("model.norm.weight").get_dtype() == "BF16"
+    # Of another step than the last there are only figures of the validation split.
+    assert "weights after update 2" in (tmp_path / "two/README.md").read_text()
+    found = next(line for line in log_lines(run) if "eval/policy/mrr" in line and line["step"] == 2)
+    card = (tmp_path / "two/README.md").read_text()
+    assert "On the validation split" in card and f"{100 * found['eval/policy/mrr']:.1f} ±" in card
+
+
+def test_a_model_is_called_after_the_one_that_its_chain_of_runs_started_from(
+    tmp_path: Path, run: Path
+) -> None:
+    export(run, tmp_path / "out")
+    config = tiny_config(run.parent / "data.jsonl", **{"model.path": str(tmp_path / "out")})
+    assert model_card.base_name(str(untrained_run(tmp_path / "next", config))) == "out"
+    assert model_card.base_name(str(run)) == ""
+    hub = "/x/hub/models--org--some-model/snapshots/0123"
+    assert model_card.base_name(hub) == "org/some-model"
+
+
+def test_refusals_leave_nothing_behind(
+    tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    export(run, taken)  # An empty folder is as good as none.
+    with pytest.raises(UserError, match=rf"--output={taken}: exists and is not empty"):
+        export(run, taken)
+    with pytest.raises(UserError, match=r"--step=3: .*/run has checkpoints of steps 2, 4"):
+        export(run, tmp_path / "out", step=3)
+    with pytest.raises(UserError, match=r"max_shard_gb=0: expected a number above 0"):
+        export(run, tmp_path / "out", max_shard_gb=0)
+    with pytest.raises(UserError, match="not a run folder"):
+        export(taken, tmp_path / "out")
+    broken = tmp_path / "broken"
+    shutil.copytree(run, broken)
+    shutil.rmtree(broken / "checkpoints/4/params")
+    with pytest.raises(UserError, match=r"broken/checkpoints/4: the checkpoint cannot be read"):
+        export(broken, tmp_path / "out")
+    shutil.rmtree(broken)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written: Not a directory"):
+        export(run, tmp_path / "file/out")
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(model_card, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        export(run, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"taken", "file"}
+
+
+def test_no_more_than_a_file_is_held(tmp_path: Path) -> None:
+    config = decoder_config(num_hidden_layers=12)
+    tensors = random_tensors(config)
+    held, most = 0, 0
+
+    def forget(size: int) -> None:
+        nonlocal held
+        held -= size
+
+    def read(path: tuple[str, ...], layer: int | None) -> np.ndarray:
+        nonlocal held, most
+        name = "blocks" if layer is not None else path[0]
+        array = np.zeros(shapes[path][1:] if name == "blocks" else shapes[path], np.float32)
+        held += array.nbytes
+        most = max(most, held)
+        weakref.finalize(array, forget, array.nbytes)
+        return array
+
+    state = nnx.to_pure_dict(nnx.state(abstract_decoder(config), nnx.Param))
+    shapes = {
+        tuple(key.key for key in path): leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }
+    total = sum(x.nbytes for x in tensors.values())
+    save_hf(tmp_path, config, read, dtype=np.float32, max_bytes=100_000)
+    assert total > 500_000 and sum(x.nbytes for x in tensors_of(tmp_path).values()) == total
+    largest = max(x.nbytes for x in tensors.values())
+    assert most <= 100_000 + largest
+
+
+@pytest.mark.parametrize("method", list(KINDS))
+def test_every_method_has_its_words(tmp_path: Path, method: str) -> None:
+    config = config_lib.default()
+    config.method = method
+    config.data.path = "/home/someone/pairs.jsonl"
+    card = ModelCard(model_card.write(tmp_path, config, decoder_config(), 7, "float32", ""))
+    assert model_card.LOSSES[method] in card.content
+    assert "This checkpoint was not evaluated" in card.content
+    assert ("beta" in card.content.split("## Data")[0]) == KINDS[method].reference
+    assert "`pairs.jsonl`" in card.content and "someone" not in card.content
+    settings = json.loads(card.content.split("```json\n")[1].split("```")[0])
+    assert settings["method"] == method and settings["train.batch_size"] == 128
+    assert set(model_card.CRITERIA) | {"sampled"} == set(CRITERIA)
