@@ -106,6 +106,10 @@ def default() -> ConfigDict:
     c.eval = ConfigDict()
     c.eval.batch_size = 32  # Prompts per scoring batch: reference pass, evaluation, score.
 
+    c.log = ConfigDict()  # metrics.jsonl gets the same figures always.
+    c.log.tensorboard = True  # Event files for TensorBoard, in the run folder.
+    c.log.wandb_project = ""  # Weights & Biases project, if the package is there; empty: none.
+
     c.mesh = ConfigDict()  # Devices along each axis; -1: all that are left.
     c.mesh.data = -1  # Copies of the model, each on its share of the batch.
     c.mesh.fsdp = 1  # Weights, gradients and Adam's moments split; batches too.

@@ -28,7 +28,7 @@ from mass_dpo_jax import cli, evaluation
 from mass_dpo_jax.data.batches import Batch, Order, make_batch
 from mass_dpo_jax.dry_run import dry_run
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.training import checkpoint, run_folder
+from mass_dpo_jax.training import checkpoint, loggers, run_folder
 from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training.optimizer import learning_rate, make_optimizer, memory_of_moments
 from mass_dpo_jax.training.policy import save_description
@@ -52,6 +52,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
       UserError: something in the configuration, the data or the model folder is wrong.
     """
     run_folder.check(workdir, config)
+    loggers.check(config)
     done = run_folder.read_metrics(workdir)
     if done and done["finished"] and checkpoint.latest_step(workdir) == done["step"]:
         _log.info(f"{workdir}: finished at step {done['step']}; nothing to do")
@@ -74,9 +75,9 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     # Resume order: this run's newest checkpoint, else model.path, else random weights.
     optimizer = make_optimizer(config.train, total)
     # However training ends, what is being written is waited for.
-    with contextlib.closing(
-        checkpoint.Checkpoints(workdir, config.train.keep_checkpoints)
-    ) as saved:
+    with contextlib.ExitStack() as stack:
+        saved = checkpoint.Checkpoints(workdir, config.train.keep_checkpoints)
+        stack.callback(saved.close)
         like = abstract_state(setup, optimizer)
         negatives = None
         if saved.latest() is None:
@@ -91,7 +92,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             _log.info(f"{workdir}: going on from step {int(state.step)} of {total}")
 
         start = int(state.step)
-        log = run_folder.MetricsLog(workdir, start)
+        log = loggers.Logs(config, workdir, start)
+        stack.callback(log.close)
         report = Report(setup, reference.logps, workdir, log)
         if start == 0:
             report.at_start(state.params)
@@ -120,7 +122,6 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                     saved.save(state, sets.to_keep())
                 steps.resume()
         steps.close()
-    log.close()
     return report.at_end(state.params, total)
 
 

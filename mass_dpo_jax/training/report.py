@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+import mass_dpo_jax
 from mass_dpo_jax import evaluation
 from mass_dpo_jax.data.examples import digest
 from mass_dpo_jax.files import read_array
 from mass_dpo_jax.training import run_folder, scoring
+from mass_dpo_jax.training.loggers import Log
 from mass_dpo_jax.training.setup import Setup
 
 START_LOGPS, FINAL_LOGPS = "logps-start.npy", "logps-final.npy"
@@ -22,7 +24,7 @@ START_LOGPS, FINAL_LOGPS = "logps-start.npy", "logps-final.npy"
 class StepLog:
     """Writes each step's figures while the next step computes."""
 
-    def __init__(self, log: run_folder.MetricsLog, config: ConfigDict, start: int, total: int):
+    def __init__(self, log: Log, config: ConfigDict, start: int, total: int):
         self._log, self._batch_size = log, config.train.batch_size
         self._bar = scoring.progress_bar(
             total=total, initial=start, desc=config.method, unit="step"
@@ -85,7 +87,7 @@ class Report:
         setup: Setup,
         refs: Mapping[str, np.ndarray],
         workdir: Path,
-        log: run_folder.MetricsLog,
+        log: Log,
     ):
         self._setup, self._refs, self._workdir, self._log = setup, refs, workdir, log
         self._final = next((s for s in ("test", "validation") if s in setup.tokens), None)
@@ -147,6 +149,7 @@ class Report:
         return evaluation.evaluate_logps(logps, refs, self._valid(split), beta), logps
 
     def _write_json(self, **content: Any) -> dict[str, Any]:
-        content = {"split": self._final, **self._tested_on(), **content}
+        version = mass_dpo_jax.__version__
+        content = {"version": version, "split": self._final, **self._tested_on(), **content}
         run_folder.write_json(self._workdir / "metrics.json", content)
         return content

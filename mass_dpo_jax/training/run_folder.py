@@ -8,7 +8,6 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from mass_dpo_jax import config as config_lib
@@ -23,6 +22,7 @@ FREE = (
     "dry_run",
     "device_memory_gb",
     "eval.",
+    "log.",
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.offload_moments",
@@ -121,10 +121,8 @@ class MetricsLog:
         temporary.replace(path)
         self._file = path.open("a")
 
-    def write(self, step: int, figures: Mapping[str, Any]) -> None:
-        # The shortest decimal that is this float32 again.
-        values = {name: float(str(np.float32(value))) for name, value in figures.items()}
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **figures}) + "\n")
         self._file.flush()
 
     def close(self) -> None:
