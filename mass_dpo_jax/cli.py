@@ -6,6 +6,7 @@ import difflib
 import json
 import logging
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ def required(holder: flags.FlagHolder[ConfigDict]) -> ConfigDict:
     """
     if holder.value is None:
         raise UserError("--config is missing, for example --config=configs/tiny.py")
+    config_lib.check(holder.value)
     keep_compiled(holder.value.cache_dir)
     return holder.value
 
@@ -87,6 +89,10 @@ def run(main: Callable[[], None]) -> None:
             main()
         except UserError as error:
             raise SystemExit(_fail(str(error))) from None
+        except OSError as error:  # A full disk, a folder that may not be written, a long name.
+            if error.filename is None:
+                raise
+            raise SystemExit(_fail(f"{error.filename}: {error.strerror}")) from None
         except KeyboardInterrupt:
             print("interrupted; the same command goes on from what was saved", file=sys.stderr)
             raise SystemExit(130) from None
@@ -107,7 +113,7 @@ def _quiet() -> None:
 
 
 def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {UserError(message)}", file=sys.stderr)
     return 2
 
 
@@ -117,6 +123,11 @@ def _parse(argv: list[str]) -> list[str]:
         return flags.FLAGS(_with_run_config(argv))
     except (flags.Error, UserError) as error:
         raise SystemExit(_fail(str(error))) from None
+    except Exception as error:  # Of the configuration, which is a program.
+        path = _value(argv, "config") or ""
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+        place = f"{path}:{lines[-1]}" if lines else path
+        raise SystemExit(_fail(f"--config={place}: {type(error).__name__}: {error}")) from None
 
 
 def _value(argv: Sequence[str], flag: str) -> str | None:

@@ -141,15 +141,12 @@ def load(workdir: Path) -> ConfigDict:
     if not isinstance(stored, dict):
         raise UserError(f"{path}: expected a JSON object with a run's settings")
     config = default()
-    known = dict(flat(config))
+    known = {name for name, _ in flat(config)}
     for name, value in flat(stored):
         if name not in known:
             raise UserError(f"{path}: unknown setting {name!r}, written by another version?")
-        try:
+        with config.ignore_type():  # `check` says it better.
             _set(config, name, value)
-        except TypeError:
-            kind = type(known[name]).__name__
-            raise UserError(f"{path}: setting {name!r}: found {value!r}, expected {kind}") from None
     try:
         check(config)
     except UserError as error:
@@ -202,6 +199,7 @@ CHOICES = {
     "selection.feature_norm": ("none", "l2"),
     "selection.pooling": ("response", "all"),
 }
+_KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
 LARGEST = 2**31  # Of any number: what XLA counts with.
 POSITIVE = (
     "beta num_negatives model.scratch.hidden_size model.scratch.num_heads selection.ridge "
@@ -217,12 +215,18 @@ NOT_NEGATIVE = (
 
 def check(config: ConfigDict) -> None:
     """Raises UserError for a value that no run could use, naming field, value and choices."""
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"--config: found {config!r}, expected what config.default() returns")
     fields = dict(flat(config))
+    for name, value in flat(default()):
+        found, kind = fields.get(name), type(value)
+        if type(found) is not kind and not (kind is float and type(found) is int):
+            raise UserError(f"config.{name}={found!r}: expected {_KINDS[kind]}")
     for name, choices in CHOICES.items():
         if fields[name] not in choices:
             raise UserError(f"config.{name}={fields[name]!r}: expected one of {', '.join(choices)}")
     for name, value in fields.items():
-        if isinstance(value, (int, float)) and not abs(value) < LARGEST:
+        if isinstance(value, (int, float)) and not -LARGEST < value < LARGEST:
             raise UserError(f"config.{name}={value!r}: expected a number below {LARGEST}")
     for name in POSITIVE:
         if not fields[name] > 0:

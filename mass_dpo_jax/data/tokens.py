@@ -147,7 +147,7 @@ def tokenize(examples: Sequence[Example], tokenizer: Any, data: Any, *, progress
     examples = [e for e, k in zip(examples, kept, strict=True) if k]
     if not examples:
         raise UserError(
-            f"no example is left: every one has a response over data.max_response_length="
+            f"no example is left: every one has a response over config.data.max_response_length="
             f"{data.max_response_length}"
         )
     slots = np.arange(counts.max())[None, :] < counts[:, None]
@@ -274,8 +274,8 @@ def _short_enough(
         field = "chosen" if column == 0 else f"rejected[{column - 1}]"
         raise UserError(
             f"{places[row]}: field {field!r} has {table[row, column]} tokens, "
-            f"data.max_response_length is {data.max_response_length} ({long.sum()} responses are "
-            "longer): raise it, or leave them out with data.long_response=drop"
+            f"config.data.max_response_length is {data.max_response_length} ({long.sum()} "
+            "responses are longer): raise it, or leave them out with data.long_response=drop"
         )
     keep = slots & ~long
     keep &= (keep[:, 0] & keep[:, 1:].any(1))[:, None]

@@ -306,6 +306,6 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise UserError(f"{index}: expected a JSON object with a 'weight_map' object")
     for name in weight_map.values():
         # The index comes with the download: it must not make us open files elsewhere.
-        if not isinstance(name, str) or Path(name).name != name or "\\" in name:
+        if not isinstance(name, str) or Path(name).name != name or name == ".." or "\\" in name:
             raise UserError(f"{index}: weight_map: found {name!r}, expected a plain file name")
     return weight_map

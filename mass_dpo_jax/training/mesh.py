@@ -35,7 +35,7 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
     """
     devices = jax.devices() if devices is None else devices
     sizes = {axis: int(config[axis]) for axis in AXES}
-    shown = " ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
+    shown = " ".join(f"config.mesh.{axis}={size}" for axis, size in sizes.items())
     unknown = [axis for axis, size in sizes.items() if size == -1]
     given = math.prod(size for size in sizes.values() if size != -1)
     if len(unknown) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
