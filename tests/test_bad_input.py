@@ -238,3 +238,7 @@ def test_a_broken_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="checkpoints/1: the checkpoint cannot be read"):
         saved.restore(like)
     saved.close()
+    metadata = tmp_path / "checkpoints" / "1" / "_CHECKPOINT_METADATA"
+    metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"performance_metrics": "a"}))
+    with pytest.raises(UserError, match="checkpoints: the checkpoint cannot be read"):
+        Checkpoints(tmp_path)

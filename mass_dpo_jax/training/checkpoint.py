@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +50,13 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, keep: int = 1):
         policy = checkpoint_managers.preservation_policy.LatestN(keep)
-        self._manager = ocp.CheckpointManager(
-            (workdir / FOLDER).absolute(),
-            options=ocp.CheckpointManagerOptions(preservation_policy=policy),
-            item_names=("params", "opt_state", "negatives", "step"),
-        )
+        folder = (workdir / FOLDER).absolute()
+        with _refusals(folder):
+            self._manager = ocp.CheckpointManager(
+                folder,
+                options=ocp.CheckpointManagerOptions(preservation_policy=policy),
+                item_names=("params", "opt_state", "negatives", "step"),
+            )
 
     def latest(self) -> int | None:
         """The step of the newest complete checkpoint."""
@@ -124,11 +126,9 @@ def reader(workdir: Path, step: int) -> Callable[[tuple[str, ...], int | None], 
         return ts.open({"driver": "zarr", "kvstore": kvstore}, open=True, read=True).result()
 
     def read(path: tuple[str, ...], layer: int | None) -> np.ndarray:
-        try:
+        with _refusals(folder):
             array = opened(path)
             return np.asarray((array if layer is None else array[layer]).read().result())
-        except Exception as error:  # As `_restore`.
-            raise _unreadable(folder, error) from None
 
     return read
 
@@ -138,23 +138,27 @@ def load_params(workdir: Path, like: Any) -> Any:
     step = latest_step(workdir)
     if step is None:
         raise UserError(f"{workdir}: a run that has saved no checkpoint yet")
-    manager = ocp.CheckpointManager(
-        (workdir / FOLDER).absolute(),
-        item_names=("params",),
-        options=ocp.CheckpointManagerOptions(read_only=True),
-    )
+    folder = (workdir / FOLDER).absolute()
+    with _refusals(folder):
+        manager = ocp.CheckpointManager(
+            folder,
+            item_names=("params",),
+            options=ocp.CheckpointManagerOptions(read_only=True),
+        )
     with contextlib.closing(manager):
         return _restore(manager, step, {"params": ocp.args.StandardRestore(like)}).params
 
 
 def _restore(manager: ocp.CheckpointManager, step: int, items: dict[str, Any]) -> Any:
-    try:
+    with _refusals(Path(manager.directory) / str(step)):
         return manager.restore(step, args=ocp.args.Composite(**items))
-    # Of a broken checkpoint, orbax lets through whatever its libraries met, bare Exception too.
+
+
+@contextlib.contextmanager
+def _refusals(folder: Path) -> Iterator[None]:
+    """Of a broken checkpoint, orbax lets through whatever its libraries met, bare Exception too."""
+    try:
+        yield
     except Exception as error:
-        raise _unreadable(manager.directory / str(step), error) from None
-
-
-def _unreadable(folder: Path, error: Exception) -> UserError:
-    message = " ".join(str(error).split())
-    return UserError(f"{folder}: the checkpoint cannot be read: {message[:300]}")
+        message = " ".join(str(error).split())
+        raise UserError(f"{folder}: the checkpoint cannot be read: {message[:300]}") from None
