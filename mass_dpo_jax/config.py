@@ -141,13 +141,15 @@ def load(workdir: Path) -> ConfigDict:
     if not isinstance(stored, dict):
         raise UserError(f"{path}: expected a JSON object with a run's settings")
     config = default()
-    known = {name for name, _ in flat(config)}
+    fields = dict(flat(config))
     for name, value in flat(stored):
-        if name not in known:
+        if name not in fields:
             raise UserError(f"{path}: unknown setting {name!r}, written by another version?")
-        with config.ignore_type():  # `check` says it better.
-            _set(config, name, value)
+        fields[name] = value
     try:
+        check_types(fields)
+        for name, value in fields.items():
+            _set(config, name, value)
         check(config)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -218,16 +220,10 @@ def check(config: ConfigDict) -> None:
     if not isinstance(config, ConfigDict):
         raise UserError(f"--config: found {config!r}, expected what config.default() returns")
     fields = dict(flat(config))
-    for name, value in flat(default()):
-        found, kind = fields.get(name), type(value)
-        if type(found) is not kind and not (kind is float and type(found) is int):
-            raise UserError(f"config.{name}={found!r}: expected {_KINDS[kind]}")
+    check_types(fields)
     for name, choices in CHOICES.items():
         if fields[name] not in choices:
             raise UserError(f"config.{name}={fields[name]!r}: expected one of {', '.join(choices)}")
-    for name, value in fields.items():
-        if isinstance(value, (int, float)) and not -LARGEST < value < LARGEST:
-            raise UserError(f"config.{name}={value!r}: expected a number below {LARGEST}")
     for name in POSITIVE:
         if not fields[name] > 0:
             raise UserError(f"config.{name}={fields[name]!r}: expected a number above 0")
@@ -246,6 +242,17 @@ def check(config: ConfigDict) -> None:
     if not config.train.steps and not config.train.epochs:
         raise UserError("config.train.steps and config.train.epochs are both 0: nothing to train")
     refresh_window(config.selection.refresh, steps_per_epoch=1)
+
+
+def check_types(fields: Mapping[str, Any]) -> None:
+    """Raises UserError where a setting, by its dotted name, is missing or is of another type than
+    its default, or a number is too large for anything that counts with it."""
+    for name, value in flat(default()):
+        found, kind = fields.get(name), type(value)
+        if type(found) is not kind and not (kind is float and type(found) is int):
+            raise UserError(f"config.{name}={found!r}: expected {_KINDS[kind]}")
+        if isinstance(found, (int, float)) and not -LARGEST < found < LARGEST:
+            raise UserError(f"config.{name}={found!r}: expected a number below {LARGEST}")
 
 
 def refresh_window(refresh: str, steps_per_epoch: int) -> int:

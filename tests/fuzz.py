@@ -31,6 +31,7 @@ def fuzz(name: str, seconds: float, seed: int) -> None:
 
     folder = Path(tempfile.mkdtemp(prefix=f"mass_dpo_jax_fuzz_{name}_"))
     os.environ.update(HF_HOME=str(folder / "hf"), XDG_CACHE_HOME=str(folder / "cache"))
+    tempfile.tempdir = str(folder)
     with atheris.instrument_imports(include=["mass_dpo_jax"], enable_loader_override=False):
         import fuzz_targets
     import mutations

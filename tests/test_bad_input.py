@@ -24,6 +24,7 @@ from mass_dpo_jax.data.vocabulary import train_tokenizer
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import parse_json, read_array
 from mass_dpo_jax.models.config import DecoderConfig, load_config
+from mass_dpo_jax.paper import runs
 from mass_dpo_jax.training import run_folder
 from mass_dpo_jax.training.checkpoint import Checkpoints
 from mass_dpo_jax.training.scoring import cached
@@ -95,6 +96,7 @@ def test_a_decoder_of_wrong_types(field: str, value: Any) -> None:
     [
         ("beta", None),
         ("beta", float("inf")),
+        ("beta", 10**400),
         ("seed", True),
         ("seed", 2**31),
         ("train.steps", "4"),
@@ -113,6 +115,14 @@ def test_settings_of_a_run(tmp_path: Path, name: str, value: Any) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=f"config.json: config.{name}="):
         config_lib.load(tmp_path)
+
+
+def test_the_report_says_which_settings_are_unreadable(tmp_path: Path) -> None:
+    config: Any = config_lib.default().to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(config | {"method": 7}))
+    (tmp_path / "metrics.jsonl").write_text("")
+    [run] = runs.find([tmp_path])
+    assert run.state == "unreadable: config.json: config.method=7: expected a string"
 
 
 def test_metrics_of_a_run(tmp_path: Path) -> None:

@@ -110,6 +110,10 @@ def _config(folder: Path) -> dict[str, Any] | str | None:
     if not isinstance(stored, dict) or not {"method", "data", "train"} <= set(stored):
         return None
     settings.update(config_lib.flat(stored))
+    try:
+        config_lib.check_types(settings)
+    except UserError as error:
+        return f"unreadable: config.json: {error}"
     return settings
 
 
