@@ -80,8 +80,6 @@ def read_logps(path: Path) -> tuple[np.ndarray, np.ndarray]:
     logps = read_array(path)
     if logps.ndim != 2 or 0 in logps.shape:
         raise UserError(f"{path}: an array {list(logps.shape)}, expected log-probs [M, C]")
-    if not (logps[:, 0] < 0).all():
-        raise UserError(f"{path}: a chosen response's log-prob is not below 0")
     # Missing candidates have log-prob 0 in the files; real ones are below.
     return logps, logps < 0
 
@@ -106,7 +104,12 @@ def _cells(row: dict[str, float]) -> list[str]:
 
 
 def _difference(name: str, ours: Path, theirs: Path) -> str:
-    correct = [metrics.per_example_rank(*read_logps(path)) == 1 for path in (ours, theirs)]
+    correct = []
+    for path in (ours, theirs):
+        logps, exists = read_logps(path)
+        if not exists[:, 0].all():
+            raise UserError(f"{path}: a chosen response's log-prob is not below 0")
+        correct.append(metrics.per_example_rank(logps, exists) == 1)
     if len(correct[0]) != len(correct[1]):
         raise UserError(f"{ours}: {len(correct[0])} rows, but {theirs} has {len(correct[1])}")
     gain, error = metrics.paired_difference(*correct)

@@ -160,7 +160,7 @@ def test_arrays(tmp_path: Path, header: str) -> None:
 
 def test_log_probs_of_another_shape(tmp_path: Path) -> None:
     path = tmp_path / "a.npy"
-    for array in (np.zeros(3), np.zeros((2, 3)), np.zeros((0, 3))):
+    for array in (np.zeros(3), np.zeros((0, 3))):
         np.save(path, array)
         with pytest.raises(UserError, match=r"a.npy: "):
             read_logps(path)
