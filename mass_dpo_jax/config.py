@@ -13,6 +13,8 @@ from ml_collections import ConfigDict
 
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import read_json
+from mass_dpo_jax.models.adapters import parse_targets
+from mass_dpo_jax.models.frozen import STORED
 
 
 def default() -> ConfigDict:
@@ -39,6 +41,16 @@ def default() -> ConfigDict:
     # auto: a fused kernel on one GPU with bfloat16, where it agrees with plain | plain | fused.
     c.model.attention = "auto"
     c.model.layout = "packed"  # Responses behind their prompt: packed | rectangle (long ones).
+
+    c.model.lora = ConfigDict()  # Train adapters beside frozen weights; model.path is the base.
+    c.model.lora.rank = 0  # 0: no LoRA, all weights are trained.
+    c.model.lora.alpha = 16.0  # What adapters add is multiplied by alpha / rank.
+    # all, or names with commas: q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj.
+    c.model.lora.targets = "all"
+    # How the base's matrices are kept: float32 | bfloat16 | int8 | nf4 (QLoRA; 4.5 bits a weight).
+    c.model.lora.base = "bfloat16"
+    # Adapters to start from, PEFT's folder or a run with LoRA; they decide rank, alpha, targets.
+    c.model.lora.path = ""
 
     c.model.scratch = ConfigDict()  # The model and tokenizer made when model.path is empty.
     c.model.scratch.model_type = "llama"  # llama | qwen3 | smollm3.
@@ -191,6 +203,7 @@ CHOICES = {
     "model.remat": ("none", "dots", "full"),
     "model.layout": ("packed", "rectangle"),
     "model.attention": ("auto", "plain", "fused"),
+    "model.lora.base": STORED,
     "model.scratch.model_type": ("llama", "qwen3", "smollm3"),
     "data.name": ("jsonl", "hub", "lastfm", "movielens", "medmcqa", "qasc", "synthetic"),
     "data.on_bad_row": ("error", "skip"),
@@ -208,10 +221,14 @@ POSITIVE = (
     "train.batch_size train.micro_batch_size train.learning_rate train.clip "
     "train.checkpoint_every train.keep_checkpoints eval.batch_size data.max_prompt_length "
     "data.max_response_length odpo.alpha"
+    "beta num_negatives selection.ridge train.batch_size train.micro_batch_size "
+    "train.learning_rate train.clip train.checkpoint_every train.keep_checkpoints "
+    "eval.batch_size data.max_prompt_length data.max_response_length odpo.alpha model.lora.alpha"
 ).split()
 NOT_NEGATIVE = (
     "seed train.steps train.epochs train.warmup_ratio train.weight_decay train.eval_every "
-    "data.max_train data.max_validation data.max_test sft_weight device_memory_gb"
+    "data.max_train data.max_validation data.max_test sft_weight device_memory_gb "
+    "model.lora.rank"
 ).split()
 
 
@@ -242,6 +259,9 @@ def check(config: ConfigDict) -> None:
     if not config.train.steps and not config.train.epochs:
         raise UserError("config.train.steps and config.train.epochs are both 0: nothing to train")
     refresh_window(config.selection.refresh, steps_per_epoch=1)
+    parse_targets(config.model.lora.targets)
+    if (config.model.lora.rank or config.model.lora.path) and not config.model.path:
+        raise UserError("config.model.lora adapts a model: config.model.path is missing")
 
 
 def check_types(fields: Mapping[str, Any]) -> None:

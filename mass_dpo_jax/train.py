@@ -60,7 +60,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     setup = prepare(config, workdir, SPLITS)
     order = Order(setup.buckets["train"], config.train.batch_size, config.seed)
     total = config.train.steps or config.train.epochs * order.steps_per_epoch
-    params = setup.policy.weights(config.model.path, config.seed)
+    params = setup.policy.weights(config.model.path, config.seed, config.model.lora.path)
     run_folder.claim(workdir, config)
     save_description(setup.policy, config, workdir)
 
@@ -73,6 +73,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         reference = setup.reference(params)
 
     # Resume order: this run's newest checkpoint, else model.path, else random weights.
+    trained, frozen = setup.policy.split(params)
+    del params
     optimizer = make_optimizer(config.train, total)
     # However training ends, what is being written is waited for.
     with contextlib.ExitStack() as stack:
@@ -83,11 +85,11 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         if saved.latest() is None:
             state = TrainState(
                 jax.device_put(np.int32(0), like.step.sharding),
-                params,
-                jax.jit(optimizer.init, out_shardings=_shardings(like.opt_state))(params),
+                trained,
+                jax.jit(optimizer.init, out_shardings=_shardings(like.opt_state))(trained),
             )
         else:
-            del params
+            del trained
             state, negatives = saved.restore(like)
             _log.info(f"{workdir}: going on from step {int(state.step)} of {total}")
 
@@ -96,16 +98,16 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         stack.callback(log.close)
         report = Report(setup, reference.logps, workdir, log)
         if start == 0:
-            report.at_start(state.params)
+            report.at_start({**frozen, **state.params})
         rate = learning_rate(config.train, total)
         sets = Sets(setup, order, total, reference, negatives)
         steps = StepLog(log, config, start, total)
         for step in range(start, total):
-            negatives = sets.at(step, state.params)
+            negatives = sets.at(step, {**frozen, **state.params})
             batch, chosen, size = put(setup, order, step, reference, negatives)
             key = setup.key(step // sets.window)
             state, used, figures = setup.program.train_step(
-                optimizer, state, batch, chosen, key, size
+                optimizer, state, batch, chosen, key, size, frozen
             )
             changed = sets.changed(order(step)[0], used)
             more = {"learning_rate": rate(step), "selection/changed": changed}
@@ -117,12 +119,12 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             if evaluate or save:
                 steps.flush()
                 if evaluate:
-                    steps.say(report.during(state.params, step + 1))
+                    steps.say(report.during({**frozen, **state.params}, step + 1))
                 if save:
                     saved.save(state, sets.to_keep())
                 steps.resume()
         steps.close()
-    return report.at_end(state.params, total)
+    return report.at_end({**frozen, **state.params}, total)
 
 
 def put(
@@ -147,7 +149,7 @@ def put(
 
 def abstract_state(setup: Setup, optimizer: optax.GradientTransformation) -> Any:
     """A `TrainState` of shapes and shardings: Adam's moments lie where their weights do."""
-    params = setup.policy.abstract
+    params, _ = setup.policy.split(setup.policy.abstract)
     everywhere = mesh_lib.replicated(setup.mesh)
     memory = memory_of_moments(setup.config.train, setup.mesh)
 

@@ -17,7 +17,6 @@ from models_for_tests import VOCABULARY, Candidates, random_candidates, random_d
 
 from mass_dpo_jax import train as train_lib
 from mass_dpo_jax.data.batches import Order
-from mass_dpo_jax.models.decoder import Decoder
 from mass_dpo_jax.models.known import known
 from mass_dpo_jax.models.shared_prefix import gather_candidates, replay, score
 from mass_dpo_jax.training.setup import Reference, prepare
@@ -46,23 +45,31 @@ def sets(pool: Candidates) -> tuple[np.ndarray, np.ndarray]:
     return numbers, valid & (np.take_along_axis(pool.response_lengths, numbers, 1) > 0)
 
 
-def gradients(model: Decoder, pool: Candidates, layout: dict[str, Any], recorded: bool) -> Any:
-    """Log-probs of some candidates, and gradients of a loss that weighs each of them."""
+def gradients(
+    graphdef: Any,
+    params: Any,
+    pool: Candidates,
+    layout: dict[str, Any],
+    recorded: bool,
+    frozen: Any = None,
+) -> Any:
+    """Log-probs of some candidates, and gradients of a loss that weighs each of them, with respect
+    to all weights that are not frozen."""
     numbers, valid = sets(pool)
     size = 3 * RESPONSE
     weights = np.random.default_rng(1).normal(size=numbers.shape)
-    graphdef, params = nnx.split(model)
+    frozen = frozen or {}
     whole = {key: value for key, value in layout.items() if key != "candidate_chunk"}
 
     @jax.jit
-    def run(params: Any, *args: jax.Array) -> Any:
+    def run(params: Any, frozen: Any, *args: jax.Array) -> Any:
         record = None
         if recorded:
-            scored = score(nnx.merge(graphdef, params), *args, pooling=None, record=True, **layout)
-            record = scored.record
+            model = nnx.merge(graphdef, {**frozen, **params})
+            record = score(model, *args, pooling=None, record=True, **layout).record
 
         def loss(params: Any) -> tuple[jax.Array, jax.Array]:
-            model = nnx.merge(graphdef, params)
+            model = nnx.merge(graphdef, {**frozen, **params})
             if record is not None:
                 logps = replay(model, record, *args, numbers, valid, size, **whole)
             else:
@@ -73,7 +80,7 @@ def gradients(model: Decoder, pool: Candidates, layout: dict[str, Any], recorded
         (_, logps), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return logps, grads
 
-    return run(params, *map(jnp.asarray, pool))
+    return run(params, frozen, *map(jnp.asarray, pool))
 
 
 @pytest.mark.parametrize(
@@ -89,8 +96,10 @@ def gradients(model: Decoder, pool: Candidates, layout: dict[str, Any], recorded
 def test_gradients_are_those_of_a_pass_of_its_own(model_type: str, remat: str, layout: str) -> None:
     model = random_decoder(tiny_config(model_type), remat=remat)
     pool = random_candidates(response=RESPONSE)
-    logps, found = gradients(model, pool, LAYOUTS[layout], recorded=True)
-    others, expected = gradients(model, pool, LAYOUTS[layout], recorded=False)
+    graphdef, state = nnx.split(model)
+    params = nnx.to_pure_dict(state)
+    logps, found = gradients(graphdef, params, pool, LAYOUTS[layout], recorded=True)
+    others, expected = gradients(graphdef, params, pool, LAYOUTS[layout], recorded=False)
     np.testing.assert_allclose(logps, others, rtol=1e-5, atol=1e-4)
     assert np.all(logps[-1, 2] == 0)
     for (path, a), b in zip(

@@ -48,6 +48,18 @@ FAMILIES = {
 }
 
 
+# A layer's products with weights: our names and, within a layer, Hugging Face's.
+PRODUCTS = {
+    "query": "self_attn.q_proj",
+    "key": "self_attn.k_proj",
+    "value": "self_attn.v_proj",
+    "output": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Llama3Scaling:
     """Llama 3's stretching of the rotary frequencies; it changes short contexts too."""
@@ -80,6 +92,25 @@ class DecoderConfig:
     max_positions: int
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def products(self) -> dict[str, tuple[tuple[int, int], tuple[str, str]]]:
+        """Of each of `PRODUCTS`: its sizes, in and out, and the names of these dimensions."""
+        embed, mlp = (self.hidden_size, "embed"), (self.intermediate_size, "mlp")
+        heads = self.num_heads * self.head_dim, "heads"
+        kv_heads = self.num_kv_heads * self.head_dim, "kv_heads"
+        between = {
+            "query": (embed, heads),
+            "key": (embed, kv_heads),
+            "value": (embed, kv_heads),
+            "output": (heads, embed),
+            "gate": (embed, mlp),
+            "up": (embed, mlp),
+            "down": (mlp, embed),
+        }
+        return {
+            name: ((into[0], out[0]), (into[1], out[1])) for name, (into, out) in between.items()
+        }
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], place: str) -> DecoderConfig:

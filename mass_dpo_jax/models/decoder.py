@@ -19,7 +19,9 @@ from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.models.adapters import Adapters, Lora
 from mass_dpo_jax.models.config import DecoderConfig
+from mass_dpo_jax.models.frozen import product
 from mass_dpo_jax.models.known import known
 
 # (queries [B, T, H, K], keys [B, T, KV, K], values [B, T, KV, K], extra) -> (what the queries saw
@@ -66,37 +68,36 @@ class RMSNorm(nnx.Module):
         return (wide * inverse * self.scale[...]).astype(x.dtype)
 
 
+class Linear(nnx.Module):
+    """The weights [in, out] of a product, float32; or what `frozen.store` made of them."""
+
+    def __init__(
+        self, shape: tuple[int, int], dims: tuple[str, str], deviation: float, rngs: nnx.Rngs
+    ):
+        value = nnx.initializers.normal(deviation)(rngs.params(), shape, jnp.float32)
+        self.kernel = nnx.Param(value, dims=dims)
+
+
 class Block(nnx.Module):
     """One layer: attention and a gated MLP, each behind a norm and added to the stream."""
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
-        def linear(size_in: int, size_out: int, *dims: str) -> nnx.Linear:
-            return nnx.Linear(
-                size_in,
-                size_out,
-                use_bias=False,
-                dtype=dtype,
-                param_dtype=jnp.float32,
-                kernel_init=nnx.initializers.normal(config.initializer_range),
-                kernel_metadata={"dims": dims},
-                rngs=rngs,
-            )
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        def linear(name: str) -> Linear:
+            return Linear(*config.products[name], config.initializer_range, rngs)
 
-        embed, mlp, eps = config.hidden_size, config.intermediate_size, config.rms_norm_eps
-        heads = config.num_heads * config.head_dim
-        kv_heads = config.num_kv_heads * config.head_dim
+        embed, eps = config.hidden_size, config.rms_norm_eps
         self.head_dim = config.head_dim
         self.attention_norm = RMSNorm(embed, eps, "embed")
-        self.query = linear(embed, heads, "embed", "heads")
-        self.key = linear(embed, kv_heads, "embed", "kv_heads")
-        self.value = linear(embed, kv_heads, "embed", "kv_heads")
+        self.query = linear("query")
+        self.key = linear("key")
+        self.value = linear("value")
         self.query_norm = RMSNorm(config.head_dim, eps, None) if config.qk_norm else None
         self.key_norm = RMSNorm(config.head_dim, eps, None) if config.qk_norm else None
-        self.output = linear(heads, embed, "heads", "embed")
+        self.output = linear("output")
         self.mlp_norm = RMSNorm(embed, eps, "embed")
-        self.gate = linear(embed, mlp, "embed", "mlp")
-        self.up = linear(embed, mlp, "embed", "mlp")
-        self.down = linear(mlp, embed, "mlp", "embed")
+        self.gate = linear("gate")
+        self.up = linear("up")
+        self.down = linear("down")
 
     def __call__(
         self,
@@ -105,6 +106,7 @@ class Block(nnx.Module):
         sin: jax.Array,
         attend: Callable,
         products: Mapping[str, jax.Array] = MappingProxyType({}),
+        adapters: Mapping[str, Mapping[str, jax.Array]] = MappingProxyType({}),
     ) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
         """One layer on [B * T, D].
 
@@ -116,38 +118,47 @@ class Block(nnx.Module):
           cos, sin: float32 [B, T, K / 2], the rotary angles'.
           attend: see `Attend`, without `extra`.
           products: [B * T, ...], those of `PRODUCTS` that are known already.
+          adapters: this layer's, by the names of the products that they add to.
 
         Returns:
           x [B * T, D], what `attend` keeps, and all of `PRODUCTS`.
         """
         found = {}
 
-        def product(name: str, y: jax.Array) -> jax.Array:
-            layer = getattr(self, name)
+        def apply(name: str, y: jax.Array) -> jax.Array:
+            args = y, getattr(self, name).kernel[...], adapters.get(name)
             if name in products:
-                found[name] = known(_matmul, products[name], y, layer.kernel[...].astype(y.dtype))
-            else:
-                found[name] = layer(y)
+                return known(_product, products[name], *args)
+            return _product(*args)
+
+        def recorded(name: str, y: jax.Array) -> jax.Array:
+            found[name] = apply(name, y)
             return found[name]
 
         y = self.attention_norm(x)
         split = (*cos.shape[:2], -1, self.head_dim)
-        query = product("query", y).reshape(split)
-        key = product("key", y).reshape(split)
-        value = product("value", y).reshape(split)
+        query = recorded("query", y).reshape(split)
+        key = recorded("key", y).reshape(split)
+        value = recorded("value", y).reshape(split)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         query = rotate(query, cos, sin, scale=self.head_dim**-0.5)
         key = rotate(key, cos, sin)
         seen, kept = attend(query, key, value)
-        x = x + product("output", seen.reshape(x.shape[0], -1))
+        x = x + recorded("output", seen.reshape(x.shape[0], -1))
         y = self.mlp_norm(x)
-        x = x + self.down(jax.nn.silu(product("gate", y)) * product("up", y))
+        x = x + apply("down", jax.nn.silu(recorded("gate", y)) * recorded("up", y))
         return x, kept, found
 
 
-def _matmul(x: jax.Array, weights: jax.Array) -> jax.Array:
-    return x @ weights
+def _product(
+    x: jax.Array, weights: Any, adapter: Mapping[str, jax.Array] | None = None
+) -> jax.Array:
+    """x W + (x A) B of x [tokens, in], in its type."""
+    y = product(x, weights)
+    if adapter is None:
+        return y
+    return y + (x @ adapter["a"].astype(x.dtype)) @ adapter["b"].astype(x.dtype)
 
 
 class Decoder(nnx.Module):
@@ -162,6 +173,9 @@ class Decoder(nnx.Module):
     weights are split it likes to split hidden states in the same way, and then every device
     computes on the tokens of the whole batch.
 
+    With `lora`, adapters are what trains and all other parameters are frozen: they may be other
+    types than float32 (models/frozen.py).
+
     Every parameter names its dimensions in its metadata, e.g. dims=("layer", "embed", "mlp").
     """
 
@@ -173,6 +187,7 @@ class Decoder(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         remat: str = "full",
         splits: Splits | None = None,
+        lora: Lora | None = None,
     ):
         if remat not in REMAT:
             raise UserError(f"remat: found {remat!r}, expected one of {', '.join(REMAT)}")
@@ -180,6 +195,7 @@ class Decoder(nnx.Module):
         self.dtype = jnp.dtype(dtype)
         self.remat = remat
         self.splits = splits
+        self.lora = lora
 
         def vocabulary() -> nnx.Param:
             init = nnx.initializers.normal(config.initializer_range)
@@ -189,7 +205,7 @@ class Decoder(nnx.Module):
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap
         def stack(rngs: nnx.Rngs) -> Block:
-            return Block(config, rngs=rngs, dtype=self.dtype)
+            return Block(config, rngs=rngs)
 
         self.embed = vocabulary()
         self.blocks = stack(rngs)
@@ -197,6 +213,7 @@ class Decoder(nnx.Module):
             parameter.set_metadata(dims=("layer", *parameter.get_metadata("dims")))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, "embed")
         self.head = None if config.tie_embeddings else vocabulary()
+        self.adapters = None if lora is None else Adapters(config, lora, rngs=rngs)
 
     def __call__(
         self, tokens: jax.Array, positions: jax.Array, attend: Attend, extra: Any = None
@@ -284,23 +301,28 @@ class Decoder(nnx.Module):
 
         def backward(weights: Any, gradient: jax.Array) -> tuple[Any, jax.Array]:
             def apply(gradient: jax.Array, scanned: Any) -> tuple[jax.Array, Any]:
-                weights, has_positions, inputs, products = scanned
+                weights, fixed, has_positions, inputs, products = scanned
                 products = jax.tree.map(here, products)
                 _, vjp = jax.vjp(
-                    lambda w, x: layer(w, x, has_positions, products)[0], weights, here(inputs)
+                    lambda w, x: layer(w | fixed, x, has_positions, products)[0],
+                    weights,
+                    here(inputs),
                 )
                 of_weights, gradient = vjp(gradient)
                 return gradient, of_weights
 
             of_record = (has_positions, record.inputs, record.products)
             gradient, of_weights = jax.lax.scan(
-                apply, gradient, (weights, *of_record), reverse=True
+                apply, gradient, (weights, fixed, *of_record), reverse=True
             )
             return of_weights, gradient
 
         replayed = jax.custom_vjp(last)
         replayed.defvjp(forward, backward)
-        weights, has_positions = self._layers()
+        fixed, has_positions = self._layers()
+        # What is not trained stays out of the function that is differentiated.
+        weights = {"adapters": fixed.pop("adapters")} if self.lora else fixed
+        fixed = fixed if self.lora else {}
         return self.norm(replayed(weights, self._embed(tokens))).reshape(*tokens.shape, -1)
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
@@ -315,9 +337,12 @@ class Decoder(nnx.Module):
             return x
         return jax.lax.with_sharding_constraint(x, self.splits.stream)
 
-    def _layers(self) -> tuple[Any, jax.Array]:
+    def _layers(self) -> tuple[dict[str, Any], jax.Array]:
         """What differs between layers: weights, and whether there are rotary positions."""
-        return nnx.split(self.blocks)[1], jnp.asarray(self.config.rope_layers)
+        weights: dict[str, Any] = {"blocks": nnx.split(self.blocks)[1]}
+        if self.adapters is not None:
+            weights["adapters"] = nnx.to_pure_dict(nnx.state(self.adapters))
+        return weights, jnp.asarray(self.config.rope_layers)
 
     def _layer(self, positions: jax.Array, attend: Attend) -> Callable:
         """Any of the layers: (weights, x [B * T, D], has_positions, known products, extra) ->
@@ -329,12 +354,14 @@ class Decoder(nnx.Module):
         def layer(
             weights: Any, x: jax.Array, has_positions: jax.Array, products: Any, extra: Any = None
         ) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
-            x, kept, products = nnx.merge(definition, weights)(
+            adapters = {} if self.lora is None else self.lora.scaled(weights["adapters"])
+            x, kept, products = nnx.merge(definition, weights["blocks"])(
                 x,
                 jnp.where(has_positions, cos, 1.0),
                 jnp.where(has_positions, sin, 0.0),
                 lambda query, key, value: attend(query, key, value, extra),
                 products,
+                adapters,
             )
             return self._stream(x), kept, products
 
@@ -378,10 +405,13 @@ def abstract_decoder(
     dtype: DTypeLike = jnp.float32,
     remat: str = "full",
     splits: Splits | None = None,
+    lora: Lora | None = None,
 ) -> Decoder:
     """A Decoder whose parameters are shapes only: to plan shardings before any array exists."""
     return nnx.eval_shape(
-        lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype, remat=remat, splits=splits)
+        lambda: Decoder(
+            config, rngs=nnx.Rngs(0), dtype=dtype, remat=remat, splits=splits, lora=lora
+        )
     )
 
 

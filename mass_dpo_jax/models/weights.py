@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import read_json
-from mass_dpo_jax.models.config import DecoderConfig
+from mass_dpo_jax.models.config import PRODUCTS, DecoderConfig
 from mass_dpo_jax.models.decoder import abstract_decoder
 
 SINGLE = "model.safetensors"
@@ -51,22 +51,13 @@ class Entry:
 def table(config: DecoderConfig) -> list[Entry]:
     """Every parameter of the decoder, once: the names that import and export share."""
     layer = "model.layers.{layer}."
-    kernels = {
-        "query": "self_attn.q_proj",
-        "key": "self_attn.k_proj",
-        "value": "self_attn.v_proj",
-        "output": "self_attn.o_proj",
-        "gate": "mlp.gate_proj",
-        "up": "mlp.up_proj",
-        "down": "mlp.down_proj",
-    }
     norms = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
     if config.qk_norm:
         norms |= {"query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm"}
     entries = [Entry(("embed",), "model.embed_tokens.weight")]
     for ours, theirs in norms.items():
         entries.append(Entry(("blocks", ours, "scale"), f"{layer}{theirs}.weight"))
-    for ours, theirs in kernels.items():
+    for ours, theirs in PRODUCTS.items():
         entries.append(Entry(("blocks", ours, "kernel"), f"{layer}{theirs}.weight", True))
     entries.append(Entry(("norm", "scale"), "model.norm.weight"))
     if not config.tie_embeddings:
@@ -80,6 +71,7 @@ def load_hf(
     shardings: Any = None,
     *,
     dtype: DTypeLike = jnp.float32,
+    store: Callable[[tuple[str, ...], jax.Array], Any] = lambda path, array: array,
     progress: bool = False,
 ) -> nnx.State:
     """Reads the weights of a Hugging Face folder.
@@ -92,7 +84,8 @@ def load_hf(
       shardings: a `jax.sharding.Sharding` for each parameter, under the keys of
         `nnx.state(model, nnx.Param)`, as a State or as nested dicts; None puts everything on the
         first device.
-      dtype: of the resulting arrays, whatever the files' own.
+      dtype: of the arrays, whatever the files' own.
+      store: from a parameter's path and array to what is kept of it, before the next is read.
       progress: draw a progress bar if standard error is a terminal.
 
     Returns:
@@ -117,7 +110,8 @@ def load_hf(
     with tqdm(total=count, desc="weights", unit="tensor", disable=hidden) as bar:
         for path, shape in wanted.items():
             entry = entries[path]
-            arrays.append(_read(files, entry, config, shape, places[path], np.dtype(dtype)))
+            array = _read(files, entry, config, shape, places[path], np.dtype(dtype))
+            arrays.append(store(path, array))
             bar.update(len(entry.names(config)))
     return jax.tree.unflatten(jax.tree.structure(shapes), arrays)
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.models.decoder import Splits
+from mass_dpo_jax.models.adapters import Lora
+from mass_dpo_jax.models.config import DecoderConfig
+from mass_dpo_jax.models.decoder import Splits, abstract_decoder, param_dims
+from mass_dpo_jax.models.frozen import store
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # Prompts are split over both.
@@ -78,18 +83,51 @@ def hidden_splits(mesh: Mesh, hidden_size: int) -> Splits | None:
     return Splits(NamedSharding(mesh, P("data", columns)), NamedSharding(mesh, P(BATCH)))
 
 
+def param_shapes(
+    config: DecoderConfig, mesh: Mesh, lora: Lora | None = None, stored: str = "float32"
+) -> Any:
+    """Shape, type and place of each parameter of a decoder, nested dicts.
+
+    Args:
+      config: the decoder's.
+      mesh: the devices, of which only names and sizes are read.
+      lora: with it, the parameters that are no adapters are frozen.
+      stored: the type that frozen parameters are kept in, see models/frozen.py.
+    """
+    state = nnx.state(abstract_decoder(config, lora=lora), nnx.Param)
+    dims = nnx.to_pure_dict(param_dims(state))
+    shapes = nnx.to_pure_dict(state)
+    if lora is not None:
+        adapters = shapes.pop("adapters")
+        shapes = jax.tree.map_with_path(
+            lambda path, x: jax.eval_shape(lambda x: store(names(path), x, stored), x), shapes
+        )
+        shapes["adapters"] = adapters
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        shapes,
+        param_shardings(mesh, shapes, dims),
+    )
+
+
+def names(path: Any) -> tuple[str, ...]:
+    """The keys of a path of `jax.tree.map_with_path` through nested dicts."""
+    return tuple(key.key for key in path)
+
+
 def param_shardings(mesh: Mesh, abstract: Any, dims: Any) -> Any:
     """A NamedSharding for each parameter.
 
     Args:
       mesh: the devices.
       abstract: a pytree of anything with a shape.
-      dims: the same tree with a tuple of dimension names for each leaf.
+      dims: the same tree with a tuple of dimension names for each leaf, or for all leaves of a
+        quantized array, which has as many dimensions as its parts.
 
     A dimension that its axis does not divide stays whole (a vocabulary of 32003, say).
     """
 
-    def sharding(leaf: Any, names: tuple[str | None, ...]) -> NamedSharding:
+    def sharding(names: tuple[str | None, ...], leaf: Any) -> NamedSharding:
         axes = [RULES.get(name) if name else None for name in names]
         return NamedSharding(
             mesh,
@@ -101,4 +139,9 @@ def param_shardings(mesh: Mesh, abstract: Any, dims: Any) -> Any:
             ),
         )
 
-    return jax.tree.map(sharding, abstract, dims)
+    return jax.tree.map(
+        lambda names, weights: jax.tree.map(functools.partial(sharding, names), weights),
+        dims,
+        abstract,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )

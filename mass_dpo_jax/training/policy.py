@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,20 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
+from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.data.examples import Example, History
 from mass_dpo_jax.data.tokens import load_tokenizer
 from mass_dpo_jax.data.vocabulary import train_tokenizer
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import check_links
+from mass_dpo_jax.models import lora as lora_lib
+from mass_dpo_jax.models.adapters import Adapters, Lora, parse_targets
 from mass_dpo_jax.models.config import DecoderConfig, load_config
-from mass_dpo_jax.models.decoder import Decoder, abstract_decoder, param_dims
+from mass_dpo_jax.models.decoder import Decoder, abstract_decoder
+from mass_dpo_jax.models.frozen import store
 from mass_dpo_jax.models.weights import load_hf
 from mass_dpo_jax.training import checkpoint
-from mass_dpo_jax.training.mesh import hidden_splits, param_shardings
+from mass_dpo_jax.training.mesh import hidden_splits, names, param_shapes
 
 MODEL_FOLDER = "model"  # Inside a run folder: config.json and the tokenizer.
 GENERATION = "generation_config.json"
@@ -55,43 +59,132 @@ class Policy:
       config: the architecture.
       tokenizer: its tokenizer.
       graphdef: the decoder's structure (`nnx.split`).
-      abstract: its parameters as shapes with shardings, nested dicts.
+      mesh: the devices that weights are split over.
+      lora: how it is adapted; None: all weights are trained.
+      stored: with LoRA, the type that the other weights are kept in (models/frozen.py).
     """
 
     config: DecoderConfig
     tokenizer: PreTrainedTokenizerBase
     graphdef: nnx.GraphDef
-    abstract: Any
+    mesh: Mesh
+    lora: Lora | None = None
+    stored: str = "float32"
+
+    @functools.cached_property
+    def abstract(self) -> Any:
+        """Its parameters as shapes with shardings, nested dicts."""
+        return param_shapes(self.config, self.mesh, self.lora, self.stored)
 
     @property
     def shardings(self) -> Any:
-        return jax.tree.map(lambda x: x.sharding, self.abstract)
+        return _places(self.abstract)
 
-    def weights(self, path: str, seed: int) -> Any:
-        """float32 weights of the model at `path`; if it is empty, random ones drawn by `seed`."""
+    def split(self, params: Any) -> tuple[Any, Any]:
+        """Weights, or what stands in their places, as those that are trained and the others."""
+        if self.lora is None:
+            return params, {}
+        frozen = dict(params)
+        return {"adapters": frozen.pop("adapters")}, frozen
+
+    def weights(self, path: str, seed: int, adapters: str = "") -> Any:
+        """Weights of the model at `path`: float32 or, with LoRA, frozen ones and adapters.
+
+        Args:
+          path: a Hugging Face folder or a run's; if it is empty, weights are random. A run with
+            LoRA is its base with the adapters added.
+          seed: of all that is drawn.
+          adapters: a folder in PEFT's format, or a run with LoRA; if it is empty, new adapters,
+            which add nothing yet.
+        """
+        if path:
+            found = load_config(description_folder(Path(path)))
+            if found != self.config:
+                raise UserError(f"{path}: its architecture differs from the policy's")
+        whole = param_shapes(self.config, self.mesh)
         if not path:
-            return self._random(seed)
-        folder = Path(path)
-        found = load_config(description_folder(folder))
-        if found != self.config:
-            raise UserError(f"{path}: its architecture differs from the policy's")
-        if is_run(folder):
-            return checkpoint.load_params(folder, self.abstract)
-        state = load_hf(folder, self.config, shardings=self.shardings, progress=True)
-        return nnx.to_pure_dict(state)
+            params = _new(Decoder, whole, seed, self.config)
+        elif is_run(Path(path)):
+            params = self._of_run(Path(path), whole)
+        else:  # Each is stored before the next is read.
+            state = load_hf(
+                path, self.config, shardings=_places(whole), store=self._store, progress=True
+            )
+            params = nnx.to_pure_dict(state)
+        if self.lora is None:
+            return params
+        if not path or is_run(Path(path)):
+            params = jax.tree.map_with_path(lambda at, x: self._store(names(at), x), params)
+        return {**params, "adapters": self._adapters(adapters, seed)}
 
-    def _random(self, seed: int) -> Any:
-        leaves, tree = jax.tree.flatten(self.shardings)
-        return _initializer(self.config, tree, tuple(leaves))(jax.random.key(seed))
+    def _store(self, path: tuple[str, ...], array: jax.Array) -> Any:
+        if self.lora is None:
+            return array
+        place = functools.reduce(lambda tree, name: tree[name], path, self.shardings)
+        keep = jax.jit(store, static_argnums=(0, 2), out_shardings=place, donate_argnums=1)
+        return keep(path, array, self.stored)
+
+    def _of_run(self, folder: Path, whole: Any) -> Any:
+        model = config_lib.load(folder).model
+        if not uses_lora(model.lora):
+            return checkpoint.load_params(folder, whole)
+        lora = read_lora(model.lora)
+        assert lora is not None
+        run = dataclasses.replace(self, lora=lora, stored=model.lora.base)
+        return lora_lib.merge(run.weights(model.path, 0, str(folder)), lora, _places(whole))
+
+    def _adapters(self, path: str, seed: int) -> Any:
+        like = self.abstract["adapters"]
+        if not path:
+            return _new(Adapters, like, seed, self.config, self.lora)
+        if is_run(Path(path)):
+            return checkpoint.load_params(Path(path), {"adapters": like})["adapters"]
+        return lora_lib.load_peft(path, self.config, like)
+
+
+def uses_lora(settings: ConfigDict) -> bool:
+    """Does `config.model.lora` ask for adapters?"""
+    return bool(settings.rank or settings.path)
+
+
+def read_lora(settings: ConfigDict) -> Lora | None:
+    """What `config.model.lora` says, or the adapters that it starts from; None: no LoRA.
+
+    Raises:
+      UserError: there are no adapters in that folder.
+    """
+    if not uses_lora(settings):
+        return None
+    if not settings.path:
+        return Lora(settings.rank, settings.alpha, parse_targets(settings.targets))
+    folder = Path(settings.path)
+    if not folder.is_dir() or not is_run(folder):
+        return lora_lib.load_peft_settings(folder)
+    found = read_lora(config_lib.load(folder).model.lora)
+    if found is None:
+        raise UserError(f"config.model.lora.path={folder}: a run without LoRA")
+    return found
+
+
+def _places(abstract: Any) -> Any:
+    return jax.tree.map(lambda x: x.sharding, abstract)
+
+
+def _new(kind: Any, abstract: Any, seed: int, *settings: Any) -> Any:
+    """Random parameters of a decoder or of adapters, like `abstract`, made by `seed`."""
+    leaves, tree = jax.tree.flatten(_places(abstract))
+    return _initializer(kind, settings, tree, tuple(leaves))(jax.random.key(seed))
 
 
 @functools.cache
-def _initializer(config: DecoderConfig, tree: Any, leaves: tuple[Any, ...]) -> Any:
+def _initializer(
+    kind: Any, settings: tuple[Any, ...], tree: Any, leaves: tuple[Any, ...]
+) -> Callable[[jax.Array], Any]:
     """From a key to random weights, made in place, shard by shard: nothing ever holds the whole."""
 
     def init(key: jax.Array) -> Any:
-        decoder = Decoder(config, rngs=nnx.Rngs(key), dtype=jnp.float32, remat="none")
-        return nnx.to_pure_dict(nnx.state(decoder, nnx.Param))
+        module = kind(*settings, rngs=nnx.Rngs(key))
+        return nnx.to_pure_dict(nnx.state(module, nnx.Param))
 
     return jax.jit(init, out_shardings=jax.tree.unflatten(tree, leaves))
 
@@ -121,17 +214,16 @@ def open_policy(
             f"{folder}: the tokenizer has ids up to {vocabulary - 1}, the model's vocabulary "
             f"has {architecture.vocab_size} entries"
         )
-    dtype = jnp.dtype(config.model.dtype)
+    lora = read_lora(config.model.lora)
     model = abstract_decoder(
         architecture,
-        dtype=dtype,
+        dtype=jnp.dtype(config.model.dtype),
         remat=config.model.remat,
         splits=hidden_splits(mesh, architecture.hidden_size),
+        lora=lora,
     )
-    graphdef, state = nnx.split(model, nnx.Param)
-    shapes = nnx.to_pure_dict(state)
-    shardings = param_shardings(mesh, shapes, nnx.to_pure_dict(param_dims(state)))
-    return Policy(architecture, tokenizer, graphdef, checkpoint.abstract(shapes, shardings))
+    graphdef, _ = nnx.split(model, nnx.Param)
+    return Policy(architecture, tokenizer, graphdef, mesh, lora, config.model.lora.base)
 
 
 def save_description(policy: Policy, config: ConfigDict, workdir: Path) -> None:

@@ -22,11 +22,12 @@ from mass_dpo_jax.data.token_cache import tokenize_once
 from mass_dpo_jax.data.tokens import Tokens
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models import fused_attention
+from mass_dpo_jax.models import lora as lora_lib
 from mass_dpo_jax.models.logprobs import max_logits_of
 from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training import scoring
 from mass_dpo_jax.training.methods import Method, make_method, uses_reference
-from mass_dpo_jax.training.policy import Policy, open_policy
+from mass_dpo_jax.training.policy import Policy, open_policy, uses_lora
 from mass_dpo_jax.training.step import Program, Scorer
 
 _log = logging.getLogger(__name__)
@@ -75,6 +76,8 @@ class Setup:
     def reference(self, params: Any) -> Reference:
         """What is needed of the reference's weights, computed once and kept in the cache."""
         folder = scoring.cache_folder(self.config.cache_dir)
+        if self.policy.lora is not None:
+            params = lora_lib.without_idle(params)
         key = f"{self.policy.config} {self.config.model.dtype} {scoring.fingerprint(params)}"
         if isinstance(self.program.scorer.attention, fused_attention.Fused):
             key += " fused"  # In 16 bits its roundings are not the other's.
@@ -161,7 +164,8 @@ def prepare(config: ConfigDict, workdir: Path | None, splits: Sequence[str]) -> 
         ),
         max_logits=max_logits_of(mesh.devices.flat[0].platform),
     )
-    program = Program(scorer, method, policy.shardings, config.train.reuse_scoring)
+    trained, _ = policy.split(policy.shardings)
+    program = Program(scorer, method, trained, config.train.reuse_scoring)
     buckets = {split: make_buckets(t, method.num_negatives) for split, t in tokens.items()}
     return Setup(config, mesh, policy, method, program, examples, tokens, buckets)
 
@@ -184,18 +188,26 @@ def prepare_scoring(
     if split is None:
         split = "all" if Path(config.data.path).is_file() else "test"
     reference = config.model.reference_path or None
+    adapters = ""  # The reference's.
     if workdir is not None:
         own = config_lib.load(workdir)
         if reference is None and uses_reference(own.method):
             reference = own.model.reference_path or own.model.path
+            adapters = "" if own.model.reference_path else own.model.lora.path
         config.model.path = str(workdir)
+        if uses_lora(own.model.lora):  # Beside their base, as they were trained.
+            config.model.path = own.model.path
+            config.model.lora.update(own.model.lora)
+            config.model.lora.path = str(workdir)
     if not config.model.path:
         raise UserError("no model: give --workdir=RUN, or --config.model.path=FOLDER")
     setup = prepare(config, None, (split,))
     refs = None
     if reference is not None:
-        refs = setup.reference(setup.policy.weights(reference, config.seed)).logps[split]
-    return setup, split, setup.policy.weights(config.model.path, config.seed), refs
+        params = setup.policy.weights(reference, config.seed, adapters)
+        refs = setup.reference(params).logps[split]
+    params = setup.policy.weights(config.model.path, config.seed, config.model.lora.path)
+    return setup, split, params, refs
 
 
 def _check_pools(method: Method, tokens: Tokens) -> None:

@@ -31,7 +31,7 @@ class TrainState(NamedTuple):
     """All that a step changes; or the shapes and shardings of all that."""
 
     step: Any  # int32: updates made
-    params: Params
+    params: Params  # The weights that are trained: all, or LoRA's adapters.
     opt_state: optax.OptState
 
 
@@ -137,7 +137,7 @@ class Program:
     Attributes:
       scorer: the decoder.
       method: loss and choice of negatives.
-      shardings: of the weights, a tree like them; gradients are held to it.
+      shardings: of the trained weights, a tree like them; gradients are held to it.
       reuse: the pass that scores a pool is the forward pass of training too.
     """
 
@@ -270,6 +270,7 @@ class Program:
         negatives: Array | None,
         key: Array,
         size: int,
+        frozen: Params | None = None,
     ) -> tuple[TrainState, Array, Metrics]:
         """One update.
 
@@ -281,12 +282,18 @@ class Program:
             policy as it is before the update.
           key: see `choose`.
           size: S after selection, room for the chosen response and any n negatives.
+          frozen: with LoRA, the weights that are not in the state.
 
         Returns:
           The next state, the negatives it trained on `[A, B, n]`, and the step's figures, float32
           scalars.
         """
-        gradient = jax.value_and_grad(self.loss, has_aux=True)
+        frozen = frozen or {}
+        params = {**frozen, **state.params}
+
+        @functools.partial(jax.value_and_grad, has_aux=True)
+        def gradient(trained: Params, *args: Any) -> tuple[Array, Metrics]:
+            return self.loss({**frozen, **trained}, *args)
 
         def micro(sums: Any, args: Any) -> tuple[Any, Array]:
             micro_batch, numbers = args
@@ -295,7 +302,7 @@ class Program:
             if self.method.supervised:
                 choice = Choice(jnp.zeros((micro_batch.prompts.shape[0], 0), jnp.int32))
             elif numbers is None:
-                choice, figures, record = self.choose(state.params, micro_batch, key, self.reuse)
+                choice, figures, record = self.choose(params, micro_batch, key, self.reuse)
             else:
                 choice = Choice(numbers)
             (loss, more), grads = gradient(state.params, micro_batch, choice, size, record)
@@ -314,9 +321,9 @@ class Program:
         grads, figures = jax.tree.map(lambda x: x / count, total)
         grads = jax.lax.with_sharding_constraint(grads, self.shardings)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        trained = optax.apply_updates(state.params, updates)
         figures["grad_norm"] = optax.tree.norm(grads)
-        return TrainState(state.step + 1, params, opt_state), numbers, figures
+        return TrainState(state.step + 1, trained, opt_state), numbers, figures
 
 
 def _figures(logps: Array, rewards: Array, valid: Array) -> Metrics:
