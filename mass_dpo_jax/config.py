@@ -220,10 +220,7 @@ POSITIVE = (
     "beta num_negatives model.scratch.hidden_size model.scratch.num_heads selection.ridge "
     "train.batch_size train.micro_batch_size train.learning_rate train.clip "
     "train.checkpoint_every train.keep_checkpoints eval.batch_size data.max_prompt_length "
-    "data.max_response_length odpo.alpha"
-    "beta num_negatives selection.ridge train.batch_size train.micro_batch_size "
-    "train.learning_rate train.clip train.checkpoint_every train.keep_checkpoints "
-    "eval.batch_size data.max_prompt_length data.max_response_length odpo.alpha model.lora.alpha"
+    "data.max_response_length odpo.alpha model.lora.alpha"
 ).split()
 NOT_NEGATIVE = (
     "seed train.steps train.epochs train.warmup_ratio train.weight_decay train.eval_every "

@@ -9,19 +9,25 @@ training; generation_config.json; and README.md, a model card with the run's set
 
 It appears whole or not at all, and must not exist before. Our own commands take it, too, as
 --config.model.path. Weights are stored in the type the run computed in (config.model.dtype), or in
-that of --dtype: training keeps float32.
+that of --dtype: training keeps float32. A run with LoRA is its base with the adapters added; with
+--adapters only those are written, in PEFT's format.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import flags
+from flax import nnx
 from ml_collections import ConfigDict
 
 from mass_dpo_jax import cli, model_card
@@ -31,10 +37,21 @@ from mass_dpo_jax.data.render import make_renderer
 from mass_dpo_jax.data.tokens import load_tokenizer
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import read_json
+from mass_dpo_jax.models import lora as lora_lib
+from mass_dpo_jax.models.adapters import Lora
 from mass_dpo_jax.models.config import DecoderConfig, load_config
+from mass_dpo_jax.models.decoder import abstract_decoder
 from mass_dpo_jax.models.weights import save_hf
 from mass_dpo_jax.training import checkpoint
-from mass_dpo_jax.training.policy import GENERATION, description_folder, is_run
+from mass_dpo_jax.training.mesh import make_mesh
+from mass_dpo_jax.training.policy import (
+    GENERATION,
+    Policy,
+    description_folder,
+    is_run,
+    read_lora,
+    uses_lora,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -47,6 +64,7 @@ def export(
     dtype: str | None = None,
     max_shard_gb: float = 5.0,
     base_model: str = "",
+    adapters: bool = False,
 ) -> None:
     """Writes the policy of the run in `workdir` to the new folder `output`.
 
@@ -58,6 +76,7 @@ def export(
       max_shard_gb: of a file, in 10^9 bytes.
       base_model: what the card calls the model that training started from; empty: the name of
         its folder.
+      adapters: of a run with LoRA, write the adapters alone, in PEFT's format.
 
     Raises:
       UserError: there is no such run or checkpoint, or `output` is taken.
@@ -79,6 +98,9 @@ def export(
             f"--output={output}: exists and is not empty: choose another folder or remove it"
         )
 
+    if adapters:
+        _save_adapters(config, workdir, step, output)
+        return
     described = description_folder(workdir)
     decoder = load_config(described)
     tokenizer = load_tokenizer(described)
@@ -93,7 +115,7 @@ def export(
         save_hf(
             temporary,
             decoder,
-            checkpoint.reader(workdir, step),
+            _reader(config, decoder, tokenizer, workdir, step),
             dtype=jnp.dtype(dtype),
             max_bytes=int(max_shard_gb * 1e9),
             progress=True,
@@ -114,6 +136,46 @@ def export(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     _log.info(f"step {step} of {workdir}, {dtype}, written to {output}")
+
+
+def _save_adapters(config: ConfigDict, workdir: Path, step: int, output: Path) -> None:
+    lora = read_lora(config.model.lora)
+    if lora is None:
+        raise UserError(f"--adapters: {workdir} is a run without LoRA")
+    found = adapters_of(checkpoint.reader(workdir, step), lora)
+    lora_lib.save_peft(output, found, lora, config.model.path)
+    _log.info(f"step {step} of {workdir}, adapters, written to {output}")
+
+
+def _reader(
+    config: ConfigDict, decoder: DecoderConfig, tokenizer: Any, workdir: Path, step: int
+) -> Callable[[tuple[str, ...], int | None], np.ndarray]:
+    """As `checkpoint.reader`; of a run with LoRA, its base with the adapters added."""
+    read = checkpoint.reader(workdir, step)
+    if not uses_lora(config.model.lora):
+        return read
+    mesh = make_mesh(config_lib.default().mesh, devices=jax.local_devices()[:1])
+    lora = read_lora(config.model.lora)
+    assert lora is not None
+    graphdef = nnx.graphdef(abstract_decoder(decoder))
+    policy = Policy(decoder, tokenizer, graphdef, mesh, lora, config.model.lora.base)
+    params = policy.weights(config.model.path, 0)
+    params["adapters"] = adapters_of(read, lora)
+    merged = lora_lib.merge(params, lora)
+
+    def read_merged(path: tuple[str, ...], layer: int | None) -> np.ndarray:
+        array = functools.reduce(lambda tree, name: tree[name], path, merged)
+        return np.asarray(array if layer is None else array[layer])
+
+    return read_merged
+
+
+def adapters_of(read: Callable[[tuple[str, ...], int | None], np.ndarray], lora: Lora) -> Any:
+    """A and B of each product, from a checkpoint's reader."""
+    return {
+        name: {part: read(("adapters", name, part), None) for part in ("a", "b")}
+        for name in lora.targets
+    }
 
 
 def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
@@ -177,6 +239,7 @@ def main() -> None:
         dtype=_DTYPE.value,
         max_shard_gb=_MAX_SHARD_GB.value,
         base_model=_BASE_MODEL.value,
+        adapters=_ADAPTERS.value,
     )
 
 
@@ -189,6 +252,9 @@ if __name__ == "__main__":
         "dtype", None, ["bfloat16", "float32"], "Of the stored weights. Left out: the run's."
     )
     _MAX_SHARD_GB = flags.DEFINE_float("max_shard_gb", 5.0, "Of a file of weights, 10^9 bytes.")
+    _ADAPTERS = flags.DEFINE_boolean(
+        "adapters", False, "Of a run with LoRA: its adapters alone, in PEFT's format."
+    )
     _BASE_MODEL = flags.DEFINE_string(
         "base_model",
         "",

@@ -19,6 +19,7 @@ from mass_dpo_jax.data.batches import Order
 from mass_dpo_jax.data.vocabulary import train_tokenizer
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.evaluate import evaluate
+from mass_dpo_jax.export import export
 from mass_dpo_jax.models import lora as lora_lib
 from mass_dpo_jax.models.config import load_config
 from mass_dpo_jax.score import score
@@ -107,7 +108,7 @@ def test_what_can_start_from_it(base: Path, tmp_path: Path) -> None:
     assert np.abs(found - before).max() > 0.01
 
     # PEFT's folder keeps the adapters.
-    lora_lib.save_peft(tmp_path / "peft", params["adapters"], setup.policy.lora, str(base))
+    export(run, tmp_path / "peft", adapters=True)
     from_peft = config.copy_and_resolve_references()
     from_peft.model.lora.update(path=str(tmp_path / "peft"), rank=0, targets="all")
     again = prepare(from_peft, None, ("train",))
@@ -123,6 +124,9 @@ def test_what_can_start_from_it(base: Path, tmp_path: Path) -> None:
     weights = merged.policy.weights(str(run), 0)
     assert weights["blocks"]["query"]["kernel"].dtype == jnp.float32
     np.testing.assert_allclose(merged.score(weights, "train", ""), found, rtol=2e-5, atol=2e-4)
+    export(run, tmp_path / "exported", dtype="float32")
+    exported = merged.policy.weights(str(tmp_path / "exported"), 0)
+    jax.tree.map(np.testing.assert_array_equal, exported, weights)
     plain.train.steps = 1
     train_lib.train(plain, tmp_path / "full")
     (first,) = [line["loss"] for line in log_lines(tmp_path / "full") if "loss" in line]

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.files import read_json
 from mass_dpo_jax.models.adapters import TARGETS, Lora
 from mass_dpo_jax.models.config import PRODUCTS, DecoderConfig
 from mass_dpo_jax.models.frozen import dense
@@ -126,19 +127,16 @@ def load_peft_settings(folder: Path) -> Lora:
     path = folder / SETTINGS
     if not path.is_file():
         raise UserError(f"{folder}: no {SETTINGS}; expected adapters in PEFT's format, or a run")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
+    found = read_json(path)
     if not isinstance(found, dict):
         raise UserError(f"{path}: found {type(found).__name__}, expected a JSON object")
     for field, value in ONLY.items():
         if found.get(field, value) not in (value, None):
             raise UserError(f"{path}: {field}: found {found[field]!r}, expected {value!r}")
     rank, alpha = found.get("r"), found.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1:
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise UserError(f"{path}: r: found {rank!r}, expected a positive integer")
-    if not isinstance(alpha, (int, float)) or alpha <= 0:
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not alpha > 0:
         raise UserError(f"{path}: lora_alpha: found {alpha!r}, expected a positive number")
     named = found.get("target_modules")
     if named == "all-linear":
