@@ -120,6 +120,7 @@ def default() -> ConfigDict:
 
     c.log = ConfigDict()  # metrics.jsonl gets the same figures always.
     c.log.tensorboard = True  # Event files for TensorBoard, in the run folder.
+    c.log.report = True  # report.html and figures/ in the run folder, when training ends.
     c.log.wandb_project = ""  # Weights & Biases project, if the package is there; empty: none.
 
     c.mesh = ConfigDict()  # Devices along each axis; -1: all that are left.

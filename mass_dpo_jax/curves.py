@@ -113,7 +113,7 @@ def plot(
     axes = [figure.add_subplot(rows, columns, i + 1) for i in range(len(panels))]
     for panel, ax in zip(panels, axes, strict=True):
         for run, start, colour in zip(found.values(), starts, itertools.cycle(COLOURS)):
-            _draw(ax, panel, run, start, colour)
+            draw(ax, panel, run, start, colour)
         dress(ax, panel)
         if in_sequence:
             _put_in_sequence(ax, panel, [*starts[1:], starts[-1] + ends[-1]])
@@ -131,7 +131,8 @@ def plot(
     figure.savefig(output, facecolor="white")
 
 
-def _draw(ax: Axes, panel: Panel, run: Mapping[str, Series], start: float, colour: str) -> None:
+def draw(ax: Axes, panel: Panel, run: Mapping[str, Series], start: float, colour: str) -> None:
+    """A run's lines, moved by `start` steps: validation as points with errors, others smoothed."""
     for name, style in zip(panel.lines, STYLES):
         if name not in run:
             continue

@@ -7,8 +7,9 @@ r"""Trains a policy on preferences with several negatives.
 Run again on the same --workdir, it goes on from the newest checkpoint; --config may then be left
 out. With --config.dry_run=True it only says what a step needs of memory and arithmetic. Every
 setting and its default stand in mass_dpo_jax/config.py. The work folder gets
-config.json, metrics.jsonl, metrics.json, checkpoints/ and model/ (architecture and tokenizer), and
-can be given to the other commands, and to this one as --config.model.path.
+config.json, metrics.jsonl, metrics.json, report.html (with figures/), tensorboard/, checkpoints/
+and model/ (architecture and tokenizer), and can be given to the other commands, and to this one as
+--config.model.path.
 """
 
 from __future__ import annotations

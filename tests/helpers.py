@@ -56,6 +56,7 @@ def tiny_config(data: Path, **changes: Any) -> ConfigDict:
         checkpoint_every=2,
     )  # fmt: skip
     config.eval.batch_size = 8
+    config.log.report = False  # It selects in the test split too, which takes seconds to compile.
     config.update_from_flattened_dict(changes)
     return config
 

@@ -11,13 +11,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import mass_dpo_jax
-from mass_dpo_jax import evaluation
+from mass_dpo_jax import evaluation, run_page
 from mass_dpo_jax.data.examples import digest
 from mass_dpo_jax.files import read_array
 from mass_dpo_jax.training import run_folder, scoring
 from mass_dpo_jax.training.loggers import Log
 from mass_dpo_jax.training.setup import Setup
 
+MOST_SELECTED = 256  # Rows of the final split in which the report shows what is selected.
 START_LOGPS, FINAL_LOGPS = "logps-start.npy", "logps-final.npy"
 
 
@@ -121,15 +122,59 @@ class Report:
     def at_end(self, params: Any, step: int) -> dict[str, Any]:
         """The final metrics, into metrics.json."""
         started = run_folder.read_metrics(self._workdir) or {}
-        final = gain = None
+        final = gain = tested = None
         if self._final:
             final, logps = self._evaluate(params, self._final)
             before = read_array(self._workdir / START_LOGPS)
             gain = evaluation.gains(logps, before, self._valid(self._final))
             np.save(self._workdir / FINAL_LOGPS, logps)
-        return self._write_json(
+            if self._setup.config.log.report:
+                tested = self._tested(self._final, params, before, logps)
+        done = self._write_json(
             finished=True, step=step, start=started.get("start"), final=final, gain=gain
         )
+        if self._setup.config.log.report:
+            run_page.write(self._workdir, self._setup.config, done, tested)
+        return done
+
+    def _tested(
+        self, split: str, params: Any, before: np.ndarray, after: np.ndarray
+    ) -> run_page.Tested:
+        tokens = self._setup.tokens[split]
+        by_id = {example.id: example for example in self._setup.examples[split]}
+        return run_page.Tested(
+            [by_id[name] for name in tokens.ids],
+            tokens.numbers,
+            self._valid(split),
+            before,
+            after,
+            self._refs.get(split),
+            self._selected(split, params),
+        )
+
+    def _selected(self, split: str, params: Any) -> np.ndarray | None:
+        """bool `[K, C]`: what the method would train on in the first K rows of a split."""
+        setup, method = self._setup, self._setup.method
+        tokens = setup.tokens[split]
+        # Of other splits than the training split no frozen features are kept.
+        if method.supervised or method.frozen_features:
+            return None
+        rows = np.arange(min(len(tokens), MOST_SELECTED))
+        chosen = np.zeros((len(rows), tokens.response_lengths.shape[1]), bool)
+        for indices, batch in scoring.batches(
+            tokens,
+            setup.buckets[split],
+            setup.config.eval.batch_size,
+            setup.mesh,
+            "selecting",
+            rows,
+            self._refs.get(split),
+        ):
+            found, _ = setup.program.choose_batch(params, batch, setup.key(0))
+            real = indices >= 0
+            chosen[indices[real, None], np.asarray(found.numbers)[real]] = True
+        chosen[:, 0] = False  # Also what stands for no negative.
+        return chosen
 
     def _valid(self, split: str) -> np.ndarray:
         return self._setup.tokens[split].response_lengths > 0
