@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -16,6 +17,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from mass_dpo_jax import config as config_lib
+from mass_dpo_jax import hosts
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.training.compiled import keep_compiled
 
@@ -39,6 +41,32 @@ def define_split() -> flags.FlagHolder[str | None]:
     )
 
 
+def define_hosts() -> None:
+    """The flags of a command that several processes can run together."""
+    usual = hosts.Group()
+    flags.DEFINE_bool(
+        "distributed",
+        False,
+        "One of several processes, on one host or many; who the others are is known from Cloud "
+        "TPU, SLURM, Kubernetes or Open MPI.",
+    )
+    flags.DEFINE_string(
+        "coordinator_address",
+        None,
+        "HOST:PORT of process 0, the same for all processes, where no cluster says it.",
+    )
+    flags.DEFINE_integer("num_processes", None, "How many processes there are, likewise.")
+    flags.DEFINE_integer("process_id", None, "Which one this is, from 0, likewise.")
+    flags.DEFINE_integer(
+        "start_timeout", usual.start_timeout, "Seconds to wait for the other processes to start."
+    )
+    flags.DEFINE_integer(
+        "peer_timeout",
+        usual.peer_timeout,
+        "Seconds after which a process without a sign of life counts as dead; all others end.",
+    )
+
+
 def required(holder: flags.FlagHolder[ConfigDict]) -> ConfigDict:
     """The parsed configuration, which also says where compiled programs are kept.
 
@@ -56,13 +84,16 @@ def output_file(value: str | None, kind: str) -> Path:
     """The file that --output names, in a folder that exists."""
     if not value:
         raise UserError(f"--output is missing: the {kind} file to write")
-    if not Path(value).parent.is_dir():
+    if hosts.first() and not Path(value).parent.is_dir():
         raise UserError(f"--output={value}: its folder does not exist")
     return Path(value)
 
 
 def write_lines(path: Path, rows: Iterable[Any]) -> int:
-    """Writes a JSON object a line, whole or not at all; how many."""
+    """Writes a JSON object a line, whole or not at all; how many. Of several processes the first
+    one does, and the others take their part in computing the rows."""
+    if not hosts.first():
+        return sum(1 for _ in rows)
     temporary = path.with_name(path.name + ".tmp")
     count = 0
     try:
@@ -86,7 +117,8 @@ def run(main: Callable[[], None]) -> None:
                 _fail(f"unexpected argument {argv[1]!r}; flags look like --name=value")
             )
         try:
-            main()
+            _join()
+            _together(main)
         except UserError as error:
             raise SystemExit(_fail(str(error))) from None
         except OSError as error:  # A full disk, a folder that may not be written, a long name.
@@ -98,6 +130,41 @@ def run(main: Callable[[], None]) -> None:
             raise SystemExit(130) from None
 
     app.run(guarded, flags_parser=_parse)
+
+
+def _join() -> None:
+    """Joins the other processes if the flags say that there are any."""
+    values = flags.FLAGS.flag_values_dict()
+    group = hosts.Group(
+        values.get("coordinator_address"),
+        values.get("num_processes"),
+        values.get("process_id"),
+        values.get("start_timeout", hosts.Group.start_timeout),
+        values.get("peer_timeout", hosts.Group.peer_timeout),
+    )
+    group.check()
+    if values.get("distributed") or group.coordinator is not None:
+        hosts.start(group)
+        if not hosts.first():  # One of them speaks.
+            sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
+            logging.getLogger("mass_dpo_jax").setLevel(logging.WARNING)
+
+
+def _together(main: Callable[[], None]) -> None:
+    """Runs a command; if it fails on one of several processes, ends all of them."""
+    try:
+        main()
+        hosts.finish()
+    except BaseException as error:
+        if not hosts.several():
+            raise
+        if isinstance(error, UserError):
+            hosts.fail(str(error), 2)
+        if isinstance(error, KeyboardInterrupt):
+            hosts.fail("interrupted; the same command goes on from what was saved", 130)
+        if not hosts.lost(error):
+            traceback.print_exc()
+        hosts.fail(hosts.describe(error), 1)
 
 
 def _quiet() -> None:

@@ -52,6 +52,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     _CONFIG = cli.define_config()
+    cli.define_hosts()
     _WORKDIR = flags.DEFINE_string("workdir", None, "A run's folder.")
     _SPLIT = cli.define_split()
     _OUTPUT = flags.DEFINE_string("output", None, "The JSON-lines file to write.")

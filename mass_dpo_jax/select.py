@@ -34,7 +34,7 @@ from absl import flags
 from ml_collections import ConfigDict
 from safetensors import SafetensorError, safe_open
 
-from mass_dpo_jax import cli
+from mass_dpo_jax import cli, hosts
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.data import load_examples
 from mass_dpo_jax.data.examples import Example, History, Message, Text
@@ -163,7 +163,7 @@ def _rows(chosen: Selection, weighted: bool) -> list[Row]:
         return [float(str(value)) for value in values]  # The shortest decimal that is this float32.
 
     found = []
-    for indices, valid, gains, weights in zip(*map(np.asarray, chosen), strict=True):
+    for indices, valid, gains, weights in zip(*map(hosts.whole, chosen), strict=True):
         row = {"selected": indices[valid].tolist(), "gains": floats(gains[valid])}
         found.append(row | ({"weights": floats(weights[valid])} if weighted else {}))
     return found
@@ -246,6 +246,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     _CONFIG = cli.define_config(default=config_lib.__file__)
+    cli.define_hosts()
     _WORKDIR = flags.DEFINE_string("workdir", None, "A run's folder.")
     _SPLIT = cli.define_split()
     _FEATURES = flags.DEFINE_string("features", None, "A .npy or .safetensors file, no model.")

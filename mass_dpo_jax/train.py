@@ -25,7 +25,7 @@ import optax
 from absl import flags
 from ml_collections import ConfigDict
 
-from mass_dpo_jax import cli, evaluation
+from mass_dpo_jax import cli, evaluation, hosts
 from mass_dpo_jax.data.batches import Batch, Order, make_batch
 from mass_dpo_jax.dry_run import dry_run
 from mass_dpo_jax.errors import UserError
@@ -52,9 +52,10 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     Raises:
       UserError: something in the configuration, the data or the model folder is wrong.
     """
+    hosts.check_shared(workdir, "--workdir")
     run_folder.check(workdir, config)
     loggers.check(config)
-    done = run_folder.read_metrics(workdir)
+    done = hosts.from_first(run_folder.read_metrics(workdir))
     if done and done["finished"] and checkpoint.latest_step(workdir) == done["step"]:
         _log.info(f"{workdir}: finished at step {done['step']}; nothing to do")
         return done
@@ -138,14 +139,16 @@ def put(
     """
     rows, shape = order(step)
     refs = reference.logps.get("train")
-    batch = make_batch(setup.tokens["train"], rows, shape, refs, reference.grams)
-    micro = setup.config.train.micro_batch_size
-    chosen = None if sets is None else sets[rows]
-    placed = jax.device_put(
-        jax.tree.map(lambda x: x.reshape(-1, micro, *x.shape[1:]), (batch, chosen)),
-        mesh_lib.split_rows(setup.mesh, leading=1),
-    )
-    return *placed, shape.selected
+
+    def make(rows: np.ndarray) -> tuple[Batch, np.ndarray | None]:
+        every = rows.reshape(-1)
+        batch = make_batch(setup.tokens["train"], every, shape, refs, reference.grams)
+        made = batch, None if sets is None else sets[every]
+        return jax.tree.map(lambda x: x.reshape(*rows.shape, *x.shape[1:]), made)
+
+    rows = rows.reshape(-1, setup.config.train.micro_batch_size)
+    batch, chosen = mesh_lib.place_rows(setup.mesh, rows, make)
+    return batch, chosen, shape.selected
 
 
 def abstract_state(setup: Setup, optimizer: optax.GradientTransformation) -> Any:
@@ -179,6 +182,8 @@ def _shardings(tree: Any) -> Any:
 def main() -> None:
     config = cli.required(_CONFIG)
     if config.dry_run:
+        if hosts.several():
+            raise UserError("config.dry_run: expected one process; it only needs the mesh's sizes")
         folder = Path(_WORKDIR.value) if _WORKDIR.value else None
         print(dry_run(config, folder, SPLITS))
         return
@@ -194,5 +199,6 @@ def main() -> None:
 if __name__ == "__main__":
     _log = logging.getLogger("mass_dpo_jax.train")
     _CONFIG = cli.define_config()
+    cli.define_hosts()
     _WORKDIR = flags.DEFINE_string("workdir", None, "Folder that the run keeps all it writes in.")
     cli.run(main)

@@ -49,6 +49,7 @@ def tokenize_once(
         pass
     except (ValueError, OSError) as error:
         _log.warning(f"{path}: unreadable ({error}); tokenizing again")
+        shutil.rmtree(path, ignore_errors=True)
     found = tokenize(examples, tokenizer, data, progress=progress)
     _write(path, found)
     return found
@@ -112,7 +113,6 @@ def _write(path: Path, found: Tokens) -> None:
         text = json.dumps({**rest, "arrays": checksums})
         checksum = hashlib.sha256(text.encode()).hexdigest()
         (temporary / "rest.json").write_text(f"{text}\n{checksum}")
-        shutil.rmtree(path, ignore_errors=True)
         temporary.rename(path)
     except OSError as error:
         if not path.exists():  # Else another run was faster.

@@ -16,6 +16,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 
 import mass_dpo_jax
 from mass_dpo_jax import config as config_lib
+from mass_dpo_jax import hosts
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.training.run_folder import MetricsLog
 
@@ -38,13 +39,16 @@ class Log(Protocol):
 
 
 class Logs:
-    """All logs of a run, opened at the step that it goes on from.
+    """All logs of a run, opened at the step that it goes on from; of the first process only.
 
     What an interrupted run wrote of later steps, which run again, counts no more.
     """
 
     def __init__(self, config: ConfigDict, workdir: Path, step: int):
-        self._logs: list[Log] = [MetricsLog(workdir, step)]
+        self._logs: list[Log] = []
+        if not hosts.first():
+            return
+        self._logs.append(MetricsLog(workdir, step))
         if config.log.tensorboard:
             self._logs.append(TensorBoard(config, workdir, step))
         if config.log.wandb_project:

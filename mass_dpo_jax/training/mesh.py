@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import collections
 import functools
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
@@ -21,6 +25,7 @@ from mass_dpo_jax.models.frozen import store
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # Prompts are split over both.
+_log = logging.getLogger(__name__)
 
 # Named dimension of a parameter -> mesh axis. A name that is not here is never split.
 RULES = {
@@ -33,10 +38,14 @@ RULES = {
 
 
 def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of `config.mesh` over all devices.
+    """The mesh of `config.mesh` over all devices, of all processes.
+
+    Where they are in several groups with a fast network inside (see `islands`), `data` goes across
+    groups as far as it can, then `fsdp`, and `tensor` last.
 
     Raises:
-      UserError: more than one -1, or sizes whose product is not the number of devices.
+      UserError: more than one -1, sizes whose product is not the number of devices, or groups of
+        different sizes.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {axis: int(config[axis]) for axis in AXES}
@@ -49,9 +58,55 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
         raise UserError(f"{shown}: does not fit the {len(devices)} device(s) of this run")
     for axis in unknown:
         sizes[axis] = len(devices) // given
-    return jax.make_mesh(
-        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
+    groups = islands(devices)
+    kinds = (AxisType.Auto,) * 3
+    if len(groups) == 1:
+        return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=kinds, devices=devices)
+    if len({len(group) for group in groups}) > 1:
+        raise UserError(
+            f"devices of {len(groups)} hosts or slices, {', '.join(str(len(g)) for g in groups)}: "
+            "expected as many on each"
+        )
+    across, inside = split_over(len(groups), sizes)
+    if across["tensor"] > 1:
+        _log.warning(
+            f"{shown}: mesh.tensor goes over {across['tensor']} hosts or slices, so that every "
+            "layer waits for their network"
+        )
+    grid = mesh_utils.create_hybrid_device_mesh(
+        tuple(inside.values()),
+        tuple(across.values()),
+        [device for group in groups for device in group],
+        process_is_granule=_by_process(devices),
+        allow_split_physical_axes=True,  # As `jax.make_mesh` does.
     )
+    return Mesh(grid, AXES, axis_types=kinds)
+
+
+def islands(devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
+    """Groups of devices with a fast network inside: TPU slices, GPUs of one host (or of one NVLink
+    domain), simulated devices of one process."""
+    by_process, found = _by_process(devices), collections.defaultdict(list)
+    for device in devices:
+        found[device.process_index if by_process else device.slice_index].append(device)
+    return [found[key] for key in sorted(found)]
+
+
+def _by_process(devices: Sequence[jax.Device]) -> bool:
+    # CPUs of all hosts say that they are of slice 0.
+    return devices[0].platform == "cpu" or getattr(devices[0], "slice_index", None) is None
+
+
+def split_over(groups: int, sizes: Mapping[str, int]) -> tuple[dict[str, int], dict[str, int]]:
+    """Of each axis, how many parts lie across groups of devices, and how many inside of one.
+
+    The product of `sizes` is a multiple of `groups`, so what is left for the last axis divides it.
+    """
+    across = {}
+    for axis in AXES:
+        across[axis] = math.gcd(groups, sizes[axis])
+        groups //= across[axis]
+    return across, {axis: sizes[axis] // across[axis] for axis in AXES}
 
 
 def check_batch(mesh: Mesh, name: str, size: int) -> None:
@@ -70,6 +125,38 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def split_rows(mesh: Mesh, leading: int = 0) -> NamedSharding:
     """Splits the axis after `leading` others over the batch axes."""
     return NamedSharding(mesh, P(*(None,) * leading, BATCH))
+
+
+def place_rows(mesh: Mesh, rows: np.ndarray, make: Callable[[np.ndarray], Any]) -> Any:
+    """Arrays of some rows on the devices, split over them along the last axis of `rows`.
+
+    Each process makes only what its own devices hold.
+
+    Args:
+      mesh: the devices.
+      rows: `[..., B]`, names of rows, the same on every process.
+      make: from `[..., b]` of them to a pytree of NumPy arrays `[..., b, *any]`.
+
+    Returns:
+      The same pytree of `[..., B, *any]`.
+    """
+    axis = rows.ndim - 1
+    sharding = split_rows(mesh, leading=axis)
+    ours = np.zeros(rows.shape[-1], bool)
+    for index in sharding.addressable_devices_indices_map(rows.shape).values():
+        assert index is not None
+        ours[index[axis]] = True
+    here = np.cumsum(ours) - 1  # The place among our rows.
+
+    def place(part: np.ndarray) -> jax.Array:
+        def of_device(index: Any) -> np.ndarray:  # A slice for each dimension.
+            places = here[index[axis]]
+            return part[(*index[:axis], slice(places[0], places[-1] + 1), *index[axis + 1 :])]
+
+        shape = (*rows.shape, *part.shape[rows.ndim :])
+        return jax.make_array_from_callback(shape, sharding, of_device)
+
+    return jax.tree.map(place, make(rows[..., ours]))
 
 
 def hidden_splits(mesh: Mesh, hidden_size: int) -> Splits | None:

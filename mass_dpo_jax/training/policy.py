@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
 from mass_dpo_jax import config as config_lib
+from mass_dpo_jax import hosts
 from mass_dpo_jax.data.examples import Example, History
 from mass_dpo_jax.data.tokens import load_tokenizer
 from mass_dpo_jax.data.vocabulary import train_tokenizer
@@ -204,7 +205,8 @@ def open_policy(
         raise UserError("config.model.path is empty: expected a model folder or a run folder")
     else:
         folder = workdir / MODEL_FOLDER
-        if not (workdir / "config.json").exists():  # The run has not begun.
+        # The run has not begun; the first process opens its policy before the others.
+        if hosts.first() and not (workdir / "config.json").exists():
             train_tokenizer(_texts(examples), config.model.scratch.vocab_size, folder)
         tokenizer = load_tokenizer(folder)
         architecture = _scratch(config, tokenizer)
@@ -229,6 +231,8 @@ def open_policy(
 def save_description(policy: Policy, config: ConfigDict, workdir: Path) -> None:
     """Writes what a run folder needs to be opened as a model: config.json, the tokenizer with the
     chat template of training, and what the model's folder says of generation."""
+    if not hosts.first():
+        return
     folder = workdir / MODEL_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = policy.tokenizer

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mass_dpo_jax import config as config_lib
+from mass_dpo_jax import hosts
 from mass_dpo_jax.data.batches import Order
 from mass_dpo_jax.training import scoring
 from mass_dpo_jax.training.setup import Reference, Setup
@@ -70,7 +71,7 @@ class Sets:
         return self._last if self._scored else None
 
     def _remember(self, rows: np.ndarray, numbers: Any) -> float | None:
-        new = np.asarray(numbers).reshape(len(rows), -1)
+        new = hosts.whole(numbers).reshape(len(rows), -1)
         seen = self._last[rows].any(1)
         differ = (np.sort(self._last[rows]) != np.sort(new)).any(1)
         self._last[rows] = new
@@ -95,5 +96,5 @@ class Sets:
         ):
             choice, _ = setup.program.choose_batch(params, batch, key)
             rows.append(indices[indices >= 0])
-            sets.append(np.asarray(choice.numbers)[indices >= 0])
+            sets.append(hosts.whole(choice.numbers)[indices >= 0])
         return np.concatenate(rows), np.concatenate(sets)

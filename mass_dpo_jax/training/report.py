@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import mass_dpo_jax
-from mass_dpo_jax import evaluation, run_page
+from mass_dpo_jax import evaluation, hosts, run_page
 from mass_dpo_jax.data.examples import digest
 from mass_dpo_jax.files import read_array
 from mass_dpo_jax.training import run_folder, scoring
@@ -108,7 +108,7 @@ class Report:
                 self._log.write(0, {f"eval/{name}": value for name, value in found.items()})
             if split == self._final:
                 start = found
-                np.save(self._workdir / START_LOGPS, logps)
+                run_folder.write_table(self._workdir / START_LOGPS, logps)
         self._write_json(finished=False, step=0, start=start)
 
     def during(self, params: Any, step: int) -> str:
@@ -127,13 +127,13 @@ class Report:
             final, logps = self._evaluate(params, self._final)
             before = read_array(self._workdir / START_LOGPS)
             gain = evaluation.gains(logps, before, self._valid(self._final))
-            np.save(self._workdir / FINAL_LOGPS, logps)
+            run_folder.write_table(self._workdir / FINAL_LOGPS, logps)
             if self._setup.config.log.report:
                 tested = self._tested(self._final, params, before, logps)
         done = self._write_json(
             finished=True, step=step, start=started.get("start"), final=final, gain=gain
         )
-        if self._setup.config.log.report:
+        if self._setup.config.log.report and hosts.first():
             run_page.write(self._workdir, self._setup.config, done, tested)
         return done
 
@@ -172,7 +172,7 @@ class Report:
         ):
             found, _ = setup.program.choose_batch(params, batch, setup.key(0))
             real = indices >= 0
-            chosen[indices[real, None], np.asarray(found.numbers)[real]] = True
+            chosen[indices[real, None], hosts.whole(found.numbers)[real]] = True
         chosen[:, 0] = False  # Also what stands for no negative.
         return chosen
 

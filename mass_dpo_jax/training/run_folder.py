@@ -8,9 +8,11 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from mass_dpo_jax import config as config_lib
+from mass_dpo_jax import hosts
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import parse_json, read_json
 from mass_dpo_jax.training.checkpoint import latest_step
@@ -56,10 +58,18 @@ def claim(workdir: Path, config: ConfigDict) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Written whole or not at all."""
+    """Written whole or not at all, by the first process."""
+    if not hosts.first():
+        return
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=2) + "\n")
     temporary.replace(path)
+
+
+def write_table(path: Path, table: np.ndarray) -> None:
+    """A `.npy` file, written by the first process."""
+    if hosts.first():
+        np.save(path, table)
 
 
 def read_metrics(workdir: Path) -> dict[str, Any] | None:

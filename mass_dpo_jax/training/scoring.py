@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import logging
@@ -19,6 +20,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 import mass_dpo_jax
+from mass_dpo_jax import hosts
 from mass_dpo_jax.data.batches import Batch, Buckets, in_order, make_batch
 from mass_dpo_jax.data.tokens import Tokens
 from mass_dpo_jax.training import mesh as mesh_lib
@@ -28,8 +30,9 @@ _log = logging.getLogger(__name__)
 
 
 def progress_bar(iterable: Iterable[Any] | None = None, **kwargs: Any) -> tqdm:
-    """A bar on standard error; silent when that is no terminal."""
-    return tqdm(iterable, file=sys.stderr, disable=not sys.stderr.isatty(), **kwargs)
+    """A bar on standard error; silent when that is no terminal, and on all processes but one."""
+    hidden = not sys.stderr.isatty() or not hosts.first()
+    return tqdm(iterable, file=sys.stderr, disable=hidden, **kwargs)
 
 
 def batches(
@@ -46,8 +49,10 @@ def batches(
     total = len(tokens) if rows is None else len(rows)
     with progress_bar(total=total, desc=label, unit="examples") as bar:
         for indices, shape in in_order(buckets, batch_size, rows):
-            batch = make_batch(tokens, indices, shape, ref_logps, ref_grams)
-            yield indices, jax.device_put(batch, mesh_lib.split_rows(mesh))
+            make = functools.partial(
+                make_batch, tokens, shape=shape, ref_logps=ref_logps, ref_grams=ref_grams
+            )
+            yield indices, mesh_lib.place_rows(mesh, indices, make)
             bar.update(int((indices >= 0).sum()))
 
 
@@ -60,11 +65,12 @@ def over_split(
     mesh: Mesh,
     label: str,
 ) -> np.ndarray:
-    """What `compute` gives for each example of a split, in its order: float32 `[M, *size]`."""
+    """What `compute` gives for each example of a split, in its order: float32 `[M, *size]`, all of
+    it on every process."""
     table = np.zeros((len(tokens), *size), np.float32)
     for indices, batch in batches(tokens, buckets, batch_size, mesh, label):
         real = indices >= 0
-        table[indices[real]] = np.asarray(compute(batch))[real]
+        table[indices[real]] = hosts.whole(compute(batch))[real]
     return table
 
 
@@ -76,7 +82,7 @@ def fingerprint(params: Any) -> str:
         is_leaf=lambda x: isinstance(x, tuple),
     ):
         digest.update(f"{jax.tree_util.keystr(path)}{leaf}".encode())
-        digest.update(np.asarray(sums).tobytes())
+        digest.update(hosts.whole(sums).tobytes())
     return digest.hexdigest()
 
 
@@ -110,9 +116,20 @@ def cached(folder: Path, name: str, key: str, compute: Callable[[], np.ndarray])
     The file is called by `name` and a digest of `key` and the package's version, so that a part of
     the key that changes finds no file. It ends with a checksum, behind what numpy reads; one that
     is not as it was written is reported and made again. Where none can be written, none is kept.
+
+    Only the first process looks and keeps; whether all have its folder does not matter.
     """
     digest = hashlib.sha256(f"{key} {mass_dpo_jax.__version__}".encode()).hexdigest()[:32]
     path = folder / f"{name}-{digest}.npy"
+    found = hosts.table_from_first(_read(path) if hosts.first() else None)
+    if found is None:
+        found = compute()
+        if hosts.first():
+            _write(path, found)
+    return found
+
+
+def _read(path: Path) -> np.ndarray | None:
     try:
         written = path.read_bytes()
         content, checksum = written[:-SHA_BYTES], written[-SHA_BYTES:]
@@ -125,9 +142,7 @@ def cached(folder: Path, name: str, key: str, compute: Callable[[], np.ndarray])
         pass
     except OSError as error:
         _log.warning(f"{path}: unreadable ({error.strerror}); computing it again")
-    result = compute()
-    _write(path, result)
-    return result
+    return None
 
 
 def _write(path: Path, result: np.ndarray) -> None:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mass_dpo_jax import config as config_lib
+from mass_dpo_jax import hosts
 from mass_dpo_jax.data import load_examples
 from mass_dpo_jax.data.batches import Batch, Buckets, make_buckets
 from mass_dpo_jax.data.examples import Example
@@ -131,17 +132,22 @@ def prepare(config: ConfigDict, workdir: Path | None, splits: Sequence[str]) -> 
     if config.model.dtype == "float32":
         # GPUs and TPUs otherwise multiply float32 matrices in fewer bits.
         jax.config.update("jax_default_matmul_precision", "highest")
+    if jax.process_count() > 1 and not hosts.several():
+        raise UserError(
+            f"this is one of {jax.process_count()} processes: start each with --distributed"
+        )
     mesh = mesh_lib.make_mesh(config.mesh)
     mesh_lib.check_batch(mesh, "train.micro_batch_size", config.train.micro_batch_size)
     mesh_lib.check_batch(mesh, "eval.batch_size", config.eval.batch_size)
-    found = {split: load_examples(config.data, split, config.seed) for split in splits}
-    examples = {split: rows for split, rows in found.items() if rows}
-    policy = open_policy(config, mesh, workdir, examples.get("train", ()))
-    cache = scoring.cache_folder(config.cache_dir)
-    tokens = {
-        split: tokenize_once(cache, rows, policy.tokenizer, config.data, progress=True)
-        for split, rows in examples.items()
-    }
+    with hosts.first_goes_ahead("data"):
+        found = {split: load_examples(config.data, split, config.seed) for split in splits}
+        examples = {split: rows for split, rows in found.items() if rows}
+        policy = open_policy(config, mesh, workdir, examples.get("train", ()))
+        cache = scoring.cache_folder(config.cache_dir)
+        tokens = {
+            split: tokenize_once(cache, rows, policy.tokenizer, config.data, progress=True)
+            for split, rows in examples.items()
+        }
     for split, rows in tokens.items():
         _log.info(f"{split}: {_describe(rows)}")
     width = max(t.response_lengths.shape[1] for t in tokens.values())
