@@ -1,0 +1,225 @@
+"""What tests of several processes compute, in one of them or in this one.
+
+    python tests/hosts_for_tests.py ADDRESS PROCESSES PROCESS FOLDER
+
+does as one process of several what FOLDER/job.json says; the first one writes FOLDER/found.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from helpers import tiny_config
+from models_for_tests import tiny_config as tiny_model
+
+from mass_dpo_jax import hosts
+from mass_dpo_jax import train as train_lib
+from mass_dpo_jax.data.batches import Order
+from mass_dpo_jax.models.decoder import abstract_decoder, param_dims
+from mass_dpo_jax.models.weights import _Files, load_hf
+from mass_dpo_jax.score import score
+from mass_dpo_jax.select import with_model
+from mass_dpo_jax.training import mesh as mesh_lib
+from mass_dpo_jax.training.optimizer import make_optimizer
+from mass_dpo_jax.training.setup import prepare
+from mass_dpo_jax.training.step import TrainState
+
+ROOT = Path(__file__).parent.parent
+STEPS = 10
+LEARNING = {
+    "data.validation_share": 0.0, "beta": 1.0, "model.remat": "none",
+    # Adam moves a weight whose gradient is rounding noise by the whole learning rate, so two orders
+    # of summation agree only while that is small.
+    "train.learning_rate": 1e-4,
+}  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def environment(devices: int, **more: str) -> dict[str, str]:
+    """Of a process with some simulated devices of its own. Compiling is most of its time."""
+    flags = (
+        f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0 "
+        "--xla_llvm_disable_expensive_passes=true"
+    )
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    return {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": path, **more}
+
+
+def spawn(command: Sequence[str], **kwargs: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *command], text=True, cwd=ROOT, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, **kwargs,
+    )  # fmt: skip
+
+
+def ended(processes: Iterable[subprocess.Popen[str]], seconds: int) -> list[tuple[int, str, str]]:
+    """Exit status, standard output and standard error of each; none of them lives on."""
+    processes = list(processes)
+    try:
+        found = [(p, p.communicate(timeout=seconds)) for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    return [(p.returncode, out, err) for p, (out, err) in found]
+
+
+def together(processes: int, devices: int, folder: Path, job: Mapping[str, Any]) -> dict[str, Any]:
+    """Does a job by several processes of some devices each."""
+    folder.mkdir()
+    (folder / "job.json").write_text(json.dumps(job))
+    address = f"127.0.0.1:{free_port()}"
+    me = str(Path(__file__))
+    done = ended(
+        [
+            spawn([me, address, str(processes), str(i), str(folder)], env=environment(devices))
+            for i in range(processes)
+        ],
+        seconds=240,
+    )
+    assert [status for status, _, _ in done] == [0] * processes, done
+    return json.loads((folder / "found.json").read_text())
+
+
+def replay(
+    data: Path,
+    workdir: Path,
+    mesh: Mapping[str, int],
+    sets: np.ndarray | None = None,
+    count_flips: bool = False,
+) -> dict[str, Any]:
+    """Trains for some steps on `sets`, or on those of the policy of the moment.
+
+    Args:
+      mesh: sizes; on as many devices as that is, of each process the same number.
+      sets: `[STEPS, M, n]`, negatives of the examples of each step.
+      count_flips: choose too, and count how many sets would have been others.
+
+    Returns:
+      `losses` of the steps, `sets`, `flips`, `bytes` of weights and moments on one device, `logps`
+      of the reference, and `rows` of a batch of 64 that this process made.
+    """
+    config = tiny_config(data, **LEARNING, **{f"mesh.{axis}": n for axis, n in mesh.items()})
+    config.cache_dir = str(workdir / "cache")
+    count = int(np.prod(list(mesh.values())))
+    each = count // jax.process_count()
+    owners = range(jax.process_count())
+    devices = [d for i in owners for d in jax.local_devices(process_index=i)[:each]]
+    make_mesh = mesh_lib.make_mesh
+    mesh_lib.make_mesh = lambda sizes: make_mesh(sizes, devices=devices)
+    try:
+        setup = prepare(config, workdir, ("train",))
+    finally:
+        mesh_lib.make_mesh = make_mesh
+    optimizer = make_optimizer(config.train, STEPS)
+    params = setup.policy.weights("", config.seed)
+    like = train_lib.abstract_state(setup, optimizer)
+    places = jax.tree.map(lambda x: x.sharding, like)
+    state = TrainState(
+        jax.device_put(np.int32(0), places.step),
+        params,
+        jax.jit(optimizer.init, out_shardings=places.opt_state)(params),
+    )
+    held = [
+        shard.data.nbytes
+        for leaf in jax.tree.leaves((state.params, state.opt_state))
+        for shard in leaf.addressable_shards
+        if shard.device == jax.local_devices()[0]
+    ]
+    refs = setup.reference(params)
+    order = Order(setup.buckets["train"], config.train.batch_size, config.seed)
+    losses, chosen, flips = [], [], 0
+    rows = len(refs.logps["train"])
+    for step in range(STEPS):
+        batch, _, _ = train_lib.put(setup, order, step, refs, None)
+        if sets is None or count_flips:
+            own = np.zeros((rows, 3), np.int32)
+            micro = jax.tree.map(lambda x: x[0], batch)
+            choice, _ = setup.program.choose_batch(state.params, micro, setup.key(step))
+            own[hosts.whole(micro.index)] = hosts.whole(choice.numbers)
+            if sets is not None:
+                flips += int((own != sets[step])[order(step)[0]].any(1).sum())
+        chosen.append(own if sets is None else sets[step])
+        batch, negatives, size = train_lib.put(setup, order, step, refs, chosen[-1])
+        state, _, found = setup.program.train_step(
+            optimizer, state, batch, negatives, setup.key(step), size
+        )
+        losses.append(float(found["loss"]))
+    made: list[int] = []
+    mesh_lib.place_rows(setup.mesh, np.arange(64), lambda mine: made.append(len(mine)) or mine)
+    return {
+        "losses": losses, "sets": np.stack(chosen).tolist(), "flips": flips, "bytes": sum(held),
+        "rows": made[0], "logps": refs.logps["train"].tolist(),
+    }  # fmt: skip
+
+
+def read_share(folder: Path) -> float:
+    """Of the numbers in a Hugging Face folder, how many this process reads where weights are split
+    over all devices. What comes together of them is what a single device reads."""
+    config = tiny_model("llama")
+    state = nnx.state(abstract_decoder(config), nnx.Param)
+    dims = nnx.to_pure_dict(param_dims(state))
+    sizes = tiny_config(folder, **{"mesh.data": 1, "mesh.fsdp": -1}).mesh
+    places = mesh_lib.param_shardings(mesh_lib.make_mesh(sizes), nnx.to_pure_dict(state), dims)
+    count = 0
+    read = _Files.read
+
+    def counted(self: _Files, *args: Any) -> np.ndarray:
+        nonlocal count
+        part = read(self, *args)
+        count += part.size
+        return part
+
+    _Files.read = counted  # type: ignore[method-assign]
+    split = jax.tree.leaves(load_hf(folder, config, places))
+    _Files.read = read  # type: ignore[method-assign]
+    for part, whole in zip(split, jax.tree.leaves(load_hf(folder, config)), strict=True):
+        assert part.sharding.device_set == set(jax.devices())
+        np.testing.assert_array_equal(hosts.whole(part), whole)
+    return count / sum(leaf.size for leaf in split)
+
+
+def main() -> None:
+    address, processes, process, name = sys.argv[1:]
+    hosts.start(hosts.Group(address, int(processes), int(process)))
+    folder = Path(name)
+    job = json.loads((folder / "job.json").read_text())
+    found: dict[str, Any] = {}
+    for case, mesh in job.get("meshes", {}).items():
+        sets = np.array(json.loads(Path(job["sets"]).read_text()), np.int32)
+        found[case] = replay(
+            Path(job["data"]), folder / "work", mesh, sets, count_flips=case == "all"
+        )
+        found[case].pop("sets")
+    if "run" in job:
+        from mass_dpo_jax import config as config_lib
+
+        run = Path(job["run"])
+        config = config_lib.load(run)
+        config.cache_dir = str(folder / f"cache{process}")  # No file system that all share.
+        config.selection.criterion = "contrast"
+        found["score"] = list(score(config.copy_and_resolve_references(), run, None))
+        found["select"] = list(with_model(config, run, None))
+    if "weights" in job:
+        found["share"] = read_share(Path(job["weights"]))
+    if hosts.first():
+        (folder / "found.json").write_text(json.dumps(found))
+    hosts.finish()
+
+
+if __name__ == "__main__":
+    main()
