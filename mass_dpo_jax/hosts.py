@@ -169,13 +169,17 @@ def table_from_first(table: np.ndarray | None) -> np.ndarray | None:
 
 @contextlib.contextmanager
 def first_goes_ahead(name: str) -> Iterator[None]:
-    """The others run the body when the first process is through: they find what it wrote, and a
-    mistake that it stops at is found once."""
-    if several() and not first():
+    """The others run the body when the first process is through, which waits for them: they find
+    what it wrote, and a mistake that it stops at is found once."""
+    if not several():
+        yield
+        return
+    if not first():
         multihost_utils.sync_global_devices(name)
     yield
-    if several() and first():
+    if first():
         multihost_utils.sync_global_devices(name)
+    multihost_utils.sync_global_devices(f"{name}: all")
 
 
 def check_shared(folder: Path, flag: str) -> None:

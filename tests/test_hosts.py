@@ -299,7 +299,10 @@ def test_local_sh_says_a_mistake_of_all_once(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
     assert (done.stdout + done.stderr).count("error: ") == 1
-    assert "mesh.data=3 mesh.fsdp=1 mesh.tensor=1: does not fit the 4 device(s)" in done.stderr
+    assert (
+        "config.mesh.data=3 config.mesh.fsdp=1 config.mesh.tensor=1: does not fit the 4 device(s)"
+        in done.stderr
+    )
 
 
 def test_launch_files(tmp_path: Path) -> None:
