@@ -31,7 +31,7 @@ from mass_dpo_jax.data.vocabulary import train_tokenizer
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.evaluate import evaluate
 from mass_dpo_jax.export import export
-from mass_dpo_jax.models import attention
+from mass_dpo_jax.models import attention, weights
 from mass_dpo_jax.models.config import load_config
 from mass_dpo_jax.models.decoder import abstract_decoder
 from mass_dpo_jax.models.weights import INDEX, SINGLE, load_hf, save_hf
@@ -301,34 +301,40 @@ def test_refusals_leave_nothing_behind(
     assert {path.name for path in tmp_path.iterdir()} == {"taken", "file"}
 
 
-def test_no_more_than_a_file_is_held(tmp_path: Path) -> None:
+def test_no_more_than_a_file_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = decoder_config(num_hidden_layers=12)
     tensors = random_tensors(config)
-    held, most = 0, 0
-
-    def forget(size: int) -> None:
-        nonlocal held
-        held -= size
-
-    def read(path: tuple[str, ...], layer: int | None) -> np.ndarray:
-        nonlocal held, most
-        name = "blocks" if layer is not None else path[0]
-        array = np.zeros(shapes[path][1:] if name == "blocks" else shapes[path], np.float32)
-        held += array.nbytes
-        most = max(most, held)
-        weakref.finalize(array, forget, array.nbytes)
-        return array
-
     state = nnx.to_pure_dict(nnx.state(abstract_decoder(config), nnx.Param))
     shapes = {
         tuple(key.key for key in path): leaf.shape
         for path, leaf in jax.tree_util.tree_leaves_with_path(state)
     }
-    total = sum(x.nbytes for x in tensors.values())
+    sources: list[weakref.ref] = []
+    written: list[weakref.ref] = []
+    sizes = []
+
+    def alive(references: list[weakref.ref]) -> int:
+        return sum(reference() is not None for reference in references)
+
+    def read(path: tuple[str, ...], layer: int | None) -> np.ndarray:
+        assert alive(sources) <= 1  # The last one, whose name is about to be another's.
+        array = np.zeros(shapes[path] if layer is None else shapes[path][1:], np.float32)
+        sources.append(weakref.ref(array))
+        return array
+
+    save_file = weights.save_file
+
+    def save(arrays: dict[str, np.ndarray], *args: Any, **kwargs: Any) -> None:
+        assert alive(written) == 0  # Of the files before.
+        written.extend(weakref.ref(array) for array in arrays.values())
+        sizes.append((sum(array.nbytes for array in arrays.values()), len(arrays)))
+        save_file(arrays, *args, **kwargs)
+
+    monkeypatch.setattr(weights, "save_file", save)
     save_hf(tmp_path, config, read, dtype=np.float32, max_bytes=100_000)
-    assert total > 500_000 and sum(x.nbytes for x in tensors_of(tmp_path).values()) == total
-    largest = max(x.nbytes for x in tensors.values())
-    assert most <= 100_000 + largest
+    assert len(sizes) > 5 and all(size <= 100_000 or count == 1 for size, count in sizes)
+    assert sum(size for size, _ in sizes) == sum(x.nbytes for x in tensors.values())
+    assert len(sources) == len(written) == len(tensors)
 
 
 @pytest.mark.parametrize("method", list(KINDS))
