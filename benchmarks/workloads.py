@@ -286,7 +286,7 @@ class Ours:
             self._key,
             shape.responses if everyone else shape.selected,
         )
-        return used, figures
+        return used.numbers, figures
 
 
 def lower(case: Case, program: Program) -> Any:

@@ -113,7 +113,11 @@ def default() -> ConfigDict:
     c.train.offload_moments = False  # Keep Adam's moments in the host's memory between updates.
     c.train.eval_every = 100  # Steps between evaluations on the validation split; 0: never.
     c.train.checkpoint_every = 100  # Steps between checkpoints; the last step always saves.
-    c.train.keep_checkpoints = 2
+    c.train.keep_checkpoints = 2  # So many of the newest.
+    # And the best by a metric of evaluations, e.g. policy/mrr; then each evaluation saves. Empty:
+    # not.
+    c.train.keep_best = ""
+    c.train.max_skipped = 10  # Updates skipped in a row, for NaN or infinity, that end the run.
 
     c.eval = ConfigDict()
     c.eval.batch_size = 32  # Prompts per scoring batch: reference pass, evaluation, score.
@@ -220,8 +224,8 @@ LARGEST = 2**31  # Of any number: what XLA counts with.
 POSITIVE = (
     "beta num_negatives model.scratch.hidden_size model.scratch.num_heads selection.ridge "
     "train.batch_size train.micro_batch_size train.learning_rate train.clip "
-    "train.checkpoint_every train.keep_checkpoints eval.batch_size data.max_prompt_length "
-    "data.max_response_length odpo.alpha model.lora.alpha"
+    "train.checkpoint_every train.keep_checkpoints train.max_skipped eval.batch_size "
+    "data.max_prompt_length data.max_response_length odpo.alpha model.lora.alpha"
 ).split()
 NOT_NEGATIVE = (
     "seed train.steps train.epochs train.warmup_ratio train.weight_decay train.eval_every "

@@ -67,8 +67,9 @@ def read_metrics(path: Path) -> dict[str, Series]:
     points: dict[str, list[tuple[float, float]]] = {}
     for number, line in enumerate(lines, start=1):
         try:
-            row = parse_json(line, path, number)
-            values = {name: float(value) for name, value in row.items()}
+            found = parse_json(line, path, number).items()
+            # null: the number was not finite.
+            values = {name: float(value) for name, value in found if value is not None}
             step = values.pop("step")
         except (ValueError, TypeError, AttributeError, KeyError, OverflowError):
             raise UserError(

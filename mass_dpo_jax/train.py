@@ -14,7 +14,6 @@ and model/ (architecture and tokenizer), and can be given to the other commands,
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -29,12 +28,12 @@ from mass_dpo_jax import cli, evaluation, hosts
 from mass_dpo_jax.data.batches import Batch, Order, make_batch
 from mass_dpo_jax.dry_run import dry_run
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.training import checkpoint, loggers, run_folder
+from mass_dpo_jax.training import checkpoint, interruption, loggers, run_folder
 from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training.optimizer import learning_rate, make_optimizer, memory_of_moments
 from mass_dpo_jax.training.policy import save_description
 from mass_dpo_jax.training.refresh import Sets
-from mass_dpo_jax.training.report import Report, StepLog
+from mass_dpo_jax.training.report import BadSteps, Report, StepLog
 from mass_dpo_jax.training.setup import Reference, Setup, prepare
 from mass_dpo_jax.training.step import TrainState
 
@@ -78,54 +77,77 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     trained, frozen = setup.policy.split(params)
     del params
     optimizer = make_optimizer(config.train, total)
-    # However training ends, what is being written is waited for.
-    with contextlib.ExitStack() as stack:
-        saved = checkpoint.Checkpoints(workdir, config.train.keep_checkpoints)
-        stack.callback(saved.close)
-        like = abstract_state(setup, optimizer)
-        negatives = None
-        if saved.latest() is None:
-            state = TrainState(
-                jax.device_put(np.int32(0), like.step.sharding),
-                trained,
-                jax.jit(optimizer.init, out_shardings=_shardings(like.opt_state))(trained),
-            )
-        else:
-            del trained
-            state, negatives = saved.restore(like)
-            _log.info(f"{workdir}: going on from step {int(state.step)} of {total}")
+    like = abstract_state(setup, optimizer)
+    best = f"eval/{config.train.keep_best}"
+    values = run_folder.by_step(workdir, best)
+    saved = checkpoint.Checkpoints(workdir, config.train.keep_checkpoints, values)
+    negatives = None
+    if saved.latest() is None:
+        state = TrainState(
+            jax.device_put(np.int32(0), like.step.sharding),
+            trained,
+            jax.jit(optimizer.init, out_shardings=_shardings(like.opt_state))(trained),
+        )
+    else:
+        del trained
+        state, negatives, _ = saved.restore(like)
+        _log.info(f"{workdir}: going on from step {int(state.step)} of {total}")
 
-        start = int(state.step)
-        log = loggers.Logs(config, workdir, start)
-        stack.callback(log.close)
-        report = Report(setup, reference.logps, workdir, log)
+    start = int(state.step)
+    evaluated = run_folder.evaluated(workdir)
+    log = loggers.Logs(config, workdir, start)
+    report = Report(setup, reference.logps, workdir, log)
+    rate = learning_rate(config.train, total)
+    sets = Sets(setup, order, total, reference, negatives)
+    steps = StepLog(log, config, start, total)
+    every = config.train.eval_every
+    ids = setup.tokens["train"].ids
+
+    def evaluate(step: int) -> None:
+        text, found = report.during({**frozen, **state.params}, step)
+        steps.say(text)
+        if best in found:
+            values[step] = found[best]
+
+    def save() -> None:
+        if step := int(state.step):
+            saved.save(state, sets.to_keep(), {"config": config.to_dict(), **order.place(step)})
+
+    try:
         if start == 0:
             report.at_start({**frozen, **state.params})
-        rate = learning_rate(config.train, total)
-        sets = Sets(setup, order, total, reference, negatives)
-        steps = StepLog(log, config, start, total)
+        elif every and start % every == 0 and start not in evaluated:
+            evaluate(start)  # An interruption came between saving and evaluating.
         for step in range(start, total):
+            interruption.check()
             negatives = sets.at(step, {**frozen, **state.params})
             batch, chosen, size = put(setup, order, step, reference, negatives)
             key = setup.key(step // sets.window)
             state, used, figures = setup.program.train_step(
                 optimizer, state, batch, chosen, key, size, frozen
             )
-            changed = sets.changed(order(step)[0], used)
+            rows = order(step)[0]
+            changed = sets.changed(rows, used.numbers)
             more = {"learning_rate": rate(step), "selection/changed": changed}
-            steps.add(step + 1, {**figures, **more})
+            steps.add(step + 1, {**figures, **more}, [ids[row] for row in rows], used.bad)
             last = step + 1 == total
-            every = config.train.eval_every
-            evaluate = every > 0 and (last or (step + 1) % every == 0)
-            save = last or (step + 1) % config.train.checkpoint_every == 0
-            if evaluate or save:
+            due = every > 0 and (last or (step + 1) % every == 0)
+            keep = last or (step + 1) % config.train.checkpoint_every == 0
+            if due or keep:
                 steps.flush()
-                if evaluate:
-                    steps.say(report.during({**frozen, **state.params}, step + 1))
-                if save:
-                    saved.save(state, sets.to_keep())
+                if keep or config.train.keep_best:
+                    save()
+                if due:
+                    evaluate(step + 1)
                 steps.resume()
+    except (interruption.Stopped, BadSteps):
+        save()
+        raise
+    finally:
+        # However training ends, what is being written is waited for.
         steps.close()
+        saved.close()
+        log.close()
     return report.at_end({**frozen, **state.params}, total)
 
 
@@ -189,7 +211,15 @@ def main() -> None:
         return
     if _WORKDIR.value is None:
         raise UserError("--workdir is missing: a folder for checkpoints and metrics")
-    done = train(config, Path(_WORKDIR.value))
+    workdir = Path(_WORKDIR.value)
+    try:
+        with interruption.on_signals():
+            done = train(config, workdir)
+    except interruption.Stopped as signal:
+        step = checkpoint.latest_step(workdir)
+        where = "before its first step" if step is None else f"and saved at step {step}"
+        print(f"stopped by {signal} {where}; run the same command again to go on")
+        return
     for name in ("start", "final"):
         if done[name]:
             print(f"{done['split']}, {name}: {evaluation.line(done[name])}")

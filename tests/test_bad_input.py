@@ -236,19 +236,19 @@ def test_a_broken_checkpoint(tmp_path: Path) -> None:
     step = jax.device_put(np.int32(1), here)
     state = TrainState(step, {"w": jax.numpy.ones((4, 4))}, {"mu": jax.numpy.ones(3)})
     saved = Checkpoints(tmp_path)
-    saved.save(state, None)
+    saved.save(state, None, {})
     saved.close()
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), state)
     saved = Checkpoints(tmp_path)
-    found, _ = saved.restore(like)
-    assert np.array_equal(found.params["w"], state.params["w"])
+    found = saved.restore(like)
+    assert np.array_equal(found.state.params["w"], state.params["w"])
     for file in (tmp_path / "checkpoints" / "1" / "params").rglob("*"):
         if file.is_file():
             file.write_bytes(b"broken")
-    with pytest.raises(UserError, match="checkpoints/1: the checkpoint cannot be read"):
+    with pytest.raises(UserError, match=r"none of its checkpoints can be read \(step 1\)"):
         saved.restore(like)
     saved.close()
     metadata = tmp_path / "checkpoints" / "1" / "_CHECKPOINT_METADATA"
     metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"performance_metrics": "a"}))
-    with pytest.raises(UserError, match="checkpoints: the checkpoint cannot be read"):
-        Checkpoints(tmp_path)
+    with pytest.raises(UserError, match="checkpoints: not a readable checkpoint"):
+        Checkpoints(tmp_path).save(state._replace(step=step + 1), None, {})

@@ -87,7 +87,9 @@ def untrained_run(workdir: Path, config: ConfigDict) -> Path:
     policy = open_policy(config, make_mesh(config.mesh), workdir, ())
     save_description(policy, config, workdir)
     saved = checkpoint.Checkpoints(workdir)
-    saved.save(TrainState(np.int32(0), policy.weights(config.model.path, 0), {"none": 0}), None)
+    saved.save(
+        TrainState(np.int32(0), policy.weights(config.model.path, 0), jnp.zeros(1)), None, {}
+    )
     saved.close()
     return workdir
 
@@ -285,7 +287,7 @@ def test_refusals_leave_nothing_behind(
     broken = tmp_path / "broken"
     shutil.copytree(run, broken)
     shutil.rmtree(broken / "checkpoints/4/params")
-    with pytest.raises(UserError, match=r"broken/checkpoints/4: the checkpoint cannot be read"):
+    with pytest.raises(UserError, match=r"broken/checkpoints/4: not a readable checkpoint"):
         export(broken, tmp_path / "out")
     shutil.rmtree(broken)
     (tmp_path / "file").touch()

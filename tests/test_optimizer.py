@@ -161,7 +161,7 @@ def test_a_run_with_small_moments_goes_on_bit_for_bit(
 
     setup = prepare(config, parts, ("train",))
     like = train_lib.abstract_state(setup, make_optimizer(config.train, 4))
-    state, _ = checkpoint.Checkpoints(parts).restore(like)
+    state, *_ = checkpoint.Checkpoints(parts).restore(like)
     for moment in (state.opt_state[1][0].mu, state.opt_state[1][0].nu):
         kernel = moment["blocks"]["gate"]["kernel"]
         assert kernel.dtype == jnp.bfloat16 and np.abs(np.asarray(kernel)).max() > 0

@@ -166,6 +166,11 @@ class Order:
             self._last = (epoch, self._epoch(epoch))
         return self._last[1][position]
 
+    def place(self, step: int) -> dict[str, int]:
+        """Where in the data a run is that has made `step` updates."""
+        epoch, batch = divmod(int(step), self.steps_per_epoch)
+        return {"epoch": epoch, "batch_of_epoch": batch}
+
     def _epoch(self, epoch: int) -> list[tuple[np.ndarray, Shape]]:
         rng = np.random.default_rng([self._seed, epoch])
         rows = rng.permutation(len(self._buckets.group)).astype(np.int32)

@@ -25,7 +25,7 @@ def learning_rate(train: ConfigDict, total_steps: int) -> optax.Schedule:
     return _schedule(train.learning_rate, round(train.warmup_ratio * total_steps), total_steps)
 
 
-def make_optimizer(train: ConfigDict, total_steps: int) -> optax.GradientTransformation:
+def make_optimizer(train: ConfigDict, total_steps: int) -> optax.GradientTransformationExtraArgs:
     """The same object for the same settings, so that what was compiled for it serves again."""
     return _optimizer(
         train.learning_rate,
@@ -74,8 +74,8 @@ def _optimizer(
     weight_decay: float,
     moments_dtype: str,
     offload: bool,
-) -> optax.GradientTransformation:
-    adam = optax.scale_by_adam()
+) -> optax.GradientTransformationExtraArgs:
+    adam = unless_bad(optax.scale_by_adam())
     if moments_dtype == "bfloat16":
         adam = stored_in_bfloat16(adam)
     if offload:
@@ -106,7 +106,30 @@ def clip_by_global_norm(most: float) -> optax.GradientTransformation:
     return optax.stateless(clip)
 
 
-def stored_in_bfloat16(adam: optax.GradientTransformation) -> optax.GradientTransformation:
+def unless_bad(adam: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`adam` that stays as it is where its argument `finite`, a bool scalar, says no.
+
+    A gradient that is not finite would never leave the moments again. What it gives then is of no
+    use; the step holds the weights.
+    """
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, finite: Any = True, **_: Any
+    ) -> tuple[Any, Any]:
+        updates, new = adam.update(updates, state, params)
+        return updates, keep_if(finite, new, state)
+
+    return optax.GradientTransformationExtraArgs(adam.init, update)
+
+
+def keep_if(finite: Any, new: Any, old: Any) -> Any:
+    """`new`, or where `finite` is False `old`, leaf by leaf."""
+    return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+
+
+def stored_in_bfloat16(
+    adam: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
     """`optax.scale_by_adam` whose moments are bfloat16 between updates; its arithmetic is float32.
 
     Rounding is stochastic. One update changes the second moment by at most 1/1000 of itself where
@@ -119,9 +142,11 @@ def stored_in_bfloat16(adam: optax.GradientTransformation) -> optax.GradientTran
     def init(params: optax.Params) -> Any:
         return _with_moments(adam.init(params), lambda x: x.astype(jnp.bfloat16))
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    adam = optax.with_extra_args_support(adam)
+
+    def update(updates: Any, state: Any, params: Any = None, **more: Any) -> tuple[Any, Any]:
         wide = _with_moments(state, lambda x: x.astype(jnp.float32))
-        updates, new = adam.update(updates, wide, params)
+        updates, new = adam.update(updates, wide, params, **more)
         leaves, tree = jax.tree.flatten(new.mu)
         key = jax.random.fold_in(jax.random.key(0), new.count)
         bits = [
@@ -133,21 +158,23 @@ def stored_in_bfloat16(adam: optax.GradientTransformation) -> optax.GradientTran
         nu = jax.tree.map(lambda x, b: _round(x, b >> 16), new.nu, bits)
         return updates, new._replace(mu=mu, nu=nu)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
-def kept_on_host(adam: optax.GradientTransformation) -> optax.GradientTransformation:
+def kept_on_host(adam: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """`adam` whose moments come to the device for the update and go back to the host after it.
 
     Their first place is that of the state which comes in: see `memory_of_moments`.
     """
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    adam = optax.with_extra_args_support(adam)
+
+    def update(updates: Any, state: Any, params: Any = None, **more: Any) -> tuple[Any, Any]:
         near = _with_moments(state, lambda x: jax.device_put(x, jax.memory.Space.Device))
-        updates, new = adam.update(updates, near, params)
+        updates, new = adam.update(updates, near, params, **more)
         return updates, _with_moments(new, lambda x: jax.device_put(x, jax.memory.Space.Host))
 
-    return optax.GradientTransformation(adam.init, update)
+    return optax.GradientTransformationExtraArgs(adam.init, update)
 
 
 def _with_moments(state: Any, change: Any) -> Any:

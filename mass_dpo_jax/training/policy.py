@@ -43,11 +43,25 @@ def is_run(path: Path) -> bool:
     return (path / MODEL_FOLDER / "config.json").is_file()
 
 
+def run_of(path: Path) -> tuple[Path, int | None] | None:
+    """The run folder that a path names and, if it names one of its checkpoints, that one's step.
+
+    None: it is no run (but a Hugging Face folder).
+    """
+    if is_run(path):
+        return path, None
+    if path.parent.name == checkpoint.FOLDER and path.name.isdecimal():
+        found = run_of(path.parent.parent)
+        return found and (found[0], int(path.name))
+    return None
+
+
 def description_folder(path: Path) -> Path:
-    """Where config.json and tokenizer lie, for a run folder or a Hugging Face folder."""
+    """Where config.json and tokenizer lie, for a run, its checkpoint or a Hugging Face folder."""
     if not path.is_dir():
         raise UserError(f"model folder {path}: no such folder")
-    folder = path / MODEL_FOLDER if is_run(path) else path
+    run = run_of(path)
+    folder = path if run is None else run[0] / MODEL_FOLDER
     check_links(folder)
     return folder
 
@@ -105,8 +119,8 @@ class Policy:
         whole = param_shapes(self.config, self.mesh)
         if not path:
             params = _new(Decoder, whole, seed, self.config)
-        elif is_run(Path(path)):
-            params = self._of_run(Path(path), whole)
+        elif run := run_of(Path(path)):
+            params = self._of_run(*run, whole)
         else:  # Each is stored before the next is read.
             state = load_hf(
                 path, self.config, shardings=_places(whole), store=self._store, progress=True
@@ -114,7 +128,7 @@ class Policy:
             params = nnx.to_pure_dict(state)
         if self.lora is None:
             return params
-        if not path or is_run(Path(path)):
+        if not path or run_of(Path(path)):
             params = jax.tree.map_with_path(lambda at, x: self._store(names(at), x), params)
         return {**params, "adapters": self._adapters(adapters, seed)}
 
@@ -125,21 +139,22 @@ class Policy:
         keep = jax.jit(store, static_argnums=(0, 2), out_shardings=place, donate_argnums=1)
         return keep(path, array, self.stored)
 
-    def _of_run(self, folder: Path, whole: Any) -> Any:
+    def _of_run(self, folder: Path, step: int | None, whole: Any) -> Any:
         model = config_lib.load(folder).model
         if not uses_lora(model.lora):
-            return checkpoint.load_params(folder, whole)
+            return checkpoint.load_params(folder, whole, step)
         lora = read_lora(model.lora)
         assert lora is not None
         run = dataclasses.replace(self, lora=lora, stored=model.lora.base)
-        return lora_lib.merge(run.weights(model.path, 0, str(folder)), lora, _places(whole))
+        adapters = folder if step is None else folder / checkpoint.FOLDER / str(step)
+        return lora_lib.merge(run.weights(model.path, 0, str(adapters)), lora, _places(whole))
 
     def _adapters(self, path: str, seed: int) -> Any:
         like = self.abstract["adapters"]
         if not path:
             return _new(Adapters, like, seed, self.config, self.lora)
-        if is_run(Path(path)):
-            return checkpoint.load_params(Path(path), {"adapters": like})["adapters"]
+        if run := run_of(Path(path)):
+            return checkpoint.load_params(run[0], {"adapters": like}, run[1])["adapters"]
         return lora_lib.load_peft(path, self.config, like)
 
 
@@ -159,9 +174,10 @@ def read_lora(settings: ConfigDict) -> Lora | None:
     if not settings.path:
         return Lora(settings.rank, settings.alpha, parse_targets(settings.targets))
     folder = Path(settings.path)
-    if not folder.is_dir() or not is_run(folder):
+    run = run_of(folder)
+    if not folder.is_dir() or run is None:
         return lora_lib.load_peft_settings(folder)
-    found = read_lora(config_lib.load(folder).model.lora)
+    found = read_lora(config_lib.load(run[0]).model.lora)
     if found is None:
         raise UserError(f"config.model.lora.path={folder}: a run without LoRA")
     return found

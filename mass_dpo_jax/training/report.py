@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 import mass_dpo_jax
 from mass_dpo_jax import evaluation, hosts, run_page
 from mass_dpo_jax.data.examples import digest
+from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import read_array
 from mass_dpo_jax.training import run_folder, scoring
 from mass_dpo_jax.training.loggers import Log
@@ -22,28 +23,44 @@ MOST_SELECTED = 256  # Rows of the final split in which the report shows what is
 START_LOGPS, FINAL_LOGPS = "logps-start.npy", "logps-final.npy"
 
 
+class BadSteps(UserError):
+    """Too many updates in a row were skipped."""
+
+
 class StepLog:
-    """Writes each step's figures while the next step computes."""
+    """Writes each step's figures while the next step computes, and counts skipped updates."""
 
     def __init__(self, log: Log, config: ConfigDict, start: int, total: int):
         self._log, self._batch_size = log, config.train.batch_size
         self._bar = scoring.progress_bar(
             total=total, initial=start, desc=config.method, unit="step"
         )
-        self._waiting: tuple[int, Mapping[str, Any]] | None = None
+        self._waiting: tuple[int, Mapping[str, Any], Sequence[str], Any] | None = None
+        self._most = config.train.max_skipped
+        self._skipped, self._complaint = 0, ""  # In a row.
         self._clock = time.perf_counter()
 
-    def add(self, step: int, figures: Mapping[str, Any]) -> None:
+    def add(self, step: int, figures: Mapping[str, Any], ids: Sequence[str], bad: Any) -> None:
         """Takes the figures of a step that was started; writes those of the one before.
 
-        A figure may be a function that waits for the step; None is left out.
+        Args:
+          step: its number, from 1.
+          figures: a figure may be a function that waits for the step; None is left out.
+          ids: of its examples.
+          bad: bool, of as many, on the devices: whose losses are not finite.
+
+        Raises:
+          BadSteps: `train.max_skipped` updates in a row were skipped, the last of them the one
+            before this.
         """
         self._write()
-        self._waiting = (step, figures)
+        self._waiting = (step, figures, ids, bad)
+        self._check()
 
     def flush(self) -> None:
-        """Waits for the last step and writes it."""
+        """Waits for the last step and writes it; raises as `add`."""
         self._write()
+        self._check()
 
     def resume(self) -> None:
         """What happened since the last step (an evaluation) is not counted as the next one's."""
@@ -59,7 +76,7 @@ class StepLog:
     def _write(self) -> None:
         if self._waiting is None:
             return
-        step, figures = self._waiting
+        step, figures, ids, bad = self._waiting
         found = {name: value() if callable(value) else value for name, value in figures.items()}
         # Waits for the device.
         figures = {name: float(value) for name, value in found.items() if value is not None}
@@ -74,6 +91,28 @@ class StepLog:
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update()
         self._waiting, self._clock = None, now
+        self._skipped = self._skipped + 1 if figures["skipped"] else 0
+        if self._skipped:
+            self._complaint = _which(step, ids, hosts.whole(bad).reshape(-1))
+            self.say(f"{self._complaint}; the update is skipped")
+
+    def _check(self) -> None:
+        if self._skipped >= self._most:
+            raise BadSteps(
+                f"{self._complaint}; {self._skipped} updates in a row were skipped "
+                "(config.train.max_skipped). The state before them is saved. Look at these "
+                "examples, or begin another run from it with a lower train.learning_rate: "
+                "--config.model.path=WORKDIR"
+            )
+
+
+def _which(step: int, ids: Sequence[str], bad: np.ndarray) -> str:
+    """The examples that an update was skipped for: those with a bad loss, or else the batch."""
+    guilty = [name for name, wrong in zip(ids, bad, strict=True) if wrong] or list(ids)
+    shown = ", ".join(guilty[:10])
+    more = f" and {len(guilty) - 10} more" if len(guilty) > 10 else ""
+    what = "loss" if bad.any() else "gradient"
+    return f"step {step}: the {what} is not finite; example(s) {shown}{more}"
 
 
 class Report:
@@ -111,13 +150,14 @@ class Report:
                 run_folder.write_table(self._workdir / START_LOGPS, logps)
         self._write_json(finished=False, step=0, start=start)
 
-    def during(self, params: Any, step: int) -> str:
-        """Metrics of the validation split, into metrics.jsonl; the headline as text."""
+    def during(self, params: Any, step: int) -> tuple[str, dict[str, float]]:
+        """Metrics of the validation split, into metrics.jsonl; the headline as text, and them."""
         if "validation" not in self._setup.tokens:
-            return f"step {step}: no validation split"
-        found, _ = self._evaluate(params, "validation")
-        self._log.write(step, {f"eval/{name}": value for name, value in found.items()})
-        return f"step {step}, validation: {evaluation.line(found)}"
+            return f"step {step}: no validation split", {}
+        scores, _ = self._evaluate(params, "validation")
+        found = {f"eval/{name}": value for name, value in scores.items()}
+        self._log.write(step, found)
+        return f"step {step}, validation: {evaluation.line(scores)}", found
 
     def at_end(self, params: Any, step: int) -> dict[str, Any]:
         """The final metrics, into metrics.json."""

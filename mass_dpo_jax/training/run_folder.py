@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -26,7 +28,9 @@ FREE = (
     "eval.",
     "log.",
     "train.checkpoint_every",
-    "train.keep_checkpoints",
+    "train.keep_",
+    "train.max_skipped",
+    "train.moments_dtype",
     "train.offload_moments",
 )
 
@@ -62,8 +66,9 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     if not hosts.first():
         return
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(path)
+    with _room_for(path):
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+        temporary.replace(path)
 
 
 def write_table(path: Path, table: np.ndarray) -> None:
@@ -105,6 +110,34 @@ _METRICS: Mapping[str, tuple[Any, str]] = {
 }
 
 
+def _lines(workdir: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl, up to the line that an interruption cut short."""
+    path = workdir / "metrics.jsonl"
+    found: list[dict[str, Any]] = []
+    if not path.exists():
+        return found
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+        try:
+            row = parse_json(line, path, number)
+        except UserError:
+            break
+        if not isinstance(row, dict) or not isinstance(row.get("step"), (int, float)):
+            break
+        found.append(row)
+    return found
+
+
+def by_step(workdir: Path, name: str) -> dict[int, float]:
+    """A figure of metrics.jsonl, wherever it is a number."""
+    lines = _lines(workdir)
+    return {line["step"]: line[name] for line in lines if isinstance(line.get(name), (int, float))}
+
+
+def evaluated(workdir: Path) -> set[int]:
+    """The steps that metrics.jsonl has an evaluation of."""
+    return {row["step"] for row in _lines(workdir) if any(x.startswith("eval/") for x in row)}
+
+
 class MetricsLog:
     """metrics.jsonl: an object a line, each with its `step` and any other figures.
 
@@ -113,27 +146,32 @@ class MetricsLog:
     """
 
     def __init__(self, workdir: Path, step: int):
-        path = workdir / "metrics.jsonl"
-        kept = []
-        if path.exists() and step:
-            for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
-                try:
-                    found = parse_json(line, path, number)
-                except UserError:
-                    break  # The line that an interruption cut short.
-                at = found.get("step") if isinstance(found, dict) else None
-                if not isinstance(at, (int, float)):
-                    break
-                if at <= step:
-                    kept.append(line + "\n")
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        temporary.replace(path)
-        self._file = path.open("a")
+        self._path = workdir / "metrics.jsonl"
+        kept = [line for line in _lines(workdir) if step and line["step"] <= step]
+        temporary = self._path.with_suffix(".tmp")
+        with _room_for(self._path):
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            temporary.replace(self._path)
+            self._file = self._path.open("a")
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **figures}) + "\n")
-        self._file.flush()
+        """Numbers that are not finite become null, as JSON has none."""
+        values = {name: x if math.isfinite(x) else None for name, x in figures.items()}
+        with _room_for(self._path):
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # Said by `write` already.
+            self._file.close()
+
+
+@contextlib.contextmanager
+def _room_for(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written: {error.strerror}. Checkpoints are left as they are; make "
+            "room, and run the same command again to go on"
+        ) from None

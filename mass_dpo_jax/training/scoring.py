@@ -23,6 +23,7 @@ import mass_dpo_jax
 from mass_dpo_jax import hosts
 from mass_dpo_jax.data.batches import Batch, Buckets, in_order, make_batch
 from mass_dpo_jax.data.tokens import Tokens
+from mass_dpo_jax.training import interruption
 from mass_dpo_jax.training import mesh as mesh_lib
 
 SHA_BYTES = 32
@@ -49,6 +50,7 @@ def batches(
     total = len(tokens) if rows is None else len(rows)
     with progress_bar(total=total, desc=label, unit="examples") as bar:
         for indices, shape in in_order(buckets, batch_size, rows):
+            interruption.check()
             make = functools.partial(
                 make_batch, tokens, shape=shape, ref_logps=ref_logps, ref_grams=ref_grams
             )
@@ -75,21 +77,19 @@ def over_split(
 
 
 def fingerprint(params: Any) -> str:
-    """A digest of weights that does not depend on how they are split over devices."""
+    """A digest of arrays that does not depend on how they are split over devices."""
     digest = hashlib.sha256()
-    for path, (leaf, sums) in jax.tree_util.tree_leaves_with_path(
-        jax.tree.map(lambda leaf, sums: (leaf.shape, sums), params, _sums(params)),
-        is_leaf=lambda x: isinstance(x, tuple),
-    ):
-        digest.update(f"{jax.tree_util.keystr(path)}{leaf}".encode())
-        digest.update(hosts.whole(sums).tobytes())
+    sums = jax.tree.leaves(_sums(params))
+    for (path, leaf), found in zip(jax.tree.leaves_with_path(params), sums, strict=True):
+        digest.update(f"{jax.tree_util.keystr(path)}{leaf.shape}".encode())
+        digest.update(hosts.whole(found).tobytes())
     return digest.hexdigest()
 
 
 @jax.jit
 def _sums(params: Any) -> Any:
-    """Two integers for each array. Sums modulo 2^32 are the same in any order, so no array leaves
-    its devices."""
+    """Two integers [2] for each array. Sums modulo 2^32 are the same in any order, so no array
+    leaves its devices."""
 
     def sums(x: jax.Array) -> jax.Array:
         bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)

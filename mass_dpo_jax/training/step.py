@@ -22,6 +22,7 @@ from mass_dpo_jax.models import attention, shared_prefix
 from mass_dpo_jax.models.fused_attention import Attention
 from mass_dpo_jax.models.logprobs import MAX_LOGITS
 from mass_dpo_jax.training.methods import Method, Responses
+from mass_dpo_jax.training.optimizer import keep_if
 
 Params = Any
 Metrics = dict[str, Array]
@@ -45,6 +46,17 @@ class Choice(NamedTuple):
     numbers: Any
     weights: Any = None
     pool_loss: Any = None
+
+
+class Trained(NamedTuple):
+    """What a step trained on, of A micro-batches of B examples.
+
+    numbers: int32 [A, B, n], the negatives.
+    bad: bool [A, B], examples whose own loss is not finite.
+    """
+
+    numbers: Any
+    bad: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,10 +219,11 @@ class Program:
         choice: Choice,
         size: int,
         record: shared_prefix.Record | None = None,
-    ) -> tuple[Array, Metrics]:
+    ) -> tuple[Array, tuple[Array, Metrics]]:
         """Mean loss of a micro-batch on the chosen response and the chosen negatives.
 
         With a record of these weights' pass over the pools, nothing is computed again forward.
+        Returns also which of its examples' losses are not finite, bool [B], and figures.
         """
         negatives = choice.numbers
         candidates = jnp.pad(negatives, ((0, 0), (1, 0)))
@@ -237,10 +250,11 @@ class Program:
             weights=choice.weights,
             pool_loss=choice.pool_loss,
         )
-        loss = self.method.loss(found).mean()
+        losses = self.method.loss(found)
+        bad = ~jnp.isfinite(losses)
         if self.method.supervised:
-            return loss, {"logps/chosen": logps[:, 0].mean()}
-        return loss, _figures(logps, self.method.rewards(found), valid)
+            return losses.mean(), (bad, {"logps/chosen": logps[:, 0].mean()})
+        return losses.mean(), (bad, _figures(logps, self.method.rewards(found), valid))
 
     @functools.partial(jax.jit, static_argnums=0)
     def choose_batch(self, params: Params, batch: Batch, key: Array) -> tuple[Choice, Metrics]:
@@ -264,15 +278,16 @@ class Program:
     @functools.partial(jax.jit, static_argnums=(0, 1, 6), donate_argnums=2)
     def train_step(
         self,
-        optimizer: optax.GradientTransformation,
+        optimizer: optax.GradientTransformationExtraArgs,
         state: TrainState,
         batch: Batch,
         negatives: Array | None,
         key: Array,
         size: int,
         frozen: Params | None = None,
-    ) -> tuple[TrainState, Array, Metrics]:
-        """One update.
+    ) -> tuple[TrainState, Trained, Metrics]:
+        """One update, or none where loss or gradient are not finite: weights and Adam's moments
+        stay what they were, the figure `skipped` is 1.
 
         Args:
           optimizer: the gradient transformation.
@@ -285,17 +300,16 @@ class Program:
           frozen: with LoRA, the weights that are not in the state.
 
         Returns:
-          The next state, the negatives it trained on `[A, B, n]`, and the step's figures, float32
-          scalars.
+          The next state, what it trained on, and the step's figures, float32 scalars.
         """
         frozen = frozen or {}
         params = {**frozen, **state.params}
 
         @functools.partial(jax.value_and_grad, has_aux=True)
-        def gradient(trained: Params, *args: Any) -> tuple[Array, Metrics]:
-            return self.loss({**frozen, **trained}, *args)
+        def gradient(weights: Params, *args: Any) -> tuple[Array, tuple[Array, Metrics]]:
+            return self.loss({**frozen, **weights}, *args)
 
-        def micro(sums: Any, args: Any) -> tuple[Any, Array]:
+        def micro(sums: Any, args: Any) -> tuple[Any, Trained]:
             micro_batch, numbers = args
             figures: Metrics = {}
             record = None
@@ -305,25 +319,29 @@ class Program:
                 choice, figures, record = self.choose(params, micro_batch, key, self.reuse)
             else:
                 choice = Choice(numbers)
-            (loss, more), grads = gradient(state.params, micro_batch, choice, size, record)
+            (loss, (bad, more)), grads = gradient(state.params, micro_batch, choice, size, record)
             found = grads, {"loss": loss, **more, **figures}
-            return found if sums is None else jax.tree.map(jnp.add, sums, found), choice.numbers
+            total = found if sums is None else jax.tree.map(jnp.add, sums, found)
+            return total, Trained(choice.numbers, bad)
 
         count = batch.prompts.shape[0]
         first = jax.tree.map(lambda x: x[0], (batch, negatives))
         if count == 1:
-            total, numbers = micro(None, first)
-            numbers = numbers[None]
+            total, trained = micro(None, first)
+            trained = jax.tree.map(lambda x: x[None], trained)
         else:
             like, _ = jax.eval_shape(lambda args: micro(None, args), first)
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-            total, numbers = jax.lax.scan(micro, zeros, (batch, negatives))
+            total, trained = jax.lax.scan(micro, zeros, (batch, negatives))
         grads, figures = jax.tree.map(lambda x: x / count, total)
         grads = jax.lax.with_sharding_constraint(grads, self.shardings)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        trained = optax.apply_updates(state.params, updates)
         figures["grad_norm"] = optax.tree.norm(grads)
-        return TrainState(state.step + 1, trained, opt_state), numbers, figures
+        finite = jnp.isfinite(figures["loss"]) & jnp.isfinite(figures["grad_norm"])
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, finite=finite)
+        figures["update_ratio"] = optax.tree.norm(updates) / optax.tree.norm(state.params)
+        figures["skipped"] = 1.0 - finite
+        weights = keep_if(finite, optax.apply_updates(state.params, updates), state.params)
+        return TrainState(state.step + 1, weights, opt_state), trained, figures
 
 
 def _figures(logps: Array, rewards: Array, valid: Array) -> Metrics:
