@@ -162,7 +162,8 @@ class Checkpoints:
         versions = {name: metadata.version(name) for name in PACKAGES}
         run = {"step": step, **about, "versions": versions, "digests": digests}
         items["run"] = ocp.args.JsonSave(run)
-        self._try(step, lambda: self._manager.save(step, args=ocp.args.Composite(**items)))
+        manager = self._manager
+        self._try(step, lambda: manager.save(step, args=ocp.args.Composite(**items)))
         self._writing = step
 
     def restore(self, like: TrainState) -> Restored:
