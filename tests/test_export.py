@@ -88,7 +88,7 @@ def untrained_run(workdir: Path, config: ConfigDict) -> Path:
     save_description(policy, config, workdir)
     saved = checkpoint.Checkpoints(workdir)
     saved.save(
-        TrainState(np.int32(0), policy.weights(config.model.path, 0), jnp.zeros(1)), None, {}
+        TrainState(np.int32(0), policy.weights(config.model.path, 0), {"none": jnp.zeros(1)}), None, {}
     )
     saved.close()
     return workdir
