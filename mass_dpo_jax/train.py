@@ -79,7 +79,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     optimizer = make_optimizer(config.train, total)
     like = abstract_state(setup, optimizer)
     best = f"eval/{config.train.keep_best}"
-    values = run_folder.by_step(workdir, best)
+    values = dict(hosts.from_first(list(run_folder.by_step(workdir, best).items())))
     saved = checkpoint.Checkpoints(workdir, config.train.keep_checkpoints, values)
     negatives = None
     if saved.latest() is None:
@@ -94,7 +94,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         _log.info(f"{workdir}: going on from step {int(state.step)} of {total}")
 
     start = int(state.step)
-    evaluated = run_folder.evaluated(workdir)
+    evaluated = hosts.from_first(sorted(run_folder.evaluated(workdir)))
     log = loggers.Logs(config, workdir, start)
     report = Report(setup, reference.logps, workdir, log)
     rate = learning_rate(config.train, total)

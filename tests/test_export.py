@@ -87,9 +87,8 @@ def untrained_run(workdir: Path, config: ConfigDict) -> Path:
     policy = open_policy(config, make_mesh(config.mesh), workdir, ())
     save_description(policy, config, workdir)
     saved = checkpoint.Checkpoints(workdir)
-    saved.save(
-        TrainState(np.int32(0), policy.weights(config.model.path, 0), {"none": jnp.zeros(1)}), None, {}
-    )
+    params = policy.weights(config.model.path, 0)
+    saved.save(TrainState(np.int32(0), params, {"none": jnp.zeros(1)}), None, {})
     saved.close()
     return workdir
 
