@@ -27,6 +27,7 @@ from mass_dpo_jax.training import account as account_lib
 from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training.account import Account, Layout, Model
 from mass_dpo_jax.training.optimizer import make_optimizer
+from mass_dpo_jax.training.policy import uses_lora
 from mass_dpo_jax.training.setup import Setup, prepare
 
 
@@ -115,7 +116,9 @@ def of_shape(setup: Setup, mesh: Mesh, shape: Shape) -> Account:
         pool, _ = layouts(setup, shape, config.eval.batch_size // ways)
     scored = method.selection.needs_scoring and not method.supervised
     optimizer = make_optimizer(config.train, 1)
-    parameters, moments = account_lib.state_bytes(setup.policy.config, mesh, optimizer)
+    policy = setup.policy
+    parameters, moments = account_lib.state_bytes(policy.config, mesh, optimizer, policy.lora)
+    frozen = account_lib.frozen_bytes(policy.config, mesh, policy.lora, policy.stored)
     tokens = setup.tokens["train"]
     width = tokens.response_lengths.shape[1]
     more = width if tokens.scores is not None else 0
@@ -133,6 +136,7 @@ def of_shape(setup: Setup, mesh: Mesh, shape: Shape) -> Account:
         config.train.batch_size // config.train.micro_batch_size,
         config.train.offload_moments,
         reuse=scored and in_step and setup.program.reuse,
+        frozen=frozen,
     )
 
 
@@ -147,6 +151,8 @@ def of_mesh(setup: Setup, mesh: Mesh | None) -> Model:
         setup.config.model.remat,
         fused=isinstance(scorer.attention, Fused),
         max_logits=scorer.max_logits,
+        lora=setup.policy.lora,
+        stored=setup.policy.stored,
         **sizes,
     )
 
@@ -211,9 +217,12 @@ def verdict(need: int, memory_gb: float) -> str:
 def lines_of(a: Account, config: ConfigDict, evaluation: int) -> list[str]:
     """The account, a line a term."""
     train, dtype = config.train, config.model.dtype
+    weights = "weights, float32"
+    if uses_lora(config.model.lora):
+        weights = f"weights, {config.model.lora.base}, and adapters, float32"
     place = ", on the host between updates" if train.offload_moments else ""
     terms = [
-        ("weights, float32", a.parameters),
+        (weights, a.parameters),
         ("gradient, float32", a.gradients),
         (f"optimizer state, {train.moments_dtype} moments{place}", a.optimizer),
         ("batch", a.batch),

@@ -18,15 +18,15 @@ import math
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from jax.sharding import Mesh
 
+from mass_dpo_jax.models.adapters import Lora
 from mass_dpo_jax.models.config import DecoderConfig
-from mass_dpo_jax.models.decoder import abstract_decoder, param_dims
 from mass_dpo_jax.models.logprobs import MAX_LOGITS
-from mass_dpo_jax.training.mesh import param_shardings, replicated
+from mass_dpo_jax.training.mesh import param_shapes, replicated
 
 FLOAT = 4  # Bytes.
 MASKS = FLOAT + 1  # Of a score: its mask, and the zeros that masked gradients become.
@@ -80,6 +80,8 @@ class Model:
       gathered: are weights split over devices that compute with them whole?
       fused: is attention a fused kernel?
       max_logits: held at once.
+      lora: the adapters; None: all weights are trained.
+      stored: with LoRA, the type of the other weights (models/frozen.py).
     """
 
     layers: int
@@ -95,6 +97,30 @@ class Model:
     gathered: bool = False
     fused: bool = False
     max_logits: int = MAX_LOGITS
+    lora: Lora | None = None
+    stored: str = "float32"
+
+    @property
+    def adapted(self) -> tuple[int, int]:
+        """Of a layer's adapters: weights, rank (in + out); and values of a token, rank."""
+        if self.lora is None:
+            return 0, 0
+        into, out = self._sides()
+        return self.lora.rank * (into + out), self.lora.rank * len(self.lora.targets)
+
+    @property
+    def added(self) -> int:
+        """Values of a token that adapters add to products of a layer, but the last."""
+        return 0 if self.lora is None else self._sides("down")[1]
+
+    def _sides(self, without: str = "") -> tuple[int, int]:
+        """Sizes of the adapted products of a layer, summed: in, out."""
+        d, f, q, kv = self.hidden, self.inner, self.queries, self.keys
+        sizes = {"query": (d, q), "key": (d, kv), "value": (d, kv), "output": (q, d)}
+        sizes |= {"gate": (d, f), "up": (d, f), "down": (f, d)}
+        assert self.lora is not None
+        found = [sizes[name] for name in self.lora.targets if name != without]
+        return sum(into for into, _ in found), sum(out for _, out in found)
 
     @property
     def block(self) -> int:
@@ -110,6 +136,8 @@ def of_device(
     tensor: int = 1,
     fused: bool = False,
     max_logits: int = MAX_LOGITS,
+    lora: Lora | None = None,
+    stored: str = "float32",
 ) -> Model:
     """The part of a decoder that one device computes with."""
 
@@ -130,25 +158,33 @@ def of_device(
         gathered=fsdp > 1,
         fused=fused,
         max_logits=max_logits,
+        lora=lora,
+        stored=stored if lora else "float32",
     )
 
 
 def bytes_of(tree: Any) -> int:
     """Bytes on one device of a tree of `jax.ShapeDtypeStruct`, split as their shardings say."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape) if x.sharding else x.shape) * x.dtype.itemsize
-        for x in jax.tree.leaves(tree)
-    )
+
+    def size(x: jax.ShapeDtypeStruct) -> int:
+        bits = 4 if x.dtype == jnp.uint4 else 8 * x.dtype.itemsize  # Two of these are a byte.
+        return math.prod(x.sharding.shard_shape(x.shape) if x.sharding else x.shape) * bits // 8
+
+    return sum(map(size, jax.tree.leaves(tree)))
 
 
 def state_bytes(
-    config: DecoderConfig, mesh: Mesh, optimizer: optax.GradientTransformation
+    config: DecoderConfig,
+    mesh: Mesh,
+    optimizer: optax.GradientTransformation,
+    lora: Lora | None = None,
 ) -> tuple[int, int]:
-    """Exact bytes of float32 weights and of the optimizer's state, on one device of `mesh`, of
-    which only names and sizes are read."""
-    state = nnx.state(abstract_decoder(config), nnx.Param)
-    shapes = nnx.to_pure_dict(state)
-    places = param_shardings(mesh, shapes, nnx.to_pure_dict(param_dims(state)))
+    """Exact bytes of the float32 weights that are trained and of the optimizer's state, on one
+    device of `mesh`, of which only names and sizes are read."""
+    shapes = param_shapes(config, mesh, lora)
+    if lora is not None:
+        shapes = {"adapters": shapes["adapters"]}
+    places = jax.tree.map(lambda x: x.sharding, shapes)
 
     def put(leaf: Any, place: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
@@ -160,7 +196,15 @@ def state_bytes(
         places,
         transform_non_params=lambda leaf: put(leaf, replicated(mesh)),
     )
-    return bytes_of(jax.tree.map(put, shapes, places)), bytes_of(moments)
+    return bytes_of(shapes), bytes_of(moments)
+
+
+def frozen_bytes(config: DecoderConfig, mesh: Mesh, lora: Lora | None, stored: str) -> int:
+    """Exact bytes of the weights that are not trained, see `state_bytes`."""
+    if lora is None:
+        return 0
+    shapes = param_shapes(config, mesh, lora, stored)
+    return bytes_of({name: tree for name, tree in shapes.items() if name != "adapters"})
 
 
 def batch_bytes(rows: int, prompt: int, responses: int, candidates: int, more: int = 0) -> int:
@@ -196,6 +240,7 @@ def kept_bytes(m: Model, at: Layout) -> int:
             layer += t * m.queries * FLOAT + (4 * prompt + 2 * behind) * m.keys * c
             layer += t * (2 * m.heads + 4) * FLOAT  # Norms' and softmaxes' denominators.
             layer += at.pairs * m.heads * wide
+    layer += t * _adapters_values(m) * c
     return m.layers * layer + _beside_layers(m, at)
 
 
@@ -204,6 +249,13 @@ def _layer_values(m: Model) -> int:
     the last), D + H K + 2 KV K + 2 F."""
     products = m.hidden + m.queries + 2 * m.keys + 2 * m.inner
     return m.hidden + (0 if m.remat == "full" else products)
+
+
+def _adapters_values(m: Model) -> int:
+    """Of a token in a layer, what adapters make `none` and `dots` keep: x A and, of `dots`, what
+    is added and what it is added to."""
+    added = {"none": 0, "dots": m.added, "full": 0}[m.remat]
+    return added + (0 if m.remat == "full" else m.adapted[1])
 
 
 def _beside_layers(m: Model, at: Layout) -> int:
@@ -299,11 +351,15 @@ def backward_bytes(m: Model, at: Layout) -> int:
 def weight_copies(m: Model, backward: bool) -> int:
     """Copies of weights to compute with: a layer's, taken out of the stack in the compute type.
 
-    With `none` and a smaller compute type all layers' are kept; where weights are split, a layer
-    is gathered in float32 and its gradient is whole before it is split again.
+    With `none` and a smaller compute type all float32 layers' are kept; where weights are split, a
+    layer is gathered as it is stored and its gradient is whole before it is split again.
     """
-    whole = m.layers if backward and m.remat == "none" and m.itemsize < FLOAT else 1
-    gathered = m.block * FLOAT * (2 if backward else 1) if m.gathered else 0
+    kept = backward and m.remat == "none" and m.itemsize < FLOAT and m.stored == "float32"
+    whole = m.layers if kept else 1
+    size = {"float32": FLOAT, "bfloat16": 2, "int8": 1, "nf4": 1}[m.stored]
+    gathered = m.block * size if m.gathered else 0
+    if backward and m.lora is None:
+        gathered *= 2
     return whole * m.block * m.itemsize + gathered
 
 
@@ -313,8 +369,10 @@ def logits_bytes(m: Model, at: Layout, backward: bool) -> int:
     chunk = logits_chunk(m, at)
     logits = at.batch * chunk * m.vocabulary * FLOAT
     head = m.vocabulary * m.hidden
-    copies = (m.itemsize if m.itemsize < FLOAT else 0) + (FLOAT if m.gathered else 0)
-    return (3 if backward else 1) * logits + head * (copies + (FLOAT if backward else 0))
+    size = FLOAT if m.stored == "float32" else 2
+    copies = (m.itemsize if m.itemsize != size else 0) + (size if m.gathered else 0)
+    gradient = FLOAT if backward and m.lora is None else 0
+    return (3 if backward else 1) * logits + head * (copies + gradient)
 
 
 def logits_chunk(m: Model, at: Layout) -> int:
@@ -352,7 +410,7 @@ def scoring_bytes(m: Model, at: Layout, chunk: int | None) -> int:
 def forward_flops(m: Model, at: Layout) -> int:
     """Operations of a forward pass over all places, 2 a multiplication:
     layers (2 tokens block + 4 H K pairs) + 2 D V response places."""
-    layer = 2 * at.tokens * m.block + 4 * m.queries * at.pairs
+    layer = 2 * at.tokens * (m.block + m.adapted[0]) + 4 * m.queries * at.pairs
     return m.layers * layer + logits_flops(m, at)
 
 
@@ -375,7 +433,8 @@ def logits_flops(m: Model, at: Layout) -> int:
 
 def training_flops(m: Model, at: Layout, recorded: bool = False) -> int:
     """Forward, backward (twice as much) and what it computes again: the logits, always; `dots`
-    attention; `full` the layers but for their last product. From a record there is no forward."""
+    attention; `full` the layers but for their last product. From a record there is no forward.
+    Frozen weights get no gradient, and adapters compute x A again."""
     if recorded:
         m = replayed(m)
     again = 0
@@ -384,7 +443,10 @@ def training_flops(m: Model, at: Layout, recorded: bool = False) -> int:
     if m.remat == "full":
         again += 2 * at.tokens * (m.block - m.inner * m.hidden)
     passes = 2 if recorded else 3
-    return passes * forward_flops(m, at) + m.layers * again + logits_flops(m, at)
+    frozen = 0
+    if m.lora is not None:
+        frozen = m.layers * 2 * at.tokens * m.block + logits_flops(m, at)
+    return passes * forward_flops(m, at) + m.layers * again + logits_flops(m, at) - frozen
 
 
 def useful_flops(m: Model, prompts: np.ndarray, responses: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -409,8 +471,8 @@ class Account:
     """Bytes on one device.
 
     Attributes:
-      parameters, gradients, optimizer, batch: float32 weights, their gradient, Adam's state, and
-        all micro-batches of a step.
+      parameters, gradients, optimizer, batch: all weights, the gradient of those that are trained,
+        Adam's state, and all micro-batches of a step.
       sums: the gradients of earlier micro-batches.
       copies: of weights, in the backward pass.
       kept: for the backward pass.
@@ -472,17 +534,19 @@ def account(
     micro_batches: int,
     offloaded: bool = False,
     reuse: bool = False,
+    frozen: int = 0,
 ) -> Account:
     """The account of a step.
 
     Args:
       m: the model on one device.
-      parameters, optimizer, batch: exact bytes.
+      parameters, optimizer, batch: exact bytes; parameters are those that are trained.
       pool: what is scored; None: nothing.
       chunk: see `scoring_bytes`.
       trained: what the loss sees.
       micro_batches: of a step.
       reuse: does training start from what scoring the pool has left?
+      frozen: exact bytes of the other weights.
     """
     recorded = 0
     if reuse:
@@ -492,7 +556,7 @@ def account(
     if reuse:
         m = replayed(m)
     return Account(
-        parameters=parameters,
+        parameters=parameters + frozen,
         gradients=parameters,
         optimizer=optimizer,
         batch=batch,
