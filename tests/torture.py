@@ -120,7 +120,8 @@ class Run:
 
 
 def wait(started: list[subprocess.Popen], run: Run) -> None:
-    if any([process.wait() for process in started]):
+    codes = [process.wait() for process in started]
+    if any(codes):
         raise AssertionError((run.workdir.parent / f"{run.workdir.name}.log").read_text()[-3000:])
 
 
