@@ -112,14 +112,16 @@ def export(
     except OSError as error:
         raise UserError(f"--output={output}: cannot be written: {error.strerror}") from None
     try:
+        read = checkpoint.Reader(workdir, step)
         save_hf(
             temporary,
             decoder,
-            _reader(config, decoder, tokenizer, workdir, step),
+            _merging(read, config, decoder, tokenizer),
             dtype=jnp.dtype(dtype),
             max_bytes=int(max_shard_gb * 1e9),
             progress=True,
         )
+        read.check()
         _save_tokenizer(tokenizer, temporary)
         # Readers before transformers 5 know the type as torch_dtype.
         kind = {"dtype": dtype, "torch_dtype": dtype, "pad_token_id": tokenizer.pad_token_id}
@@ -142,16 +144,17 @@ def _save_adapters(config: ConfigDict, workdir: Path, step: int, output: Path) -
     lora = read_lora(config.model.lora)
     if lora is None:
         raise UserError(f"--adapters: {workdir} is a run without LoRA")
-    found = adapters_of(checkpoint.reader(workdir, step), lora)
+    read = checkpoint.Reader(workdir, step)
+    found = adapters_of(read, lora)
+    read.check()
     lora_lib.save_peft(output, found, lora, config.model.path)
     _log.info(f"step {step} of {workdir}, adapters, written to {output}")
 
 
-def _reader(
-    config: ConfigDict, decoder: DecoderConfig, tokenizer: Any, workdir: Path, step: int
+def _merging(
+    read: checkpoint.Reader, config: ConfigDict, decoder: DecoderConfig, tokenizer: Any
 ) -> Callable[[tuple[str, ...], int | None], np.ndarray]:
-    """As `checkpoint.reader`; of a run with LoRA, its base with the adapters added."""
-    read = checkpoint.reader(workdir, step)
+    """As `read`; of a run with LoRA, its base with the adapters added."""
     if not uses_lora(config.model.lora):
         return read
     mesh = make_mesh(config_lib.default().mesh, devices=jax.local_devices()[:1])

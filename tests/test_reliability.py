@@ -9,6 +9,7 @@ import resource
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ import pytest
 from helpers import log_lines, losses, tiny_config, write_jsonl
 
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.export import export
 from mass_dpo_jax.train import abstract_state, train
 from mass_dpo_jax.training import checkpoint, interruption, run_folder
 from mass_dpo_jax.training.optimizer import make_optimizer
@@ -294,6 +296,42 @@ def test_weights_of_a_damaged_run_come_from_the_checkpoint_before(
         train(config, tmp_path / "run")
     names = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
     assert names == ["2", "4"]  # Nothing was renamed or removed.
+
+
+def test_an_export_notices_a_flipped_bit(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One bit of one weight, in what the files are decompressed to: no library would see it."""
+    train(tiny_config(data), tmp_path / "run")
+    reader = checkpoint.Reader(tmp_path / "run", 4)
+    reader(("norm", "scale"), None)
+    with pytest.raises(UserError, match="not what was written"):
+        reader.check()  # Not everything was read.
+    export(tmp_path / "run", tmp_path / "whole")
+    real = checkpoint.ts.open
+
+    class Flipped:
+        def __init__(self, array: Any):
+            self.shape, self._array = array.shape, array
+
+        def __getitem__(self, layer: int) -> Flipped:
+            return Flipped(self._array[layer])
+
+        def read(self) -> Any:
+            values = np.array(self._array.read().result())
+            values.view(np.uint32).flat[7] ^= 1
+            return SimpleNamespace(result=lambda: values)
+
+    def flip(spec: Any, **more: Any) -> Any:
+        opened = real(spec, **more)
+        if "embed" not in spec["kvstore"]["path"]:
+            return opened
+        return SimpleNamespace(result=lambda: Flipped(opened.result()))
+
+    monkeypatch.setattr(checkpoint.ts, "open", flip)
+    with pytest.raises(UserError, match="params: not what was written"):
+        export(tmp_path / "run", tmp_path / "flipped")
+    assert not (tmp_path / "flipped").exists()
 
 
 def test_single_bits(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import gc
 import hashlib
+import json
 import logging
 import shutil
 import sys
@@ -242,27 +243,42 @@ def _by_layer(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(how, params)
 
 
-def reader(workdir: Path, step: int) -> Callable[[tuple[str, ...], int | None], np.ndarray]:
-    """Reads the weights of a checkpoint a piece at a time, whatever devices it was written on.
+class Reader:
+    """Reads the weights of a checkpoint a piece at a time, whatever devices it was written on."""
 
-    Returns:
-      A function of a parameter's path and, of one that stacks layers, a layer (None: all of it).
-      It raises UserError where the checkpoint is broken.
-    """
-    folder = (workdir / FOLDER / str(step)).absolute()
+    def __init__(self, workdir: Path, step: int):
+        self._folder = (workdir / FOLDER / str(step)).absolute()
+        self._arrays: dict[tuple[str, ...], ts.TensorStore] = {}
+        self._sums: dict[tuple[str, ...], np.ndarray] = {}
 
-    @functools.cache
-    def opened(path: tuple[str, ...]) -> ts.TensorStore:
-        base = f"file://{folder / 'params'}/"
-        kvstore = {"driver": "ocdbt", "base": base, "path": ".".join(path) + "/"}
-        return ts.open({"driver": "zarr", "kvstore": kvstore}, open=True, read=True).result()
+    def __call__(self, path: tuple[str, ...], layer: int | None) -> np.ndarray:
+        """A parameter or, of one that stacks layers, a layer (None: all of it).
 
-    def read(path: tuple[str, ...], layer: int | None) -> np.ndarray:
-        with _refusals(folder):
-            array = opened(path)
-            return np.asarray((array if layer is None else array[layer]).read().result())
+        Raises:
+          UserError: the checkpoint is broken.
+        """
+        with _refusals(self._folder):
+            if path not in self._arrays:
+                base = f"file://{self._folder / 'params'}/"
+                kvstore = {"driver": "ocdbt", "base": base, "path": ".".join(path) + "/"}
+                spec = {"driver": "zarr", "kvstore": kvstore}
+                self._arrays[path] = ts.open(spec, open=True, read=True).result()
+            array = self._arrays[path]
+            part = np.asarray((array if layer is None else array[layer]).read().result())
+        sums = scoring.sums_of_part(part, (layer or 0) * part.size)
+        self._sums[path] = self._sums.get(path, np.zeros(2, np.uint32)) + sums
+        return part
 
-    return read
+    def check(self) -> None:
+        """Raises UserError unless all that was written has been read, each piece once."""
+        with _refusals(self._folder):
+            found = scoring.digest_of(
+                ("".join(f"[{name!r}]" for name in path), self._arrays[path].shape, sums)
+                for path, sums in sorted(self._sums.items())
+            )
+            written = json.loads((self._folder / "run" / "metadata").read_text())["digests"]
+            if found != written["params"]:
+                raise ValueError("params: not what was written")
 
 
 def load_params(workdir: Path, like: Any, step: int | None = None) -> Any:
