@@ -1,10 +1,13 @@
-"""The short form of tests/torture.py."""
+"""The short form of tests/torture.py, and a signal to one process of several."""
 
 from __future__ import annotations
 
+import signal
+import time
 from pathlib import Path
 
-from torture import EVERY, compare
+from helpers import write_jsonl
+from torture import EVERY, Run, compare
 
 
 def test_a_run_that_is_killed_is_the_run_that_is_not(tmp_path: Path) -> None:
@@ -12,3 +15,19 @@ def test_a_run_that_is_killed_is_the_run_that_is_not(tmp_path: Path) -> None:
     assert sum(found.kills.values()) >= 2 and found.starts >= 3
     # A step is logged when the next has begun, and a save takes longer than some steps.
     assert max(found.lost) <= 4 * EVERY
+
+
+def test_sigterm_to_one_process_ends_both_with_the_state_saved(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run", write_jsonl(tmp_path / "data.jsonl", examples=40), 5000, devices=2)
+    started = run.start(processes=2)
+    try:
+        while run.step() < 3 and all(process.poll() is None for process in started):
+            time.sleep(0.05)
+        started[1].send_signal(signal.SIGTERM)
+        assert [process.wait(timeout=120) for process in started] == [0, 0]
+    finally:
+        for process in started:
+            process.kill()
+    said = (tmp_path / "run.log").read_text()
+    assert f"stopped by SIGTERM and saved at step {run.saved()}; run the same command again" in said
+    assert run.step() == run.saved() >= 3
