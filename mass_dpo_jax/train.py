@@ -14,6 +14,7 @@ and model/ (architecture and tokenizer), and can be given to the other commands,
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -113,41 +114,40 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         if step := int(state.step):
             saved.save(state, sets.to_keep(), {"config": config.to_dict(), **order.place(step)})
 
-    try:
-        if start == 0:
-            report.at_start({**frozen, **state.params})
-        elif every and start % every == 0 and start not in evaluated:
-            evaluate(start)  # An interruption came between saving and evaluating.
-        for step in range(start, total):
-            interruption.check()
-            negatives = sets.at(step, {**frozen, **state.params})
-            batch, chosen, size = put(setup, order, step, reference, negatives)
-            key = setup.key(step // sets.window)
-            state, used, figures = setup.program.train_step(
-                optimizer, state, batch, chosen, key, size, frozen
-            )
-            rows = order(step)[0]
-            changed = sets.changed(rows, used.numbers)
-            more = {"learning_rate": rate(step), "selection/changed": changed}
-            steps.add(step + 1, {**figures, **more}, [ids[row] for row in rows], used.bad)
-            last = step + 1 == total
-            due = every > 0 and (last or (step + 1) % every == 0)
-            keep = last or (step + 1) % config.train.checkpoint_every == 0
-            if due or keep:
-                steps.flush()
-                if keep or config.train.keep_best:
-                    save()
-                if due:
-                    evaluate(step + 1)
-                steps.resume()
-    except (interruption.Stopped, BadSteps):
-        save()
-        raise
-    finally:
-        # However training ends, what is being written is waited for.
-        steps.close()
-        saved.close()
-        log.close()
+    # However training ends, each of these is closed: what is being written is waited for.
+    with contextlib.ExitStack() as stack:
+        for opened in (log, saved, steps):
+            stack.callback(opened.close)
+        try:
+            if start == 0:
+                report.at_start({**frozen, **state.params})
+            elif every and start % every == 0 and start not in evaluated:
+                evaluate(start)  # An interruption came between saving and evaluating.
+            for step in range(start, total):
+                interruption.check()
+                negatives = sets.at(step, {**frozen, **state.params})
+                batch, chosen, size = put(setup, order, step, reference, negatives)
+                key = setup.key(step // sets.window)
+                state, used, figures = setup.program.train_step(
+                    optimizer, state, batch, chosen, key, size, frozen
+                )
+                rows = order(step)[0]
+                changed = sets.changed(rows, used.numbers)
+                more = {"learning_rate": rate(step), "selection/changed": changed}
+                steps.add(step + 1, {**figures, **more}, [ids[row] for row in rows], used.bad)
+                last = step + 1 == total
+                due = every > 0 and (last or (step + 1) % every == 0)
+                keep = last or (step + 1) % config.train.checkpoint_every == 0
+                if due or keep:
+                    steps.flush()
+                    if keep or config.train.keep_best:
+                        save()
+                    if due:
+                        evaluate(step + 1)
+                    steps.resume()
+        except (interruption.Stopped, BadSteps):
+            save()
+            raise
     return report.at_end({**frozen, **state.params}, total)
 
 

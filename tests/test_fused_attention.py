@@ -79,9 +79,11 @@ def test_training_from_a_record_equals_plain_attention(layout: str) -> None:
     """Scoring and the backward pass by the kernel's calls, against one plain pass on the sets."""
     model = random_decoder(tiny_config(), remat="full")
     pool = random_candidates(response=RESPONSE)
-    logps, expected = recorded_gradients(model, pool, LAYOUTS[layout], recorded=False)
+    graphdef, state = nnx.split(model)
+    params = nnx.to_pure_dict(state)
+    logps, expected = recorded_gradients(graphdef, params, pool, LAYOUTS[layout], recorded=False)
     how = {**LAYOUTS[layout], "attention": XLA}
-    others, found = recorded_gradients(model, pool, how, recorded=True)
+    others, found = recorded_gradients(graphdef, params, pool, how, recorded=True)
     np.testing.assert_allclose(others, logps, rtol=1e-5, atol=1e-4)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert np.linalg.norm(a - b) < 1e-4 * np.linalg.norm(b)

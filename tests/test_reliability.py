@@ -123,11 +123,21 @@ def test_sigterm_saves_and_the_run_goes_on(
 
 
 def test_a_second_signal_is_not_held_back() -> None:
-    with interruption.on_signals():
-        os.kill(os.getpid(), signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-            signal.sigtimedwait([], 0.1)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with interruption.on_signals():
+            signal.raise_signal(signal.SIGINT)
+            with pytest.raises(interruption.Stopped, match="SIGINT"):
+                interruption.check()
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        # As `nohup` and shells have it for what runs in the background.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with interruption.on_signals():
+            signal.raise_signal(signal.SIGINT)
+            interruption.check()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # --- Numbers that are none.

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (int(signal.SIGTERM), int(signal.SIGINT))
 
 
 class Stopped(Exception):
@@ -40,15 +40,20 @@ def on_signals() -> Iterator[None]:
         _Asked.by = signal.Signals(number).name
         signal.signal(number, before[number])
 
-    before: dict[int, Any] = {number: signal.getsignal(number) for number in SIGNALS}
-    for number in SIGNALS:
+    # What is ignored stays so: Ctrl-C by programs that `nohup` or a shell put in the background.
+    before: dict[int, Any] = {
+        number: signal.getsignal(number)
+        for number in SIGNALS
+        if signal.getsignal(number) != signal.SIG_IGN
+    }
+    for number in before:
         signal.signal(number, ask)
     try:
         yield
     finally:
         _Asked.by = ""
-        for number in SIGNALS:
-            signal.signal(number, before[number])
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def check() -> None:

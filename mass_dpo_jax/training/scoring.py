@@ -116,6 +116,7 @@ def _sums(params: Any) -> Any:
     leaves its devices."""
 
     def sums(x: jax.Array) -> jax.Array:
+        x = jax.device_put(x, jax.memory.Space.Device)  # Moments may lie in the host's memory.
         bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
         place = jnp.zeros((), jnp.uint32)
         for axis, size in enumerate(x.shape):
