@@ -120,7 +120,8 @@ def test_the_hook_sees_what_it_watches(tmp_path: Path) -> None:
 def test_a_run_unpickles_nothing_and_stays_in_its_folders(tmp_path: Path) -> None:
     """Trains with a checkpoint, goes on from it, evaluates: orbax, too, unpickles nothing.
 
-    Without the report's pictures: matplotlib asks the system for its fonts.
+    Without the report, whose matplotlib asks the system for fonts, and without TensorBoard, whose
+    events go to a writer by a queue that pickles: both within this process, of nothing read.
     """
     data = write_jsonl(tmp_path / "data.jsonl")
     changes = {
@@ -128,7 +129,8 @@ def test_a_run_unpickles_nothing_and_stays_in_its_folders(tmp_path: Path) -> Non
         "train.micro_batch_size": 8, "train.eval_every": 0, "train.steps": 2,
         "train.checkpoint_every": 1, "model.scratch.hidden_size": 32, "model.scratch.num_layers": 1,
         "model.scratch.intermediate_size": 48, "model.scratch.vocab_size": 300,
-        "cache_dir": tmp_path / "cache", "data.name": "jsonl", "log.report": False,
+        "cache_dir": tmp_path / "cache", "data.name": "jsonl",
+        "log.report": False, "log.tensorboard": False,
     }  # fmt: skip
     words = [f"--config.{name}={value}" for name, value in changes.items()]
     run = f"--workdir={tmp_path / 'run'}"

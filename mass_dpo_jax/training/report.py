@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
 import mass_dpo_jax
-from mass_dpo_jax import evaluation, hosts, run_page
+from mass_dpo_jax import evaluation, hosts
 from mass_dpo_jax.data.examples import digest
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import read_array
@@ -20,6 +20,9 @@ from mass_dpo_jax.training.loggers import Log
 from mass_dpo_jax.training.setup import Setup
 
 MOST_SELECTED = 256  # Rows of the final split in which the report shows what is selected.
+if TYPE_CHECKING:
+    from mass_dpo_jax import run_page
+
 START_LOGPS, FINAL_LOGPS = "logps-start.npy", "logps-final.npy"
 
 
@@ -174,6 +177,9 @@ class Report:
             finished=True, step=step, start=started.get("start"), final=final, gain=gain
         )
         if self._setup.config.log.report and hosts.first():
+            # Only here: matplotlib is slow to import, and looks for the system's fonts.
+            from mass_dpo_jax import run_page
+
             run_page.write(self._workdir, self._setup.config, done, tested)
         return done
 
@@ -182,6 +188,8 @@ class Report:
     ) -> run_page.Tested:
         tokens = self._setup.tokens[split]
         by_id = {example.id: example for example in self._setup.examples[split]}
+        from mass_dpo_jax import run_page
+
         return run_page.Tested(
             [by_id[name] for name in tokens.ids],
             tokens.numbers,
