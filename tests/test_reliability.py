@@ -487,6 +487,16 @@ def test_a_full_disk_leaves_the_checkpoint_before(
     assert_same_run(config, run, whole)
 
 
+def test_a_save_that_fails_at_once_is_not_forgotten(tmp_path: Path) -> None:
+    values = {"w": jnp.ones(3)}
+    saved = checkpoint.Checkpoints(tmp_path)
+    saved.save(checkpoint.TrainState(jnp.int32(1), values, values), None, {})
+    # What orbax refuses before it writes: a tree that is a bare array.
+    saved.save(checkpoint.TrainState(jnp.int32(2), values, jnp.ones(3)), None, {})
+    with pytest.raises(UserError, match=r"checkpoints/2: .* not written.*newest is that of step 1"):
+        saved.close()
+
+
 def test_a_log_that_cannot_be_written_ends_the_run(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -164,8 +164,8 @@ class Checkpoints:
         run = {"step": step, **about, "versions": versions, "digests": digests}
         items["run"] = ocp.args.JsonSave(run)
         manager = self._manager
-        self._try(step, lambda: manager.save(step, args=ocp.args.Composite(**items)))
         self._writing = step
+        self._try(step, lambda: manager.save(step, args=ocp.args.Composite(**items)))
 
     def restore(self, like: TrainState) -> Restored:
         """The newest state that can be read, with the types, shapes and shardings of `like`.
@@ -224,6 +224,7 @@ class Checkpoints:
         except (OSError, ValueError) as error:  # tensorstore's errors are ValueErrors.
             reason = str(error).split(" [")[0].rsplit(": ", 1)[-1]
             self._failed = f"{self._folder / str(step)}: this checkpoint was not written: {reason}"
+            self._writing = None  # There is nothing to wait for, and the failure stands.
             _log.warning(f"{self._failed}; training goes on")
             self._remove_unfinished()
 
