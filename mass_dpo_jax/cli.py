@@ -10,13 +10,14 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from mass_dpo_jax import config as config_lib
+from mass_dpo_jax import help as help_lib
 from mass_dpo_jax import hosts
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.training.compiled import keep_compiled
@@ -26,9 +27,18 @@ def define_config(default: str | None = None) -> flags.FlagHolder[ConfigDict]:
     return config_flags.DEFINE_config_file(
         "config",
         default,
-        "A file of configs/, e.g. configs/llama3.py; change a field by --config.FIELD=VALUE. "
-        "Left out when --workdir names a run: then that run's own configuration is used.",
+        f"A file, or the name of one of ours: {', '.join(_named())}. Change a field by "
+        "--config.FIELD=VALUE; --config.print=True prints what comes of it, as flags, and ends. "
+        "Left out where --workdir names a run: that run's own configuration.",
     )
+
+
+def _named() -> dict[str, Path]:
+    """The configurations that come with the program: folder configs/ of the project, which is
+    inside the package where that is installed."""
+    inside = Path(config_lib.__file__).parent / "configs"
+    folder = inside if inside.is_dir() else inside.parent.parent / "configs"
+    return {path.stem: path for path in sorted(folder.glob("[!_]*.py"))}
 
 
 def define_split() -> flags.FlagHolder[str | None]:
@@ -73,11 +83,22 @@ def required(holder: flags.FlagHolder[ConfigDict]) -> ConfigDict:
     Raises:
       UserError: there is no --config (and no --workdir that has one).
     """
-    if holder.value is None:
-        raise UserError("--config is missing, for example --config=configs/tiny.py")
-    config_lib.check(holder.value)
-    keep_compiled(holder.value.cache_dir)
-    return holder.value
+    config = _given(holder.value)
+    config_lib.check(config)
+    keep_compiled(config.cache_dir)
+    return config
+
+
+def _given(config: ConfigDict | None) -> ConfigDict:
+    if config is None:
+        run = ""
+        if "workdir" in flags.FLAGS and flags.FLAGS["workdir"].present:
+            run = f", and {flags.FLAGS['workdir'].value} is no run that has its own"
+        raise UserError(
+            f"--config is missing{run}: expected a file or one of {', '.join(_named())}, as in "
+            "--config=tiny"
+        )
+    return config
 
 
 def output_file(value: str | None, kind: str) -> Path:
@@ -113,18 +134,16 @@ def run(main: Callable[[], None]) -> None:
     def guarded(argv: Sequence[str]) -> None:
         _quiet()
         if len(argv) > 1:
-            raise SystemExit(
-                _fail(f"unexpected argument {argv[1]!r}; flags look like --name=value")
-            )
+            _refuse(f"unexpected argument {argv[1]!r}; flags look like --name=value")
         try:
             _join()
             _together(main)
         except UserError as error:
-            raise SystemExit(_fail(str(error))) from None
+            _refuse(str(error))
         except OSError as error:  # A full disk, a folder that may not be written, a long name.
             if error.filename is None:
                 raise
-            raise SystemExit(_fail(f"{error.filename}: {error.strerror}")) from None
+            _refuse(f"{error.filename}: {error.strerror}")
         except KeyboardInterrupt:
             print("interrupted; the same command goes on from what was saved", file=sys.stderr)
             raise SystemExit(130) from None
@@ -179,22 +198,59 @@ def _quiet() -> None:
     ours.addHandler(handler)
 
 
-def _fail(message: str) -> int:
-    print(f"error: {UserError(message)}", file=sys.stderr)
-    return 2
+def _doc() -> str:
+    return sys.modules["__main__"].__doc__ or ""
+
+
+def _refuse(message: str) -> NoReturn:
+    help_lib.refuse(message, _doc())
 
 
 def _parse(argv: list[str]) -> list[str]:
+    """Parses the flags; --help and --config.print=True end here, before anything is done."""
+    asked = [word for word in argv[1:] if word in help_lib.HELP]
+    argv = [word for word in argv if word not in help_lib.HELP]
+    path = _value(argv, "config") or ""
     try:
+        argv, printing = _without_print(argv)
         _check_names(argv)
-        return flags.FLAGS(_with_run_config(argv))
-    except (flags.Error, UserError) as error:
-        raise SystemExit(_fail(str(error))) from None
-    except Exception as error:  # Of the configuration, which is a program.
+        argv = _with_run_config(_with_path(argv))
         path = _value(argv, "config") or ""
+        sys.argv[:] = argv  # Where ml_collections looks for the fields.
+        rest = flags.FLAGS(argv)
+        if asked:
+            print(_help())
+        elif printing:
+            config = _given(flags.FLAGS["config"].value)
+            print("\n".join(help_lib.as_flags(config)))
+            config_lib.check(config)
+    except (flags.Error, UserError) as error:
+        _refuse(str(error))
+    except Exception as error:  # Of the configuration, which is a program.
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
         place = f"{path}:{lines[-1]}" if lines else path
-        raise SystemExit(_fail(f"--config={place}: {type(error).__name__}: {error}")) from None
+        _refuse(f"--config={place}: {type(error).__name__}: {error}")
+    if asked or printing:
+        raise SystemExit(0)
+    return rest
+
+
+def _help() -> str:
+    """Of the flags those that the package defines."""
+    ours = [
+        flag
+        for module, defined in flags.FLAGS.flags_by_module_dict().items()
+        if module == sys.argv[0] or module.startswith("mass_dpo_jax")
+        for flag in defined
+        if not flag.name.startswith("config.")
+    ]
+    if "config" not in flags.FLAGS:
+        return help_lib.describe(_doc(), ours, None, "")
+    path = _value(sys.argv, "config")
+    place = "the defaults" if path is None else f"the values of {path}"
+    return help_lib.describe(
+        _doc(), ours, flags.FLAGS["config"].value or config_lib.default(), place
+    )
 
 
 def _value(argv: Sequence[str], flag: str) -> str | None:
@@ -206,6 +262,48 @@ def _value(argv: Sequence[str], flag: str) -> str | None:
     return None
 
 
+def _without_print(argv: list[str]) -> tuple[list[str], bool]:
+    """Takes out --config.print, which is no setting: no run is to remember it."""
+    rest, printing = [], False
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if name.lstrip("-") == "config.print" and word.startswith("-") and "config" in flags.FLAGS:
+            printing = bool(flags.BooleanParser().parse(value if equals else "true"))
+        else:
+            rest.append(word)
+    return rest, printing
+
+
+def _with_path(argv: list[str]) -> list[str]:
+    """The file of --config in place of its name; of several the last, and before its fields.
+
+    Raises:
+      UserError: there is no such file.
+    """
+    others, value = [], None
+    words = iter(argv[1:])
+    for word in words:
+        if word in ("-config", "--config"):
+            value = next(words, None)
+        elif word.startswith(("-config=", "--config=")):
+            value = word.partition("=")[2]
+        else:
+            others.append(word)
+    if value is None or "config" not in flags.FLAGS:
+        return argv
+    named = _named()
+    file, colon, rest = value.partition(":")
+    path = Path(file) if file.endswith(".py") or os.sep in file else named.get(file, Path(file))
+    if not path.is_file():
+        raise UserError(
+            f"--config={value}: no such file; a name alone can be {', '.join(named)}, as in "
+            "--config=tiny"
+        )
+    if path.suffix != ".py":
+        raise UserError(f"--config={value}: not a Python file")
+    return [argv[0], f"--config={path}{colon}{rest}", *others]
+
+
 def _with_run_config(argv: list[str]) -> list[str]:
     workdir = _value(argv, "workdir")
     if workdir and _value(argv, "config") is None and "config" in flags.FLAGS:
@@ -215,7 +313,7 @@ def _with_run_config(argv: list[str]) -> list[str]:
 
 
 def _check_names(argv: Sequence[str]) -> None:
-    """A misspelt field or a missing file, said before ml_collections raises its own traceback."""
+    """A misspelt field, said before ml_collections raises its own traceback."""
     known = {name for name, _ in config_lib.flat(config_lib.default())}
     sections = {name.rpartition(".")[0] for name in known} - {""}
     for word in argv[1:]:
@@ -227,12 +325,7 @@ def _check_names(argv: Sequence[str]) -> None:
             raise UserError(f"--{name}: is a group of settings; set one of its fields")
         # --noFIELD is absl's other spelling of a false boolean.
         if field not in known and field.removeprefix("no") not in known:
-            near = difflib.get_close_matches(field, known, n=1, cutoff=0.0)[0]
-            raise UserError(f"--{name}: no such setting; the nearest is --config.{near}")
-    path = _value(argv, "config")
-    if path is not None:
-        file = path.partition(":")[0]
-        if not Path(file).is_file():
-            raise UserError(f"--config={path}: no such file")
-        if not file.endswith(".py"):
-            raise UserError(f"--config={path}: not a Python file")
+            near = difflib.get_close_matches(field, known | {"print"}, n=1, cutoff=0.0)[0]
+            raise UserError(
+                f"--{name}: no such setting; the nearest is --config.{near}, and --help lists all"
+            )

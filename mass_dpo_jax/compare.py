@@ -1,5 +1,7 @@
 """Runs beside each other on the same test examples, and beside rankings without a model.
 
+    python -m mass_dpo_jax.compare runs/mine
+    python -m mass_dpo_jax.compare runs/sdpo runs/mass-dpo
     python -m mass_dpo_jax.compare runs/warm-start runs/mass-dpo runs/sdpo
 
 Prints the ranking at the start of the first run and at the end of each, and what every later run
@@ -10,13 +12,11 @@ history.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import app
 from ml_collections import ConfigDict
 
 from mass_dpo_jax import baselines, metrics
@@ -24,6 +24,7 @@ from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.data import load_examples, synthetic
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import read_array
+from mass_dpo_jax.help import Parser
 from mass_dpo_jax.training import run_folder
 from mass_dpo_jax.training.report import FINAL_LOGPS, START_LOGPS
 
@@ -116,16 +117,16 @@ def _difference(name: str, ours: Path, theirs: Path) -> str:
     return f"{name:40}{100 * gain:+6.1f} ± {100 * error:.1f}"
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) < 2:
-        print(__doc__)
-        raise SystemExit(2)
+def main() -> None:
+    """The command: folders of runs in, a table to the terminal."""
+    parser = Parser(__doc__)
+    parser.add_argument("run", nargs="+", type=Path, help="folder of a finished run")
+    runs = parser.parse_args().run
     try:
-        print(compare([Path(word) for word in argv[1:]]))
+        print(compare(runs))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        parser.error(str(error))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

@@ -1,6 +1,7 @@
 """Every setting of a run, with its default. Files in `configs/` change what they need.
 
 The defaults are the paper's. Names are stable: scripts set them as `--config.train.steps=100`.
+A setting's comment, at the end of its line or on lines before it, is what --help says of it.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def default() -> ConfigDict:
     c.model.layout = "packed"  # Responses behind their prompt: packed | rectangle (long ones).
 
     c.model.lora = ConfigDict()  # Train adapters beside frozen weights; model.path is the base.
-    c.model.lora.rank = 0  # 0: no LoRA, all weights are trained.
+    c.model.lora.rank = 0  # Columns of A; 0: no LoRA, all weights are trained.
     c.model.lora.alpha = 16.0  # What adapters add is multiplied by alpha / rank.
     # all, or names with commas: q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj.
     c.model.lora.targets = "all"
@@ -54,11 +55,11 @@ def default() -> ConfigDict:
 
     c.model.scratch = ConfigDict()  # The model and tokenizer made when model.path is empty.
     c.model.scratch.model_type = "llama"  # llama | qwen3 | smollm3.
-    c.model.scratch.hidden_size = 128
-    c.model.scratch.intermediate_size = 384
-    c.model.scratch.num_layers = 3
-    c.model.scratch.num_heads = 4
-    c.model.scratch.num_kv_heads = 2
+    c.model.scratch.hidden_size = 128  # Width of the residual stream.
+    c.model.scratch.intermediate_size = 384  # Hidden units of a block's MLP.
+    c.model.scratch.num_layers = 3  # Blocks.
+    c.model.scratch.num_heads = 4  # Of queries; they share hidden_size.
+    c.model.scratch.num_kv_heads = 2  # Of keys and values; divides num_heads.
     c.model.scratch.vocab_size = 1024  # The tokenizer is trained on the training split.
 
     c.data = ConfigDict()
@@ -78,12 +79,12 @@ def default() -> ConfigDict:
     # split by user instead, 8 : 1 : 1.
     c.data.validation_share = 0.1
     c.data.max_train = 0  # Rows used of each split, drawn by seed; 0: all.
-    c.data.max_validation = 200
-    c.data.max_test = 2000
+    c.data.max_validation = 200  # Likewise.
+    c.data.max_test = 2000  # Likewise.
 
     c.selection = ConfigDict()
-    c.selection.criterion = "pool_fisher"  # mass_dpo's: pool_fisher (Algorithm 1) | contrast |
-    # set_fisher | hardest | random | all.
+    # mass_dpo's: pool_fisher (Algorithm 1) | contrast | set_fisher | hardest | random | all.
+    c.selection.criterion = "pool_fisher"
     c.selection.search = "greedy"  # For a large determinant: greedy | exchange | exhaustive.
     c.selection.ridge = 0.1  # The paper's gamma: H_0 = ridge * I.
     c.selection.refresh = "step"  # When sets are chosen: step | epoch | once | every k steps (k).
@@ -98,14 +99,14 @@ def default() -> ConfigDict:
     c.odpo.alpha = 1.0  # Margin = alpha * log(difference).
 
     c.train = ConfigDict()
-    c.train.epochs = 3
+    c.train.epochs = 3  # Passes over the training rows.
     c.train.steps = 0  # Updates in all; 0: as many as the epochs need.
     c.train.batch_size = 128  # Prompts per update, all devices together.
     c.train.micro_batch_size = 16  # Prompts per accumulation step, all devices together.
     c.train.learning_rate = 1e-5  # Peak; cosine decay to zero.
     c.train.warmup_ratio = 0.05  # Share of the steps with linearly growing learning rate.
     c.train.clip = 0.3  # Global norm the gradient is clipped to.
-    c.train.weight_decay = 0.0
+    c.train.weight_decay = 0.0  # Of AdamW, times the learning rate.
     # Where pools are scored at a step, is that the forward pass on the sets too? False: their own
     # pass, which takes longer and needs less memory if pools are much longer than sets.
     c.train.reuse_scoring = True

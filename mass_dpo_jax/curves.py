@@ -1,14 +1,16 @@
 """A picture of training: loss, accuracy, margins and rewards of one or several runs.
 
-python -m mass_dpo_jax.curves runs/a runs/b --output=curves.png
+Writes one PNG; runs may still be going on:
+
+    python -m mass_dpo_jax.curves runs/mine
+    python -m mass_dpo_jax.curves runs/sdpo runs/mass-dpo --output=both.png
+    python -m mass_dpo_jax.curves runs/*/ --output=all.png
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -23,6 +25,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentForma
 
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import parse_json, read_text
+from mass_dpo_jax.help import Parser
 
 # Okabe and Ito's colours, told apart with any colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -217,15 +220,14 @@ def _levels(ax: Axes, accuracies: Mapping[str, float]) -> None:
 
 def main() -> None:
     """The command: run folders, or their metrics.jsonl, in; a PNG out."""
-    parser = argparse.ArgumentParser(prog="python -m mass_dpo_jax.curves", description=__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("run", nargs="+", type=Path, help="folder of a run")
     parser.add_argument("--output", type=Path, default=Path("curves.png"), help="the PNG to write")
     arguments = parser.parse_args()
     try:
         plot({path.name: path / "metrics.jsonl" for path in arguments.run}, arguments.output)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        parser.error(str(error))
     print(f"Curves: {arguments.output}")
 
 

@@ -1,7 +1,8 @@
 r"""Ranking and reward metrics of a model on the full candidate lists of a split.
 
     python -m mass_dpo_jax.evaluate --workdir=runs/lastfm
-    python -m mass_dpo_jax.evaluate --config=configs/llama3.py --config.model.path=DIR \
+    python -m mass_dpo_jax.evaluate --workdir=runs/lastfm --split=validation --output=metrics.json
+    python -m mass_dpo_jax.evaluate --config=llama3 --config.model.path=DIR \
         --config.data.name=lastfm --config.data.path=DIR --split=test --output=metrics.json
 
 With --workdir, the newest checkpoint of a run, its own settings unless --config is given, and the

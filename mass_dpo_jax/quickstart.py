@@ -1,6 +1,8 @@
 """The quick start: a small model in a made-up world, warm start and MASS-DPO, table and picture.
 
-    python -m mass_dpo_jax.quickstart --config=configs/tiny.py --workdir=runs/quickstart
+    python -m mass_dpo_jax.quickstart --config=tiny
+    python -m mass_dpo_jax.quickstart --config=tiny --config.train.steps=800 --workdir=runs/longer
+    python -m mass_dpo_jax.quickstart --config=tiny --config.seed=1 --workdir=runs/seed1
 
 What `launch/quickstart.sh` runs: two ordinary runs of `mass_dpo_jax.train` with the settings of
 configs/tiny.py, first a short supervised one from random weights, then MASS-DPO from its result.

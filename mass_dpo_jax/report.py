@@ -1,6 +1,8 @@
 """The paper's tables and figures from run folders, with paired comparisons of the methods.
 
     python -m mass_dpo_jax.report runs/paper --output=runs/paper/report
+    python -m mass_dpo_jax.report runs/sdpo runs/mass-dpo --output=report
+    python -m mass_dpo_jax.report runs/paper --paper=numbers.csv --output=report
 
 Takes any number of folders and finds the runs in and below them. Writes report.html (one page,
 nothing else needed), report.md, table1.csv to table5.csv, paired.csv, seconds.csv, runs.csv and
@@ -10,13 +12,12 @@ that were tested on different rows are never compared.
 
 from __future__ import annotations
 
-import argparse
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.help import Parser
 from mass_dpo_jax.paper import cells as cells_lib
 from mass_dpo_jax.paper import figures, page, paired, runs, tables
 
@@ -34,10 +35,6 @@ UNCHECKED = (
 )
 NO_NUMBERS = (
     "So none of the paper's own numbers is shown; none was made up. Rows added to "
-    "mass_dpo_jax/paper/numbers.csv, or to a file given as --paper, appear in square brackets."
-)
-NUMBERS = (
-    "None of the paper's own numbers is shown, for the same reason; none is made up. Rows added to "
     "mass_dpo_jax/paper/numbers.csv, or to a file given as --paper, appear in square brackets."
 )
 NUMBERS = "The paper's own numbers, where they are known, stand in square brackets."
@@ -134,8 +131,7 @@ def _write(report: page.Report, output: Path) -> None:
 
 def main() -> None:
     """The command: folders with runs in; a folder with the report out."""
-    parser = argparse.ArgumentParser(prog="python -m mass_dpo_jax.report", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = Parser(__doc__)
     parser.add_argument("folder", nargs="+", type=Path, help="folder with runs in it, or a run")
     parser.add_argument("--output", type=Path, required=True, help="the folder to write")
     parser.add_argument(
@@ -145,8 +141,7 @@ def main() -> None:
     try:
         make_report(arguments.folder, arguments.output, arguments.paper)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        parser.error(str(error))
     print(f"Report: {arguments.output / 'report.html'}")
 
 

@@ -1,8 +1,10 @@
 r"""Log-probabilities and rewards of every candidate response, one JSON line per example.
 
-    python -m mass_dpo_jax.score --config=configs/llama3.py --config.model.path=DIR \
+    python -m mass_dpo_jax.score --config=llama3 --config.model.path=DIR \
         --config.data.path=pairs.jsonl --output=scores.jsonl
     python -m mass_dpo_jax.score --workdir=runs/lastfm --split=test --output=scores.jsonl
+    python -m mass_dpo_jax.score --workdir=runs/lastfm --config=llama3 \
+        --config.data.path=others.jsonl --output=scores.jsonl
 
 Each line: `id`; `logps`, chosen first; with a reference (--config.model.reference_path, or that of
 the run in --workdir) `ref_logps` and `rewards`; `response_tokens`, end of sequence included. In

@@ -1,11 +1,12 @@
 r"""Chooses negatives without training: for people who train elsewhere.
 
-    python -m mass_dpo_jax.select --config=configs/llama3.py --config.model.path=DIR \
+    python -m mass_dpo_jax.select --config=llama3 --config.model.path=DIR \
         --config.data.path=preferences.jsonl --output=selected.jsonl
+    python -m mass_dpo_jax.select --workdir=runs/mine --format=pairs --output=selected.jsonl
     python -m mass_dpo_jax.select --features=features.npy --config.num_negatives=3 \
         --config.selection.criterion=contrast --output=selected.jsonl
 
-The first form scores every response with the model and writes the data again with the chosen
+The first forms score every response with a model and write the data again with the chosen
 negatives only: with --format=lists one object per prompt, as this program reads them, with
 --format=pairs one per pair, in the columns of TRL's DPOTrainer (prompt, chosen, rejected). Each
 object also says `id`, `selected` (places in the example's own list of rejected responses, counted
@@ -14,12 +15,12 @@ written as they are, also those that are cut to config.data.max_prompt_length wh
 strings that were scored inside a chat template become chat messages, since TRL applies templates to
 those only.
 
-The second form needs no model. --features is a .npy file [M, C, D], the chosen response first, or
+The last form needs no model. --features is a .npy file [M, C, D], the chosen response first, or
 a .safetensors file with `features` and perhaps `scores` [M, C - 1] and `mask` [M, C - 1]. With
 --config.data.path it also writes the texts of that data, whose rows must be in the same order.
 
 Without a reference (--config.model.reference_path, or that of the run in --workdir; `scores` of
-the second form) all scores are 0, as at the start of training. All rows are used:
+the last form) all scores are 0, as at the start of training. All rows are used:
 config.data.max_* is not applied.
 """
 

@@ -1,6 +1,8 @@
 r"""What selection does to the error of what is learnt, where the truth is known.
 
-    python -m mass_dpo_jax.simulation --output=docs/theory.png
+    python -m mass_dpo_jax.simulation --output=theory.png
+    python -m mass_dpo_jax.simulation --output=quick.png --seeds=2
+    python -m mass_dpo_jax.simulation --output=docs/theory.png --seeds=24
 
 Theorem 5.1 of MASS-DPO says that the logit error of a log-linear policy falls as n, the number of
 selected negatives, grows. Here is such a policy, :math:`\pi_\theta(y|x) \propto
@@ -30,7 +32,6 @@ the gradient of the loss on all negatives.
 
 from __future__ import annotations
 
-import argparse
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -49,6 +50,7 @@ from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 from tqdm import tqdm
 
 from mass_dpo_jax import selection
+from mass_dpo_jax.help import Parser
 
 PROMPTS, NEGATIVES, CENTRES, SPREAD = 500, 19, 5, 1.5
 STEPS, LEARNING_RATE, RIDGE = 300, 0.1, 0.1
@@ -390,13 +392,9 @@ def _panel(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command: tables in Markdown to the terminal, a picture to `--output`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mass_dpo_jax.simulation",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--output", type=Path, default=Path("theory.png"), help="the PNG to write")
-    parser.add_argument("--seeds", type=int, default=8, help="worlds, at least 2")
+    parser = Parser(__doc__)
+    parser.add_argument("--output", type=Path, required=True, help="the PNG to write")
+    parser.add_argument("--seeds", type=int, default=8, help="worlds, at least 2 (default: 8)")
     options = parser.parse_args(arguments)
     if options.seeds < 2:
         parser.error("--seeds must be at least 2: errors are over seeds")

@@ -1,15 +1,16 @@
 r"""Trains a policy on preferences with several negatives.
 
-    python -m mass_dpo_jax.train --config=configs/tiny.py --workdir=runs/tiny
-    python -m mass_dpo_jax.train --config=configs/llama3.py --config.model.path=DIR \
-        --config.data.name=lastfm --config.data.path=DIR --workdir=runs/lastfm
+    python -m mass_dpo_jax.train --config=tiny --workdir=runs/tiny
+    python -m mass_dpo_jax.train --config=llama3 --config.model.path=DIR \
+        --config.data.path=pairs.jsonl --workdir=runs/mine
+    python -m mass_dpo_jax.train --config=llama3 --config.model.path=DIR \
+        --config.data.name=lastfm --config.data.path=DIR --config.dry_run=True
 
 Run again on the same --workdir, it goes on from the newest checkpoint; --config may then be left
-out. With --config.dry_run=True it only says what a step needs of memory and arithmetic. Every
-setting and its default stand in mass_dpo_jax/config.py. The work folder gets
-config.json, metrics.jsonl, metrics.json, report.html (with figures/), tensorboard/, checkpoints/
-and model/ (architecture and tokenizer), and can be given to the other commands, and to this one as
---config.model.path.
+out. With --config.dry_run=True it only says what a step needs of memory and arithmetic. The work
+folder gets config.json, metrics.jsonl, metrics.json, report.html (with figures/), tensorboard/,
+checkpoints/ and model/ (architecture and tokenizer), and can be given to the other commands, and to
+this one as --config.model.path.
 """
 
 from __future__ import annotations

@@ -181,8 +181,8 @@ def test_exporting_what_is_no_run(tmp_path: Path) -> None:
     assert "python -m mass_dpo_jax.export --workdir=" in command(words[0], "--help").stdout
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "score", "select", "data"])
-def test_help_shows_the_examples(name: str) -> None:
-    done = command(f"mass_dpo_jax.{name}", "--help")
-    assert f"python -m mass_dpo_jax.{name} --config=configs/llama3.py" in done.stdout
-    assert "--config" in done.stdout.split("configs/llama3.py")[-1]
+def test_settings_before_the_file_and_the_last_of_two_files(tmp_path: Path) -> None:
+    done = command("mass_dpo_jax.data", "--config.data.name=jsonl", "--config=configs/tony.py",
+                   "--config=tiny", "--config.print=True")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "--config.beta=1.0" in done.stdout and "--config.data.name=jsonl" in done.stdout

@@ -139,5 +139,5 @@ def test_the_command(monkeypatch, tmp_path, capsys):
 
 def test_one_seed_has_no_error(capsys):
     with pytest.raises(SystemExit):
-        simulation.main(["--seeds=1"])
+        simulation.main(["--seeds=1", "--output=x.png"])
     assert "at least 2" in capsys.readouterr().err

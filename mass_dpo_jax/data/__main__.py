@@ -1,7 +1,9 @@
 r"""What a data set looks like to a model: pools, lengths, what was cut, and the first prompts.
 
-    python -m mass_dpo_jax.data --config=configs/llama3.py --config.model.path=DIR \
+    python -m mass_dpo_jax.data --config=llama3 --config.data.path=pairs.jsonl
+    python -m mass_dpo_jax.data --config=llama3 --config.model.path=DIR \
         --config.data.name=qasc --config.data.path=DIR --show=3
+    python -m mass_dpo_jax.data --config=tiny --show=1
 
 The folder at config.model.path needs a tokenizer only, no weights. Without one, lengths are in
 words of the text, and no chat template or length limit is applied.

@@ -11,8 +11,6 @@ from typing import Any, Protocol
 
 import numpy as np
 from ml_collections import ConfigDict
-from tensorboardX import SummaryWriter
-from tensorboardX.proto.summary_pb2 import Summary
 
 import mass_dpo_jax
 from mass_dpo_jax import config as config_lib
@@ -69,6 +67,8 @@ class TensorBoard:
     """Event files in tensorboard/, with the settings and the version as text."""
 
     def __init__(self, config: ConfigDict, workdir: Path, step: int):
+        from tensorboardX import SummaryWriter  # Where PyTorch is, it is imported: seconds.
+
         self._writer = SummaryWriter(
             str(workdir / TENSORBOARD),
             # TensorBoard forgets what it has read of this step and later ones.
@@ -80,6 +80,8 @@ class TensorBoard:
         self._writer.add_text("settings", f"```json\n{settings}\n```", step)
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
+        from tensorboardX.proto.summary_pb2 import Summary
+
         # The writer's own add_scalar changes names: recall@3 to recall_3.
         values = [Summary.Value(tag=name, simple_value=x) for name, x in figures.items()]
         self._writer.file_writer.add_summary(Summary(value=values), step)

@@ -1,0 +1,143 @@
+"""What the commands say of themselves: --help, the examples of their docstrings, and refusals.
+
+The settings' descriptions are the comments in config.py; there is no second list to keep.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import functools
+import inspect
+import io
+import shlex
+import sys
+import textwrap
+import tokenize
+from collections.abc import Iterable, Iterator
+from typing import NoReturn
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from mass_dpo_jax import config as config_lib
+from mass_dpo_jax.errors import UserError
+
+WIDTH = 100
+HELP = ("-h", "-?", "--h", "-help", "--help", "--helpshort", "-helpshort")
+
+
+@functools.cache
+def comments() -> dict[str, str]:
+    """By dotted name, `train` or `train.steps`, the comment of each group and setting: what stands
+    on the lines before it and at the end of its own."""
+    source = inspect.getsource(config_lib.default)
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    lines = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
+    (function,) = ast.parse(source).body
+    assert isinstance(function, ast.FunctionDef)
+    found, last = {}, 0
+    for node in function.body:
+        end = node.end_lineno or node.lineno
+        if isinstance(node, ast.Assign):
+            name = ast.unparse(node.targets[0]).partition(".")[2]
+            found[name] = " ".join(lines[n] for n in range(last + 1, end + 1) if n in lines)
+        last = end
+    return found
+
+
+def describe(doc: str, ours: Iterable[flags.Flag], config: ConfigDict | None, place: str) -> str:
+    """A command's --help.
+
+    Args:
+      doc: the command's docstring.
+      ours: its flags.
+      config: whose values are shown; None: the command takes no configuration.
+      place: what they are: "the defaults" or a file.
+    """
+    parts = [inspect.cleandoc(doc), "\n".join(["Flags:", *map(_of_flag, ours)])]
+    if config is not None:
+        parts.append(f"Settings, with {place}:")
+        parts += _settings(config)
+    parts.append("--helpfull lists the flags of the libraries, too.")
+    return "\n\n".join(parts)
+
+
+def _of_flag(flag: flags.Flag) -> str:
+    kinds = {"config object": "file or name", "string": "str"}
+    kind, about = kinds.get(flag.flag_type(), flag.flag_type()), flag.help or ""
+    if isinstance(flag, flags.EnumFlag):
+        kind, about = " | ".join(flag.parser.enum_values), about.partition(">: ")[2]
+    if flag.name != "config" and flag.default not in (None, ""):
+        kind += f", {flag.default!r}"
+    return _entry(flag.name, kind, about)
+
+
+def _settings(config: ConfigDict) -> Iterator[str]:
+    """A paragraph a group, with what it is."""
+    values, lines = dict(config_lib.flat(config)), list[str]()
+    for name, about in comments().items():
+        if name not in values:
+            yield "\n".join(lines)
+            lines = [f"{name}: {about}".removesuffix(": ")]
+            continue
+        choices = config_lib.CHOICES.get(name, ())
+        if not all(choice in about for choice in choices):
+            about += f" One of {' | '.join(choices)}."
+        kind = f"{type(values[name]).__name__}, {values[name]!r}"
+        lines.append(_entry(f"config.{name}", kind, about))
+    yield "\n".join(lines)
+
+
+def as_flags(config: ConfigDict) -> Iterator[str]:
+    """Every setting as a shell takes it, those that are not the defaults first."""
+    values = dict(config_lib.flat(config))
+    usual = dict(config_lib.flat(config_lib.default()))
+    lines: dict[bool, list[str]] = {True: [], False: []}
+    for name in filter(values.__contains__, comments()):
+        line = f"--config.{name}={shlex.quote(str(values[name]))}"
+        lines[values[name] != usual[name]].append(line)
+    yield f"# {len(lines[True])} settings differ from the defaults:"
+    yield from lines[True]
+    yield f"# {len(lines[False])} have their defaults:"
+    yield from lines[False]
+
+
+def _entry(name: str, kind: str, about: str) -> str:
+    return textwrap.fill(
+        f"--{name}  {kind}: {about}",
+        WIDTH,
+        initial_indent="  ",
+        subsequent_indent=" " * 6,
+        break_on_hyphens=False,
+    )
+
+
+def examples(doc: str) -> str:
+    """The indented lines of a docstring."""
+    return "\n".join(line for line in doc.splitlines() if line.startswith(" " * 4))
+
+
+def refuse(message: str, doc: str | None) -> NoReturn:
+    """Ends the command with a user's mistake: one line on standard error and exit status 2; before
+    it, to who gave no arguments at all, the examples of the docstring."""
+    if len(sys.argv) == 1 and doc:
+        print(f"For example, and more with --help:\n\n{examples(doc)}\n", file=sys.stderr)
+    print(f"error: {UserError(message)}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+class Parser(argparse.ArgumentParser):
+    """For commands without a configuration: says and refuses as the others do."""
+
+    def __init__(self, doc: str):
+        program = next(line for line in doc.splitlines() if "python -m" in line).split()[:3]
+        super().__init__(
+            prog=" ".join(program),
+            description=doc,
+            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=WIDTH),
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        refuse(message, self.description)
