@@ -27,13 +27,13 @@ def define_config(default: str | None = None) -> flags.FlagHolder[ConfigDict]:
     return config_flags.DEFINE_config_file(
         "config",
         default,
-        f"A file, or the name of one of ours: {', '.join(_named())}. Change a field by "
+        f"A file, or the name of one of ours: {', '.join(configurations())}. Change a field by "
         "--config.FIELD=VALUE; --config.print=True prints what comes of it, as flags, and ends. "
         "Left out where --workdir names a run: that run's own configuration.",
     )
 
 
-def _named() -> dict[str, Path]:
+def configurations() -> dict[str, Path]:
     """The configurations that come with the program: folder configs/ of the project, which is
     inside the package where that is installed."""
     inside = Path(config_lib.__file__).parent / "configs"
@@ -95,8 +95,8 @@ def _given(config: ConfigDict | None) -> ConfigDict:
         if "workdir" in flags.FLAGS and flags.FLAGS["workdir"].present:
             run = f", and {flags.FLAGS['workdir'].value} is no run that has its own"
         raise UserError(
-            f"--config is missing{run}: expected a file or one of {', '.join(_named())}, as in "
-            "--config=tiny"
+            f"--config is missing{run}: expected a file or one of {', '.join(configurations())}, "
+            "as in --config=tiny"
         )
     return config
 
@@ -218,21 +218,24 @@ def _parse(argv: list[str]) -> list[str]:
         path = _value(argv, "config") or ""
         sys.argv[:] = argv  # Where ml_collections looks for the fields.
         rest = flags.FLAGS(argv)
-        if asked:
-            print(_help())
-        elif printing:
-            config = _given(flags.FLAGS["config"].value)
-            print("\n".join(help_lib.as_flags(config)))
-            config_lib.check(config)
     except (flags.Error, UserError) as error:
         _refuse(str(error))
     except Exception as error:  # Of the configuration, which is a program.
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
         place = f"{path}:{lines[-1]}" if lines else path
         _refuse(f"--config={place}: {type(error).__name__}: {error}")
-    if asked or printing:
-        raise SystemExit(0)
-    return rest
+    if not asked and not printing:
+        return rest
+    try:
+        if asked:
+            help_lib.say(_help())
+        else:
+            config = _given(flags.FLAGS["config"].value)
+            help_lib.say("\n".join(help_lib.as_flags(config)))
+            config_lib.check(config)
+    except UserError as error:
+        _refuse(str(error))
+    raise SystemExit(0)
 
 
 def _help() -> str:
@@ -291,7 +294,7 @@ def _with_path(argv: list[str]) -> list[str]:
             others.append(word)
     if value is None or "config" not in flags.FLAGS:
         return argv
-    named = _named()
+    named = configurations()
     file, colon, rest = value.partition(":")
     path = Path(file) if file.endswith(".py") or os.sep in file else named.get(file, Path(file))
     if not path.is_file():

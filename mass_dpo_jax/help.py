@@ -10,6 +10,7 @@ import ast
 import functools
 import inspect
 import io
+import os
 import shlex
 import sys
 import textwrap
@@ -116,6 +117,14 @@ def _entry(name: str, kind: str, about: str) -> str:
 def examples(doc: str) -> str:
     """The indented lines of a docstring."""
     return "\n".join(line for line in doc.splitlines() if line.startswith(" " * 4))
+
+
+def say(text: str) -> None:
+    """Prints it, also to a reader that does not want it all, as `head`."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def refuse(message: str, doc: str | None) -> NoReturn:

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from tokenizers_for_tests import settings, small
 
+import mass_dpo_jax
 from mass_dpo_jax.data import token_cache
 from mass_dpo_jax.data.examples import Example, History
 from mass_dpo_jax.data.tokens import Tokens, tokenize
+from mass_dpo_jax.training.scoring import cached
 
 SEEN = History("seen ", ("amber", "fjord"), " next ")
 ROWS = [
@@ -140,3 +142,20 @@ def test_few_responses_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(token_cache, "WORTH", 5)
     once(tmp_path)
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_another_version_looks_for_other_files(
+    tmp_path: Path,
+    made: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """And says nothing of those of the version before, here and with the reference's."""
+    first = once(tmp_path / "tokens")
+    assert cached(tmp_path / "refs", "refs", "key", lambda: np.zeros(3)).sum() == 0
+    monkeypatch.setattr(mass_dpo_jax, "__version__", "0.0.1")
+    with caplog.at_level(logging.WARNING):
+        assert_same(once(tmp_path / "tokens"), first)
+        assert cached(tmp_path / "refs", "refs", "key", lambda: np.ones(3)).sum() == 3
+    assert len(made) == 2 and not caplog.records
+    assert [len(list(folder.iterdir())) for folder in sorted(tmp_path.iterdir())] == [2, 2]

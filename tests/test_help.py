@@ -45,12 +45,14 @@ def entries(text: str) -> dict[str, str]:
     return {name: re.sub(r"\s+", " ", about) for name, about in found}
 
 
-def test_every_command_is_here() -> None:
-    """A module that is run as a command is listed above."""
-    for path in ROOT.glob("mass_dpo_jax/**/*.py"):
-        if '__name__ == "__main__"' in path.read_text():
-            name = path.parent.name if path.stem == "__main__" else path.stem
-            assert name in COMMANDS
+def test_every_command_is_listed() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mass_dpo_jax"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    listed = dict(re.findall(r"^  (\w+) +(.*)$", done.stdout, re.MULTILINE))
+    assert sorted(listed) == sorted(COMMANDS)
+    assert listed["train"] == "Trains a policy on preferences with several negatives."
 
 
 @pytest.mark.parametrize("name", COMMANDS)
