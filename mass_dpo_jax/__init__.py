@@ -1,8 +1,82 @@
-"""Active negative selection for multi-negative preference optimization, in JAX and Flax."""
+"""Active negative selection for multi-negative preference optimization, in JAX and Flax.
 
+The names below are public. Each is imported when it is first used: `import mass_dpo_jax` costs next
+to nothing, and commands import what they need.
+"""
+
+from __future__ import annotations
+
+import importlib
 import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mass_dpo_jax import losses, metrics, selection
+    from mass_dpo_jax.api import Model, Scores, batches, load_model, make_train_step
+    from mass_dpo_jax.catalogue import select_from_catalogue
+    from mass_dpo_jax.config import default as default_config
+    from mass_dpo_jax.data import load_examples
+    from mass_dpo_jax.data.examples import Example
+    from mass_dpo_jax.errors import UserError
+    from mass_dpo_jax.selection import select_negatives
+    from mass_dpo_jax.training.step import TrainState
+    from mass_dpo_jax.training.updates import Batches, StepBatch, TrainStep
 
 __version__ = "0.2.0"
+__all__ = [
+    "Batches",
+    "Example",
+    "Model",
+    "Scores",
+    "StepBatch",
+    "TrainState",
+    "TrainStep",
+    "UserError",
+    "batches",
+    "default_config",
+    "load_examples",
+    "load_model",
+    "losses",
+    "make_train_step",
+    "metrics",
+    "select_from_catalogue",
+    "select_negatives",
+    "selection",
+]
 
 # Of transformers only the tokenizers are used here: no advice to install PyTorch.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+# Where a name is, and what it is called there.
+_PLACES = {
+    "Batches": "training.updates",
+    "Example": "data.examples",
+    "Model": "api",
+    "Scores": "api",
+    "StepBatch": "training.updates",
+    "TrainState": "training.step",
+    "TrainStep": "training.updates",
+    "UserError": "errors",
+    "batches": "api",
+    "default_config": "config:default",
+    "load_examples": "data",
+    "load_model": "api",
+    "make_train_step": "api",
+    "select_from_catalogue": "catalogue",
+    "select_negatives": "selection",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _PLACES:
+        return importlib.import_module(f"{__name__}.{name}")
+    module, _, there = _PLACES[name].partition(":")
+    found = getattr(importlib.import_module(f"{__name__}.{module}"), there or name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -12,6 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from mass_dpo_jax import selection
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import read_json
 from mass_dpo_jax.models.adapters import parse_targets
@@ -214,7 +215,6 @@ CHOICES = {
     "data.name": ("jsonl", "hub", "lastfm", "movielens", "medmcqa", "qasc", "synthetic"),
     "data.on_bad_row": ("error", "skip"),
     "data.long_response": ("error", "drop"),
-    "selection.criterion": ("pool_fisher", "contrast", "set_fisher", "hardest", "random", "all"),
     "selection.search": ("greedy", "exchange", "exhaustive"),
     "selection.features": ("policy", "reference"),
     "selection.feature_norm": ("none", "l2"),
@@ -241,7 +241,8 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"--config: found {config!r}, expected what config.default() returns")
     fields = dict(flat(config))
     check_types(fields)
-    for name, choices in CHOICES.items():
+    choices_of = {**CHOICES, "selection.criterion": selection.names()}
+    for name, choices in choices_of.items():
         if fields[name] not in choices:
             raise UserError(f"config.{name}={fields[name]!r}: expected one of {', '.join(choices)}")
     for name in POSITIVE:

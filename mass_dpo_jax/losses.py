@@ -13,6 +13,18 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+__all__ = [
+    "dmpo",
+    "dpo",
+    "dpo_k",
+    "likelihood_per_token",
+    "mppo",
+    "odpo",
+    "plackett_luce",
+    "sampled_plackett_luce",
+    "supervised",
+]
+
 
 def plackett_luce(log_ratios: jax.Array, valid: jax.Array, beta: float) -> jax.Array:
     r"""Plackett-Luce loss: the chosen response is the first among itself and its negatives.

@@ -8,6 +8,15 @@ from __future__ import annotations
 
 import numpy as np
 
+__all__ = [
+    "paired_difference",
+    "per_example_rank",
+    "per_example_ranking",
+    "ranking",
+    "reward_metrics",
+    "standard_error",
+]
+
 CUTOFFS = (1, 3)
 
 

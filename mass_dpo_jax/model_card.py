@@ -154,7 +154,8 @@ def _method(config: ConfigDict) -> str:
     if config.method not in ("sft", "pl_all", "dpo"):
         n = f"n = {config.num_negatives} negatives of each prompt's pool"
         if config.method == "mass_dpo":
-            how = CRITERIA[config.selection.criterion]
+            name = config.selection.criterion
+            how = CRITERIA.get(name, f"chosen by the criterion `{name}`")
             words.append(
                 f"The {n} are selected {how}" if how.startswith("so") else f"The {n} are {how}"
             )

@@ -30,6 +30,21 @@ from mass_dpo_jax import designs
 from mass_dpo_jax.designs import Design, Selection
 from mass_dpo_jax.errors import UserError
 
+__all__ = [
+    "Design",
+    "Pool",
+    "Selection",
+    "Settings",
+    "criterion",
+    "design",
+    "in_order",
+    "names",
+    "pool_loss",
+    "pool_weights",
+    "select",
+    "select_negatives",
+]
+
 FEATURE_NORMS = ("none", "l2")
 
 
@@ -92,23 +107,53 @@ class Criterion:
     choose: Choose
     needs_scoring: bool
     design: MakeDesign | None = None
+    weighted: bool = False  # Its choice has weights, which only `pl_sampled`'s loss reads.
 
 
 CRITERIA: dict[str, Criterion] = {}
 
 
-def criterion(name: str, *, needs_scoring: bool) -> Callable[[Choose], Choose]:
-    """Decorator that registers a choice in `CRITERIA`."""
+def names() -> tuple[str, ...]:
+    """The criteria that `config.selection.criterion` can name, registered ones included."""
+    return tuple(name for name, found in CRITERIA.items() if not found.weighted)
+
+
+def criterion(
+    name: str, *, needs_scoring: bool, weighted: bool = False
+) -> Callable[[Choose], Choose]:
+    """Decorator that registers a choice: from (pool, n, settings) to a `Selection`.
+
+    Whatever takes a criterion's name then knows it: `select_negatives`, `config.selection`, the
+    commands. The function is `vmap`ped over prompts inside of `jit`; n and settings are static.
+
+    >>> @criterion("first", needs_scoring=False)
+    ... def first(pool, n, settings):
+    ...     return in_order(jnp.argsort(~pool.mask, stable=True), pool.mask, n)
+    >>> print(select_negatives(jnp.eye(4), n=2, criterion="first").indices)
+    [0 1]
+    >>> del CRITERIA["first"]
+
+    Args:
+        name: of the criterion.
+        needs_scoring: does it read the pool's scores? A pass over the whole pool is what that
+            costs. Features are only there for designs, see `design`.
+        weighted: its choice has weights, for the loss of `pl_sampled`.
+    """
 
     def register(choose: Choose) -> Choose:
-        CRITERIA[name] = Criterion(choose, needs_scoring)
+        CRITERIA[name] = Criterion(choose, needs_scoring, weighted=weighted)
         return choose
 
     return register
 
 
 def design(name: str) -> Callable[[MakeDesign], MakeDesign]:
-    """Decorator that registers a design, to be searched as `settings.search` says."""
+    """Decorator that registers a design: from (pool, settings) to a `Design`, of
+    which `settings.search` then looks for a set of large value. As `criterion` otherwise.
+
+    Args:
+        name: of the criterion.
+    """
 
     def register(make: MakeDesign) -> MakeDesign:
         def choose(pool: Pool, n: int, settings: Settings) -> Selection:
@@ -267,10 +312,10 @@ def hardest(pool: Pool, n: int, settings: Settings) -> Selection:
     scores = jnp.where(jnp.isnan(pool.scores), -jnp.inf, pool.scores)
     # Masked ones after the valid ones, whatever those score.
     order = jnp.lexsort((jnp.arange(scores.shape[0]), -scores, ~pool.mask))
-    return _in_order(order, pool.mask, n)
+    return in_order(order, pool.mask, n)
 
 
-@criterion("sampled", needs_scoring=True)
+@criterion("sampled", needs_scoring=True, weighted=True)
 def sampled(pool: Pool, n: int, settings: Settings) -> Selection:
     """n draws from the pool weights p, weighted for an unbiased estimate of sum_i p_i f(i).
 
@@ -306,7 +351,7 @@ def sampled(pool: Pool, n: int, settings: Settings) -> Selection:
         weights = jnp.where(exponential > 1e-30, jnp.exp(logs) / included, jnp.exp(kappa))
         weights = jnp.where(jnp.isneginf(kappa), jnp.exp(logs), weights)
         count = jnp.sum(pool.mask)
-    chosen = _in_order(order, jnp.arange(size) < count, n)
+    chosen = in_order(order, jnp.arange(size) < count, n)
     return chosen._replace(weights=jnp.where(chosen.valid, weights[chosen.indices], 0.0))
 
 
@@ -320,7 +365,7 @@ def random(pool: Pool, n: int, settings: Settings) -> Selection:
         jnp.arange(size)
     )
     _, order = lax.top_k(jnp.where(pool.mask, draws, -1.0), size)
-    return _in_order(order, pool.mask, n)
+    return in_order(order, pool.mask, n)
 
 
 @criterion("all", needs_scoring=False)
@@ -329,7 +374,7 @@ def every(pool: Pool, n: int, settings: Settings) -> Selection:
     del settings
     if n < pool.mask.shape[0]:
         raise ValueError(f"criterion all needs n >= N = {pool.mask.shape[0]}, got n = {n}")
-    return _in_order(jnp.argsort(~pool.mask, stable=True), pool.mask, n)
+    return in_order(jnp.argsort(~pool.mask, stable=True), pool.mask, n)
 
 
 def diagnostics(pools: Pool, chosen: Selection, settings: Settings) -> dict[str, jax.Array]:
@@ -412,8 +457,14 @@ def _scaled(products: jax.Array, pool: Pool, settings: Settings) -> jax.Array:
     return gram
 
 
-def _in_order(order: jax.Array, mask: jax.Array, n: int) -> Selection:
-    """The first n of `order` (as many valid ones first as the mask has), padded to n."""
+def in_order(order: jax.Array, mask: jax.Array, n: int) -> Selection:
+    """The first n of an order, as a `Selection` without gains: for criteria that sort.
+
+    Args:
+        order: int [N], negatives, all valid ones before the others.
+        mask: bool [N], which are valid.
+        n: how many; static.
+    """
     order = jnp.pad(order[:n], (0, max(0, n - order.shape[0])))
     valid = jnp.arange(n) < jnp.sum(mask)
     indices = jnp.where(valid, order, 0).astype(jnp.int32)

@@ -20,24 +20,18 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-import optax
 from absl import flags
 from ml_collections import ConfigDict
 
 from mass_dpo_jax import cli, evaluation, hosts
-from mass_dpo_jax.data.batches import Batch, Order, make_batch
 from mass_dpo_jax.dry_run import dry_run
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.training import checkpoint, interruption, loggers, run_folder
-from mass_dpo_jax.training import mesh as mesh_lib
-from mass_dpo_jax.training.optimizer import learning_rate, make_optimizer, memory_of_moments
+from mass_dpo_jax.training.optimizer import learning_rate, make_optimizer
 from mass_dpo_jax.training.policy import save_description
-from mass_dpo_jax.training.refresh import Sets
 from mass_dpo_jax.training.report import BadSteps, Report, StepLog
-from mass_dpo_jax.training.setup import Reference, Setup, prepare
-from mass_dpo_jax.training.step import TrainState
+from mass_dpo_jax.training.setup import Reference, prepare
+from mass_dpo_jax.training.updates import Batches, TrainStep, abstract_state, first_state
 
 SPLITS = ("train", "validation", "test")
 _log = logging.getLogger(__name__)
@@ -61,8 +55,6 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         _log.info(f"{workdir}: finished at step {done['step']}; nothing to do")
         return done
     setup = prepare(config, workdir, SPLITS)
-    order = Order(setup.buckets["train"], config.train.batch_size, config.seed)
-    total = config.train.steps or config.train.epochs * order.steps_per_epoch
     params = setup.policy.weights(config.model.path, config.seed, config.model.lora.path)
     run_folder.claim(workdir, config)
     save_description(setup.policy, config, workdir)
@@ -75,6 +67,9 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     else:
         reference = setup.reference(params)
 
+    batches = Batches(setup, reference)
+    total = len(batches)
+
     # Resume order: this run's newest checkpoint, else model.path, else random weights.
     trained, frozen = setup.policy.split(params)
     del params
@@ -85,11 +80,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     saved = checkpoint.Checkpoints(workdir, config.train.keep_checkpoints, values)
     negatives = None
     if saved.latest() is None:
-        state = TrainState(
-            jax.device_put(np.int32(0), like.step.sharding),
-            trained,
-            jax.jit(optimizer.init, out_shardings=_shardings(like.opt_state))(trained),
-        )
+        state = first_state(like, optimizer, trained)
     else:
         del trained
         state, negatives, _ = saved.restore(like)
@@ -100,7 +91,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     log = loggers.Logs(config, workdir, start)
     report = Report(setup, reference.logps, workdir, log)
     rate = learning_rate(config.train, total)
-    sets = Sets(setup, order, total, reference, negatives)
+    train_step = TrainStep(batches, optimizer, frozen, negatives)
     steps = StepLog(log, config, start, total)
     every = config.train.eval_every
     ids = setup.tokens["train"].ids
@@ -113,7 +104,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
     def save() -> None:
         if step := int(state.step):
-            saved.save(state, sets.to_keep(), {"config": config.to_dict(), **order.place(step)})
+            where = {"config": config.to_dict(), **batches.order.place(step)}
+            saved.save(state, train_step.sets.to_keep(), where)
 
     # However training ends, each of these is closed: what is being written is waited for.
     with contextlib.ExitStack() as stack:
@@ -126,16 +118,12 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                 evaluate(start)  # An interruption came between saving and evaluating.
             for step in range(start, total):
                 interruption.check()
-                negatives = sets.at(step, {**frozen, **state.params})
-                batch, chosen, size = put(setup, order, step, reference, negatives)
-                key = setup.key(step // sets.window)
-                state, used, figures = setup.program.train_step(
-                    optimizer, state, batch, chosen, key, size, frozen
-                )
-                rows = order(step)[0]
-                changed = sets.changed(rows, used.numbers)
+                batch = batches[step]
+                state, used, figures = train_step.update(state, batch)
+                changed = train_step.sets.changed(batch.rows, used.numbers)
                 more = {"learning_rate": rate(step), "selection/changed": changed}
-                steps.add(step + 1, {**figures, **more}, [ids[row] for row in rows], used.bad)
+                rows = [ids[row] for row in batch.rows]
+                steps.add(step + 1, {**figures, **more}, rows, used.bad)
                 last = step + 1 == total
                 due = every > 0 and (last or (step + 1) % every == 0)
                 keep = last or (step + 1) % config.train.checkpoint_every == 0
@@ -150,56 +138,6 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             save()
             raise
     return report.at_end({**frozen, **state.params}, total)
-
-
-def put(
-    setup: Setup, order: Order, step: int, reference: Reference, sets: np.ndarray | None
-) -> tuple[Batch, jax.Array | None, int]:
-    """The micro-batches of a step on the devices, its sets, and the room they need after selection.
-
-    Args:
-      sets: `[M, n]`, its negatives where they were chosen beforehand.
-    """
-    rows, shape = order(step)
-    refs = reference.logps.get("train")
-
-    def make(rows: np.ndarray) -> tuple[Batch, np.ndarray | None]:
-        every = rows.reshape(-1)
-        batch = make_batch(setup.tokens["train"], every, shape, refs, reference.grams)
-        made = batch, None if sets is None else sets[every]
-        return jax.tree.map(lambda x: x.reshape(*rows.shape, *x.shape[1:]), made)
-
-    rows = rows.reshape(-1, setup.config.train.micro_batch_size)
-    batch, chosen = mesh_lib.place_rows(setup.mesh, rows, make)
-    return batch, chosen, shape.selected
-
-
-def abstract_state(setup: Setup, optimizer: optax.GradientTransformation) -> Any:
-    """A `TrainState` of shapes and shardings: Adam's moments lie where their weights do."""
-    params, _ = setup.policy.split(setup.policy.abstract)
-    everywhere = mesh_lib.replicated(setup.mesh)
-    memory = memory_of_moments(setup.config.train, setup.mesh)
-
-    def beside(leaf: Any, weight: Any) -> jax.ShapeDtypeStruct:
-        place = weight.sharding
-        if memory is not None:
-            place = place.with_memory_kind(memory)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-
-    opt_state = optax.tree_utils.tree_map_params(
-        optimizer,
-        beside,
-        jax.eval_shape(optimizer.init, params),
-        params,
-        transform_non_params=lambda leaf: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=everywhere
-        ),
-    )
-    return TrainState(jax.ShapeDtypeStruct((), np.int32, sharding=everywhere), params, opt_state)
-
-
-def _shardings(tree: Any) -> Any:
-    return jax.tree.map(lambda x: x.sharding, tree)
 
 
 def main() -> None:

@@ -24,7 +24,6 @@ from models_for_tests import tiny_config as tiny_model
 
 from mass_dpo_jax import hosts
 from mass_dpo_jax import train as train_lib
-from mass_dpo_jax.data.batches import Order
 from mass_dpo_jax.models.decoder import abstract_decoder, param_dims
 from mass_dpo_jax.models.weights import _Files, load_hf
 from mass_dpo_jax.score import score
@@ -32,7 +31,7 @@ from mass_dpo_jax.select import with_model
 from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.setup import prepare
-from mass_dpo_jax.training.step import TrainState
+from mass_dpo_jax.training.updates import Batches, first_state
 
 ROOT = Path(__file__).parent.parent
 STEPS = 10
@@ -113,7 +112,10 @@ def replay(
       `losses` of the steps, `sets`, `flips`, `bytes` of weights and moments on one device, `logps`
       of the reference, and `rows` of a batch of 64 that this process made.
     """
-    config = tiny_config(data, **LEARNING, **{f"mesh.{axis}": n for axis, n in mesh.items()})
+    steps = {"train.steps": STEPS}
+    config = tiny_config(
+        data, **LEARNING, **steps, **{f"mesh.{axis}": n for axis, n in mesh.items()}
+    )
     config.cache_dir = str(workdir / "cache")
     count = int(np.prod(list(mesh.values())))
     each = count // jax.process_count()
@@ -128,12 +130,7 @@ def replay(
     optimizer = make_optimizer(config.train, STEPS)
     params = setup.policy.weights("", config.seed)
     like = train_lib.abstract_state(setup, optimizer)
-    places = jax.tree.map(lambda x: x.sharding, like)
-    state = TrainState(
-        jax.device_put(np.int32(0), places.step),
-        params,
-        jax.jit(optimizer.init, out_shardings=places.opt_state)(params),
-    )
+    state = first_state(like, optimizer, params)
     held = [
         shard.data.nbytes
         for leaf in jax.tree.leaves((state.params, state.opt_state))
@@ -141,22 +138,22 @@ def replay(
         if shard.device == jax.local_devices()[0]
     ]
     refs = setup.reference(params)
-    order = Order(setup.buckets["train"], config.train.batch_size, config.seed)
+    batches = Batches(setup, refs)
     losses, chosen, flips = [], [], 0
     rows = len(refs.logps["train"])
     for step in range(STEPS):
-        batch, _, _ = train_lib.put(setup, order, step, refs, None)
+        batch = batches[step]
         if sets is None or count_flips:
             own = np.zeros((rows, 3), np.int32)
-            micro = jax.tree.map(lambda x: x[0], batch)
+            micro = jax.tree.map(lambda x: x[0], batch.arrays)
             choice, _ = setup.program.choose_batch(state.params, micro, setup.key(step))
             own[hosts.whole(micro.index)] = hosts.whole(choice.numbers)
             if sets is not None:
-                flips += int((own != sets[step])[order(step)[0]].any(1).sum())
+                flips += int((own != sets[step])[batch.rows].any(1).sum())
         chosen.append(own if sets is None else sets[step])
-        batch, negatives, size = train_lib.put(setup, order, step, refs, chosen[-1])
+        negatives = batches.place_sets(batch.rows, chosen[-1])
         state, _, found = setup.program.train_step(
-            optimizer, state, batch, negatives, setup.key(step), size
+            optimizer, state, batch.arrays, negatives, setup.key(step), batch.size
         )
         losses.append(float(found["loss"]))
     made: list[int] = []

@@ -36,6 +36,7 @@ from mass_dpo_jax.training.methods import make_method
 from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.setup import Reference, prepare
 from mass_dpo_jax.training.step import Choice, Program, Scorer
+from mass_dpo_jax.training.updates import Batches
 
 MODEL = DecoderConfig.from_hf(  # H K is not D, and K KV is neither.
     hf_config(
@@ -71,8 +72,7 @@ def test_weights_and_optimizer_are_exact_on_a_mesh(tmp_path: Path, dtype: str) -
     assert found[0] == on_device(gradient)
 
     shape = setup.buckets["train"].shapes[-1]
-    order = train_lib.Order(setup.buckets["train"], config.train.batch_size, 0)
-    batch, _, _ = train_lib.put(setup, order, 0, Reference({}), None)
+    batch = Batches(setup, Reference({}))[0].arrays
     found = dry_run_lib.of_shape(setup, mesh, shape)
     assert found.batch == on_device(batch)
     assert found.parameters == found.gradients == on_device(params)

@@ -15,7 +15,6 @@ from models_for_tests import hf_config, random_tensors, write_weights
 
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax import train as train_lib
-from mass_dpo_jax.data.batches import Order
 from mass_dpo_jax.data.vocabulary import train_tokenizer
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.evaluate import evaluate
@@ -25,7 +24,7 @@ from mass_dpo_jax.models.config import load_config
 from mass_dpo_jax.score import score
 from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training.setup import prepare
-from mass_dpo_jax.training.step import TrainState
+from mass_dpo_jax.training.updates import Batches, first_state
 
 LORA = {"model.lora.rank": 2, "model.lora.targets": "q_proj,down_proj", "model.lora.base": "nf4"}
 
@@ -73,7 +72,7 @@ def test_a_run(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
     # Interrupted after two of its steps, the same.
     other = tmp_path / "other"
-    make = train_lib.put
+    make = Batches.__getitem__
     calls = []
 
     def stop(*args: Any) -> Any:
@@ -83,7 +82,7 @@ def test_a_run(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         return make(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_lib, "put", stop)
+        patch.setattr(Batches, "__getitem__", stop)
         with pytest.raises(KeyboardInterrupt):
             train_lib.train(config, other)
     assert train_lib.train(config, other)["final"] == done["final"]
@@ -175,19 +174,15 @@ def test_eight_devices_equal_one(
         params = setup.policy.weights(str(base), 0)
         reference = setup.reference(params)
         trained, frozen = setup.policy.split(params)
-        places = jax.tree.map(lambda x: x.sharding, like)
-        state = TrainState(
-            jax.device_put(np.int32(0), places.step),
-            trained,
-            jax.jit(optimizer.init, out_shardings=places.opt_state)(trained),
-        )
-        order = Order(setup.buckets["train"], config.train.batch_size, 0)
+        state = first_state(like, optimizer, trained)
+        batches = Batches(setup, reference)
         sets = np.tile(np.array([1, 2, 0], np.int32), (len(setup.tokens["train"]), 1))
         figures = []
         for step in range(3):
-            batch, chosen, size = train_lib.put(setup, order, step, reference, sets)
+            batch = batches[step]
+            chosen = batches.place_sets(batch.rows, sets)
             state, _, figure = setup.program.train_step(
-                optimizer, state, batch, chosen, setup.key(step), size, frozen
+                optimizer, state, batch.arrays, chosen, setup.key(step), batch.size, frozen
             )
             figures.append({name: float(figure[name]) for name in ("loss", "grad_norm")})
         found.append((reference.logps["train"], figures))

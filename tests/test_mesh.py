@@ -11,12 +11,12 @@ import pytest
 from helpers import tiny_config, write_jsonl
 
 from mass_dpo_jax import train as train_lib
-from mass_dpo_jax.data.batches import Order
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.setup import Reference, Setup, prepare
 from mass_dpo_jax.training.step import TrainState
+from mass_dpo_jax.training.updates import Batches, first_state
 
 STEPS = 5
 
@@ -26,13 +26,7 @@ def start(config: Any, workdir: Path) -> tuple[Setup, Any, TrainState, Reference
     optimizer = make_optimizer(config.train, STEPS)
     params = setup.policy.weights("", config.seed)
     like = train_lib.abstract_state(setup, optimizer)
-    places = jax.tree.map(lambda x: x.sharding, like)
-    state = TrainState(
-        jax.device_put(np.int32(0), places.step),
-        params,
-        jax.jit(optimizer.init, out_shardings=places.opt_state)(params),
-    )
-    return setup, optimizer, state, setup.reference(params)
+    return setup, optimizer, first_state(like, optimizer, params), setup.reference(params)
 
 
 def test_eight_devices_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,8 +35,8 @@ def test_eight_devices_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     # Adam moves a weight whose gradient is rounding noise by the whole learning rate, so two orders
     # of summation agree only while that is small.
     changes = {
-        "train.micro_batch_size": 4, "data.validation_share": 0.0, "beta": 1.0,
-        "train.learning_rate": 1e-4,
+        "train.steps": STEPS, "train.micro_batch_size": 4, "train.learning_rate": 1e-4,
+        "data.validation_share": 0.0, "beta": 1.0,
     }  # fmt: skip
     config = tiny_config(data, **changes)
     eight = tiny_config(data, **changes)
@@ -60,28 +54,27 @@ def test_eight_devices_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert kernel.addressable_shards[0].data.shape == (2, 32 // 2, 48 // 2)
         assert part["embed"].addressable_shards[0].data.size == part["embed"].size // 4
 
-    order = Order(setup.buckets["train"], config.train.batch_size, config.seed)
+    both = Batches(setup, refs), Batches(setup_8, refs_8)
     flips = 0
     for step in range(STEPS):
         # A near-tie may flip in the last digit, so both train on the sets that one device chose.
         sets, sets_8 = np.zeros((2, len(logps), 3), np.int32)
-        for program, weights, own, target in (
-            (setup, state.params, refs, sets),
-            (setup_8, state_8.params, refs_8, sets_8),
+        batch, batch_8 = (batches[step] for batches in both)
+        for program, weights, arrays, target in (
+            (setup, state.params, batch.arrays, sets),
+            (setup_8, state_8.params, batch_8.arrays, sets_8),
         ):
-            batch, _, _ = train_lib.put(program, order, step, own, None)
             for part in range(2):
-                micro = jax.tree.map(lambda x, i=part: x[i], batch)
+                micro = jax.tree.map(lambda x, i=part: x[i], arrays)
                 choice, _ = program.program.choose_batch(weights, micro, program.key(step))
                 target[np.asarray(micro.index)] = np.asarray(choice.numbers)
         flips += int((sets != sets_8).any(1).sum())
-        batch, negatives, size = train_lib.put(setup, order, step, refs, sets)
+        negatives, negatives_8 = (batches.place_sets(batch.rows, sets) for batches in both)
         state, _, found = setup.program.train_step(
-            optimizer, state, batch, negatives, setup.key(step), size
+            optimizer, state, batch.arrays, negatives, setup.key(step), batch.size
         )
-        batch, negatives, size = train_lib.put(setup_8, order, step, refs_8, sets)
         state_8, _, found_8 = setup_8.program.train_step(
-            optimizer_8, state_8, batch, negatives, setup_8.key(step), size
+            optimizer_8, state_8, batch_8.arrays, negatives_8, setup_8.key(step), batch_8.size
         )
         found.pop("rewards/accuracies")  # A count: rounding decides it while policy = reference.
         assert float(found_8["loss"]) == pytest.approx(float(found["loss"]), abs=1e-5)

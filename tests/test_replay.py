@@ -15,11 +15,12 @@ from helpers import tiny_config as run_config
 from helpers import write_jsonl
 from models_for_tests import VOCABULARY, Candidates, random_candidates, random_decoder, tiny_config
 
-from mass_dpo_jax import train as train_lib
-from mass_dpo_jax.data.batches import Order
 from mass_dpo_jax.models.known import known
 from mass_dpo_jax.models.shared_prefix import gather_candidates, replay, score
+from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.setup import Reference, prepare
+from mass_dpo_jax.training.step import TrainState
+from mass_dpo_jax.training.updates import Batches
 
 RESPONSE = 7
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -136,15 +137,19 @@ def test_a_step_is_the_same_without_reuse(tmp_path: Path, changes: dict[str, Any
     params = setup.policy.weights("", 0)
     # Away from the reference, so that pool weights are not uniform.
     reference = Reference({"train": setup.score(setup.policy.weights("", 1), "train", "reference")})
-    order = Order(setup.buckets["train"], config.train.batch_size, 0)
     found = []
     for reuse in (True, False):
-        optimizer = train_lib.make_optimizer(config.train, 4)
-        state = train_lib.TrainState(jnp.int32(0), params, optimizer.init(params))
-        batch, _, size = train_lib.put(setup, order, 0, reference, None)
+        optimizer = make_optimizer(config.train, 4)
+        state = TrainState(jnp.int32(0), params, optimizer.init(params))
+        batch = Batches(setup, reference)[0]
         program = dataclasses.replace(setup.program, reuse=reuse)
         state, numbers, figures = program.train_step(
-            optimizer, jax.tree.map(jnp.copy, state), batch, None, setup.key(0), size
+            optimizer,
+            jax.tree.map(jnp.copy, state),
+            batch.arrays,
+            None,
+            setup.key(0),
+            batch.size,
         )
         found.append((numbers, figures))
     (numbers, figures), (others, expected) = found

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from helpers import log_lines, losses, tiny_config, write_jsonl
 
-from mass_dpo_jax.data.batches import Order
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.train import put, train
+from mass_dpo_jax.train import train
 from mass_dpo_jax.training import run_folder
 from mass_dpo_jax.training.methods import KINDS
 from mass_dpo_jax.training.setup import Reference, prepare
 from mass_dpo_jax.training.step import Choice
+from mass_dpo_jax.training.updates import Batches
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -68,10 +68,10 @@ def test_every_method_lowers_its_loss(tmp_path: Path, data: Path, method: str) -
 def first_loss(tmp_path: Path, data: Path, **changes: Any) -> float:
     """The loss of the first step, without its gradient."""
     setup = prepare(tiny_config(data, **changes), tmp_path / "run", ("train",))
-    order = Order(setup.buckets["train"], setup.config.train.batch_size, 0)
     params = setup.policy.weights("", 0)
     reference = setup.reference(params) if setup.method.reference else Reference({})
-    batch, _, size = put(setup, order, 0, reference, None)
+    first = Batches(setup, reference)[0]
+    batch, size = first.arrays, first.size
 
     @jax.jit
     def loss(params: Any, batch: Any) -> Any:

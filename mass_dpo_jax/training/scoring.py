@@ -60,20 +60,25 @@ def batches(
 
 def over_split(
     compute: Callable[[Batch], Any],
-    size: tuple[int, ...],
     tokens: Tokens,
     buckets: Buckets,
     batch_size: int,
     mesh: Mesh,
     label: str,
-) -> np.ndarray:
-    """What `compute` gives for each example of a split, in its order: float32 `[M, *size]`, all of
-    it on every process."""
-    table = np.zeros((len(tokens), *size), np.float32)
+) -> Any:
+    """What `compute` gives for each example of a split, in its order: float32 `[M, ...]` for each
+    array `[B, ...]` of its pytree, all of it on every process."""
+    tables: Any = None
     for indices, batch in batches(tokens, buckets, batch_size, mesh, label):
         real = indices >= 0
-        table[indices[real]] = hosts.whole(compute(batch))[real]
-    return table
+        found = jax.tree.map(hosts.whole, compute(batch))
+        if tables is None:
+            tables = jax.tree.map(
+                lambda x: np.zeros((len(tokens), *x.shape[1:]), np.float32), found
+            )
+        for table, part in zip(jax.tree.leaves(tables), jax.tree.leaves(found), strict=True):
+            table[indices[real]] = part[real]
+    return tables
 
 
 def fingerprint(params: Any) -> str:

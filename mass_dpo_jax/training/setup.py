@@ -70,9 +70,9 @@ class Setup:
 
     def score(self, params: Any, split: str, label: str) -> np.ndarray:
         """`logps` `[M, C]` of a split."""
-        candidates = self.tokens[split].response_lengths.shape[1]
         compute = functools.partial(self.program.scorer.logps, params)
-        return self._over_split(compute, (candidates,), split, label)
+        found: np.ndarray = self.over_split(compute, split, label)
+        return found
 
     def reference(self, params: Any) -> Reference:
         """What is needed of the reference's weights, computed once and kept in the cache."""
@@ -93,27 +93,22 @@ class Setup:
         if not self.method.frozen_features or "train" not in self.tokens:
             return Reference(logps)
         how, tokens, scorer = self.config.selection, self.tokens["train"], self.program.scorer
-        candidates = tokens.response_lengths.shape[1]
-        size = (candidates, candidates)
         grams = scoring.cached(
             folder,
             "ref_grams",
             f"{key} {tokens.digest()} {how.pooling} {how.feature_norm}",
-            lambda: self._over_split(
+            lambda: self.over_split(
                 lambda batch: scorer.grams(params, batch, self.method.selection),
-                size,
                 "train",
                 "features",
             ),
         )
         return Reference(logps, grams)
 
-    def _over_split(
-        self, compute: Callable[[Batch], Any], size: tuple[int, ...], split: str, label: str
-    ) -> np.ndarray:
+    def over_split(self, compute: Callable[[Batch], Any], split: str, label: str) -> Any:
+        """What `compute` gives for every example of a split, see `scoring.over_split`."""
         return scoring.over_split(
             compute,
-            size,
             self.tokens[split],
             self.buckets[split],
             self.config.eval.batch_size,
@@ -128,6 +123,34 @@ def prepare(config: ConfigDict, workdir: Path | None, splits: Sequence[str]) -> 
     Raises:
       UserError: the configuration, the data or the model folder is not what it should be.
     """
+    mesh = open_mesh(config)
+    with hosts.first_goes_ahead("data"):
+        found = {split: load_examples(config.data, split, config.seed) for split in splits}
+        examples = {split: rows for split, rows in found.items() if rows}
+        policy = open_policy(config, mesh, workdir, examples.get("train", ()))
+        tokens = _tokenize(config, policy, examples)
+    return _of_tokens(config, policy, examples, tokens)
+
+
+def prepare_examples(
+    config: ConfigDict, policy: Policy, examples: dict[str, list[Example]]
+) -> Setup:
+    """As `prepare`, for a policy and examples that are there already.
+
+    Raises:
+      UserError: the configuration or the examples are not what they should be.
+    """
+    config_lib.check(config)
+    _check_sizes(config, policy.mesh)
+    return _of_tokens(config, policy, examples, _tokenize(config, policy, examples))
+
+
+def open_mesh(config: ConfigDict) -> Mesh:
+    """The devices of a configuration, which is checked first.
+
+    Raises:
+      UserError: a setting that no run could use, or that does not fit the devices.
+    """
     config_lib.check(config)
     if config.model.dtype == "float32":
         # GPUs and TPUs otherwise multiply float32 matrices in fewer bits.
@@ -137,17 +160,32 @@ def prepare(config: ConfigDict, workdir: Path | None, splits: Sequence[str]) -> 
             f"this is one of {jax.process_count()} processes: start each with --distributed"
         )
     mesh = mesh_lib.make_mesh(config.mesh)
+    _check_sizes(config, mesh)
+    return mesh
+
+
+def _check_sizes(config: ConfigDict, mesh: Mesh) -> None:
     mesh_lib.check_batch(mesh, "train.micro_batch_size", config.train.micro_batch_size)
     mesh_lib.check_batch(mesh, "eval.batch_size", config.eval.batch_size)
-    with hosts.first_goes_ahead("data"):
-        found = {split: load_examples(config.data, split, config.seed) for split in splits}
-        examples = {split: rows for split, rows in found.items() if rows}
-        policy = open_policy(config, mesh, workdir, examples.get("train", ()))
-        cache = scoring.cache_folder(config.cache_dir)
-        tokens = {
-            split: tokenize_once(cache, rows, policy.tokenizer, config.data, progress=True)
-            for split, rows in examples.items()
-        }
+
+
+def _tokenize(
+    config: ConfigDict, policy: Policy, examples: dict[str, list[Example]]
+) -> dict[str, Tokens]:
+    cache = scoring.cache_folder(config.cache_dir)
+    return {
+        split: tokenize_once(cache, rows, policy.tokenizer, config.data, progress=True)
+        for split, rows in examples.items()
+    }
+
+
+def _of_tokens(
+    config: ConfigDict,
+    policy: Policy,
+    examples: dict[str, list[Example]],
+    tokens: dict[str, Tokens],
+) -> Setup:
+    mesh = policy.mesh
     for split, rows in tokens.items():
         _log.info(f"{split}: {_describe(rows)}")
     width = max(t.response_lengths.shape[1] for t in tokens.values())

@@ -132,6 +132,12 @@ class Scorer:
         """`[B, C]`: the reference pass and evaluation."""
         return self(params, batch).logps
 
+    @functools.partial(jax.jit, static_argnums=0)
+    def logps_and_features(self, params: Params, batch: Batch) -> tuple[Array, Array]:
+        """`[B, C]` and `[B, C, D]`."""
+        found = self(params, batch, features=True)
+        return found.logps, found.features
+
     @functools.partial(jax.jit, static_argnums=(0, 3))
     def grams(self, params: Params, batch: Batch, settings: selection.Settings) -> Array:
         """`[B, C, C]`, what criteria see of these weights' features: for frozen features."""

@@ -1,0 +1,197 @@
+"""The library: a model, its scores, and a train step for a loop of one's own.
+
+`import mass_dpo_jax as mdj` has these names; JAX is imported when the first of them is used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+from transformers import PreTrainedTokenizerBase
+
+from mass_dpo_jax import config as config_lib
+from mass_dpo_jax.data.bad_rows import BadRows
+from mass_dpo_jax.data.examples import Example, from_row
+from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.models.config import DecoderConfig
+from mass_dpo_jax.training.optimizer import make_optimizer, unless_bad
+from mass_dpo_jax.training.policy import Policy, open_policy, run_of
+from mass_dpo_jax.training.setup import Reference, open_mesh, prepare_examples
+from mass_dpo_jax.training.step import TrainState
+from mass_dpo_jax.training.updates import Batches, TrainStep
+
+Rows = Iterable[Mapping[str, Any] | Example]
+
+
+class Scores(NamedTuple):
+    """What a model says of M examples with at most C responses each, the chosen one first."""
+
+    ids: list[str]
+    """Of the examples: their `id`, or their place as text."""
+    logps: np.ndarray
+    """float32 [M, C], nats: log-probability of a response given its prompt, summed over its tokens,
+    end of sequence included; 0 where there is no response."""
+    lengths: np.ndarray
+    """int32 [M, C], tokens of each response, end of sequence included; 0 where there is none."""
+    features: np.ndarray | None = None
+    """float32 [M, C, D], the mean of the final hidden states over a response's tokens (or its
+    prompt's too, with `selection.pooling=all`); None where they were not asked for."""
+
+    @property
+    def valid(self) -> np.ndarray:
+        """bool [M, C]: which responses there are."""
+        return self.lengths > 0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A language model with its tokenizer. Made by `load_model`.
+
+    Attributes:
+        policy: decoder and tokenizer, and where weights lie on the devices.
+        params: the weights, nested dicts of arrays; with LoRA, the frozen ones and `adapters`.
+        config: how it computes and how texts are rendered; what `batches` trains by if it is not
+            given another.
+    """
+
+    policy: Policy
+    params: Any
+    config: ConfigDict
+
+    @property
+    def architecture(self) -> DecoderConfig:
+        """Sizes and family."""
+        return self.policy.config
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Of Hugging Face."""
+        return self.policy.tokenizer
+
+    def score(self, examples: Rows, *, features: bool = False) -> Scores:
+        """Log-probabilities and, if asked for, features of every response.
+
+        A prompt is encoded once for all its responses. Sizes and limits are the configuration's:
+        `eval.batch_size` prompts at a time, `data.max_prompt_length`, `data.chat_template`.
+
+        Args:
+            examples: M rows in TRL's preference format, `{"prompt", "chosen", "rejected"}`, where
+                `rejected` is one response or a list, and texts are strings or chat messages; or
+                what `load_examples` gives.
+            features: hidden states too.
+
+        Raises:
+            UserError: a row is not what it should be, or too long.
+        """
+        rows = _examples(examples)
+        setup = prepare_examples(self.config, self.policy, {"all": rows})
+        tokens, scorer = setup.tokens["all"], setup.program.scorer
+        compute = scorer.logps_and_features if features else scorer.logps
+        found = setup.over_split(lambda batch: compute(self.params, batch), "all", "scoring")
+        logps, hidden = found if features else (found, None)
+        return Scores(tokens.ids, logps, tokens.response_lengths, hidden)
+
+    def updated(self, state: TrainState) -> Model:
+        """This model with a state's weights: no copy, so the next step on that state, which takes
+        its arrays, takes them from this model too."""
+        return dataclasses.replace(self, params={**self.params, **state.params})
+
+
+def load_model(path: str | Path, config: ConfigDict | None = None) -> Model:
+    """A model with its weights on the devices, float32.
+
+    Args:
+        path: a Hugging Face folder of a Llama 3, Qwen3 or SmolLM3 model (`config.json`,
+            `*.safetensors`, tokenizer), or a run folder of ours: its newest checkpoint, with LoRA
+            added to its base.
+        config: settings, see `default_config`; None: a run's own, or the defaults. With
+            `model.lora.rank` the model gets new adapters, which are then what trains. Where
+            `model.dtype` is float32, matrix products are computed in full float32 from now on in
+            this process (`jax_default_matmul_precision`).
+
+    Raises:
+        UserError: the folder or a setting is not what it should be.
+    """
+    path = Path(path)
+    if config is None:
+        run = run_of(path)
+        config = config_lib.default() if run is None else config_lib.load(run[0])
+        config.model.lora = config_lib.default().model.lora
+    config = config.copy_and_resolve_references()
+    config.model.path = str(path)
+    mesh = open_mesh(config)
+    policy = open_policy(config, mesh, None, ())
+    return Model(policy, policy.weights(str(path), config.seed, config.model.lora.path), config)
+
+
+def batches(
+    model: Model,
+    examples: Rows,
+    config: ConfigDict | None = None,
+    reference: Model | None = None,
+) -> Batches:
+    """The batches of a run on some examples, tokenized, with the reference's log-probabilities.
+
+    The same ones, in the same order, as those of `python -m mass_dpo_jax.train` on these examples.
+
+    Args:
+        model: whose tokenizer is used.
+        examples: rows as in `Model.score`.
+        config: method, selection, sizes of batches, number of updates; None: the model's. Its
+            `model` section is not read: the model is there already.
+        reference: the reference policy; None: the model as it is. Its log-probabilities are
+            computed here, once, and kept in `cache_dir`.
+
+    Returns:
+        A sequence of `StepBatch`: `len(...)` updates, `for batch in ...`, `...[step]`.
+
+    Raises:
+        UserError: a row or a setting is not what it should be.
+    """
+    config = (model.config if config is None else config).copy_and_resolve_references()
+    config.model = model.config.model
+    setup = prepare_examples(config, model.policy, {"train": _examples(examples)})
+    reference = model if reference is None else reference
+    if (reference.architecture, reference.policy.lora) != (model.architecture, model.policy.lora):
+        raise UserError("reference: its architecture differs from the policy's")
+    known = setup.reference(reference.params) if setup.method.reference else Reference({})
+    return Batches(setup, known)
+
+
+def make_train_step(
+    model: Model, batches: Batches, optimizer: optax.GradientTransformation | None = None
+) -> TrainStep:
+    """A jitted function `state, metrics = step(state, batch)`; `step.init(model.params)` is the
+    first state.
+
+    Args:
+        model: with LoRA, whose frozen weights the step keeps.
+        batches: what it will be called with, in order.
+        optimizer: any of optax; None: that of the configuration's `train`, AdamW with warm-up,
+            cosine decay and a clipped gradient.
+    """
+    if optimizer is None:
+        chosen = make_optimizer(batches.setup.config.train, len(batches))
+    else:
+        chosen = unless_bad(optimizer)
+    _, frozen = model.policy.split(model.params)
+    return TrainStep(batches, chosen, frozen)
+
+
+def _examples(rows: Rows) -> list[Example]:
+    read = BadRows("examples", "error")
+    found = []
+    for i, row in enumerate(rows):
+        with read:
+            place = f"examples[{i}]"
+            example = row if isinstance(row, Example) else from_row(row, str(i), place)
+            read.check_id(example.id, place)
+            found.append(example)
+    read.done()
+    return found

@@ -1,0 +1,190 @@
+"""The updates of a run: their batches, the state they change, and one of them after another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mass_dpo_jax.data.batches import Batch, Order, make_batch
+from mass_dpo_jax.training import mesh as mesh_lib
+from mass_dpo_jax.training.optimizer import memory_of_moments
+from mass_dpo_jax.training.refresh import Sets
+from mass_dpo_jax.training.setup import Reference, Setup
+from mass_dpo_jax.training.step import Metrics, Params, Trained, TrainState
+
+
+class StepBatch(NamedTuple):
+    """What one update trains on: B prompts in A micro-batches, each with its whole pool."""
+
+    step: int
+    """Which update, counted from 0."""
+    rows: np.ndarray
+    """int32 [B], their places among the training examples."""
+    arrays: Batch
+    """[A, B / A, ...] on the devices."""
+    size: int
+    """Tokens that the chosen response and any n negatives of a prompt have room in."""
+
+
+class Batches:
+    """The batches of a run, in order: a sequence without a state.
+
+    `batches[step]` is a function of (seed, step, lengths of the examples) alone, so a loop that
+    goes on from a saved step sees what it would have seen. Every epoch is a new permutation, cut
+    into batches of similar lengths. Made by `mass_dpo_jax.batches`.
+
+    Attributes:
+        setup: what they are batches of: method, decoder, tokens.
+        reference: its log-probabilities of every response.
+        order: from a step to its rows.
+    """
+
+    def __init__(self, setup: Setup, reference: Reference):
+        train = setup.config.train
+        self.setup = setup
+        self.reference = reference
+        self.order = Order(setup.buckets["train"], train.batch_size, setup.config.seed)
+        self._total = train.steps or train.epochs * self.order.steps_per_epoch
+
+    def __len__(self) -> int:
+        """Updates of the run: `train.steps`, or as many as `train.epochs` need."""
+        return self._total
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        return (self[step] for step in range(self._total))
+
+    def __getitem__(self, step: int) -> StepBatch:
+        """The batch of an update, on the devices.
+
+        Raises:
+            IndexError: there is no such update.
+        """
+        step = range(self._total)[step]
+        rows, shape = self.order(step)
+        refs = self.reference.logps.get("train")
+
+        def make(rows: np.ndarray) -> Batch:
+            every = rows.reshape(-1)
+            tokens = self.setup.tokens["train"]
+            batch = make_batch(tokens, every, shape, refs, self.reference.grams)
+            return jax.tree.map(lambda x: x.reshape(*rows.shape, *x.shape[1:]), batch)
+
+        return StepBatch(step, rows, self._place(rows, make), shape.selected)
+
+    def place_sets(self, rows: np.ndarray, sets: np.ndarray) -> jax.Array:
+        """int32 [A, B / A, n] of a step's `rows`, from the negatives [M, n] of every example."""
+        placed: jax.Array = self._place(rows, lambda rows: sets[rows])
+        return placed
+
+    def _place(self, rows: np.ndarray, make: Any) -> Any:
+        rows = rows.reshape(-1, self.setup.config.train.micro_batch_size)
+        return mesh_lib.place_rows(self.setup.mesh, rows, make)
+
+
+class TrainStep:
+    """`state, metrics = step(state, batch)`: one update. Made by `mass_dpo_jax.make_train_step`.
+
+    Negatives are chosen anew as `selection.refresh` says: where sets outlive a step, those of a
+    window are chosen at its first step, so steps must come in order.
+
+    Attributes:
+        optimizer: what the gradients go through.
+        sets: the negatives of the steps, where they outlive one.
+    """
+
+    def __init__(
+        self,
+        batches: Batches,
+        optimizer: optax.GradientTransformationExtraArgs,
+        frozen: Params,
+        negatives: np.ndarray | None = None,
+    ):
+        self.optimizer = optimizer
+        self.sets = Sets(batches.setup, batches.order, len(batches), batches.reference, negatives)
+        self._batches = batches
+        self._frozen = frozen
+
+    def init(self, params: Params) -> TrainState:
+        """The state before the first update. The weights [trained ones] are copied into it.
+
+        Args:
+            params: of the model, as `Model.params`.
+        """
+        setup = self._batches.setup
+        trained, _ = setup.policy.split(params)
+        like = abstract_state(setup, self.optimizer)
+        return first_state(like, self.optimizer, jax.tree.map(jnp.copy, trained))
+
+    def __call__(self, state: TrainState, batch: StepBatch) -> tuple[TrainState, Metrics]:
+        """Scores the pools, chooses negatives, descends the loss on them.
+
+        Args:
+            state: donated: its arrays are gone afterwards.
+            batch: of the step that the state is at.
+
+        Returns:
+            The next state; and figures by name, float32 scalars on the devices: `loss` (nats),
+            `grad_norm`, `update_ratio`, `skipped` (1 where loss or gradient were not finite, and
+            nothing was changed), `rewards/*`, `logps/*` and `selection/*`.
+        """
+        state, _, figures = self.update(state, batch)
+        return state, figures
+
+    def update(self, state: TrainState, batch: StepBatch) -> tuple[TrainState, Trained, Metrics]:
+        """As a call, and what it trained on."""
+        setup = self._batches.setup
+        sets = self.sets.at(batch.step, {**self._frozen, **state.params})
+        return setup.program.train_step(
+            self.optimizer,
+            state,
+            batch.arrays,
+            None if sets is None else self._batches.place_sets(batch.rows, sets),
+            setup.key(batch.step // self.sets.window),
+            batch.size,
+            self._frozen,
+        )
+
+
+def first_state(like: Any, optimizer: optax.GradientTransformation, trained: Params) -> TrainState:
+    """The state before the first update, which the weights become a part of.
+
+    Args:
+        like: its `abstract_state`.
+        optimizer: of the run.
+        trained: the weights.
+    """
+    places = jax.tree.map(lambda x: x.sharding, like.opt_state)
+    return TrainState(
+        jax.device_put(np.int32(0), like.step.sharding),
+        trained,
+        jax.jit(optimizer.init, out_shardings=places)(trained),
+    )
+
+
+def abstract_state(setup: Setup, optimizer: optax.GradientTransformation) -> Any:
+    """A `TrainState` of shapes and shardings: Adam's moments lie where their weights do."""
+    params, _ = setup.policy.split(setup.policy.abstract)
+    everywhere = mesh_lib.replicated(setup.mesh)
+    memory = memory_of_moments(setup.config.train, setup.mesh)
+
+    def beside(leaf: Any, weight: Any) -> jax.ShapeDtypeStruct:
+        place = weight.sharding
+        if memory is not None:
+            place = place.with_memory_kind(memory)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    opt_state = optax.tree_utils.tree_map_params(
+        optimizer,
+        beside,
+        jax.eval_shape(optimizer.init, params),
+        params,
+        transform_non_params=lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=everywhere
+        ),
+    )
+    return TrainState(jax.ShapeDtypeStruct((), np.int32, sharding=everywhere), params, opt_state)
