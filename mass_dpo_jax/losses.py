@@ -29,18 +29,20 @@ __all__ = [
 def plackett_luce(log_ratios: jax.Array, valid: jax.Array, beta: float) -> jax.Array:
     r"""Plackett-Luce loss: the chosen response is the first among itself and its negatives.
 
-    .. math::
-        \ell = -\log \frac{\exp(\beta r_0)}{\exp(\beta r_0) + \sum_{i \in S} \exp(\beta r_i)}
-             = -\log \sigma\Bigl(-\log \sum_{i \in S} \exp\bigl(\beta (r_i - r_0)\bigr)\Bigr)
+    $$
+    \ell = -\log \frac{\exp(\beta r_0)}{\exp(\beta r_0) + \sum_{i \in S} \exp(\beta r_i)}
+         = -\log \sigma\Bigl(-\log \sum_{i \in S} \exp\bigl(\beta (r_i - r_0)\bigr)\Bigr)
+    $$
 
-    with :math:`r` the log-ratios and :math:`S` the valid negatives. It is the loss of S-DPO, and of
+    with $r$ the log-ratios and $S$ the valid negatives. It is the loss of S-DPO, and of
     MASS-DPO on the set it selects. With one negative it is DPO's. At zero log-ratios, where the
-    policy is the reference, it is :math:`\log(1 + |S|)` whatever the data.
+    policy is the reference, it is $\log(1 + |S|)$ whatever the data.
 
-    >>> log_ratios = jnp.array([[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, jnp.nan]])
-    >>> valid = jnp.array([[True, True, True, True], [True, True, True, False]])
-    >>> print(plackett_luce(log_ratios, valid, beta=0.1))
-    [1.3862944 1.0986123]
+    Examples:
+        >>> log_ratios = jnp.array([[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, jnp.nan]])
+        >>> valid = jnp.array([[True, True, True, True], [True, True, True, False]])
+        >>> print(plackett_luce(log_ratios, valid, beta=0.1))
+        [1.3862944 1.0986123]
 
     Args:
         log_ratios: [B, 1 + n], nats; the chosen response in column 0.
@@ -65,11 +67,13 @@ def plackett_luce(log_ratios: jax.Array, valid: jax.Array, beta: float) -> jax.A
 def dpo(log_ratios: jax.Array, valid: jax.Array, beta: float) -> jax.Array:
     r"""DPO loss: the chosen response is preferred to one negative.
 
-    .. math::
-        \ell = -\log \sigma\bigl(\beta (r_0 - r_1)\bigr)
+    $$
+    \ell = -\log \sigma\bigl(\beta (r_0 - r_1)\bigr)
+    $$
 
-    >>> print(dpo(jnp.array([[1.0, 1.0]]), jnp.array([[True, True]]), beta=0.5))
-    [0.6931472]
+    Examples:
+        >>> print(dpo(jnp.array([[1.0, 1.0]]), jnp.array([[True, True]]), beta=0.5))
+        [0.6931472]
 
     Args:
         log_ratios: [B, 2], nats; the chosen response in column 0.
@@ -94,13 +98,15 @@ def dpo(log_ratios: jax.Array, valid: jax.Array, beta: float) -> jax.Array:
 def dpo_k(log_ratios: jax.Array, valid: jax.Array, beta: float) -> jax.Array:
     r"""DPO-k loss: the chosen response is preferred to each negative, one pair at a time.
 
-    .. math::
-        \ell = -\frac{1}{|S|} \sum_{i \in S} \log \sigma\bigl(\beta (r_0 - r_i)\bigr)
+    $$
+    \ell = -\frac{1}{|S|} \sum_{i \in S} \log \sigma\bigl(\beta (r_0 - r_i)\bigr)
+    $$
 
     The mean of DPO's loss over the pairs of one example. With one negative it is DPO's.
 
-    >>> print(dpo_k(jnp.zeros((1, 4)), jnp.ones((1, 4), bool), beta=0.1))
-    [0.6931472]
+    Examples:
+        >>> print(dpo_k(jnp.zeros((1, 4)), jnp.ones((1, 4), bool), beta=0.1))
+        [0.6931472]
 
     Args:
         log_ratios: [B, 1 + n], nats; the chosen response in column 0.
@@ -120,13 +126,15 @@ def dpo_k(log_ratios: jax.Array, valid: jax.Array, beta: float) -> jax.Array:
 def dmpo(log_ratios: jax.Array, valid: jax.Array, beta: float) -> jax.Array:
     r"""DMPO loss: the chosen response is preferred to the average negative.
 
-    .. math::
-        \ell = -\log \sigma\Bigl(\beta r_0 - \frac{1}{|S|} \sum_{i \in S} \beta r_i\Bigr)
+    $$
+    \ell = -\log \sigma\Bigl(\beta r_0 - \frac{1}{|S|} \sum_{i \in S} \beta r_i\Bigr)
+    $$
 
     With one negative it is DPO's.
 
-    >>> print(dmpo(jnp.array([[0.0, 1.0, -1.0]]), jnp.ones((1, 3), bool), beta=1.0))
-    [0.6931472]
+    Examples:
+        >>> print(dmpo(jnp.array([[0.0, 1.0, -1.0]]), jnp.ones((1, 3), bool), beta=1.0))
+        [0.6931472]
 
     Args:
         log_ratios: [B, 1 + n], nats; the chosen response in column 0.
@@ -147,15 +155,17 @@ def dmpo(log_ratios: jax.Array, valid: jax.Array, beta: float) -> jax.Array:
 def odpo(log_ratios: jax.Array, valid: jax.Array, beta: float, margins: jax.Array) -> jax.Array:
     r"""ODPO loss: the chosen response is preferred to each negative by a margin of its own.
 
-    .. math::
-        \ell = -\frac{1}{|S|} \sum_{i \in S} \log \sigma\bigl(\beta (r_0 - r_i) - \Delta_i\bigr),
-        \qquad \Delta_i = \alpha \log (g_0 - g_i)
+    $$
+    \ell = -\frac{1}{|S|} \sum_{i \in S} \log \sigma\bigl(\beta (r_0 - r_i) - \Delta_i\bigr),
+    \qquad \Delta_i = \alpha \log (g_0 - g_i)
+    $$
 
-    with :math:`g` the grades that responses were given. With margins 0 it is `dpo_k`'s.
+    with $g$ the grades that responses were given. With margins 0 it is `dpo_k`'s.
 
-    >>> valid = jnp.ones((1, 3), bool)
-    >>> print(odpo(jnp.zeros((1, 3)), valid, 0.1, jnp.log(jnp.array([[1.0, 4.0]]))))
-    [1.1512926]
+    Examples:
+        >>> valid = jnp.ones((1, 3), bool)
+        >>> print(odpo(jnp.zeros((1, 3)), valid, 0.1, jnp.log(jnp.array([[1.0, 4.0]]))))
+        [1.1512926]
 
     Args:
         log_ratios: [B, 1 + n], nats; the chosen response in column 0.
@@ -177,17 +187,19 @@ def odpo(log_ratios: jax.Array, valid: jax.Array, beta: float, margins: jax.Arra
 def mppo(logps: jax.Array, num_tokens: jax.Array, valid: jax.Array) -> jax.Array:
     r"""MPPO loss: the chosen response's likelihood per token exceeds the negatives'.
 
-    .. math::
-        \ell = -\log \sigma\Bigl(|S|\, p_0 - \sum_{i \in S} p_i\Bigr), \qquad
-        p_i = \prod_{t=1}^{T_i} \pi(y_{i,t} \mid x, y_{i,<t})^{1 / T_i}
+    $$
+    \ell = -\log \sigma\Bigl(|S|\, p_0 - \sum_{i \in S} p_i\Bigr), \qquad
+    p_i = \prod_{t=1}^{T_i} \pi(y_{i,t} \mid x, y_{i,<t})^{1 / T_i}
+    $$
 
     without reference and without beta. Its authors tried rewards by point, pair and list, and found
     pairs best; of the pairwise forms this one, "Pair-MNM", which merges the pairs of a prompt in
     one sigmoid (their Eq. 10).
 
-    >>> logps = jnp.log(jnp.array([[0.25, 0.25]]))
-    >>> print(mppo(logps, jnp.array([[2, 1]]), jnp.ones((1, 2), bool)).round(6))
-    [0.575939]
+    Examples:
+        >>> logps = jnp.log(jnp.array([[0.25, 0.25]]))
+        >>> print(mppo(logps, jnp.array([[2, 1]]), jnp.ones((1, 2), bool)).round(6))
+        [0.575939]
 
     Args:
         logps: [B, 1 + n], nats, summed over each response's tokens, end-of-sequence included; the
@@ -224,22 +236,24 @@ def sampled_plackett_luce(
 
     The gradient of the loss on all N negatives is, with p the softmax of their scores,
 
-    .. math::
-        \nabla \ell_N = (1 - \sigma(Z_N)) \sum_{i=1}^{N} p_i \nabla \beta (r_i - r_0), \qquad
-        1 - \sigma(Z_N) = 1 - e^{-\ell_N}.
+    $$
+    \nabla \ell_N = (1 - \sigma(Z_N)) \sum_{i=1}^{N} p_i \nabla \beta (r_i - r_0), \qquad
+    1 - \sigma(Z_N) = 1 - e^{-\ell_N}.
+    $$
 
-    A pass over the pool without gradients gives p and :math:`\ell_N` exactly. The value returned is
-    that :math:`\ell_N`; the gradient replaces the sum over the pool by one over n drawn negatives,
-    :math:`\sum_k w_k \nabla \beta (r_k - r_0)`, whose weights `selection.sampled` makes such that
+    A pass over the pool without gradients gives p and $\ell_N$ exactly. The value returned is
+    that $\ell_N$; the gradient replaces the sum over the pool by one over n drawn negatives,
+    $\sum_k w_k \nabla \beta (r_k - r_0)$, whose weights `selection.sampled` makes such that
     its expectation is the sum over the pool. Weights and loss must be those of the same policy:
     then the estimate is unbiased.
 
-    >>> scores = jnp.array([[0.0, -1.0, 1.0]])
-    >>> weights = jax.nn.softmax(scores[:, 1:])  # all drawn: the sum itself
-    >>> loss = lambda r: sampled_plackett_luce(
-    ...     r, jnp.ones((1, 3), bool), 1.0, weights, jnp.array([1.4076059]))[0]
-    >>> print(f"{loss(scores):.4f}", jax.grad(loss)(scores)[0].round(4))
-    1.4076 [-0.7553  0.09    0.6652]
+    Examples:
+        >>> scores = jnp.array([[0.0, -1.0, 1.0]])
+        >>> weights = jax.nn.softmax(scores[:, 1:])  # all drawn: the sum itself
+        >>> loss = lambda r: sampled_plackett_luce(
+        ...     r, jnp.ones((1, 3), bool), 1.0, weights, jnp.array([1.4076059]))[0]
+        >>> print(f"{loss(scores):.4f}", jax.grad(loss)(scores)[0].round(4))
+        1.4076 [-0.7553  0.09    0.6652]
 
     Args:
         log_ratios: [B, 1 + n], nats; the chosen response in column 0.
@@ -262,8 +276,9 @@ def sampled_plackett_luce(
 def supervised(logps_chosen: jax.Array, num_tokens: jax.Array) -> jax.Array:
     r"""Supervised loss: the negative log-likelihood of the chosen response, per token.
 
-    .. math::
-        \ell = -\frac{1}{T} \sum_{t=1}^{T} \log \pi(y_t \mid x, y_{<t})
+    $$
+    \ell = -\frac{1}{T} \sum_{t=1}^{T} \log \pi(y_t \mid x, y_{<t})
+    $$
 
     Args:
         logps_chosen: [B], nats, summed over the response's tokens, end-of-sequence included.

@@ -47,9 +47,9 @@ def per_example_ranking(
 ) -> dict[str, np.ndarray]:
     r"""Metrics of every example: float64 [M] each.
 
-    With one relevant candidate at rank :math:`r`: `accuracy` is 1 where r = 1; `mrr` is 1/r;
-    `recall@k` is 1 where :math:`r \le k`; `ndcg@k` is :math:`1 / \log_2(1 + r)` where
-    :math:`r \le k`, else 0.
+    With one relevant candidate at rank $r$: `accuracy` is 1 where r = 1; `mrr` is 1/r;
+    `recall@k` is 1 where $r \le k$; `ndcg@k` is $1 / \log_2(1 + r)$ where
+    $r \le k$, else 0.
     """
     values = {"accuracy": (ranks == 1).astype(np.float64), "mrr": 1.0 / ranks}
     for k in cutoffs:

@@ -7,10 +7,11 @@ maps it over the prompts of a batch. Everything is `jit`-able with static `n` an
 Criteria see features through one Gram matrix per prompt, so that is all that has to be kept of
 features that are frozen. They are compared on language models in docs/results.md.
 
->>> features = jnp.array([[0.0, 0.0], [0.8, 0.8], [1.0, 0.0], [0.0, 1.0], [0.1, 0.0]])
->>> chosen = select_negatives(features, n=2, criterion="contrast")
->>> print(chosen.indices, [f"{gain:.4f}" for gain in chosen.gains])
-[0 1] ['3.2000', '1.5476']
+Examples:
+    >>> features = jnp.array([[0.0, 0.0], [0.8, 0.8], [1.0, 0.0], [0.0, 1.0], [0.1, 0.0]])
+    >>> chosen = select_negatives(features, n=2, criterion="contrast")
+    >>> print(chosen.indices, [f"{gain:.4f}" for gain in chosen.gains])
+    [0 1] ['3.2000', '1.5476']
 """
 
 from __future__ import annotations
@@ -126,12 +127,13 @@ def criterion(
     Whatever takes a criterion's name then knows it: `select_negatives`, `config.selection`, the
     commands. The function is `vmap`ped over prompts inside of `jit`; n and settings are static.
 
-    >>> @criterion("first", needs_scoring=False)
-    ... def first(pool, n, settings):
-    ...     return in_order(jnp.argsort(~pool.mask, stable=True), pool.mask, n)
-    >>> print(select_negatives(jnp.eye(4), n=2, criterion="first").indices)
-    [0 1]
-    >>> del CRITERIA["first"]
+    Examples:
+        >>> @criterion("first", needs_scoring=False)
+        ... def first(pool, n, settings):
+        ...     return in_order(jnp.argsort(~pool.mask, stable=True), pool.mask, n)
+        >>> print(select_negatives(jnp.eye(4), n=2, criterion="first").indices)
+        [0 1]
+        >>> del CRITERIA["first"]
 
     Args:
         name: of the criterion.

@@ -1,42 +1,48 @@
 r"""The mathematics behind selection, in closed form: what tests and documents check against.
 
-Setting: a log-linear policy, :math:`\pi_\theta(y|x) \propto \exp(\theta^\top \psi(x, y))`. Its
-normaliser does not depend on y, so for a chosen response :math:`y_0` and negatives :math:`y_i`
+Setting: a log-linear policy, $\pi_\theta(y|x) \propto \exp(\theta^\top \psi(x, y))$. Its
+normaliser does not depend on y, so for a chosen response $y_0$ and negatives $y_i$
 
-.. math::
-    \phi_i = \psi(x, y_i) - \psi(x, y_0), \qquad
-    b_i = \log \pi_\mathrm{ref}(y_i|x) - \log \pi_\mathrm{ref}(y_0|x), \qquad
-    s_i = \beta (\theta^\top \phi_i - b_i)
+$$
+\phi_i = \psi(x, y_i) - \psi(x, y_0), \qquad
+b_i = \log \pi_\mathrm{ref}(y_i|x) - \log \pi_\mathrm{ref}(y_0|x), \qquad
+s_i = \beta (\theta^\top \phi_i - b_i)
+$$
 
 are the feature differences, the reference's log-ratios and the scores, the last of them linear in
-:math:`\theta`. (The reference enters with a minus; some of the paper's formulas drop it.) With
+$\theta$. (The reference enters with a minus; some of the paper's formulas drop it.) With
 
-.. math::
-    Z = -\log \sum_i e^{s_i}, \qquad p_i = \frac{e^{s_i}}{\sum_j e^{s_j}}, \qquad
-    \bar\phi = \sum_i p_i \phi_i
+$$
+Z = -\log \sum_i e^{s_i}, \qquad p_i = \frac{e^{s_i}}{\sum_j e^{s_j}}, \qquad
+\bar\phi = \sum_i p_i \phi_i
+$$
 
-the Plackett-Luce loss (Eq. 8) is :math:`L = -\log \sigma(Z)`, and since
-:math:`\nabla Z = -\beta \bar\phi` and :math:`\nabla \bar\phi = \beta \mathrm{Cov}_p(\phi)`:
+the Plackett-Luce loss (Eq. 8) is $L = -\log \sigma(Z)$, and since
+$\nabla Z = -\beta \bar\phi$ and $\nabla \bar\phi = \beta \mathrm{Cov}_p(\phi)$:
 
-.. math::
-    \nabla L &= \beta (1 - \sigma(Z))\, \bar\phi                            \tag{9}\\
-    \nabla^2 L &= \beta^2 (1 - \sigma(Z)) \bigl[\mathrm{Cov}_p(\phi)
-                  + \sigma(Z)\, \bar\phi \bar\phi^\top\bigr]                \tag{10}\\
-    \nabla^2 L &\succeq \beta^2 (1 - \sigma(Z))\, \mathrm{Cov}_p(\phi)      \tag{11}
+$$
+\begin{aligned}
+\nabla L &= \beta (1 - \sigma(Z))\, \bar\phi && \text{(9)} \\
+\nabla^2 L &= \beta^2 (1 - \sigma(Z)) \bigl[\mathrm{Cov}_p(\phi)
+              + \sigma(Z)\, \bar\phi \bar\phi^\top\bigr] && \text{(10)} \\
+\nabla^2 L &\succeq \beta^2 (1 - \sigma(Z))\, \mathrm{Cov}_p(\phi) && \text{(11)}
+\end{aligned}
+$$
 
 Lemma 4.1 is (9), Lemma 4.2 is (10) and (11). What (11) drops, the rank-one term
-:math:`\beta^2 \sigma(Z) (1 - \sigma(Z)) \bar\phi \bar\phi^\top`, is the only part that depends on
-the chosen response: :math:`\mathrm{Cov}_p(\phi) = \mathrm{Cov}_p(\psi)` does not. Nothing is
-dropped in :math:`\nabla^2 L = \beta^2 \mathrm{Cov}_q(\psi)`, q the softmax of the rewards over the
+$\beta^2 \sigma(Z) (1 - \sigma(Z)) \bar\phi \bar\phi^\top$, is the only part that depends on
+the chosen response: $\mathrm{Cov}_p(\phi) = \mathrm{Cov}_p(\psi)$ does not. Nothing is
+dropped in $\nabla^2 L = \beta^2 \mathrm{Cov}_q(\psi)$, q the softmax of the rewards over the
 negatives *and* the chosen response. Around the chosen response instead of the mean, the same sum is
 
-.. math::
-    \textstyle\sum_i p_i \phi_i \phi_i^\top = \mathrm{Cov}_p(\phi) + \bar\phi \bar\phi^\top
+$$
+\textstyle\sum_i p_i \phi_i \phi_i^\top = \mathrm{Cov}_p(\phi) + \bar\phi \bar\phi^\top
+$$
 
-which is (10) with :math:`\sigma(Z)` put to 1, hence above the exact Hessian where (11) is below.
+which is (10) with $\sigma(Z)$ put to 1, hence above the exact Hessian where (11) is below.
 
 Three criteria are made of these: `algorithm_1` (the vectors of Eq. 11), `contrast_vectors` (of the
-last equation) and `set_fisher` (the exact Hessian). In them h is :math:`\psi`, the feature of a
+last equation) and `set_fisher` (the exact Hessian). In them h is $\psi$, the feature of a
 response, and row 0 belongs to the chosen one.
 
 Sums run over the negatives given: the selected set for the loss, the whole pool for selection.
