@@ -12,6 +12,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 import mass_dpo_jax
 
@@ -77,3 +78,32 @@ def test_without_a_new_enough_python_the_scripts_say_so(script: str, tmp_path: P
     assert result.returncode == 1
     assert "No usable Python 3.11 or newer was found" in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_the_citation_names_the_program_and_the_paper():
+    found = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors", "license"} <= set(found)
+    assert "version" not in found  # It stands in one place.
+    (paper,) = found["references"]
+    assert paper["title"].startswith("MASS-DPO: ") and len(paper["authors"]) == 10
+    # The page that goes through the paper names the same one.
+    number = paper["url"].removeprefix("https://arxiv.org/abs/")
+    assert f"arXiv {number}" in (ROOT / "docs" / "theory.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["bug", "feature"])
+def test_issue_forms(name: str):
+    form = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / f"{name}.yml").read_text())
+    assert set(form) == {"name", "description", "labels", "body"}
+    ids = [field["id"] for field in form["body"]]
+    assert len(set(ids)) == len(ids)
+    assert all(field["attributes"]["label"] for field in form["body"])
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", ".github/pull_request_template.md"])
+def test_what_contributors_are_sent_to_is_there(page: str):
+    text = (ROOT / page).read_text()
+    folders = ["", "tests", "mass_dpo_jax", "mass_dpo_jax/data", "mass_dpo_jax/models"]
+    for name in re.findall(r"[\w/]+\.(?:py|sh)\b", text):
+        if "X" not in name:
+            assert any((ROOT / folder / name).is_file() for folder in folders), name
