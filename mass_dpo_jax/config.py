@@ -235,16 +235,20 @@ NOT_NEGATIVE = (
 ).split()
 
 
+def choices() -> dict[str, tuple[str, ...]]:
+    """What the settings that have a choice can be, with registered criteria."""
+    return {**CHOICES, "selection.criterion": selection.names()}
+
+
 def check(config: ConfigDict) -> None:
     """Raises UserError for a value that no run could use, naming field, value and choices."""
     if not isinstance(config, ConfigDict):
         raise UserError(f"--config: found {config!r}, expected what config.default() returns")
     fields = dict(flat(config))
     check_types(fields)
-    choices_of = {**CHOICES, "selection.criterion": selection.names()}
-    for name, choices in choices_of.items():
-        if fields[name] not in choices:
-            raise UserError(f"config.{name}={fields[name]!r}: expected one of {', '.join(choices)}")
+    for name, known in choices().items():
+        if fields[name] not in known:
+            raise UserError(f"config.{name}={fields[name]!r}: expected one of {', '.join(known)}")
     for name in POSITIVE:
         if not fields[name] > 0:
             raise UserError(f"config.{name}={fields[name]!r}: expected a number above 0")

@@ -82,7 +82,7 @@ def _settings(config: ConfigDict) -> Iterator[str]:
             yield "\n".join(lines)
             lines = [f"{name}: {about}".removesuffix(": ")]
             continue
-        choices = config_lib.CHOICES.get(name, ())
+        choices = config_lib.choices().get(name, ())
         if not all(choice in about for choice in choices):
             about += f" One of {' | '.join(choices)}."
         kind = f"{type(values[name]).__name__}, {values[name]!r}"
