@@ -69,6 +69,10 @@ def default() -> ConfigDict:
     c.data.path = ""
     c.data.chat_template = "tokenizer"  # tokenizer | none | path of a template file.
     c.data.date = "26 Jul 2024"  # What templates that print today's date print instead.
+    # More that the chat template is given, a JSON object, e.g. {"enable_thinking": true}.
+    c.data.chat_template_kwargs = ""
+    # Other names of jsonl's and hub's columns, e.g. prompt=question,rejected=wrong_answers.
+    c.data.columns = ""
     c.data.max_prompt_length = 1024  # Tokens; the oldest history goes first, then the left side.
     c.data.max_response_length = 256  # Tokens, end of sequence included.
     c.data.long_response = "error"  # A longer one is an error | drop (leaves its pool, counted).

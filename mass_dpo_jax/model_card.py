@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 import mass_dpo_jax
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.curves import read_metrics
+from mass_dpo_jax.data.render import template_arguments
 from mass_dpo_jax.models.config import DecoderConfig
 from mass_dpo_jax.training import run_folder
 from mass_dpo_jax.training.methods import KINDS
@@ -183,9 +184,8 @@ def _data(config: ConfigDict) -> str:
         )
     else:
         lines.append(
-            "Prompts were rendered by the tokenizer's chat template, with `enable_thinking=False` "
-            f'and `date_string="{config.data.date}"` where the template asks for them: render '
-            "them alike."
+            f"Prompts were rendered by the tokenizer's chat template, with `{_arguments(config)}` "
+            "where the template asks for them: render them alike."
         )
     return " ".join(lines)
 
@@ -247,12 +247,12 @@ def _use(config: ConfigDict) -> str:
         inputs = (
             'messages = [{"role": "user", "content": "PROMPT"}]\n'
             "inputs = tokenizer.apply_chat_template(\n"
-            "    messages, add_generation_prompt=True, enable_thinking=False,\n"
-            f"    date_string={json.dumps(config.data.date)}, "
+            "    messages, add_generation_prompt=True, "
             'return_dict=True, return_tensors="pt",\n'
+            f"    {_arguments(config)},\n"
             ")"
         )
-        asked = {"enable_thinking": False, "date_string": config.data.date}
+        asked = template_arguments(config.data)
         request = "/v1/chat/completions -H 'Content-Type: application/json' \\\n    -d " + (
             """'{"model": "FOLDER", "messages": [{"role": "user", "content": "PROMPT"}], """
             f""""chat_template_kwargs": {json.dumps(asked)}}}'"""
@@ -275,6 +275,14 @@ With vLLM:
 vllm serve FOLDER
 curl http://localhost:8000{request}
 ```"""
+
+
+def _arguments(config: ConfigDict) -> str:
+    """What the chat template was given beside the messages, as in a Python call."""
+    values = template_arguments(config.data).items()
+    return ", ".join(
+        f"{name}={json.dumps(v) if isinstance(v, str) else repr(v)}" for name, v in values
+    )
 
 
 def _training(config: ConfigDict, step: int) -> str:

@@ -19,6 +19,7 @@ from mass_dpo_jax.errors import UserError
 
 GOOD: dict[str, Any] = {"prompt": "p", "chosen": "a", "rejected": ["b", "c"]}
 USER = {"role": "user", "content": "p"}
+SYSTEM = {"role": "system", "content": "s"}
 
 
 def assistant(text: str) -> dict[str, str]:
@@ -27,7 +28,7 @@ def assistant(text: str) -> dict[str, str]:
 
 def settings(path: Path, **changes: Any) -> ConfigDict:
     data = default().data
-    data.update(name="jsonl", path=str(path), max_validation=0, max_test=0, **changes)
+    data.update({"name": "jsonl", "path": str(path), "max_validation": 0, "max_test": 0, **changes})
     return data
 
 
@@ -70,6 +71,31 @@ def read(folder: Path, *rows: Any, split: str = "all") -> list[Example]:
             [assistant("a")],
             ([assistant("b")],),
         ),
+        (  # A conversation before the last question, which alone stands beside it.
+            {
+                "prompt": "p",
+                "chosen": [SYSTEM, USER, assistant("a")],
+                "rejected": [[SYSTEM, USER, assistant("b")]],
+            },
+            [SYSTEM, USER],
+            [assistant("a")],
+            ([assistant("b")],),
+        ),
+        (  # Texts with a common start. A space goes to the responses, as in TRL.
+            {"chosen": "The sky is blue.", "rejected": "The sky is green."},
+            "The sky is",
+            " blue.",
+            (" green.",),
+        ),
+        (
+            {
+                "chosen": "Q: 2+2\nA: 4",
+                "rejected": ["Q: 2+2\nA: 5", "Q: 2+2\nA: 6", "Q: 2+2\nA: x"],
+            },
+            "Q: 2+2\nA:",
+            " 4",
+            (" 5", " 6", " x"),
+        ),
         (  # A table's message has every key, most of them empty.
             {**GOOD, "prompt": [{**USER, "tool_calls": None}], "score": 3},
             [USER],
@@ -96,7 +122,13 @@ def test_ids_are_given_or_count_rows_and_blank_lines_are_skipped(tmp_path: Path)
         ({"prompt": "p", "rejected": ["b"]}, "field 'chosen' is missing; found prompt, rejected"),
         ({"prompt": "p", "chosen": "a"}, "field 'rejected' is missing"),
         ({**GOOD, "chosen": None}, "field 'chosen' is missing"),
-        ({"chosen": "a", "rejected": ["b"]}, "field 'prompt' is missing"),
+        ({"chosen": "a", "rejected": ["b"]}, "'prompt' is missing, and .* no text in common"),
+        ({"chosen": "p", "rejected": ["pa"]}, "'prompt' is missing, and all of 'chosen' is the"),
+        ({"chosen": "pab", "rejected": ["pb", "p"]}, r"all of 'rejected\[1\]' is the start of"),
+        ({"chosen": "pa", "rejected": [[assistant("b")]]}, "expected all of one kind"),
+        ({"chosen": "pa", "rejected": ["pb", "pa"]}, r"chosen response is also rejected\[1\]"),
+        ({**GOOD, "tools": [{"name": "f"}]}, "field 'tools' is not read here: leave it out"),
+        ({**GOOD, "chat_template_kwargs": {"x": 1}}, "set config.data.chat_template_kwargs"),
         ({**GOOD, "rejected": []}, "field 'rejected' is empty"),
         ({**GOOD, "rejected": ""}, "field 'rejected' is empty"),
         ({**GOOD, "rejected": ["b", " "]}, r"field 'rejected\[1\]' is empty"),
@@ -128,6 +160,28 @@ def test_a_wrong_row_is_named(tmp_path: Path, row: Any, message: str) -> None:
         read(tmp_path, {"id": "first", **GOOD}, "", row)
     assert str(error.value).startswith(f"{tmp_path / 'file.jsonl'}:3: ")
     assert "\n" not in str(error.value)
+
+
+def test_columns_by_other_names(tmp_path: Path) -> None:
+    row = {"q": "p", "good": "a", "bad": ["b", "c"], "prompt": "another's", "id": "x"}
+    file = write(tmp_path / "file.jsonl", row)
+
+    def load(columns: str) -> Example:
+        [example] = load_examples(settings(file, columns=columns), "all", seed=0)
+        return example
+
+    assert load("prompt=q, chosen=good,rejected=bad") == Example(
+        "x", "p", "a", ("b", "c"), f"{file}:1"
+    )
+    assert load("chosen=good,rejected=bad").prompt == "another's"
+    assert load("prompt=good,chosen=q,rejected=bad").chosen == "p"
+    with pytest.raises(UserError, match=r"jsonl:1: column 'worse' is missing .* takes 'rejected'"):
+        load("prompt=q,chosen=good,rejected=worse")
+    for wrong in ("question=q", "prompt", "prompt=q,prompt=good", "prompt=", ",", "=q"):
+        with pytest.raises(UserError, match=r"config.data.columns=.* expected each of id, prompt"):
+            load(wrong)
+    with pytest.raises(UserError, match=r"config.data.name=qasc has columns of its own"):
+        load_examples(settings(file, columns="prompt=q", name="qasc"), "all", seed=0)
 
 
 def test_wrong_rows_are_skipped_and_counted(tmp_path: Path, caplog: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,27 @@ def test_no_template() -> None:
     assert (renderer.special_tokens, renderer.end_id) == (True, small().eos_token_id)
     assert renderer.prompt(History("<", ("a",), "> "), "") == "<a> "
     assert renderer.responses(example()) == [" Yo ", "No"]
+    assert renderer.responses(example(chosen="Yo<eos>", rejected=("<eos>",))) == ["Yo", ""]
+
+
+def test_arguments_of_the_template(tmp_path: Path) -> None:
+    path = written(tmp_path, "{{ strftime_now('%d') }} {{ enable_thinking }} {{ more }}" + TEMPLATE)
+
+    def prompt(arguments: str) -> str:
+        data = settings(path, {"chat_template_kwargs": arguments})
+        return make_renderer(small(), data).prompt("Hi!", "").partition("<bos>")[0]
+
+    assert prompt("") == "26 Jul 2024 False "
+    given = '{"enable_thinking": true, "more": [1], "date_string": "5 May"}'
+    assert prompt(given) == "5 May True [1]"
+    for wrong, message in {
+        "{": "not JSON",
+        "[1]": "expected a JSON object",
+        '{"tokenize": true}': "'tokenize' is not for a user to set",
+        '{"add_generation_prompt": true}': "'add_generation_prompt' is not",
+    }.items():
+        with pytest.raises(UserError, match=f"chat_template_kwargs.*{message}"):
+            prompt(wrong)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +116,7 @@ def test_no_template() -> None:
         ("tokenizer", example(), "has no chat template: set it to none"),
         ("none", example(prompt=[USER]), "'prompt' is a list of chat messages, which need a templ"),
         ("none", example(chosen=[{"role": "assistant", "content": "x"}]), "'chosen' is a list of"),
-        ("none", example(chosen="b<eos>"), "'chosen' contains the end-of-sequence token <eos>"),
+        ("none", example(chosen="b<eos>c"), "'chosen' contains the end-of-sequence token <eos>"),
         ("no/such/file", example(), "'no/such/file': expected tokenizer, none or a readable templ"),
     ],
 )
@@ -149,3 +172,26 @@ def test_the_real_templates(real_data: Path, name: str) -> None:
         date_string="26 Jul 2024",
     )
     assert (prompt + longer[0]) == whole.rstrip("\n")
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_texts_are_those_of_transformers(real_data: Path, name: str, thinking: bool) -> None:
+    """As TRL renders a row (`tests/trl_check.py` asks TRL itself)."""
+    tokenizer = real(real_data, name)
+    today = datetime.datetime.now().strftime("%d %B %Y")  # SmolLM3's template prints no other date.
+    arguments = {"enable_thinking": thinking, "date_string": today}
+    data = settings("tokenizer", {"chat_template_kwargs": json.dumps(arguments)})
+    renderer = make_renderer(tokenizer, data)
+    talk = [{"role": "system", "content": "Be brief."}, USER]
+    answer = {"role": "assistant", "content": "Yo, "}
+    row = example(talk, [answer])
+    prompt = renderer.prompt(row.prompt, "")
+    expected = tokenizer.apply_chat_template(
+        talk, tokenize=False, add_generation_prompt=True, **arguments
+    )
+    assert prompt == expected
+    whole = tokenizer.apply_chat_template([*talk, answer], tokenize=False, **arguments)
+    written = prompt + renderer.responses(row)[0]
+    assert whole.startswith(written)
+    assert whole.removeprefix(written).strip() == ""

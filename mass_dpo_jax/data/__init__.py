@@ -52,6 +52,11 @@ def load_examples(data: Any, split: str, seed: int) -> list[Example]:
         raise UserError(
             f"config.data.path is empty: expected the data of config.data.name={data.name}"
         )
+    if data.columns and data.name not in ("jsonl", "hub"):
+        raise UserError(
+            f"config.data.columns={data.columns!r}: config.data.name={data.name} has columns of "
+            "its own; expected one of jsonl, hub"
+        )
     if data.num_candidates < 2:
         raise UserError(f"config.data.num_candidates={data.num_candidates}: expected 2 or more")
     examples = _LOADERS[data.name](data, split, seed)

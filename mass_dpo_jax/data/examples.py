@@ -14,6 +14,13 @@ from mass_dpo_jax.files import shorten
 Message = dict[str, str]  # {"role": ..., "content": ...}
 Text = str | list[Message]
 LARGEST_SCORE = 3e38  # What float32 holds.
+COLUMNS = ("id", "prompt", "chosen", "rejected", "score_chosen", "score_rejected")
+# Columns of TRL's that change what a prompt is; other ones are ignored.
+NOT_READ = {
+    "tools": "leave it out, or write what the template makes of it into the prompt",
+    "chat_template_kwargs": "set config.data.chat_template_kwargs, the same for all rows",
+    "images": "models with images are not supported",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +60,10 @@ def from_row(row: Any, default_id: str, place: str) -> Example:
     """The example in a row `{"id"?, "prompt"?, "chosen", "rejected", ...}`.
 
     Prompt and responses are strings or chat messages. `rejected` is one response or a list of
-    them; a list of messages is one response. Without a `prompt`, chosen and rejected are whole
-    conversations and all but their last message is the prompt. A conversation that repeats the
-    prompt before its answer is understood too: both are common in data sets for TRL.
+    them; a list of messages is one response. Without a `prompt` it is what chosen and rejected
+    begin with in common: of conversations all but the last message; of strings the characters,
+    but for a space before the responses, as in TRL. A conversation that repeats the prompt before
+    its answer is understood too, also where the prompt is the text of its last question.
     `score_chosen`, a number, and `score_rejected`, a list with a number for each rejected response
     (or one number, for one), are optional grades. Other columns are ignored.
 
@@ -72,13 +80,18 @@ def from_row(row: Any, default_id: str, place: str) -> Example:
         if row.get(field) is None:
             found = ", ".join(map(str, row)) or "nothing"
             raise UserError(f"{place}: field {field!r} is missing; found {found}")
+    for field, instead in NOT_READ.items():
+        if row.get(field):
+            raise UserError(f"{place}: field {field!r} is not read here: {instead}")
     chosen = _text(row["chosen"], "chosen", place)
     rejected = _rejected(row["rejected"], place)
     prompt: Text
-    if row.get("prompt") is None:
-        prompt = _shared_prompt(chosen, place)
+    if row.get("prompt") is not None:
+        prompt = _whole_prompt(_text(row["prompt"], "prompt", place), chosen)
+    elif isinstance(chosen, str):
+        prompt, chosen, rejected = _common_start(chosen, rejected, place)
     else:
-        prompt = _text(row["prompt"], "prompt", place)
+        prompt = _shared_prompt(chosen, place)
     if not isinstance(prompt, str) and prompt[-1]["role"] != "user":
         raise UserError(
             f"{place}: field 'prompt' must end with a message of role 'user', "
@@ -215,12 +228,46 @@ def _message(value: Any, field: str, place: str) -> Message:
     return {"role": value["role"], "content": content}
 
 
-def _shared_prompt(chosen: Text, place: str) -> list[Message]:
-    if isinstance(chosen, str):
+def _whole_prompt(prompt: Text, chosen: Text) -> Text:
+    """The conversation before the answer, where the prompt is the text of its last question."""
+    if isinstance(prompt, str) and isinstance(chosen, list) and len(chosen) > 2:
+        if chosen[-2] == {"role": "user", "content": prompt}:
+            return chosen[:-1]
+    return prompt
+
+
+def _common_start(chosen: str, rejected: Sequence[Text], place: str) -> tuple[str, str, list[Text]]:
+    """The prompt that all of the texts start with, and what is left of them."""
+    check_not_rejected(chosen, rejected, place)
+    texts = [chosen]
+    for i, response in enumerate(rejected):
+        if not isinstance(response, str):
+            raise UserError(
+                f"{place}: field 'prompt' is missing, and 'chosen' is a string where "
+                f"'rejected[{i}]' is a conversation: expected all of one kind"
+            )
+        texts.append(response)
+    first, last = min(texts), max(texts)  # In order, what these share all of them do.
+    length = next((i for i, c in enumerate(first) if c != last[i]), len(first))
+    if length and chosen[length - 1] == " ":
+        length -= 1
+    left = [text[length:] for text in texts]
+    if not chosen[:length].strip():
         raise UserError(
-            f"{place}: field 'prompt' is missing (it can be left out only where chosen and "
-            "rejected are conversations)"
+            f"{place}: field 'prompt' is missing, and chosen and rejected have no text in common "
+            "at their start"
         )
+    for i, text in enumerate(left):
+        if not text.strip():
+            field = f"rejected[{i - 1}]" if i else "chosen"
+            raise UserError(
+                f"{place}: field 'prompt' is missing, and all of {field!r} is the start of the "
+                "others: nothing is left for a response"
+            )
+    return chosen[:length], left[0], list(left[1:])
+
+
+def _shared_prompt(chosen: list[Message], place: str) -> list[Message]:
     if len(chosen) < 2:
         raise UserError(
             f"{place}: field 'prompt' is missing and 'chosen' has one message only, so there is "

@@ -2,19 +2,28 @@
 
 With a template the prompt is rendered with the generation prompt and the response is what the
 template writes after that for the assistant's message, up to its end token (`<|eot_id|>`,
-`<|im_end|>`). Thinking is off, and every date a template can ask for is the configured one.
+`<|im_end|>`): what TRL renders, but for what a template writes after that token. Thinking is off,
+and every date a template can ask for is the configured one, unless its arguments say otherwise.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
+
+from transformers import PreTrainedTokenizerBase
 
 from mass_dpo_jax.data.examples import Example, History, Message, Text
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import read_text, shorten
 
+# Of `apply_chat_template` itself.
+ARGUMENTS = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {
+    "documents"
+}
 PROBE = "response"  # Stands for any answer when we look at what the template writes around it.
 
 
@@ -46,7 +55,7 @@ def make_renderer(tokenizer: Any, data: Any) -> Renderer:
             template = tokenizer.get_chat_template()
         except ValueError as error:  # It has several, and none is called "default".
             raise UserError(f"config.data.chat_template='tokenizer': {error}") from None
-        return Template(tokenizer, template, data.date)
+        return Template(tokenizer, template, template_arguments(data))
     try:
         template = read_text(Path(name))
     except UserError as error:
@@ -54,11 +63,30 @@ def make_renderer(tokenizer: Any, data: Any) -> Renderer:
             f"config.data.chat_template={name!r}: expected tokenizer, none or a readable template "
             f"file: {error}"
         ) from None
-    return Template(tokenizer, template, data.date)
+    return Template(tokenizer, template, template_arguments(data))
+
+
+def template_arguments(data: Any) -> dict[str, Any]:
+    """What a chat template is given beside the messages: `data.chat_template_kwargs`, over ours."""
+    field = "config.data.chat_template_kwargs"
+    try:
+        given = json.loads(data.chat_template_kwargs or "{}")
+    except ValueError as error:
+        raise UserError(f"{field}={data.chat_template_kwargs!r}: not JSON: {error}") from None
+    if not isinstance(given, dict):
+        raise UserError(
+            f"{field}={data.chat_template_kwargs!r}: expected a JSON object, for example "
+            '{"enable_thinking": true}'
+        )
+    for name in given:
+        if name in ARGUMENTS:
+            raise UserError(f"{field}: {name!r} is not for a user to set")
+    return {"enable_thinking": False, "date_string": data.date, **given}
 
 
 class Plain:
-    """No template: texts as they are, the end-of-sequence token after each response."""
+    """No template: texts as they are, the end-of-sequence token after each response (once, where
+    the text has it already)."""
 
     special_tokens = True
 
@@ -79,7 +107,7 @@ class Plain:
     def responses(self, example: Example) -> list[str]:
         texts = []
         for field, response in _named(example):
-            text = self._string(response, field, example.place)
+            text = self._string(response, field, example.place).removesuffix(self._end)
             _check_no_end(text, self._end, field, example.place)
             texts.append(text)
         return texts
@@ -99,12 +127,13 @@ class Template:
     special_tokens = False  # The template writes them all itself.
     end_id: int | None = None
 
-    def __init__(self, tokenizer: Any, template: str, date: str):
+    def __init__(self, tokenizer: Any, template: str, arguments: Mapping[str, Any]):
         # Only a template's own macro can replace strftime_now: transformers turns a function that
         # is handed to it into a string. The newline after the block is not part of the output.
+        date = arguments["date_string"]
         macro = "{%- macro strftime_now(format) -%}{{ " + json.dumps(date) + " }}{%- endmacro %}\n"
         self._template = macro + template
-        self._date = date
+        self._arguments = arguments
         self._tokenizer = tokenizer
         special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
         self._specials = sorted({*special, *tokenizer.all_special_tokens} - {""})
@@ -165,8 +194,7 @@ class Template:
                 chat_template=self._template,
                 tokenize=False,
                 add_generation_prompt=generation_prompt,
-                enable_thinking=False,
-                date_string=self._date,
+                **self._arguments,
             )
             text.encode()
         # A template is a program: it can divide by zero, add strings to numbers, recurse for ever.

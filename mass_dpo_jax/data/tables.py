@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -41,16 +41,44 @@ def open_files(
 
 
 def preferences(table: Table, data: Any, seed: int) -> list[Example]:
-    """`collect` for rows in the format of `examples.from_row`.
+    """`collect` for rows in the format of `examples.from_row`, by the names of `data.columns`.
 
     An example without an id is called after its split (or file) and its row, counted from 0.
     """
-    return collect(
-        table,
-        lambda row, i, place: examples.from_row(row, f"{table.source.name}-{i}", place),
-        data,
-        seed,
-    )
+    names = _columns(data.columns)
+
+    def make(row: Any, i: int, place: str) -> Example:
+        row = _renamed(row, names, place)
+        return examples.from_row(row, f"{table.source.name}-{i}", place)
+
+    return collect(table, make, data, seed)
+
+
+def _columns(text: str) -> dict[str, str]:
+    """Our names of columns and those of the data, from `prompt=question,chosen=answer`."""
+    names = {}
+    for part in text.split(",") if text else []:
+        ours, _, theirs = (word.strip() for word in part.partition("="))
+        if ours not in examples.COLUMNS or not theirs or ours in names:
+            raise UserError(
+                f"config.data.columns={text!r}: {part!r}, expected each of "
+                f"{', '.join(examples.COLUMNS)} at most once, as in prompt=question,chosen=answer"
+            )
+        names[ours] = theirs
+    return names
+
+
+def _renamed(row: Any, names: Mapping[str, str], place: str) -> Any:
+    if not names or not isinstance(row, Mapping):
+        return row  # What is no object gets its error where rows are read.
+    for ours, theirs in names.items():
+        if theirs not in row:
+            raise UserError(
+                f"{place}: column {theirs!r} is missing (config.data.columns takes {ours!r} from "
+                f"it); found {', '.join(map(str, row)) or 'nothing'}"
+            )
+    left = {name: value for name, value in row.items() if name not in names.values()}
+    return left | {ours: row[theirs] for ours, theirs in names.items()}
 
 
 def collect(

@@ -22,7 +22,10 @@ from mass_dpo_jax.data.examples import Example, History
 from mass_dpo_jax.data.tokens import Tokens, tokenize
 
 WORTH = 20_000  # Responses; fewer are tokenized faster than they are looked up and explained.
-SETTINGS = ("chat_template", "date", "max_prompt_length", "max_response_length", "long_response")
+SETTINGS = (
+    "chat_template", "date", "chat_template_kwargs",
+    "max_prompt_length", "max_response_length", "long_response",
+)  # fmt: skip
 CODE = (examples_lib, flat, render, tokens)  # What the tokens depend on.
 _log = logging.getLogger(__name__)
 
