@@ -18,8 +18,8 @@ def test_a_run_that_is_killed_is_the_run_that_is_not(tmp_path: Path) -> None:
 
 
 def test_sigterm_to_one_process_ends_both_with_the_state_saved(tmp_path: Path) -> None:
-    run = Run(tmp_path / "run", write_jsonl(tmp_path / "data.jsonl", examples=40), 5000, devices=2)
-    started = run.start(processes=2)
+    run = Run(tmp_path / "run", write_jsonl(tmp_path / "data.jsonl", examples=40), 5000)
+    started = run.start((2, {"data": 2}))
     try:
         while run.step() < 3 and all(process.poll() is None for process in started):
             time.sleep(0.05)

@@ -2,6 +2,7 @@ r"""Kills a training run at random moments, again and again, and compares it wit
 
     python tests/torture.py --kills=50
     python tests/torture.py --kills=20 --processes=2
+    python tests/torture.py --kills=20 --steps=200 --meshes
 
 A run is started on a small model, killed by SIGKILL, started again by the same command, and so on.
 A third of the kills come while a checkpoint is being written, a third at some moment of training or
@@ -12,6 +13,11 @@ bit for bit.
 With --processes=P every second start is of P processes with one device each, the others of one
 process with P devices: the mesh stays the same.
 
+With --meshes every start is on another mesh, of 1 to 8 devices and 1, 2 or 4 processes. The order
+of summation then changes, so the sets of negatives are chosen once, recorded in the checkpoints,
+and the losses must be the uninterrupted run's to 1e-5. At the end both policies choose a set for
+every example: how many differ is how many near-ties the other order of summation flips.
+
 Prints how many kills came when, and how many steps were lost: at most `train.checkpoint_every` and
 those that were run while a save was not yet complete.
 """
@@ -21,6 +27,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import random
 import signal
@@ -30,6 +37,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,23 +52,42 @@ SETTINGS = {
     "model.scratch.num_layers": 2, "model.scratch.vocab_size": 300, "data.name": "jsonl",
     "data.chat_template": "none", "log.report": "False", "log.tensorboard": "False",
 }  # fmt: skip
+# Adam moves a weight whose gradient is rounding noise by the whole learning rate: two orders of
+# summation agree only while that is small.
+RECORDED = {"selection.refresh": "once", "train.learning_rate": 1e-5}
+Way = tuple[int, Mapping[str, int]]  # How a run is started: processes, and the mesh over all.
+MESHES: list[Way] = [
+    (1, {"data": 2, "fsdp": 1, "tensor": 1}),
+    (2, {"data": 1, "fsdp": 2, "tensor": 1}),
+    (1, {"data": 1, "fsdp": 1, "tensor": 2}),
+    (1, {"data": 2, "fsdp": 2, "tensor": 2}),
+    (4, {"data": 2, "fsdp": 2, "tensor": 1}),
+    (1, {"data": 1, "fsdp": 8, "tensor": 1}),
+    (1, {"data": 1, "fsdp": 1, "tensor": 1}),
+]
 
 
 @dataclasses.dataclass
 class Result:
-    """kills: when they came. lost: steps to run again, by kill. starts: of the run."""
+    """kills: when they came. lost: steps to run again, by kill. starts: of the run. With meshes:
+    difference, the largest one between two losses; flips, sets that differ, of so many."""
 
     kills: Counter[str]
     lost: list[int]
     starts: int
+    difference: float = 0.0
+    flips: int = 0
+    sets: int = 0
 
 
 class Run:
     """One training run in a folder, and how it is started."""
 
-    def __init__(self, workdir: Path, data: Path, steps: int, devices: int = 1):
-        self.workdir, self.devices = workdir, devices
-        settings = {**SETTINGS, "train.steps": steps, "data.path": data}
+    def __init__(
+        self, workdir: Path, data: Path, steps: int, more: Mapping[str, Any] | None = None
+    ):
+        self.workdir = workdir
+        settings = {**SETTINGS, "train.steps": steps, "data.path": data, **(more or {})}
         # In a folder of its own: the reference pass is killed, too.
         settings["cache_dir"] = workdir.parent / f"{workdir.name}-cache"
         config = ROOT / "mass_dpo_jax" / "config.py"
@@ -69,8 +96,9 @@ class Run:
             f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in settings.items()),
         ]  # fmt: skip
 
-    def start(self, processes: int = 1) -> list[subprocess.Popen]:
-        each = self.devices // processes
+    def start(self, way: Way = (1, {"data": 1})) -> list[subprocess.Popen]:
+        processes, mesh = way
+        each = math.prod(mesh.values()) // processes
         environment = os.environ | {
             "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={each}",
@@ -82,7 +110,11 @@ class Run:
         log = (self.workdir.parent / f"{self.workdir.name}.log").open("a")
         return [
             subprocess.Popen(
-                [*self.command, *([*group, f"--process_id={i}"] if processes > 1 else [])],
+                [
+                    *self.command,
+                    *(f"--config.mesh.{axis}={size}" for axis, size in mesh.items()),
+                    *([*group, f"--process_id={i}"] if processes > 1 else []),
+                ],
                 env=environment,
                 stdout=log,
                 stderr=log,
@@ -125,14 +157,13 @@ def wait(started: list[subprocess.Popen], run: Run) -> None:
         raise AssertionError((run.workdir.parent / f"{run.workdir.name}.log").read_text()[-3000:])
 
 
-def torture(run: Run, kills: int, rng: random.Random, processes: int = 1) -> Result:
-    """Starts and kills, then lets it finish."""
+def torture(run: Run, kills: int, rng: random.Random, ways: Sequence[Way]) -> Result:
+    """Starts in each way in turn and kills, then lets it finish."""
     found = Result(Counter(), [], 0)
     startup = 20.0  # Seconds; then as the last start took.
     while sum(found.kills.values()) < kills:
-        count = processes if found.starts % 2 else 1
         began, before = time.monotonic(), run.step()
-        started = run.start(count)
+        started = run.start(ways[found.starts % len(ways)])
         found.starts += 1
         how = ("in a save", "in training", "at any time")[sum(found.kills.values()) % 3]
         delay = rng.uniform(0, 1.0)
@@ -158,7 +189,7 @@ def torture(run: Run, kills: int, rng: random.Random, processes: int = 1) -> Res
         phase = "before its first step" if moved is None else "in training"
         found.kills["in a save" if saving and moved is not None else phase] += 1
         found.lost.append(max(run.step() - run.saved(), 0))
-    wait(run.start(), run)
+    wait(run.start(ways[found.starts % len(ways)]), run)
     found.starts += 1
     return found
 
@@ -170,10 +201,10 @@ def compare(folder: Path, kills: int, steps: int, seed: int, processes: int = 1)
       AssertionError: they are not, or a start failed.
     """
     data = write_jsonl(folder / "data.jsonl", examples=40)
-    alone = Run(folder / "alone", data, steps, processes)
-    wait(alone.start(), alone)
-    run = Run(folder / "run", data, steps, processes)
-    found = torture(run, kills, random.Random(seed), processes)
+    mesh = {"data": processes}
+    alone, run = Run(folder / "alone", data, steps), Run(folder / "run", data, steps)
+    wait(alone.start((1, mesh)), alone)
+    found = torture(run, kills, random.Random(seed), [(1, mesh), (processes, mesh)])
     digests, figures = run.result()
     expected, lines = alone.result()
     assert len(figures) == len(lines) and run.saved() == steps
@@ -183,23 +214,69 @@ def compare(folder: Path, kills: int, steps: int, seed: int, processes: int = 1)
     return found
 
 
+def compare_meshes(folder: Path, kills: int, steps: int, seed: int) -> Result:
+    """A run on one mesh after the other, and one left alone on one device: losses to 1e-5.
+
+    Raises:
+      AssertionError: they differ by more, or a start failed.
+    """
+    data = write_jsonl(folder / "data.jsonl", examples=40)
+    alone, run = (Run(folder / name, data, steps, RECORDED) for name in ("alone", "run"))
+    wait(alone.start(), alone)
+    found = torture(run, kills, random.Random(seed), MESHES)
+    losses, expected = (
+        {line["step"]: line["loss"] for line in each.result()[1] if "loss" in line}
+        for each in (run, alone)
+    )
+    assert len(losses) == len(expected) == steps
+    found.difference = max(abs(losses[step] - loss) for step, loss in expected.items())
+    assert found.difference <= 1e-5
+    ours, theirs = chosen_by(run), chosen_by(alone)
+    found.sets = len(ours)
+    found.flips = sum(a != b for a, b in zip(ours, theirs, strict=True))
+    return found
+
+
+def chosen_by(run: Run) -> list[list[int]]:
+    """The set that the end of a run chooses for each example."""
+    output = run.workdir.parent / f"{run.workdir.name}-selected.jsonl"
+    subprocess.run(
+        [
+            sys.executable, "-m", "mass_dpo_jax.select", f"--workdir={run.workdir}",
+            f"--output={output}", "--config.mesh.data=1", "--config.mesh.fsdp=1",
+            "--config.mesh.tensor=1",
+        ],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}, check=True,
+        stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    return [json.loads(line)["selected"] for line in output.read_text().splitlines()]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--meshes", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         began = time.monotonic()
-        found = compare(Path(folder), given.kills, given.steps, given.seed, given.processes)
+        which = Path(folder), given.kills, given.steps, given.seed
+        found = compare_meshes(*which) if given.meshes else compare(*which, given.processes)
         minutes = (time.monotonic() - began) / 60
     print(f"{found.starts} starts, {sum(found.kills.values())} kills in {minutes:.0f} min:")
     for phase, count in found.kills.most_common():
         print(f"  {count} {phase}")
     lost = sorted(found.lost)
     print(f"steps lost by a kill: {lost[len(lost) // 2]} (median), {lost[-1]} (most)")
-    print(f"after {given.steps} steps: weights, moments and figures as without a kill, bit for bit")
+    if given.meshes:
+        print(
+            f"after {given.steps} steps: losses as on one device without a kill, to "
+            f"{found.difference:.1e}; {found.flips} of {found.sets} sets would be chosen otherwise"
+        )
+    else:
+        print(f"after {given.steps} steps: weights, moments, figures as without a kill, to the bit")
 
 
 if __name__ == "__main__":
