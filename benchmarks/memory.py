@@ -36,8 +36,9 @@ from mass_dpo_jax.models.config import DecoderConfig
 from mass_dpo_jax.models.decoder import REMAT
 from mass_dpo_jax.models.fused_attention import Fused
 from mass_dpo_jax.training import account as account_lib
-from mass_dpo_jax.training.account import Account, Layout
+from mass_dpo_jax.training.account import Account
 from mass_dpo_jax.training.optimizer import make_optimizer
+from mass_dpo_jax.training.sizes import Layout, of_device
 from mass_dpo_jax.training.step import Program
 
 SMALL = Workload(
@@ -64,9 +65,7 @@ def account_of(case: Case, remat: str, shared: bool = True, reuse: bool = True) 
     w, shape = case.workload, case.shapes[0]
     fused = isinstance(case.attention, Fused)
     itemsize = jnp.dtype(case.dtype).itemsize
-    model = account_lib.of_device(
-        case.model, itemsize, remat, fused=fused, max_logits=case.max_logits
-    )
+    model = of_device(case.model, itemsize, remat, fused=fused, max_logits=case.max_logits)
     optimizer = make_optimizer(case.config.train, 1)
     chunk = None
     if not shared:
@@ -163,7 +162,7 @@ def large(fsdp: int, moments: str, offload: bool, batch: int = 128, micro: int =
     model = llama_3b()
     optimizer = make_optimizer(config.train, 1)
     return account_lib.account(
-        account_lib.of_device(model, itemsize=2, remat="full", fsdp=fsdp),
+        of_device(model, itemsize=2, remat="full", fsdp=fsdp),
         *account_lib.state_bytes(model, mesh, optimizer),
         account_lib.batch_bytes(batch // fsdp, 160, 200, 20),
         Layout(micro // fsdp, 160, 1, 200),

@@ -24,11 +24,13 @@ from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models.fused_attention import Fused
 from mass_dpo_jax.models.logprobs import max_logits_of
 from mass_dpo_jax.training import account as account_lib
+from mass_dpo_jax.training import flops as flops_lib
 from mass_dpo_jax.training import mesh as mesh_lib
-from mass_dpo_jax.training.account import Account, Layout, Model
+from mass_dpo_jax.training.account import Account
 from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.policy import uses_lora
 from mass_dpo_jax.training.setup import Setup, prepare
+from mass_dpo_jax.training.sizes import Layout, Model, of_device
 
 
 class Flops(NamedTuple):
@@ -145,7 +147,7 @@ def of_mesh(setup: Setup, mesh: Mesh | None) -> Model:
     itemsize = np.dtype(setup.config.model.dtype).itemsize
     sizes = {} if mesh is None else {axis: mesh.shape[axis] for axis in ("fsdp", "tensor")}
     scorer = setup.program.scorer
-    return account_lib.of_device(
+    return of_device(
         setup.policy.config,
         itemsize,
         setup.config.model.remat,
@@ -190,12 +192,12 @@ def flops(setup: Setup) -> Flops:
     for share, shape in zip(shares, buckets.shapes, strict=True):
         pool, trained = layouts(setup, shape, micro)
         recorded = scored and setup.program.reuse
-        parts = [0, account_lib.training_flops(model, trained, recorded)]
+        parts = [0, flops_lib.training_flops(model, trained, recorded)]
         if scored:
-            parts[0] = account_lib.scoring_flops(model, pool, chunk)
+            parts[0] = flops_lib.scoring_flops(model, pool, chunk)
         processed += share * np.array(parts) / micro
     lengths = tokens.response_lengths
-    prompts, responses = account_lib.useful_flops(model, tokens.prompt_lengths, lengths)
+    prompts, responses = flops_lib.useful_flops(model, tokens.prompt_lengths, lengths)
     present = (lengths[:, 1:] > 0).sum(1)
     mean = responses[:, 1:].sum(1) / np.maximum(present, 1)  # As if negatives were drawn.
     negatives = np.minimum(method.num_negatives, present) * mean

@@ -31,10 +31,11 @@ from mass_dpo_jax.models.config import DecoderConfig
 from mass_dpo_jax.models.decoder import abstract_decoder
 from mass_dpo_jax.models.fused_attention import Fused
 from mass_dpo_jax.training import account as account_lib
-from mass_dpo_jax.training.account import Layout
+from mass_dpo_jax.training import flops as flops_lib
 from mass_dpo_jax.training.methods import make_method
 from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.setup import Reference, prepare
+from mass_dpo_jax.training.sizes import Layout, of_device
 from mass_dpo_jax.training.step import Choice, Program, Scorer
 from mass_dpo_jax.training.updates import Batches
 
@@ -130,7 +131,7 @@ CASES = [
 
 @pytest.mark.parametrize(("remat", "layout", "dtype"), CASES)
 def test_kept_bytes_are_what_differentiation_saves(remat: str, layout: str, dtype: str) -> None:
-    model = account_lib.of_device(MODEL, jnp.dtype(dtype).itemsize, remat)
+    model = of_device(MODEL, jnp.dtype(dtype).itemsize, remat)
 
     def saved(rows: int) -> int:
         def residuals(params: Any, batch: Batch, numbers: Any) -> Any:
@@ -158,7 +159,7 @@ def test_kept_bytes_of_a_fused_kernel(
     """Traced, not run: the kernel's own rules say what it keeps."""
     pretend_a_gpu(monkeypatch)
     config = dataclasses.replace(MODEL, head_dim=16)  # The kernel takes multiples of 8.
-    model = account_lib.of_device(config, 2, remat, fused=True)
+    model = of_device(config, 2, remat, fused=True)
     made = program(remat, layout, "bfloat16", config)
     made = dataclasses.replace(made, scorer=dataclasses.replace(made.scorer, attention=Fused()))
 
@@ -179,7 +180,7 @@ def test_kept_bytes_of_a_fused_kernel(
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 def test_a_fused_kernel_holds_no_scores(remat: str) -> None:
     """Temporaries grow with the number of heads by no pair of tokens."""
-    one = account_lib.of_device(MODEL, 2, remat, fused=True)
+    one = of_device(MODEL, 2, remat, fused=True)
     many = dataclasses.replace(one, heads=one.heads + 1)
     pool, chunk, trained = layouts("rectangle", 2)
     for layout in (trained, trained._replace(prompt=400)):
@@ -195,20 +196,20 @@ def test_flops_are_those_of_the_programs_products(remat: str, layout: str) -> No
     """In float32: in bfloat16 the traced program has products whose results nothing uses."""
     rows = 3
     made = program(remat, layout, "float32")
-    model = account_lib.of_device(MODEL, 4, remat)
+    model = of_device(MODEL, 4, remat)
     pool, chunk, trained = layouts(layout, rows)
     params, batch = arguments(rows)
     counted = cost.counted(jax.make_jaxpr(jax.grad(loss(made)))(params, batch, numbers(rows)).jaxpr)
-    assert account_lib.training_flops(model, trained) == pytest.approx(counted, rel=0.02)
+    assert flops_lib.training_flops(model, trained) == pytest.approx(counted, rel=0.02)
     key = jax.eval_shape(lambda: jax.random.key(0))
     counted = cost.counted(jax.make_jaxpr(made.choose)(params, batch, key).jaxpr)
-    assert account_lib.scoring_flops(model, pool, chunk) == pytest.approx(counted, rel=0.02)
+    assert flops_lib.scoring_flops(model, pool, chunk) == pytest.approx(counted, rel=0.02)
 
 
 def test_useful_flops_count_pairs_that_see_each_other() -> None:
-    model = account_lib.of_device(MODEL, 4, "none")
+    model = of_device(MODEL, 4, "none")
     prompts, responses = np.array([5, 3]), np.array([[2, 4], [1, 0]])
-    of_prompts, behind = account_lib.useful_flops(model, prompts, responses)
+    of_prompts, behind = flops_lib.useful_flops(model, prompts, responses)
     for b in range(2):
         # Query by query: a prompt's token sees those before it, a response's the prompt too.
         pairs = sum(i + 1 for i in range(prompts[b]))
@@ -245,7 +246,7 @@ def test_temporaries_are_near_those_of_xla(remat: str, changes: dict[str, Any]) 
 
 
 def test_peak_with_an_offloaded_state_and_several_micro_batches() -> None:
-    model = account_lib.of_device(MODEL, 2, "full")
+    model = of_device(MODEL, 2, "full")
     pool, chunk, trained = layouts("packed", 2)
     one = account_lib.account(model, 100, 200, 7, pool, chunk, trained, 1)
     many = account_lib.account(model, 100, 200, 7, pool, chunk, trained, 4, offloaded=True)

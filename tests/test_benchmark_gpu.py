@@ -26,8 +26,9 @@ from benchmarks.workloads import changed
 from mass_dpo_jax.models import fused_attention
 from mass_dpo_jax.models.decoder import abstract_decoder
 from mass_dpo_jax.models.fused_attention import Fused
-from mass_dpo_jax.training import account as account_lib
+from mass_dpo_jax.training import flops as flops_lib
 from mass_dpo_jax.training.optimizer import make_optimizer
+from mass_dpo_jax.training.sizes import of_device
 from mass_dpo_jax.training.step import TrainState
 
 CHANGES = ("prompt=20", "response=5", "pool=5", "negatives=2")
@@ -216,9 +217,9 @@ def test_a_step_that_does_not_fit_or_run_is_tried_otherwise(
 def test_useful_operations_are_those_of_the_account(name: str) -> None:
     """Two formulas, and Llama 3.2 3B's size."""
     w, batch = workload(name, "3b"), 5
-    model = account_lib.of_device(w.model, 2, "full")
+    model = of_device(w.model, 2, "full")
     prompts = np.full(batch, w.prompt)
-    of_prompts, behind = account_lib.useful_flops(
+    of_prompts, behind = flops_lib.useful_flops(
         model, prompts, np.full((batch, 1 + w.pool), w.response)
     )
     sets = behind[:, : 1 + w.negatives]

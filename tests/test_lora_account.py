@@ -21,10 +21,12 @@ from mass_dpo_jax.models.adapters import Lora, parse_targets
 from mass_dpo_jax.models.config import DecoderConfig
 from mass_dpo_jax.models.decoder import abstract_decoder
 from mass_dpo_jax.training import account as account_lib
-from mass_dpo_jax.training.account import Account, Layout
+from mass_dpo_jax.training import flops as flops_lib
+from mass_dpo_jax.training.account import Account
 from mass_dpo_jax.training.mesh import param_shapes
 from mass_dpo_jax.training.methods import make_method
 from mass_dpo_jax.training.optimizer import make_optimizer
+from mass_dpo_jax.training.sizes import Layout, of_device
 from mass_dpo_jax.training.step import Program, Scorer, TrainState
 
 SPEC = importlib.util.spec_from_file_location(
@@ -61,11 +63,9 @@ def account_of(model: DecoderConfig, config: Any, prompt: int, response: int, po
         Layout(micro, prompt, 1, n * response) for n in (1 + pool, 1 + config.num_negatives)
     )
     return account_lib.account(
-        account_lib.of_device(
-            model, itemsize, config.model.remat, lora=lora, stored=stored, max_logits=2**27
-        )
+        of_device(model, itemsize, config.model.remat, lora=lora, stored=stored, max_logits=2**27)
         if config.model.dtype == "bfloat16"
-        else account_lib.of_device(model, itemsize, config.model.remat, lora=lora, stored=stored),
+        else of_device(model, itemsize, config.model.remat, lora=lora, stored=stored),
         *account_lib.state_bytes(model, one, optimizer, lora),
         account_lib.batch_bytes(batch, prompt, (1 + pool) * response, 1 + pool),
         of_pool,
@@ -172,7 +172,7 @@ def test_flops_are_those_of_the_programs_products(remat: str, layout: str) -> No
     graphdef = nnx.graphdef(abstract_decoder(MODEL, remat=remat, lora=lora))
     made = program(remat, layout, "float32")
     made = dataclasses.replace(made, scorer=dataclasses.replace(made.scorer, graphdef=graphdef))
-    model = account_lib.of_device(MODEL, 4, remat, lora=lora, stored="nf4")
+    model = of_device(MODEL, 4, remat, lora=lora, stored="nf4")
     _, _, trained = layouts(layout, rows)
     _, batch = arguments(rows)
     params = param_shapes(MODEL, abstract_mesh(QLORA.get_config().mesh, 1), lora, "nf4")
@@ -184,4 +184,4 @@ def test_flops_are_those_of_the_programs_products(remat: str, layout: str) -> No
 
     jaxpr = jax.make_jaxpr(jax.grad(of_adapters))(adapters, params, batch, numbers(rows)).jaxpr
     counted = cost.counted(jaxpr)
-    assert account_lib.training_flops(model, trained) == pytest.approx(counted, rel=0.03)
+    assert flops_lib.training_flops(model, trained) == pytest.approx(counted, rel=0.03)

@@ -1,166 +1,31 @@
-"""What a train step needs of a device's memory and arithmetic, from formulas: nothing is allocated.
+"""What a train step needs of a device's memory, from formulas: nothing is allocated.
 
 Weights, gradients, optimizer state and batch are exact: they are the sharded arrays themselves.
 What the backward pass keeps is what JAX's differentiation of the model saves. Temporaries are
 estimates: how many copies of an array live at once is the compiler's choice, and the counts below
 were read off XLA's programs for CPUs in float32, where they are off by some 15%. A fused kernel
-(models/fused_attention.py) has no scores; what it holds instead nobody has measured, and its
-operations are counted as if they were those of plain attention.
-
-Letters as in docs and models: B prompts (here of a micro-batch, on one device), P and R tokens, G
-groups of L response places (packed: one group of S), D hidden, F inner, V vocabulary, H heads of K.
+(models/fused_attention.py) has no scores; what it holds instead nobody has measured. Letters as in
+sizes.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from mass_dpo_jax.models.adapters import Lora
 from mass_dpo_jax.models.config import DecoderConfig
-from mass_dpo_jax.models.logprobs import MAX_LOGITS
 from mass_dpo_jax.training.mesh import param_shapes, replicated
+from mass_dpo_jax.training.sizes import Layout, Model, logits_chunk, replayed
 
 FLOAT = 4  # Bytes.
 MASKS = FLOAT + 1  # Of a score: its mask, and the zeros that masked gradients become.
-
-
-class Layout(NamedTuple):
-    """B rows of a prompt and G groups of L response places each."""
-
-    batch: int
-    prompt: int
-    groups: int
-    length: int
-
-    @property
-    def tokens(self) -> int:
-        """B (P + G L)."""
-        return self.batch * (self.prompt + self.responses)
-
-    @property
-    def responses(self) -> int:
-        """G L, of one row."""
-        return self.groups * self.length
-
-    @property
-    def pairs(self) -> int:
-        """Query-key pairs whose scores are computed, masked ones too: B (P^2 + G L P + G L^2)."""
-        return sum(self.scores)
-
-    @property
-    def scores(self) -> tuple[int, int, int]:
-        """Pairs among prompt tokens, of responses with the prompt, and within groups."""
-        own = self.responses * self.length
-        return tuple(self.batch * n for n in (self.prompt**2, self.responses * self.prompt, own))  # type: ignore[return-value]
-
-    @property
-    def repeated(self) -> int:
-        """Keys of a fused kernel's responses, the prompt's again for every group: B G (P + L)."""
-        return self.batch * self.groups * (self.prompt + self.length)
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """The sizes of a decoder on one device: a dimension that `tensor` devices divide is split.
-
-    Attributes:
-      layers: how many.
-      hidden, inner, vocabulary: D, F, V.
-      heads: H; queries, keys: widths H K and KV K of all heads together; size: K.
-      itemsize: bytes of the compute type.
-      remat: none | dots | full.
-      gathered: are weights split over devices that compute with them whole?
-      fused: is attention a fused kernel?
-      max_logits: held at once.
-      lora: the adapters; None: all weights are trained.
-      stored: with LoRA, the type of the other weights (models/frozen.py).
-    """
-
-    layers: int
-    hidden: int
-    inner: int
-    vocabulary: int
-    heads: int
-    queries: int
-    keys: int
-    size: int
-    itemsize: int
-    remat: str
-    gathered: bool = False
-    fused: bool = False
-    max_logits: int = MAX_LOGITS
-    lora: Lora | None = None
-    stored: str = "float32"
-
-    @property
-    def adapted(self) -> tuple[int, int]:
-        """Of a layer's adapters: weights, rank (in + out); and values of a token, rank."""
-        if self.lora is None:
-            return 0, 0
-        into, out = self._sides()
-        return self.lora.rank * (into + out), self.lora.rank * len(self.lora.targets)
-
-    @property
-    def added(self) -> int:
-        """Values of a token that adapters add to products of a layer, but the last."""
-        return 0 if self.lora is None else self._sides("down")[1]
-
-    def _sides(self, without: str = "") -> tuple[int, int]:
-        """Sizes of the adapted products of a layer, summed: in, out."""
-        d, f, q, kv = self.hidden, self.inner, self.queries, self.keys
-        sizes = {"query": (d, q), "key": (d, kv), "value": (d, kv), "output": (q, d)}
-        sizes |= {"gate": (d, f), "up": (d, f), "down": (f, d)}
-        assert self.lora is not None
-        found = [sizes[name] for name in self.lora.targets if name != without]
-        return sum(into for into, _ in found), sum(out for _, out in found)
-
-    @property
-    def block(self) -> int:
-        """Weights of a layer's matrix products: D (2 H K + 2 KV K + 3 F)."""
-        return self.hidden * (2 * self.queries + 2 * self.keys + 3 * self.inner)
-
-
-def of_device(
-    config: DecoderConfig,
-    itemsize: int,
-    remat: str,
-    fsdp: int = 1,
-    tensor: int = 1,
-    fused: bool = False,
-    max_logits: int = MAX_LOGITS,
-    lora: Lora | None = None,
-    stored: str = "float32",
-) -> Model:
-    """The part of a decoder that one device computes with."""
-
-    def part(size: int) -> int:
-        return size // tensor if size % tensor == 0 else size
-
-    return Model(
-        layers=config.num_layers,
-        hidden=config.hidden_size,
-        inner=part(config.intermediate_size),
-        vocabulary=part(config.vocab_size),
-        heads=part(config.num_heads),
-        queries=part(config.num_heads * config.head_dim),
-        keys=part(config.num_kv_heads * config.head_dim),
-        size=config.head_dim,
-        itemsize=itemsize,
-        remat=remat,
-        gathered=fsdp > 1,
-        fused=fused,
-        max_logits=max_logits,
-        lora=lora,
-        stored=stored if lora else "float32",
-    )
 
 
 def bytes_of(tree: Any) -> int:
@@ -278,11 +143,6 @@ def record_bytes(m: Model, pool: Layout) -> int:
     return values * m.itemsize + pool.batch * pool.responses * FLOAT
 
 
-def replayed(m: Model) -> Model:
-    """As whose backward pass that from a record counts: attention, at least, is computed again."""
-    return dataclasses.replace(m, remat="full" if m.remat == "full" else "dots")
-
-
 def bias_bytes(m: Model, at: Layout) -> int:
     """A fused kernel's mask of the responses, in the compute type and for all heads: c a pair."""
     return sum(at.scores[1:]) * m.itemsize
@@ -375,13 +235,6 @@ def logits_bytes(m: Model, at: Layout, backward: bool) -> int:
     return (3 if backward else 1) * logits + head * (copies + gradient)
 
 
-def logits_chunk(m: Model, at: Layout) -> int:
-    """Response places of a row whose logits are computed at once, see models/logprobs.py."""
-    longest = max(1, m.max_logits // (at.batch * m.vocabulary))
-    chunks = max(1, -(-at.responses // longest))
-    return -(-at.responses // chunks)
-
-
 def scoring_bytes(m: Model, at: Layout, chunk: int | None) -> int:
     """Temporaries of scoring a pool, nothing kept for a backward pass.
 
@@ -405,65 +258,6 @@ def scoring_bytes(m: Model, at: Layout, chunk: int | None) -> int:
     return max(
         forward_bytes(m, prompt) + weights, max(mlp, attention) + weights + kept, logits + kept
     )
-
-
-def forward_flops(m: Model, at: Layout) -> int:
-    """Operations of a forward pass over all places, 2 a multiplication:
-    layers (2 tokens block + 4 H K pairs) + 2 D V response places."""
-    layer = 2 * at.tokens * (m.block + m.adapted[0]) + 4 * m.queries * at.pairs
-    return m.layers * layer + logits_flops(m, at)
-
-
-def scoring_flops(m: Model, at: Layout, chunk: int | None) -> int:
-    """`forward_flops` of a pool in chunks of groups, the last filled up; see `scoring_bytes`."""
-    if chunk is None or chunk >= at.groups:
-        return forward_flops(m, at)
-    chunks = -(-at.groups // chunk)
-    layers = forward_flops(m, at._replace(groups=chunks * chunk)) - logits_flops(
-        m, at._replace(groups=chunks * chunk)
-    )
-    return layers + chunks * logits_flops(m, at._replace(groups=chunk))
-
-
-def logits_flops(m: Model, at: Layout) -> int:
-    """2 D V a response place, those that fill up the last chunk too."""
-    chunk = logits_chunk(m, at)
-    return 2 * m.hidden * m.vocabulary * at.batch * chunk * -(-at.responses // chunk)
-
-
-def training_flops(m: Model, at: Layout, recorded: bool = False) -> int:
-    """Forward, backward (twice as much) and what it computes again: the logits, always; `dots`
-    attention; `full` the layers but for their last product. From a record there is no forward.
-    Frozen weights get no gradient, and adapters compute x A again."""
-    if recorded:
-        m = replayed(m)
-    again = 0
-    if m.remat != "none":
-        again = 4 * m.queries * at.pairs
-    if m.remat == "full":
-        again += 2 * at.tokens * (m.block - m.inner * m.hidden)
-    passes = 2 if recorded else 3
-    frozen = 0
-    if m.lora is not None:
-        frozen = m.layers * 2 * at.tokens * m.block + logits_flops(m, at)
-    return passes * forward_flops(m, at) + m.layers * again + logits_flops(m, at) - frozen
-
-
-def useful_flops(m: Model, prompts: np.ndarray, responses: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Of a forward pass over real tokens and the pairs that see each other, nothing twice.
-
-    Args:
-      prompts: `[M]` tokens.
-      responses: `[M, C]` tokens.
-
-    Returns:
-      float64 `[M]` of the prompts, and `[M, C]` of each response behind its prompt.
-    """
-    p, r = prompts.astype(np.float64), responses.astype(np.float64)
-    token, pair = 2.0 * m.layers * m.block, 4.0 * m.layers * m.queries
-    logit = 2.0 * m.hidden * m.vocabulary
-    behind = r * (token + logit) + pair * (r * p[:, None] + r * (r + 1) / 2)
-    return p * token + pair * p * (p + 1) / 2, behind
 
 
 @dataclasses.dataclass(frozen=True)
