@@ -79,8 +79,9 @@ def _settings(config: ConfigDict) -> Iterator[str]:
     values, lines = dict(config_lib.flat(config)), list[str]()
     for name, about in comments().items():
         if name not in values:
-            yield "\n".join(lines)
-            lines = [f"{name}: {about}".removesuffix(": ")]
+            if lines:
+                yield "\n".join(lines)
+            lines = [f"{name}: {about}".removesuffix(": ")] if name else []
             continue
         choices = config_lib.choices().get(name, ())
         if not all(choice in about for choice in choices):
