@@ -8,7 +8,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 # PyTorch first: what comes after it must not choose another build of it.
-install test "${MASS_DPO_TORCH:-torch==2.13.0}" "-e .[test]"
+install test "${MASS_DPO_TORCH:-torch==2.13.0}" "-e .[test,docs]"
 if ! command -v nvidia-smi >/dev/null && compgen -G "$venv/lib/python3*/site-packages/nvidia/*" >/dev/null; then
   say "Note: PyTorch brought CUDA libraries to a machine without a GPU; see MASS_DPO_TORCH in launch/test.sh"
 fi

@@ -79,6 +79,8 @@ def default() -> ConfigDict:
     c.data.list_candidates = True  # Does the prompt list the candidates? (Not for jsonl, hub.)
     c.data.num_candidates = 20  # Of a row where they are drawn: movielens, medmcqa, raw lastfm.
     c.data.native_eval = True  # medmcqa: evaluate on a question's own 4 options, not on the drawn.
+    # Sizes that batches are padded to: fewer compile sooner, more leave less padding.
+    c.data.max_shapes = 4
     c.data.on_bad_row = "error"  # A row that cannot be used is an error | skip (counted).
     # Held out of the training rows where no other split is found; movielens and raw lastfm are
     # split by user instead, 8 : 1 : 1.
@@ -230,7 +232,7 @@ POSITIVE = (
     "beta num_negatives model.scratch.hidden_size model.scratch.num_heads selection.ridge "
     "train.batch_size train.micro_batch_size train.learning_rate train.clip "
     "train.checkpoint_every train.keep_checkpoints train.max_skipped eval.batch_size "
-    "data.max_prompt_length data.max_response_length odpo.alpha model.lora.alpha"
+    "data.max_prompt_length data.max_response_length data.max_shapes odpo.alpha model.lora.alpha"
 ).split()
 NOT_NEGATIVE = (
     "seed train.steps train.epochs train.warmup_ratio train.weight_decay train.eval_every "

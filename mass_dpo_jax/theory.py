@@ -4,9 +4,11 @@ Setting: a log-linear policy, $\pi_\theta(y|x) \propto \exp(\theta^\top \psi(x, 
 normaliser does not depend on y, so for a chosen response $y_0$ and negatives $y_i$
 
 $$
-\phi_i = \psi(x, y_i) - \psi(x, y_0), \qquad
-b_i = \log \pi_\mathrm{ref}(y_i|x) - \log \pi_\mathrm{ref}(y_0|x), \qquad
-s_i = \beta (\theta^\top \phi_i - b_i)
+\begin{aligned}
+\phi_i &= \psi(x, y_i) - \psi(x, y_0) \\
+b_i &= \log \pi_\mathrm{ref}(y_i|x) - \log \pi_\mathrm{ref}(y_0|x) \\
+s_i &= \beta (\theta^\top \phi_i - b_i)
+\end{aligned}
 $$
 
 are the feature differences, the reference's log-ratios and the scores, the last of them linear in
@@ -78,7 +80,7 @@ def quantities(theta: np.ndarray, phi: np.ndarray, b: np.ndarray, beta: float) -
         theta: [d].
         phi: [N, d], feature differences to the chosen response.
         b: [N], the reference's log-probabilities minus that of the chosen response.
-        beta: > 0.
+        beta: above 0.
     """
     scores = beta * (phi @ theta - b)
     z = -np.logaddexp.reduce(scores)
@@ -230,7 +232,7 @@ def set_fisher(
         features: [C, d], the chosen response first.
         scores: [N].
         n: how many to select, at most N.
-        ridge: > 0.
+        ridge: above 0.
 
     Returns:
         The indices in order of choice, and the increase of `set_logdet` by each.

@@ -210,7 +210,8 @@ def _of_tokens(
     )
     trained, _ = policy.split(policy.shardings)
     program = Program(scorer, method, trained, config.train.reuse_scoring)
-    buckets = {split: make_buckets(t, method.num_negatives) for split, t in tokens.items()}
+    most = config.data.max_shapes
+    buckets = {s: make_buckets(t, method.num_negatives, most) for s, t in tokens.items()}
     return Setup(config, mesh, policy, method, program, examples, tokens, buckets)
 
 

@@ -1,0 +1,77 @@
+"""What mkdocs does not do itself: equations without JavaScript, files of the repository as pages.
+
+Equations stand between dollars, which GitHub renders; here they become MathML, which browsers
+render. A link that leaves docs/ (`../mass_dpo_jax/theory.py`) works on GitHub; here that file is
+put into the site as a page, and so is the change log.
+"""
+
+from __future__ import annotations
+
+import html
+import posixpath
+import re
+from pathlib import Path
+from typing import Any
+
+from latex2mathml.converter import convert
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parent.parent
+LINK = re.compile(r"(?<=\]\()(\.\./[^)#\s]+)(?=[)#])")
+MATH = re.compile(r'<(span|div) class="arithmatex">(?:\\\(|\\\[)(.*?)(?:\\\)|\\\])</\1>', re.DOTALL)
+PAGES = ("CHANGELOG.md",)  # Of the repository's root, in the navigation.
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Adds pages for files of the repository: `PAGES`, and those that pages link to."""
+    for name in PAGES:
+        files.append(File.generated(config, name, content=(ROOT / name).read_text()))
+    linked = set()
+    for file in files.documentation_pages():
+        for link in LINK.findall(file.content_string):
+            target = _outside(file.src_uri, link)
+            if target is not None:
+                linked.add(target)
+    for name in sorted(linked):
+        content = f"# `{name}`\n\n```{_language(name)}\n{(ROOT / name).read_text().rstrip()}\n```\n"
+        page = File.generated(config, f"source/{name}.md", content=content)
+        page.inclusion = page.inclusion.NOT_IN_NAV
+        files.append(page)
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Links that leave docs/ lead to the pages of `on_files`."""
+
+    def inside(link: re.Match) -> str:
+        target = _outside(page.file.src_uri, link[1])
+        if target is None:
+            return link[1]
+        return posixpath.relpath(f"source/{target}.md", posixpath.dirname(page.file.src_uri))
+
+    return LINK.sub(inside, markdown)
+
+
+def on_page_content(content: str, **_: Any) -> str:
+    """Equations as MathML."""
+
+    def mathml(found: re.Match) -> str:
+        # Its name for the same arrangement.
+        tex = html.unescape(found[2]).replace("{aligned}", "{split}")
+        made = convert(tex.strip(), display="block" if found[1] == "div" else "inline")
+        made = re.sub(r"<mi>(&#x02AB[0-9A-F];)</mi>", r"<mo>\1</mo>", made)  # Relations.
+        # A space between a function and its argument, where no parenthesis follows.
+        return re.sub(r"(<mi>(?:log|exp|det)</mi>)(?=<m[^o])", r'\1<mspace width="0.17em"/>', made)
+
+    return MATH.sub(mathml, content)
+
+
+def _outside(page: str, link: str) -> str | None:
+    """The file of the repository that a page links to; None: it is one of docs/."""
+    path = posixpath.normpath(posixpath.join("docs", posixpath.dirname(page), link))
+    return None if path.startswith("docs/") else path
+
+
+def _language(name: str) -> str:
+    known = {".py": "python", ".sh": "bash", ".yaml": "yaml", ".cfg": "ini"}
+    return known.get(Path(name).suffix, "text")
