@@ -2,7 +2,7 @@
 
 Equations stand between dollars, which GitHub renders; here they become MathML, which browsers
 render. A link that leaves docs/ (`../mass_dpo_jax/theory.py`) works on GitHub; here that file is
-put into the site as a page, and so is the change log.
+put into the site as a page, and so are pages of the repository's root.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parent.parent
 LINK = re.compile(r"(?<=\]\()(\.\./[^)#\s]+)(?=[)#])")
 MATH = re.compile(r'<(span|div) class="arithmatex">(?:\\\(|\\\[)(.*?)(?:\\\)|\\\])</\1>', re.DOTALL)
-PAGES = ("CHANGELOG.md",)  # Of the repository's root, in the navigation.
+PAGES = ("CHANGELOG.md", "CONTRIBUTING.md")  # Of the repository's root, in the navigation.
 
 
 def on_files(files: Files, config: Any) -> Files:
     """Adds pages for files of the repository: `PAGES`, and those that pages link to."""
     for name in PAGES:
-        files.append(File.generated(config, name, content=(ROOT / name).read_text()))
+        content = (ROOT / name).read_text().replace("](docs/", "](")
+        files.append(File.generated(config, name, content=content))
     linked = set()
     for file in files.documentation_pages():
         for link in LINK.findall(file.content_string):
