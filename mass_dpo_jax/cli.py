@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import jax
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
@@ -172,7 +173,7 @@ def _join() -> None:
 def _together(main: Callable[[], None]) -> None:
     """Runs a command; if it fails on one of several processes, ends all of them."""
     try:
-        main()
+        _within_memory(main)
         hosts.finish()
     except BaseException as error:
         if not hosts.several():
@@ -184,6 +185,21 @@ def _together(main: Callable[[], None]) -> None:
         if not hosts.lost(error):
             traceback.print_exc()
         hosts.fail(hosts.describe(error), 1)
+
+
+def _within_memory(main: Callable[[], None]) -> None:
+    """Runs a command; a device that has not the memory for it is for the user to mend."""
+    try:
+        main()
+    except jax.errors.JaxRuntimeError as error:
+        message = str(error).partition("\n")[0]
+        if not message.startswith("RESOURCE_EXHAUSTED") or "memory" not in message:
+            raise
+        raise UserError(
+            f"not enough memory on a device: lower config.train.micro_batch_size (training) or "
+            "config.eval.batch_size (scoring), or split the model by config.mesh.fsdp; "
+            f"--config.dry_run=True says what a step needs ({message})"
+        ) from error
 
 
 def _quiet() -> None:

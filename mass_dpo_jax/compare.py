@@ -37,8 +37,8 @@ def compare(runs: Sequence[Path]) -> str:
     Raises:
       UserError: a run is not finished, or was tested on other examples than the first.
     """
-    found = [_read(run) for run in runs]
     configs = [config_lib.load(run) for run in runs]
+    found = [_read(run) for run in runs]
     for run, metrics_ in zip(runs[1:], found[1:], strict=True):
         if not metrics_.get("digest") or metrics_["digest"] != found[0].get("digest"):
             raise UserError(f"{run}: tested on other examples than {runs[0]} (config.data, seed)")
@@ -88,7 +88,10 @@ def read_logps(path: Path) -> tuple[np.ndarray, np.ndarray]:
 def _read(run: Path) -> dict[str, Any]:
     found = run_folder.read_metrics(run)
     if not found or not found["finished"]:
-        raise UserError(f"{run}: not a finished run (no final metrics.json)")
+        raise UserError(
+            f"{run}: not a finished run (no final metrics.json); python -m mass_dpo_jax.train "
+            f"--workdir={run} goes on with it"
+        )
     if not all(found.get(name) for name in ("split", "start", "final")):
         raise UserError(f"{run}: had no test or validation split")
     return found

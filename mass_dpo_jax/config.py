@@ -161,7 +161,10 @@ def load(workdir: Path) -> ConfigDict:
     """The configuration that the run in `workdir` was started with."""
     path = workdir / "config.json"
     if not path.exists():
-        raise UserError(f"{workdir}: not a run folder (it has no config.json)")
+        raise UserError(
+            f"{workdir}: not a run folder (it has no config.json); expected what was the "
+            "--workdir of mass_dpo_jax.train"
+        )
     stored = read_json(path)
     if not isinstance(stored, dict):
         raise UserError(f"{path}: expected a JSON object with a run's settings")

@@ -84,13 +84,16 @@ def export(
       UserError: there is no such run or checkpoint, or `output` is taken.
     """
     if not is_run(workdir):
-        raise UserError(f"{workdir}: not a run folder (it has no model/config.json)")
+        raise UserError(
+            f"{workdir}: not a run folder (it has no model/config.json); expected what was the "
+            "--workdir of mass_dpo_jax.train"
+        )
     config = config_lib.load(workdir)
     if not max_shard_gb > 0:
         raise UserError(f"--max_shard_gb={max_shard_gb}: expected a number above 0")
     there = checkpoint.steps(workdir)
     if not there:
-        raise UserError(f"{workdir}: a run that has saved no checkpoint yet")
+        raise UserError(f"{workdir}: {checkpoint.NONE_YET}")
     step = there[-1] if step is None else step
     if step not in there:
         shown = ", ".join(map(str, there))

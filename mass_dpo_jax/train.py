@@ -149,7 +149,9 @@ def main() -> None:
         print(dry_run(config, folder, SPLITS))
         return
     if _WORKDIR.value is None:
-        raise UserError("--workdir is missing: a folder for checkpoints and metrics")
+        raise UserError(
+            "--workdir is missing: a folder for all that a run writes, as in --workdir=runs/first"
+        )
     workdir = Path(_WORKDIR.value)
     try:
         with interruption.on_signals():

@@ -186,3 +186,38 @@ def test_settings_before_the_file_and_the_last_of_two_files(tmp_path: Path) -> N
                    "--config=tiny", "--config.print=True")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "--config.beta=1.0" in done.stdout and "--config.data.name=jsonl" in done.stdout
+
+
+def test_too_little_memory_on_the_device() -> None:
+    """XLA's own error, of 64 TiB in one array."""
+    code = (
+        "import jax.numpy as jnp; from mass_dpo_jax import cli\n"
+        "cli.run(lambda: jnp.zeros(2**46, jnp.uint8).block_until_ready())"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--verbosity=-1"], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: not enough memory on a device: lower config.train.micro_batch_")
+    assert "Out of memory" in line and str(2**46) in line
+
+
+def test_refusals_say_what_to_do_next(tmp_path: Path) -> None:
+    workdir = f"--workdir={tmp_path / 'run'}"
+    line = refused("mass_dpo_jax.train", "--config=lama3", workdir)
+    assert "--config=lama3: no such file" in line and "llama3, qlora, qwen3, smollm3, tiny" in line
+    assert "as in --workdir=" in refused(*TRAIN)
+    jsonl = ("mass_dpo_jax.train", "--config=llama3", workdir)
+    assert "as in --config.data.path=" in refused(*jsonl)
+    line = refused(*jsonl, "--config.data.path=a/b")
+    assert "a/b: no such file or folder" in line and "--config.data.name=hub" in line
+    data = write_jsonl(tmp_path / "data.jsonl")
+    line = refused(*jsonl, f"--config.data.path={data}", "--config.model.path=meta-llama/Llama")
+    assert "meta-llama/Llama: no such folder" in line and "hf download" in line
+    line = refused(*jsonl, f"--config.data.path={data}", "--config.mesh.tensor=3")
+    assert "does not fit the 1 device(s)" in line and "one of them can be -1" in line
+    line = refused("mass_dpo_jax.compare", str(tmp_path))
+    assert f"{tmp_path}: not a run folder" in line and "the --workdir of mass_dpo_jax" in line
+    assert not (tmp_path / "run").exists()

@@ -50,7 +50,8 @@ def load_examples(data: Any, split: str, seed: int) -> list[Example]:
         raise UserError(f"config.data.name={data.name!r}: expected one of {', '.join(_LOADERS)}")
     if data.name != "synthetic" and not data.path:
         raise UserError(
-            f"config.data.path is empty: expected the data of config.data.name={data.name}"
+            f"config.data.path is empty: expected the file, folder or name of the data of "
+            f"config.data.name={data.name}, as in --config.data.path=pairs.jsonl"
         )
     if data.columns and data.name not in ("jsonl", "hub"):
         raise UserError(

@@ -101,7 +101,10 @@ def find_file(
             return path, Source(path.name.split(".")[0], "all")
         return path, Source(path.name.split(".")[0], resolve(split, ["train"], str(path)).part)
     if not path.is_dir():
-        raise UserError(f"{path}: no such file or folder (config.data.path)")
+        raise UserError(
+            f"{path}: no such file or folder (config.data.path); a dataset on the Hugging Face hub "
+            "needs --config.data.name=hub"
+        )
     files: dict[str, Path] = {}
     for name, aliases in NAMES.items():
         options = [path / p.format(alias) for alias in aliases for p in patterns]

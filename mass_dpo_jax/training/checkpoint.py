@@ -35,6 +35,9 @@ from mass_dpo_jax.training import scoring
 from mass_dpo_jax.training.step import TrainState
 
 FOLDER = "checkpoints"
+NONE_YET = (
+    "a run that has saved no checkpoint yet; go on with mass_dpo_jax.train and the same --workdir"
+)
 DAMAGED = ".damaged"  # Behind the name of a checkpoint that could not be read.
 TEMPORARY = "*.orbax-checkpoint-tmp*"
 PACKAGES = ("mass_dpo_jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -291,7 +294,7 @@ def load_params(workdir: Path, like: Any, step: int | None = None) -> Any:
       step: of the checkpoint; None: the newest that can be read.
     """
     if latest_step(workdir) is None:
-        raise UserError(f"{workdir}: a run that has saved no checkpoint yet")
+        raise UserError(f"{workdir}: {NONE_YET}")
 
     def read(step: int) -> Any:
         folder = (workdir / FOLDER / str(step)).absolute()

@@ -55,7 +55,10 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
     if len(unknown) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise UserError(f"{shown}: expected sizes above 0 and at most one -1 (all that are left)")
     if len(devices) % given or (not unknown and given != len(devices)):
-        raise UserError(f"{shown}: does not fit the {len(devices)} device(s) of this run")
+        raise UserError(
+            f"{shown}: does not fit the {len(devices)} device(s) of this run; the product of the "
+            "sizes is to be that number, and one of them can be -1: all that are left"
+        )
     for axis in unknown:
         sizes[axis] = len(devices) // given
     groups = islands(devices)

@@ -59,7 +59,10 @@ def run_of(path: Path) -> tuple[Path, int | None] | None:
 def description_folder(path: Path) -> Path:
     """Where config.json and tokenizer lie, for a run, its checkpoint or a Hugging Face folder."""
     if not path.is_dir():
-        raise UserError(f"model folder {path}: no such folder")
+        raise UserError(
+            f"model folder {path}: no such folder; expected a run, or what `hf download NAME "
+            "--local-dir FOLDER` leaves of a model on the Hugging Face hub"
+        )
     run = run_of(path)
     folder = path if run is None else run[0] / MODEL_FOLDER
     check_links(folder)
