@@ -173,6 +173,10 @@ def dress(ax: Axes, panel: Panel) -> None:
     ax.spines[["left", "bottom"]].set_color("#BBBBBB")
     ax.tick_params(labelsize=9, color="#BBBBBB", labelcolor=INK)
     ax.margins(x=0.02)
+    low, high = ax.get_ylim()
+    least = 1e-3 * max(abs(low), abs(high))
+    if high - low < least:  # Else rounding errors fill the picture, as 1 + 2e-7.
+        ax.set_ylim((low + high - least) / 2, (low + high + least) / 2)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     words = [word for word in panel.lines.values() if word]
     if words:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from PIL import Image
 
 from mass_dpo_jax import curves
@@ -121,3 +122,14 @@ def test_command(tmp_path: Path):
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: missing")
+
+
+def test_rounding_errors_do_not_fill_a_picture():
+    ax = Figure().add_subplot()
+    panel = curves.Panel("Value over that of the best set", {"a": ""})
+    series = {"a": np.array([[1, 2, 3], [1.0, 1.0 + 2e-7, 1.0 - 1e-7]])}
+    curves.draw(ax, panel, series, 0.0, "#000000")
+    curves.dress(ax, panel)
+    low, high = ax.get_ylim()
+    assert high - low == pytest.approx(1e-3)
+    assert low < 1.0 < high

@@ -76,29 +76,26 @@ def test_one_process(shared: Path, tmp_path: Path, mesh: dict[str, int], share: 
 
 def test_two_processes(shared: Path, tmp_path: Path) -> None:
     meshes = {
-        "data": {"data": 8, "fsdp": 1, "tensor": 1},
         "fsdp": {"data": 1, "fsdp": 2, "tensor": 1},
         "tensor": {"data": 1, "fsdp": 1, "tensor": 4},
         "all": ALL,
     }
     job = {"data": str(shared / "data.jsonl"), "sets": str(shared / "sets.json"), "meshes": meshes}
     found = together(2, 4, tmp_path / "two", job)
-    check(found["data"], shared, 1)
     check(found["fsdp"], shared, 1 / 2)
     check(found["tensor"], shared, 1 / 4)
     check(found["all"], shared, 1 / 4)
     # Of 64 rows: those of its devices, or all where tensor-parallel ones need the same.
-    assert [found[name]["rows"] for name in meshes] == [32, 32, 64, 32]
+    assert [found[name]["rows"] for name in meshes] == [32, 64, 32]
 
 
 def test_four_processes(shared: Path, tmp_path: Path) -> None:
-    meshes = {"fsdp": {"data": 1, "fsdp": 8, "tensor": 1}, "all": ALL}
+    meshes = {"all": ALL}
     job = {"data": str(shared / "data.jsonl"), "sets": str(shared / "sets.json"), "meshes": meshes}
     found = together(4, 2, tmp_path / "four", job)
-    check(found["fsdp"], shared, 1 / 8)
     check(found["all"], shared, 1 / 4)
     # `tensor` stays inside of a process, `data` and `fsdp` go across.
-    assert [found[name]["rows"] for name in meshes] == [16, 16]
+    assert found["all"]["rows"] == 16
 
 
 # Every example's set is chosen once, at step 0, and is in the checkpoints.
