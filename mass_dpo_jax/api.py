@@ -19,6 +19,7 @@ from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.data.bad_rows import BadRows
 from mass_dpo_jax.data.examples import Example, from_row
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.export import save_model
 from mass_dpo_jax.models.config import DecoderConfig
 from mass_dpo_jax.training.optimizer import make_optimizer, unless_bad
 from mass_dpo_jax.training.policy import Policy, open_policy, run_of
@@ -101,6 +102,19 @@ class Model:
         """This model with a state's weights: no copy, so the next step on that state, which takes
         its arrays, takes them from this model too."""
         return dataclasses.replace(self, params={**self.params, **state.params})
+
+    def save(self, folder: str | Path, dtype: str = "float32") -> None:
+        """Writes a Hugging Face folder, for transformers, vLLM and `load_model`; with LoRA the base
+        with the adapters added.
+
+        Args:
+            folder: a new one.
+            dtype: of the stored weights, float32 or bfloat16.
+
+        Raises:
+            UserError: the folder exists and is not empty.
+        """
+        save_model(Path(folder), self.policy, self.params, self.config, dtype)
 
 
 def load_model(path: str | Path, config: ConfigDict | None = None) -> Model:

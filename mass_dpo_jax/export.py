@@ -49,6 +49,7 @@ from mass_dpo_jax.training.mesh import make_mesh
 from mass_dpo_jax.training.policy import (
     GENERATION,
     Policy,
+    described_tokenizer,
     description_folder,
     is_run,
     read_lora,
@@ -98,11 +99,7 @@ def export(
     if step not in there:
         shown = ", ".join(map(str, there))
         raise UserError(f"--step={step}: {workdir} has checkpoints of steps {shown}")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(
-            f"--output={output}: exists and is not empty: choose another folder or remove it"
-        )
-
+    _check_free(output)
     if adapters:
         _save_adapters(config, workdir, step, output)
         return
@@ -110,6 +107,69 @@ def export(
     decoder = load_config(described)
     tokenizer = load_tokenizer(described)
     dtype = dtype or config.model.dtype
+    read = checkpoint.Reader(workdir, step)
+
+    def card(folder: Path) -> None:
+        read.check()
+        text = model_card.write(workdir, config, decoder, step, dtype, base_model)
+        (folder / "README.md").write_text(text)
+
+    write_folder(
+        output,
+        decoder,
+        _merging(read, config, decoder, tokenizer),
+        tokenizer,
+        _generation(described, decoder, tokenizer, config),
+        dtype,
+        max_shard_gb,
+        card,
+    )
+    _log.info(f"step {step} of {workdir}, {dtype}, written to {output}")
+
+
+def save_model(output: Path, policy: Policy, params: Any, config: ConfigDict, dtype: str) -> None:
+    """Writes a policy with its weights to the new folder `output`; with LoRA its base with the
+    adapters added.
+
+    Raises:
+      UserError: `output` is taken.
+    """
+    _check_free(output)
+    if policy.lora is not None:
+        params = lora_lib.merge(params, policy.lora)
+    tokenizer = described_tokenizer(policy, config)
+    described = description_folder(Path(config.model.path))
+
+    def read(path: tuple[str, ...], layer: int | None) -> np.ndarray:
+        array = functools.reduce(lambda tree, name: tree[name], path, params)
+        return np.asarray(array if layer is None else array[layer])
+
+    generation = _generation(described, policy.config, tokenizer, config)
+    write_folder(output, policy.config, read, tokenizer, generation, dtype)
+
+
+def write_folder(
+    output: Path,
+    decoder: DecoderConfig,
+    read: Callable[[tuple[str, ...], int | None], np.ndarray],
+    tokenizer: Any,
+    generation: dict[str, Any],
+    dtype: str,
+    max_shard_gb: float = 5.0,
+    finish: Callable[[Path], None] = lambda folder: None,
+) -> None:
+    """Writes a Hugging Face folder, whole or not at all.
+
+    Args:
+      output: does not exist yet, or is an empty folder.
+      decoder: the architecture.
+      read: an array, or one layer of a stacked one, by its path in the tree of parameters.
+      tokenizer: with the chat template to use.
+      generation: of generation_config.json.
+      dtype: of the stored weights.
+      max_shard_gb: of a file, in 10^9 bytes.
+      finish: gets the folder before it appears under its name.
+    """
     temporary = output.with_name(output.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # Of an export that was killed.
     try:
@@ -117,32 +177,34 @@ def export(
     except OSError as error:
         raise UserError(f"--output={output}: cannot be written: {error.strerror}") from None
     try:
-        read = checkpoint.Reader(workdir, step)
         save_hf(
             temporary,
             decoder,
-            _merging(read, config, decoder, tokenizer),
+            read,
             dtype=jnp.dtype(dtype),
             max_bytes=int(max_shard_gb * 1e9),
             progress=True,
         )
-        read.check()
         _save_tokenizer(tokenizer, temporary)
         # Readers before transformers 5 know the type as torch_dtype.
         kind = {"dtype": dtype, "torch_dtype": dtype, "pad_token_id": tokenizer.pad_token_id}
         _write(temporary / "config.json", decoder.to_hf() | kind)
-        generation = _generation(described, decoder, tokenizer, config)
         _write(temporary / GENERATION, generation)
-        card = model_card.write(workdir, config, decoder, step, dtype, base_model)
-        (temporary / "README.md").write_text(card)
+        finish(temporary)
         for path in temporary.glob("*.safetensors"):
-            shutil.copymode(temporary / "README.md", path)  # The library lets only the owner read.
+            shutil.copymode(temporary / GENERATION, path)  # The library lets only the owner read.
         if output.exists():
             output.rmdir()
         temporary.rename(output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    _log.info(f"step {step} of {workdir}, {dtype}, written to {output}")
+
+
+def _check_free(output: Path) -> None:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(
+            f"--output={output}: exists and is not empty: choose another folder or remove it"
+        )
 
 
 def _save_adapters(config: ConfigDict, workdir: Path, step: int, output: Path) -> None:

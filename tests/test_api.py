@@ -126,6 +126,12 @@ def test_a_loop_of_ones_own_is_the_command(
     run = mdj.load_model(tmp_path / "run")  # With LoRA the base in 16 bits, adapters added.
     tolerance = 0.1 if "model.lora.rank" in changes else 1e-5
     np.testing.assert_allclose(run.score(rows).logps, found.logps, atol=tolerance)
+    if "model.lora.rank" not in changes:
+        model.updated(state).save(tmp_path / "saved")
+        saved = mdj.load_model(tmp_path / "saved", config)
+        np.testing.assert_array_equal(saved.score(rows).logps, found.logps)
+        with pytest.raises(mdj.UserError, match="exists and is not empty"):
+            model.save(tmp_path / "saved")
     untouched = mdj.load_model(folder, config).score(rows).logps
     np.testing.assert_array_equal(model.score(rows).logps, untouched)
     assert np.abs(untouched - found.logps).max() > 0.2

@@ -247,6 +247,15 @@ def open_policy(
     return Policy(architecture, tokenizer, graphdef, mesh, lora, config.model.lora.base)
 
 
+def described_tokenizer(policy: Policy, config: ConfigDict) -> PreTrainedTokenizerBase:
+    """A policy's tokenizer with the chat template that texts are rendered by."""
+    if config.data.chat_template in ("tokenizer", "none"):
+        return policy.tokenizer
+    tokenizer = copy.copy(policy.tokenizer)
+    tokenizer.chat_template = Path(config.data.chat_template).read_text(encoding="utf-8")
+    return tokenizer
+
+
 def save_description(policy: Policy, config: ConfigDict, workdir: Path) -> None:
     """Writes what a run folder needs to be opened as a model: config.json, the tokenizer with the
     chat template of training, and what the model's folder says of generation."""
@@ -254,11 +263,7 @@ def save_description(policy: Policy, config: ConfigDict, workdir: Path) -> None:
         return
     folder = workdir / MODEL_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = policy.tokenizer
-    if config.data.chat_template not in ("tokenizer", "none"):
-        tokenizer = copy.copy(tokenizer)
-        tokenizer.chat_template = Path(config.data.chat_template).read_text(encoding="utf-8")
-    tokenizer.save_pretrained(folder)
+    described_tokenizer(policy, config).save_pretrained(folder)
     text = json.dumps(policy.config.to_hf(), indent=2) + "\n"
     (folder / "config.json").write_text(text)
     if config.model.path:
