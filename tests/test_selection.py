@@ -14,9 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mass_dpo_jax import config as config_lib
 from mass_dpo_jax import designs, selection, theory
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.selection import Settings
+from mass_dpo_jax.training.methods import make_method
 
 SIZE, DIMENSION = 11, 6  # one shape for most tests, so that little is compiled
 
@@ -602,3 +604,28 @@ def test_grams_one_by_one_are_those_of_the_batch(monkeypatch: pytest.MonkeyPatch
         text = str(jax.make_jaxpr(lambda h, m: selection.grams(h, m, Settings()))(features, mask))
         assert ("scan" in text) == (devices == 1)
     np.testing.assert_allclose(found[1], found[8], rtol=1e-6, atol=1e-6)
+
+
+def test_a_registered_criterion_is_known_to_configurations(monkeypatch):
+    monkeypatch.setattr(selection, "CRITERIA", dict(selection.CRITERIA))
+    config = config_lib.default()
+    config.selection.criterion = "last"
+    with pytest.raises(UserError, match="'last': expected one of pool_fisher,"):
+        config_lib.check(config)
+
+    @selection.criterion("last", needs_scoring=False)
+    def last(pool, n, settings):
+        places = jnp.arange(pool.mask.shape[0])
+        return selection.in_order(jnp.argsort(jnp.where(pool.mask, -places, 1)), pool.mask, n)
+
+    config_lib.check(config)
+    method = make_method(config, largest_pool=4)
+    mask = np.array([[True, True, True, False], [True, False, False, False]])
+    found = selection.select_negatives(np.zeros((2, 5, 3)), mask=mask, n=2, criterion="last")
+    np.testing.assert_array_equal(found.indices, [[2, 1], [0, 0]])
+    np.testing.assert_array_equal(found.valid, [[True, True], [True, False]])
+    assert method.selection.criterion == "last" and not method.selection.needs_scoring
+    # Draws with weights are of use to one loss only, which brings its own criterion.
+    config.selection.criterion = "sampled"
+    with pytest.raises(UserError, match="expected one of"):
+        config_lib.check(config)
