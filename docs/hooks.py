@@ -1,4 +1,4 @@
-"""What mkdocs does not do itself: equations without JavaScript, files of the repository as pages.
+"""What mkdocs does not do itself: equations, the settings, files of the repository as pages.
 
 Equations stand between dollars, which GitHub renders; here they become MathML, which browsers
 render. A link that leaves docs/ (`../mass_dpo_jax/theory.py`) works on GitHub; here that file is
@@ -16,9 +16,13 @@ from typing import Any
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
+from mass_dpo_jax import config as config_lib
+from mass_dpo_jax import help as help_lib
+
 ROOT = Path(__file__).parent.parent
 LINK = re.compile(r"(?<=\]\()(\.\./[^)#\s]+)(?=[)#])")
 MATH = re.compile(r'<(span|div) class="arithmatex">(?:\\\(|\\\[)(.*?)(?:\\\)|\\\])</\1>', re.DOTALL)
+SETTINGS = "<!-- all settings -->"
 PAGES = ("CHANGELOG.md", "CONTRIBUTING.md")  # Of the repository's root, in the navigation.
 
 
@@ -42,7 +46,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Links that leave docs/ lead to the pages of `on_files`."""
+    """Links that leave docs/ lead to the pages of `on_files`; the settings are listed."""
 
     def inside(link: re.Match) -> str:
         target = _outside(page.file.src_uri, link[1])
@@ -50,7 +54,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
             return link[1]
         return posixpath.relpath(f"source/{target}.md", posixpath.dirname(page.file.src_uri))
 
-    return LINK.sub(inside, markdown)
+    return LINK.sub(inside, markdown).replace(SETTINGS, _settings())
 
 
 def on_page_content(content: str, **_: Any) -> str:
@@ -65,6 +69,16 @@ def on_page_content(content: str, **_: Any) -> str:
         return re.sub(r"(<mi>(?:log|exp|det)</mi>)(?=<m[^o])", r'\1<mspace width="0.17em"/>', made)
 
     return MATH.sub(mathml, content)
+
+
+def _settings() -> str:
+    rows = ["| | default | |", "|---|---|---|"]
+    defaults = dict(config_lib.flat(config_lib.default()))
+    for name, text in help_lib.comments().items():  # In the order of the file.
+        text = text.replace("|", "\\|").replace("*", "\\*")
+        if name in defaults:
+            rows.append(f"| `{name}` | `{defaults[name]!r}` | {text} |")
+    return "\n".join(rows)
 
 
 def _outside(page: str, link: str) -> str | None:

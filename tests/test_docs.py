@@ -38,6 +38,7 @@ def test_equations_and_examples_are_rendered(site: Path) -> None:
         text = re.sub(r"<(pre|code|math)\b.*?</\1>", "", text, flags=re.DOTALL)
         for left_over in ("$$", ":math:", ".. math", "&gt;&gt;&gt;", "Args:", "\\sigma"):
             assert left_over not in text, (page, left_over)
+    assert "<code>train.learning_rate</code>" in (site / "api/settings.html").read_text()
     assert "<math" in (site / "theory.html").read_text()
     assert "<math" in (site / "api/losses.html").read_text()
 
