@@ -92,12 +92,15 @@ def required(holder: flags.FlagHolder[ConfigDict]) -> ConfigDict:
 
 def _given(config: ConfigDict | None) -> ConfigDict:
     if config is None:
-        run = ""
+        missing, other = "--config is missing", ""
+        workdir = flags.FLAGS["workdir"].value if "workdir" in flags.FLAGS else None
         if "workdir" in flags.FLAGS and flags.FLAGS["workdir"].present:
-            run = f", and {flags.FLAGS['workdir'].value} is no run that has its own"
+            missing += f", and {workdir} is no run that has its own"
+        elif "workdir" in flags.FLAGS and workdir is None:
+            other = "; or the --workdir of a run, which has its own"
         raise UserError(
-            f"--config is missing{run}: expected a file or one of {', '.join(configurations())}, "
-            "as in --config=tiny"
+            f"{missing}: expected a file or one of {', '.join(configurations())}, as in "
+            f"--config=tiny{other}"
         )
     return config
 
@@ -255,11 +258,12 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _help() -> str:
-    """Of the flags those that the package defines."""
+    """Of the flags those that the package, or the command's own, defines."""
+    packages = ("mass_dpo_jax", (sys.modules["__main__"].__package__ or "mass_dpo_jax"))
     ours = [
         flag
         for module, defined in flags.FLAGS.flags_by_module_dict().items()
-        if module == sys.argv[0] or module.startswith("mass_dpo_jax")
+        if module == sys.argv[0] or module.startswith(packages)
         for flag in defined
         if not flag.name.startswith("config.")
     ]

@@ -131,7 +131,7 @@ def say(text: str) -> None:
 def refuse(message: str, doc: str | None) -> NoReturn:
     """Ends the command with a user's mistake: one line on standard error and exit status 2; before
     it, to who gave no arguments at all, the examples of the docstring."""
-    if len(sys.argv) == 1 and doc:
+    if len(sys.argv) == 1 and doc and examples(doc):
         print(f"For example, and more with --help:\n\n{examples(doc)}\n", file=sys.stderr)
     print(f"error: {UserError(message)}", file=sys.stderr)
     raise SystemExit(2)

@@ -13,6 +13,8 @@ if __name__ == "__main__":
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         sys.exit(f"error: {sys.executable} has no {', '.join(missing)}, which benchmarks.gpu needs")
+    import benchmarks.gpu
     from benchmarks.gpu.command import start
 
+    __doc__ = benchmarks.gpu.__doc__  # What --help says.
     start()
