@@ -243,8 +243,8 @@ def chosen_by(run: Run) -> list[list[int]]:
     subprocess.run(
         [
             sys.executable, "-m", "mass_dpo_jax.select", f"--workdir={run.workdir}",
-            f"--output={output}", "--config.mesh.data=1", "--config.mesh.fsdp=1",
-            "--config.mesh.tensor=1",
+            f"--output={output}", f"--config={ROOT / 'mass_dpo_jax' / 'config.py'}:{run.workdir}",
+            *(f"--config.mesh.{axis}=1" for axis in ("data", "fsdp", "tensor")),
         ],
         env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}, check=True,
         stdout=subprocess.DEVNULL,
