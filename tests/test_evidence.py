@@ -225,6 +225,7 @@ class TestColdStart:
                 "list_candidates": False,
                 "num_candidates": 20,
                 "max_train": 0,
+                "columns": "",
             }
         )
         examples = load_examples(data, "train", seed)
