@@ -484,7 +484,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(
     assert checkpoint.steps(run) == steps
     train(config, run)
     assert_same_run(config, run, whole)
-    # Orbax's threads may write on for a moment after a failure; the next start removes what is left.
+    # Orbax's threads may write on for a moment after a failure: the next start has removed that.
     assert all(path.name.isdecimal() for path in (run / "checkpoints").iterdir())
 
 
