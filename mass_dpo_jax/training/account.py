@@ -21,7 +21,8 @@ from jax.sharding import Mesh
 
 from mass_dpo_jax.models.adapters import Lora
 from mass_dpo_jax.models.config import DecoderConfig
-from mass_dpo_jax.training.mesh import param_shapes, replicated
+from mass_dpo_jax.training.mesh import param_shapes
+from mass_dpo_jax.training.optimizer import state_shapes
 from mass_dpo_jax.training.sizes import Layout, Model, logits_chunk, replayed
 
 FLOAT = 4  # Bytes.
@@ -49,19 +50,7 @@ def state_bytes(
     shapes = param_shapes(config, mesh, lora)
     if lora is not None:
         shapes = {"adapters": shapes["adapters"]}
-    places = jax.tree.map(lambda x: x.sharding, shapes)
-
-    def put(leaf: Any, place: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-
-    moments = optax.tree_utils.tree_map_params(
-        optimizer,
-        put,
-        jax.eval_shape(optimizer.init, shapes),
-        places,
-        transform_non_params=lambda leaf: put(leaf, replicated(mesh)),
-    )
-    return bytes_of(shapes), bytes_of(moments)
+    return bytes_of(shapes), bytes_of(state_shapes(optimizer, shapes, mesh))
 
 
 def frozen_bytes(config: DecoderConfig, mesh: Mesh, lora: Lora | None, stored: str) -> int:

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.training.mesh import replicated
 
 HOST = "pinned_host"  # JAX's name of the host memory that a device can copy from and to.
 
@@ -35,6 +36,34 @@ def make_optimizer(train: ConfigDict, total_steps: int) -> optax.GradientTransfo
         train.weight_decay,
         train.moments_dtype,
         train.offload_moments,
+    )
+
+
+def state_shapes(
+    optimizer: optax.GradientTransformation, params: Any, mesh: Mesh, memory: str | None = None
+) -> Any:
+    """An optimizer's state as shapes with shardings: moments lie where their weights do, what is
+    no moment on every device.
+
+    Args:
+      params: the weights, as shapes with shardings.
+      memory: the kind of memory of the moments; None: that of their weights.
+    """
+    everywhere = replicated(mesh)
+
+    def put(leaf: Any, place: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    def beside(leaf: Any, weight: Any) -> jax.ShapeDtypeStruct:
+        place = weight.sharding
+        return put(leaf, place if memory is None else place.with_memory_kind(memory))
+
+    return optax.tree_utils.tree_map_params(
+        optimizer,
+        beside,
+        jax.eval_shape(optimizer.init, params),
+        params,
+        transform_non_params=lambda leaf: put(leaf, everywhere),
     )
 
 

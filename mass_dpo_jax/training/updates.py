@@ -12,7 +12,7 @@ import optax
 
 from mass_dpo_jax.data.batches import Batch, Order, make_batch
 from mass_dpo_jax.training import mesh as mesh_lib
-from mass_dpo_jax.training.optimizer import memory_of_moments
+from mass_dpo_jax.training.optimizer import memory_of_moments, state_shapes
 from mass_dpo_jax.training.refresh import Sets
 from mass_dpo_jax.training.setup import Reference, Setup
 from mass_dpo_jax.training.step import Metrics, Params, Trained, TrainState
@@ -169,22 +169,6 @@ def first_state(like: Any, optimizer: optax.GradientTransformation, trained: Par
 def abstract_state(setup: Setup, optimizer: optax.GradientTransformation) -> Any:
     """A `TrainState` of shapes and shardings: Adam's moments lie where their weights do."""
     params, _ = setup.policy.split(setup.policy.abstract)
-    everywhere = mesh_lib.replicated(setup.mesh)
     memory = memory_of_moments(setup.config.train, setup.mesh)
-
-    def beside(leaf: Any, weight: Any) -> jax.ShapeDtypeStruct:
-        place = weight.sharding
-        if memory is not None:
-            place = place.with_memory_kind(memory)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-
-    opt_state = optax.tree_utils.tree_map_params(
-        optimizer,
-        beside,
-        jax.eval_shape(optimizer.init, params),
-        params,
-        transform_non_params=lambda leaf: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=everywhere
-        ),
-    )
-    return TrainState(jax.ShapeDtypeStruct((), np.int32, sharding=everywhere), params, opt_state)
+    step = jax.ShapeDtypeStruct((), np.int32, sharding=mesh_lib.replicated(setup.mesh))
+    return TrainState(step, params, state_shapes(optimizer, params, setup.mesh, memory))
