@@ -19,6 +19,7 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from mass_dpo_jax.models.config import DecoderConfig
 
@@ -118,13 +119,11 @@ def train(config: DecoderConfig, size: Pass) -> float:
 def train_ours(config: DecoderConfig, size: Pass, remat: str, recorded: bool = False) -> float:
     """FLOPs of forward and backward as our decoder does them.
 
-    Logits are always computed again; with remat "full" so is every layer, but for the last product,
-    whose result no gradient needs. `recorded`: scoring the pool was the forward pass; attention is
-    computed again then whatever `remat` is.
+    Logits and attention are always computed again; with remat "full" so is every layer, but for the
+    last product, whose result no gradient needs. `recorded`: scoring the pool was the forward pass.
     """
     flops = (2 if recorded else 3) * forward(config, size) + logits_cost(config) * size.projected
-    if recorded or remat == "full":
-        flops += pair_cost(config) * size.pairs
+    flops += pair_cost(config) * size.pairs
     if remat == "full":
         down = 2 * config.num_layers * config.intermediate_size * config.hidden_size
         flops += (weights_cost(config) - down) * size.tokens
@@ -137,11 +136,16 @@ def train_flash(config: DecoderConfig, size: Pass) -> float:
 
 
 def counted(jaxpr: Any) -> int:
-    """FLOPs of all matrix products in a jaxpr, those in a `scan` as often as it runs.
+    """FLOPs of all matrix products in a jaxpr whose results something uses, those in a `scan` as
+    often as it runs.
 
     Raises:
       ValueError: a product in a loop of unknown length.
     """
+    return _count(dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)[0])
+
+
+def _count(jaxpr: Any) -> int:
     total = 0
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
@@ -151,7 +155,7 @@ def counted(jaxpr: Any) -> int:
             size = math.prod(shape[axis] for axis in contracted)
             total += 2 * size * math.prod(equation.outvars[0].aval.shape)
             continue
-        inner = [counted(part) for part in _inner(params.values())]
+        inner = [_count(part) for part in _inner(params.values())]
         if name == "while" and any(inner):
             raise ValueError("a matrix product in a loop of unknown length")
         total += (max(inner) if name == "cond" else sum(inner)) * params.get("length", 1)

@@ -12,7 +12,7 @@ The first table is about small models in float32 on this machine's CPU, in 10^6 
 - kept: what the backward pass needs of the forward pass, by the account, and by PyTorch's S-DPO on
   the same 1 + n responses, a row each behind its prompt: bytes of distinct storages that autograd
   saves (torch.autograd.graph.saved_tensors_hooks), weights left out. No peak: temporaries come on
-  top. It compares with remat=none; PyTorch's checkpointing is not on.
+  top. It compares with remat=dots; PyTorch's checkpointing is not on.
 
 The second table is the account alone, for Llama 3.2 3B's sizes on one card and on eight.
 """
@@ -246,7 +246,7 @@ if __name__ == "__main__":
     _SHAPE = flags.DEFINE_multi_string(
         "shape", list(SHAPES), "Sizes that differ from the default, as prompt=64,response=8."
     )
-    _REMAT = flags.DEFINE_list("remat", ["none", "full"], "Of none, dots, full.")
+    _REMAT = flags.DEFINE_list("remat", ["dots", "full"], "Of dots, full.")
     _LAYOUT = flags.DEFINE_enum("layout", "packed", ["packed", "rectangle"], "Ours.")
     _OUTPUT = flags.DEFINE_string("output", None, "A JSON file to write the figures to.")
     cli.run(main)

@@ -94,13 +94,13 @@ def measure(workload: Workload, rounds: int) -> dict[str, Any]:
         jax.block_until_ready(ours.state)
 
     programs = {
-        method: functools.partial(run, Ours(case, case.program(method, "none")))
+        method: functools.partial(run, Ours(case, case.program(method, "dots")))
         for method in METHODS
     }
     seconds = machine.measure(programs, rounds)
     whole, some = case.passes(case.shapes[0])
     _, everyone = case.passes(case.shapes[0], negatives=workload.pool)
-    train = functools.partial(cost.train_ours, workload.model, remat="none")
+    train = functools.partial(cost.train_ours, workload.model, remat="dots")
     flops = {
         "mass_dpo": cost.forward(workload.model, whole) + train(size=some, recorded=True),
         "pl_all": train(size=everyone),

@@ -67,10 +67,10 @@ class Bench:
         self.case = case
         self.ours = {
             remat_name(remat): Ours(case, case.program("mass_dpo", remat))
-            for remat in ("none", "full")
+            for remat in ("dots", "full")
         }
-        self.given = Ours(case, case.program("mass_dpo", "none"))
-        self.repeated = Ours(case, case.program("mass_dpo", "none", shared=False))
+        self.given = Ours(case, case.program("mass_dpo", "dots"))
+        self.repeated = Ours(case, case.program("mass_dpo", "dots", shared=False))
         make = functools.partial(self._peer, peers)
         self.peers = {
             "a": make(peers.Peer, reference=peers.to_torch(case.model, case.reference)),
@@ -181,7 +181,7 @@ class Bench:
 
     def _selection(self, figures: bool) -> Callable[[], Any]:
         """Selection alone, from features and scores that are there."""
-        program = self.case.program("mass_dpo", "none")
+        program = self.case.program("mass_dpo", "dots")
         settings, n = program.method.selection, program.method.num_negatives
 
         @jax.jit
@@ -214,12 +214,12 @@ class Bench:
         for pool, numbers, shape in zip(self.pools, self.random, case.shapes, strict=True):
             sets = _lengths(pool.lengths, numbers)
             whole, some = case.passes(shape)
-            for remat in ("none", "full"):
+            for remat in ("dots", "full"):
                 train = cost.train_ours(model, some, remat, recorded=True)
                 add(remat_name(remat), cost.forward(model, whole) + train)
-            add(GIVEN, cost.train_ours(model, some, "none"))
+            add(GIVEN, cost.train_ours(model, some, "dots"))
             whole, some = case.passes(shape, shared=False)
-            flops = cost.forward(model, whole) + cost.train_ours(model, some, "none")
+            flops = cost.forward(model, whole) + cost.train_ours(model, some, "dots")
             add(PEERS["e"], flops)
             rows = cost.rows(pool.prompts, sets)
             train = cost.train_flash(model, rows)

@@ -108,18 +108,29 @@ class Unshared(Scorer):
     def __call__(
         self, params: Any, batch: Batch, features: bool = False, record: bool = False
     ) -> Any:
-        assert not record
+        found = super().__call__(params, self._repeated(batch), features, record)
+        some = found._replace(record=None)
+        shape = batch.response_lengths.shape
+        some = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[2:]), some)
+        return some._replace(record=found.record)
+
+    def replay(
+        self, params: Any, record: shared_prefix.Record, batch: Batch, picks: Any = None
+    ) -> jax.Array:
+        assert picks is None
+        found = super().replay(params, record, self._repeated(batch))
+        return found.reshape(batch.response_lengths.shape)
+
+    def _repeated(self, batch: Batch) -> Batch:
         lengths = batch.response_lengths
         rows, candidates = lengths.shape
         groups = shared_prefix.rectangle(batch.responses, lengths, self.max_response)
-        repeated = batch._replace(
+        return batch._replace(
             prompts=jnp.repeat(batch.prompts, candidates, axis=0),
             prompt_lengths=jnp.repeat(batch.prompt_lengths, candidates),
             responses=groups.tokens.reshape(rows * candidates, -1),
             response_lengths=lengths.reshape(-1, 1),
         )
-        found = super().__call__(params, repeated, features)
-        return jax.tree.map(lambda x: x.reshape(rows, candidates, *x.shape[2:]), found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +180,7 @@ class Case:
             # Near the policy, as references are; equal to it, all losses would be log(1 + n).
             reference=jax.tree.map(lambda x, y: 0.9 * x + 0.1 * y, params, other),
         )
-        scorer = case.program("mass_dpo", "none").scorer
+        scorer = case.program("mass_dpo", "dots").scorer
         for i, batch in enumerate(case.batches):
             placed = jax.device_put(batch, mesh_lib.split_rows(case.mesh))
             logps = scorer.logps(case.reference, placed)
@@ -302,7 +313,7 @@ def lower(case: Case, program: Program) -> Any:
 
 
 def _weights(model: DecoderConfig, seed: int) -> Any:
-    decoder = Decoder(model, rngs=nnx.Rngs(seed), remat="none")
+    decoder = Decoder(model, rngs=nnx.Rngs(seed))
     return nnx.to_pure_dict(nnx.state(decoder, nnx.Param))
 
 

@@ -12,7 +12,7 @@ from mass_dpo_jax import config
 
 def get_config() -> ConfigDict:
     c = config.default()
-    c.model.remat = "none"  # There is memory enough.
+    c.model.remat = "dots"  # There is memory enough.
     c.data.name = "synthetic"
     c.data.chat_template = "none"
     c.data.list_candidates = False  # A model this small cannot look names up in a list.

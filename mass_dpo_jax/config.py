@@ -39,7 +39,7 @@ def default() -> ConfigDict:
     c.model.path = ""  # Hugging Face folder or run folder; empty: random weights (model.scratch).
     c.model.reference_path = ""  # The reference policy; empty: the weights training starts from.
     c.model.dtype = "float32"  # Of the computation: float32 | bfloat16. Weights stay float32.
-    c.model.remat = "full"  # What the backward pass recomputes: none | dots | full (each block).
+    c.model.remat = "full"  # What the backward pass computes again: dots (attention) | full (all).
     # auto: a fused kernel on one GPU with bfloat16, where it agrees with plain | plain | fused.
     c.model.attention = "auto"
     c.model.layout = "packed"  # Responses behind their prompt: packed | rectangle (long ones).
@@ -216,7 +216,7 @@ CHOICES = {
     "odpo.offset": ("score", "rank"),
     "model.dtype": ("float32", "bfloat16"),
     "train.moments_dtype": ("float32", "bfloat16"),
-    "model.remat": ("none", "dots", "full"),
+    "model.remat": ("dots", "full"),
     "model.layout": ("packed", "rectangle"),
     "model.attention": ("auto", "plain", "fused"),
     "model.lora.base": STORED,

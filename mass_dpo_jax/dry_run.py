@@ -231,7 +231,7 @@ def lines_of(a: Account, config: ConfigDict, evaluation: int) -> list[str]:
         ("gradient of earlier micro-batches", a.sums),
         (f"estimate: copies of weights to compute with, {dtype}", a.copies),
         (f"kept for the backward pass, remat={config.model.remat}", a.kept),
-        ("of that, left by scoring the pool", a.recorded),
+        ("of that, left by scoring the pool", a.scored),
         ("estimate: temporaries of scoring the pool", a.scoring),
         ("estimate: temporaries of the loss, vocabulary", a.vocabulary),
         ("estimate: temporaries of the loss, a layer", a.layers),

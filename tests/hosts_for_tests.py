@@ -36,7 +36,7 @@ from mass_dpo_jax.training.updates import Batches, first_state
 ROOT = Path(__file__).parent.parent
 STEPS = 10
 LEARNING = {
-    "data.validation_share": 0.0, "beta": 1.0, "model.remat": "none",
+    "data.validation_share": 0.0, "beta": 1.0, "model.remat": "dots",
     # Adam moves a weight whose gradient is rounding noise by the whole learning rate, so two orders
     # of summation agree only while that is small.
     "train.learning_rate": 1e-4,

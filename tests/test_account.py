@@ -122,10 +122,25 @@ def numbers(rows: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((rows, NEGATIVES), jnp.int32)
 
 
+def saved(made: Program, rows: int, model: DecoderConfig = MODEL) -> int:
+    """Bytes of the record of scoring a pool, and of what differentiation keeps beside it."""
+
+    def held(params: Any, batch: Batch, numbers: Any) -> Any:
+        record = made.scorer(params, batch, record=True).record
+        size = (1 + NEGATIVES) * RESPONSE
+
+        def trained(params: Any) -> Any:
+            return made.loss(params, batch, Choice(numbers), size, record)[0]
+
+        return record, jax.vjp(trained, params)[1]
+
+    found = jax.eval_shape(held, *arguments(rows, model), numbers(rows))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(found))
+
+
 CASES = [
-    ("none", "packed", "float32"), ("none", "rectangle", "bfloat16"), ("dots", "packed", "float32"),
-    ("dots", "rectangle", "bfloat16"), ("full", "packed", "bfloat16"),
-    ("full", "rectangle", "float32"),
+    ("dots", "packed", "float32"), ("dots", "rectangle", "bfloat16"),
+    ("full", "packed", "bfloat16"), ("full", "rectangle", "float32"),
 ]  # fmt: skip
 
 
@@ -133,58 +148,44 @@ CASES = [
 def test_kept_bytes_are_what_differentiation_saves(remat: str, layout: str, dtype: str) -> None:
     model = of_device(MODEL, jnp.dtype(dtype).itemsize, remat)
 
-    def saved(rows: int) -> int:
-        def residuals(params: Any, batch: Batch, numbers: Any) -> Any:
-            return jax.vjp(
-                lambda p: loss(program(remat, layout, dtype))(p, batch, numbers), params
-            )[1]
-
-        found = jax.eval_shape(residuals, *arguments(rows), numbers(rows))
-        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(found))
-
     def kept(rows: int) -> int:
-        _, _, trained = layouts(layout, rows)
-        masks = trained.pairs * model.heads * account_lib.MASKS if remat == "none" else 0
-        return account_lib.kept_bytes(model, trained) + masks
+        pool, chunk, trained = layouts(layout, rows)
+        if chunk is not None:  # The last one is filled up.
+            pool = pool._replace(groups=-(-pool.groups // chunk) * chunk)
+        return account_lib.kept_bytes(model, pool, trained)
 
+    made = program(remat, layout, dtype)
     # What does not grow with the batch are weights.
-    assert kept(6) - kept(2) == pytest.approx(saved(6) - saved(2), rel=0.04)
+    assert kept(6) - kept(2) == pytest.approx(saved(made, 6) - saved(made, 2), rel=0.04)
 
 
 @pytest.mark.parametrize("layout", ["packed", "rectangle"])
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", ["dots", "full"])
 def test_kept_bytes_of_a_fused_kernel(
     remat: str, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Traced, not run: the kernel's own rules say what it keeps."""
+    """Traced, not run: nothing beside the record."""
     pretend_a_gpu(monkeypatch)
     config = dataclasses.replace(MODEL, head_dim=16)  # The kernel takes multiples of 8.
     model = of_device(config, 2, remat, fused=True)
     made = program(remat, layout, "bfloat16", config)
     made = dataclasses.replace(made, scorer=dataclasses.replace(made.scorer, attention=Fused()))
 
-    def saved(rows: int) -> int:
-        def residuals(params: Any, batch: Batch, numbers: Any) -> Any:
-            return jax.vjp(lambda p: loss(made)(p, batch, numbers), params)[1]
-
-        found = jax.eval_shape(residuals, *arguments(rows, config), numbers(rows))
-        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(found))
-
-    _, _, trained = layouts(layout, 4)
-    kept = account_lib.kept_bytes(model, trained)
-    assert kept == pytest.approx(saved(6) - saved(2), rel=0.04)
-    plain = account_lib.kept_bytes(dataclasses.replace(model, fused=False), trained)
-    assert kept < 0.7 * plain if remat == "none" else kept == plain
+    pool, chunk, trained = layouts(layout, 4)
+    if chunk is not None:
+        pool = pool._replace(groups=-(-pool.groups // chunk) * chunk)
+    found = saved(made, 6, config) - saved(made, 2, config)
+    assert account_lib.kept_bytes(model, pool, trained) == pytest.approx(found, rel=0.04)
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", ["dots", "full"])
 def test_a_fused_kernel_holds_no_scores(remat: str) -> None:
     """Temporaries grow with the number of heads by no pair of tokens."""
     one = of_device(MODEL, 2, remat, fused=True)
     many = dataclasses.replace(one, heads=one.heads + 1)
     pool, chunk, trained = layouts("rectangle", 2)
     for layout in (trained, trained._replace(prompt=400)):
-        for of in (account_lib.kept_bytes, account_lib.backward_bytes, account_lib.forward_bytes):
+        for of in (account_lib.backward_bytes, account_lib.forward_bytes):
             assert of(many, layout) - of(one, layout) <= 4 * layout.tokens * one.layers
     assert account_lib.scoring_bytes(one, pool, chunk) < account_lib.scoring_bytes(
         dataclasses.replace(one, fused=False, heads=24), pool, chunk
@@ -207,7 +208,7 @@ def test_flops_are_those_of_the_programs_products(remat: str, layout: str) -> No
 
 
 def test_useful_flops_count_pairs_that_see_each_other() -> None:
-    model = of_device(MODEL, 4, "none")
+    model = of_device(MODEL, 4, "dots")
     prompts, responses = np.array([5, 3]), np.array([[2, 4], [1, 0]])
     of_prompts, behind = flops_lib.useful_flops(model, prompts, responses)
     for b in range(2):
@@ -232,7 +233,7 @@ WORKLOAD = Workload(
     ("remat", "changes"),
     [
         ("full", {}),
-        ("none", {}),
+        ("dots", {}),
         ("full", {"layout": "rectangle", "response": 48, "pool": 5, "prompt": 48}),
     ],
 )
@@ -242,7 +243,7 @@ def test_temporaries_are_near_those_of_xla(remat: str, changes: dict[str, Any]) 
     found = account_of(case, remat)
     assert found.temporaries > 3 * found.gradients
     compiled = compiled_bytes(case, case.program("mass_dpo", remat))
-    assert found.temporaries == pytest.approx(compiled, rel=0.15)
+    assert found.temporaries == pytest.approx(compiled, rel=0.2)
 
 
 def test_peak_with_an_offloaded_state_and_several_micro_batches() -> None:
@@ -281,7 +282,6 @@ def test_dry_run_of_a_mesh_that_is_not_here(tmp_path: Path, hf_folder: Path) -> 
     assert "one device of 32 (data=2 fsdp=8 tensor=2)" in text and "fit" not in text
     assert sorted(path for path in tmp_path.rglob("*") if "c" not in path.parts) == before
 
-    config.model.update(dtype="bfloat16", remat="none")
     peak = gigabytes(text, "peak")
     for memory, verdict in ((peak + 0.001, "fits: needs"), (peak / 2, "does not fit: needs")):
         config.device_memory_gb = memory
@@ -289,13 +289,13 @@ def test_dry_run_of_a_mesh_that_is_not_here(tmp_path: Path, hf_folder: Path) -> 
         assert dry_run(config, None, train_lib.SPLITS).splitlines()[-1].startswith(verdict)
 
     many = config.copy_and_resolve_references()
-    many.train.update(batch_size=3200, micro_batch_size=3200, reuse_scoring=False)
-    many.model.update(dtype="bfloat16", remat="none")
+    many.train.update(batch_size=3200, micro_batch_size=3200)
+    many.model.dtype = "bfloat16"
     plain = dry_run(many, None, train_lib.SPLITS)
     many.model.attention = "fused"  # Nor need the kernel be here.
     fused = dry_run(many, None, train_lib.SPLITS)
-    kept = gigabytes(fused, "kept for")
-    assert 0.1 < kept < 0.9 * gigabytes(plain, "kept for")
+    term = "estimate: temporaries of the loss, a layer"
+    assert 0 < gigabytes(fused, term) < 0.9 * gigabytes(plain, term)
 
     config.mesh.update(data=-1, fsdp=3)
     with pytest.raises(UserError, match=r"this machine's 8 device\(s\), .* no multiple of 6"):

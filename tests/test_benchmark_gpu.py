@@ -172,11 +172,11 @@ def test_the_plan_for_a_card_of_80_gb(tmp_path: Path) -> None:
     for name in job.SHAPES:
         big = Job(workload(name, "3b"), "ours", "cuda", "bfloat16", 7, 0.0, "", memory=int(78.6e9))
         best = ours.plan(big, Fused())
-        assert best == (32, {"G1": "none", "G2": "full"}[name], True)
+        assert best == (32, {"G1": "dots", "G2": "full"}[name], True)
         double = best._replace(batch=2 * best.batch)
         limit = ours.MARGIN * 78.6e9
         assert ours.peak(big, best, Fused()) <= limit < ours.peak(big, double, Fused())
-        for remat, reuse in (("none", False), ("dots", False), ("full", False)):
+        for remat, reuse in (("dots", False), ("full", False)):
             other = ours.plan(dataclasses.replace(big, remat=remat, reuse=reuse), Fused())
             assert other.batch > 1 and ours.effort(big, other) > ours.effort(big, best)
         less, second = ours.smaller(big, best, Fused())
@@ -184,8 +184,8 @@ def test_the_plan_for_a_card_of_80_gb(tmp_path: Path) -> None:
         assert ours.effort(big, second) >= ours.effort(big, best)
         assert ours.smaller(less, second, Fused())[1] != second
         assert ours.smaller(dataclasses.replace(big, batch=8), best, Fused())[1].batch == 16
-        asked = dataclasses.replace(big, batch=4, memory=None, remat="none", reuse=False)
-        assert ours.plan(asked, Fused()) == (4, "none", False)
+        asked = dataclasses.replace(big, batch=4, memory=None, remat="dots", reuse=False)
+        assert ours.plan(asked, Fused()) == (4, "dots", False)
         assert ours.plan(dataclasses.replace(big, memory=int(1e9)), Fused()) == (1, "full", False)
 
 

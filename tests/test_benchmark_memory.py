@@ -18,13 +18,13 @@ TINY = Workload(
 
 
 def test_figures_of_a_tiny_shape() -> None:
-    (row,) = memory.small(TINY, ["none"])
+    (row,) = memory.small(TINY, ["dots"])
     for name in ("ours", "unshared"):
         assert row[f"{name}/account"] == pytest.approx(row[f"{name}/xla"], rel=0.15)
     assert row["unshared/xla"] > 1.5 * row["ours/xla"]
     assert row["unshared/kept"] > 1.5 * row["ours/kept"]
     table = memory.small_table([row])
-    assert table.splitlines()[-1].startswith("| 48, 8, 5, 2, 2 | packed | none | ")
+    assert table.splitlines()[-1].startswith("| 48, 8, 5, 2, 2 | packed | dots | ")
 
 
 def test_what_pytorch_saves_grows_with_rows_and_layers(torch: ModuleType) -> None:
@@ -56,9 +56,7 @@ def test_mistakes_are_one_line() -> None:
     assert "--change=prompts=64: expected NAME=NUMBER" in refused(
         "benchmarks.memory", "--shape=prompts=64"
     )
-    assert "--remat=ful: expected some of none, dots, full" in refused(
-        "benchmarks.memory", "--remat=ful"
-    )
+    assert "--remat=ful: expected some of dots, full" in refused("benchmarks.memory", "--remat=ful")
     assert "negatives=9, more than pool=5" in refused(
         "benchmarks.memory", "--shape=pool=5,negatives=9"
     )

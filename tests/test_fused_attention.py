@@ -146,7 +146,7 @@ def train_step(
 
 
 @pytest.mark.parametrize("reuse", [True, False])
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", ["dots", "full"])
 @pytest.mark.parametrize("layout", ["packed", "rectangle"])
 def test_the_step_lowers_to_the_kernels(
     layout: str, remat: str, reuse: bool, monkeypatch: pytest.MonkeyPatch
@@ -163,9 +163,8 @@ def test_the_step_lowers_to_the_kernels(
     assert calls.count("__cudnn$fmhaSoftmaxBackward") == 1
     assert calls.count("__cudnn$fmhaScaleBiasSoftmaxBackward") == 1
     forward = [call for call in calls if not call.endswith("Backward")]
-    # The loss has its forward pass if scoring was not that, and with `full`, or from a record, the
-    # backward pass begins with another.
-    assert len(forward) == 2 + 2 * (not reuse) + 2 * (reuse or remat == "full")
+    # The loss has its forward pass if scoring was not that; the backward pass begins with another.
+    assert len(forward) == 2 + 2 * (not reuse) + 2
     # What reads as scores: float32 over all pairs of some head.
     plain_program, *_ = train_step(layout, "bfloat16", remat, plain)
     plain_text = (

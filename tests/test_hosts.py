@@ -101,7 +101,7 @@ def test_four_processes(shared: Path, tmp_path: Path) -> None:
 # Every example's set is chosen once, at step 0, and is in the checkpoints.
 RUN = {
     "selection.refresh": "once", "train.learning_rate": 1e-5, "train.steps": 40, "beta": 1.0,
-    "train.checkpoint_every": 5, "train.eval_every": 0, "model.remat": "none",
+    "train.checkpoint_every": 5, "train.eval_every": 0, "model.remat": "dots",
     "data.max_validation": 20,
 }  # fmt: skip
 

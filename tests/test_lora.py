@@ -61,9 +61,9 @@ def test_log_probs_are_those_of_merged_weights(model_type: str, kind: str) -> No
     ("model_type", "remat", "layout", "kind"),
     [
         ("llama", "full", "packed", "nf4"),
-        ("qwen3", "none", "rectangle, 2 at a time", "float32"),
+        ("qwen3", "dots", "rectangle, 2 at a time", "float32"),
         ("smollm3", "dots", "packed, few logits", "int8"),
-        ("smollm3", "none", "packed", "nf4"),
+        ("smollm3", "dots", "packed", "nf4"),
         ("llama", "dots", "rectangle", "bfloat16"),
         ("qwen3", "full", "rectangle", "int8"),
     ],
@@ -100,7 +100,7 @@ def test_gradients_follow_from_those_of_merged_weights(
 
 
 @pytest.mark.parametrize("recorded", [True, False])
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", ["dots", "full"])
 def test_frozen_weights_get_no_gradients(remat: str, recorded: bool) -> None:
     """Nor is anything computed for them: no product has their shape."""
     config = tiny_config("qwen3", tie_word_embeddings=True)

@@ -16,7 +16,7 @@ from helpers import write_jsonl
 from models_for_tests import VOCABULARY, Candidates, random_candidates, random_decoder, tiny_config
 
 from mass_dpo_jax.models.known import known
-from mass_dpo_jax.models.shared_prefix import gather_candidates, replay, score
+from mass_dpo_jax.models.shared_prefix import Picks, gather_candidates, replay, score
 from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.setup import Reference, prepare
 from mass_dpo_jax.training.step import TrainState
@@ -57,7 +57,7 @@ def gradients(
     """Log-probs of some candidates, and gradients of a loss that weighs each of them, with respect
     to all weights that are not frozen."""
     numbers, valid = sets(pool)
-    size = 3 * RESPONSE
+    picks = Picks(jnp.asarray(numbers), jnp.asarray(valid), 3 * RESPONSE)
     weights = np.random.default_rng(1).normal(size=numbers.shape)
     frozen = frozen or {}
     whole = {key: value for key, value in layout.items() if key != "candidate_chunk"}
@@ -72,9 +72,9 @@ def gradients(
         def loss(params: Any) -> tuple[jax.Array, jax.Array]:
             model = nnx.merge(graphdef, {**frozen, **params})
             if record is not None:
-                logps = replay(model, record, *args, numbers, valid, size, **whole)
+                logps = replay(model, record, *args, picks, **whole)
             else:
-                some = gather_candidates(*args[2:], numbers, valid, size)
+                some = gather_candidates(*args[2:], picks)
                 logps = score(model, *args[:2], *some, pooling=None, **whole).logps
             return jnp.sum(weights * logps), logps
 
@@ -87,11 +87,11 @@ def gradients(
 @pytest.mark.parametrize(
     ("model_type", "remat", "layout"),
     [
-        ("qwen3", "none", "packed"),
+        ("qwen3", "dots", "packed"),
         ("qwen3", "full", "rectangle, 2 at a time"),
         ("smollm3", "full", "packed, few logits"),
         ("smollm3", "dots", "rectangle"),
-        ("llama", "none", "rectangle, 2 at a time"),
+        ("llama", "dots", "rectangle, 2 at a time"),
     ],
 )
 def test_gradients_are_those_of_a_pass_of_its_own(model_type: str, remat: str, layout: str) -> None:
@@ -126,7 +126,7 @@ def test_known_computes_nothing_forward() -> None:
     [
         {"selection.criterion": "contrast"},
         {"method": "pl_sampled", "selection.replacement": True, "model.layout": "rectangle"},
-        {"train.batch_size": 8, "train.micro_batch_size": 4, "model.remat": "none"},
+        {"train.batch_size": 8, "train.micro_batch_size": 4, "model.remat": "dots"},
     ],
 )
 @pytest.mark.usefixtures("one_device")

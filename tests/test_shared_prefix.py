@@ -22,7 +22,14 @@ from models_for_tests import (
 )
 
 from mass_dpo_jax.models.decoder import Decoder
-from mass_dpo_jax.models.shared_prefix import Scored, gather_candidates, pack, rectangle, score
+from mass_dpo_jax.models.shared_prefix import (
+    Picks,
+    Scored,
+    gather_candidates,
+    pack,
+    rectangle,
+    score,
+)
 
 RESPONSE = 7
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -213,7 +220,9 @@ def test_layouts_and_gathering_move_the_right_tokens(
     chosen = np.array([data.draw(draw) for _ in range(batch)], np.int32)
     valid = np.array([data.draw(st.lists(st.booleans(), min_size=2, max_size=2)) for _ in rows])
     found, found_lengths = gather_candidates(
-        jnp.asarray(responses), jnp.asarray(lengths), jnp.asarray(chosen), jnp.asarray(valid), 9
+        jnp.asarray(responses),
+        jnp.asarray(lengths),
+        Picks(jnp.asarray(chosen), jnp.asarray(valid), 9),
     )
     for row in range(batch):
         picked = [pool.response(row, c).tolist() for c in chosen[row][valid[row]]]
@@ -230,7 +239,7 @@ def test_gathered_candidates_keep_their_scores() -> None:
     chosen = jnp.asarray([[0, 4, 2], [0, 2, 3], [0, 1, 2]])
     valid = jnp.asarray([[True, True, False], [True, True, True], [True, True, True]])
     responses, lengths = gather_candidates(
-        jnp.asarray(pool.responses), jnp.asarray(pool.response_lengths), chosen, valid, 24
+        jnp.asarray(pool.responses), jnp.asarray(pool.response_lengths), Picks(chosen, valid, 24)
     )
     picked = pool._replace(responses=np.asarray(responses), response_lengths=np.asarray(lengths))
     found = run(model, picked, pooling=None).logps

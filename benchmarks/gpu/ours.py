@@ -209,5 +209,5 @@ def attempt(job: Job, some: Plan, attention: Attention) -> dict[str, Any]:
 
 
 def _weights(case: Case, key: jax.Array) -> Any:
-    decoder = Decoder(case.model, rngs=nnx.Rngs(key), remat="none")
+    decoder = Decoder(case.model, rngs=nnx.Rngs(key))
     return nnx.to_pure_dict(nnx.state(decoder, nnx.Param))

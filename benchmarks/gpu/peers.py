@@ -239,7 +239,7 @@ def agree(job: Job) -> dict[str, float]:
         width=64, heads=4, kv_heads=2, mlp=96, vocabulary=256,
     )  # fmt: skip
     case = Case.make(tiny)
-    used, shown = Ours(case, case.program("mass_dpo", "none")).step(0)
+    used, shown = Ours(case, case.program("mass_dpo", "dots")).step(0)
     numbers, found = np.asarray(used[0]), {"picks": 0.0, "loss": 0.0, "gradient norm": 0.0}
 
     def same(letter: str, what: str, error: float, most: float) -> None:

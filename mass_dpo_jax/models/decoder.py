@@ -29,7 +29,7 @@ from mass_dpo_jax.models.known import known
 # given to `Decoder.__call__`, or None. Queries are already scaled by 1 / sqrt(K).
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
-REMAT = ("none", "dots", "full")
+REMAT = ("dots", "full")
 
 # Products with weights whose values the rest of a layer needs, by the names of `Block`'s fields.
 PRODUCTS = ("query", "key", "value", "output", "gate", "up")
@@ -166,8 +166,8 @@ class Decoder(nnx.Module):
 
     Parameters are float32. `dtype` is the compute type: weights are cast where they are used, one
     layer at a time, while norms, rotary angles and softmax stay in float32. `remat` says what
-    the backward pass keeps of a layer: "none" (keep everything), "dots" (keep the outputs of the
-    matrix products with weights), "full" (keep only the layer's input and recompute the rest).
+    `record` keeps of a layer for the backward pass: "dots" (its input, and its products with
+    weights), "full" (its input only: the layer is computed again).
 
     `splits` says how hidden states lie on several devices; None: as the compiler likes. Where
     weights are split it likes to split hidden states in the same way, and then every device
@@ -218,7 +218,8 @@ class Decoder(nnx.Module):
     def __call__(
         self, tokens: jax.Array, positions: jax.Array, attend: Attend, extra: Any = None
     ) -> tuple[jax.Array, Any]:
-        """Final hidden states, after the final norm.
+        """Final hidden states, after the final norm. To train, `record` and `replay` are meant: the
+        gradient of this keeps all of every layer.
 
         Args:
           tokens: int32 [B, T].
@@ -236,10 +237,6 @@ class Decoder(nnx.Module):
             x, kept, _ = layer(weights, x, has_positions, {}, extra)
             return x, kept
 
-        if self.remat != "none":
-            policies = jax.checkpoint_policies
-            keep = {"dots": policies.dots_with_no_batch_dims_saveable, "full": None}[self.remat]
-            apply = jax.checkpoint(apply, policy=keep, prevent_cse=False)
         x, kept = jax.lax.scan(apply, self._embed(tokens), (*self._layers(), extra))
         return self.norm(x).reshape(*tokens.shape, -1), kept
 
@@ -266,7 +263,7 @@ class Decoder(nnx.Module):
     def replay(
         self,
         record: Record,
-        places: jax.Array,
+        places: jax.Array | None,
         tokens: jax.Array,
         positions: jax.Array,
         attend: Attend,
@@ -279,7 +276,7 @@ class Decoder(nnx.Module):
 
         Args:
           record: of T tokens.
-          places: int32 [B, t], which of them.
+          places: int32 [B, t], which of them; None: the first t.
           tokens, positions: int32 [B, t], theirs. All that they attend to has to be among them.
           attend: see `Attend`.
 
@@ -289,7 +286,10 @@ class Decoder(nnx.Module):
         layer = self._layer(positions, attend)
 
         def here(x: jax.Array) -> jax.Array:  # [B, T, size] -> [B * t, size]
-            found = jnp.take_along_axis(x, places[..., None], axis=1, mode="clip")
+            if places is None:
+                found = x[:, : tokens.shape[1]]
+            else:
+                found = jnp.take_along_axis(x, places[..., None], axis=1, mode="clip")
             return found.reshape(-1, x.shape[-1])
 
         def last(weights: Any, x: jax.Array) -> jax.Array:

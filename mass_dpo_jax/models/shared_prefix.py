@@ -40,6 +40,14 @@ class Scored(NamedTuple):
     record: Record | None = None
 
 
+class Picks(NamedTuple):
+    """K candidates of each row."""
+
+    candidates: jax.Array  # int32 [B, K], values in 0..C-1
+    valid: jax.Array  # bool [B, K]; candidates that are not count as absent
+    size: int  # static; must hold the picked responses of every row
+
+
 class Groups(NamedTuple):
     """Responses laid out in groups, all int32 [B, G, L]."""
 
@@ -79,7 +87,7 @@ def score(
         prompt's keys and values computed once; bounds memory for long responses.
       max_logits: logits held at once on a device.
       attention: how: models/attention.py, or a `Fused` of models/fused_attention.py.
-      record: also what `replay` needs; not to be differentiated.
+      record: also what `replay` needs, with which to train; not to be differentiated.
     """
     if pooling not in ("response", "all", None):
         raise ValueError(f"pooling: found {pooling!r}, expected 'response', 'all' or None")
@@ -150,50 +158,51 @@ def replay(
     prompt_lengths: jax.Array,
     responses: jax.Array,
     response_lengths: jax.Array,
-    candidates: jax.Array,
-    valid: jax.Array,
-    size: int,
+    picks: Picks | None = None,
     *,
     layout: str = "packed",
     max_response: int | None = None,
     max_logits: int = MAX_LOGITS,
     attention: Attention = plain_attention,
 ) -> jax.Array:
-    """`score(...).logps` of K of the candidates, from a record of `score` on all of them.
+    """`score(...).logps` of some of the candidates, from a record of `score` on all of them.
 
     The numbers are those of the record, and only the backward pass computes anything, on the
-    prompt and these K responses: equal to the gradient of scoring the K alone.
+    prompt and these responses: equal to the gradient of scoring them alone.
 
     Args:
       model: with the weights that were recorded.
       record: of `score` with the same batch, layout and max_response.
       prompts, prompt_lengths, responses, response_lengths: of all candidates, see `score`.
-      candidates, valid, size: see `gather_candidates`.
+      picks: K candidates of each row; None: all of them.
       layout, max_response, max_logits, attention: see `score`.
 
     Returns:
-      float32 [B, K], 0 where `valid` is not.
+      float32 [B, K], 0 where a pick is not valid.
     """
     batch, prompt_size = prompts.shape
-    picked, lengths = gather_candidates(responses, response_lengths, candidates, valid, size)
-    groups = _groups(layout, picked, lengths, max_response)
-    # Where every response begins among those of the pool.
-    if layout == "packed":
-        first = jnp.take_along_axis(_starts(response_lengths), candidates, axis=1)
+    if picks is None:
+        lengths, places = response_lengths, None
+        groups = _groups(layout, responses, lengths, max_response)
+        found = record.logps[:, : groups.tokens[0].size]
     else:
-        assert max_response is not None
-        first = candidates * max_response
-    places = _at(first, groups.segments.reshape(batch, -1)) + groups.offsets.reshape(batch, -1)
-    hidden = model.replay(
-        record.layers,
-        jnp.concatenate(
-            [jnp.broadcast_to(jnp.arange(prompt_size), prompts.shape), prompt_size + places], axis=1
-        ),
-        *_sequence(prompts, prompt_lengths, groups, attention),
-    )
+        picked, lengths = gather_candidates(responses, response_lengths, picks)
+        groups = _groups(layout, picked, lengths, max_response)
+        # Where every response begins among those of the pool.
+        if layout == "packed":
+            first = jnp.take_along_axis(_starts(response_lengths), picks.candidates, axis=1)
+        else:
+            assert max_response is not None
+            first = picks.candidates * max_response
+        segments, offsets = (x.reshape(batch, -1) for x in groups[1:])
+        places = _at(first, segments) + offsets
+        found = jnp.take_along_axis(record.logps, places, axis=1, mode="clip")
+        of_prompt = jnp.broadcast_to(jnp.arange(prompt_size), prompts.shape)
+        places = jnp.concatenate([of_prompt, prompt_size + places], axis=1)
+    sequence = _sequence(prompts, prompt_lengths, groups, attention)
+    hidden = model.replay(record.layers, places, *sequence)
     prompt = _Prompt(hidden[:, :prompt_size], prompt_lengths)
     hidden = hidden[:, prompt_size:]
-    found = jnp.take_along_axis(record.logps, places, axis=1, mode="clip")
     return _per_candidate(model, prompt, hidden, groups, lengths, None, max_logits, found)[0].logps
 
 
@@ -215,28 +224,21 @@ def _positions(prompt_lengths: jax.Array, groups: Groups) -> jax.Array:
 
 
 def gather_candidates(
-    responses: jax.Array,
-    response_lengths: jax.Array,
-    candidates: jax.Array,
-    valid: jax.Array,
-    size: int,
+    responses: jax.Array, response_lengths: jax.Array, picks: Picks
 ) -> tuple[jax.Array, jax.Array]:
     """Picks K candidates of every row and packs their responses end to end again.
 
     Args:
       responses: int32 [B, S], packed.
       response_lengths: int32 [B, C].
-      candidates: int32 [B, K], values in 0..C-1.
-      valid: bool [B, K]; candidates that are not get length 0.
-      size: static; must hold the picked responses of every row.
 
     Returns:
       responses int32 [B, size], right-padded with 0, and their lengths int32 [B, K].
     """
-    lengths = jnp.take_along_axis(response_lengths, candidates, axis=1)
-    lengths = jnp.where(valid, lengths, 0)
-    starts = jnp.take_along_axis(_starts(response_lengths), candidates, axis=1)
-    segments, offsets = _segments(lengths, size)
+    lengths = jnp.take_along_axis(response_lengths, picks.candidates, axis=1)
+    lengths = jnp.where(picks.valid, lengths, 0)
+    starts = jnp.take_along_axis(_starts(response_lengths), picks.candidates, axis=1)
+    segments, offsets = _segments(lengths, picks.size)
     sources = _at(starts, segments) + offsets
     tokens = jnp.take_along_axis(responses, sources, axis=1, mode="clip")
     return jnp.where(segments < lengths.shape[1], tokens, 0), lengths

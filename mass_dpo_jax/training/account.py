@@ -3,7 +3,7 @@
 Weights, gradients, optimizer state and batch are exact: they are the sharded arrays themselves.
 What the backward pass keeps is what JAX's differentiation of the model saves. Temporaries are
 estimates: how many copies of an array live at once is the compiler's choice, and the counts below
-were read off XLA's programs for CPUs in float32, where they are off by some 15%. A fused kernel
+were read off XLA's programs for CPUs in float32, where they are off by up to 20%. A fused kernel
 (models/fused_attention.py) has no scores; what it holds instead nobody has measured. Letters as in
 sizes.py.
 """
@@ -23,7 +23,7 @@ from mass_dpo_jax.models.adapters import Lora
 from mass_dpo_jax.models.config import DecoderConfig
 from mass_dpo_jax.training.mesh import param_shapes
 from mass_dpo_jax.training.optimizer import state_shapes
-from mass_dpo_jax.training.sizes import Layout, Model, logits_chunk, replayed
+from mass_dpo_jax.training.sizes import Layout, Model, logits_chunk
 
 FLOAT = 4  # Bytes.
 MASKS = FLOAT + 1  # Of a score: its mask, and the zeros that masked gradients become.
@@ -66,70 +66,32 @@ def batch_bytes(rows: int, prompt: int, responses: int, candidates: int, more: i
     return rows * (prompt + responses + 2 * candidates + 2 + more) * FLOAT
 
 
-def kept_bytes(m: Model, at: Layout) -> int:
-    """What the forward pass keeps for the backward pass, c bytes a value of the compute type.
+def kept_bytes(m: Model, recorded: Layout, trained: Layout) -> int:
+    """What the forward pass keeps for the backward pass: its record, and beside the layers the
+    final norm's two float32 [tokens, D], what the logits came from and its mask, and rotary angles.
+
+    Args:
+      recorded: what the forward pass ran on: the pool, or what is trained on.
+      trained: what is trained on.
+    """
+    beside = trained.tokens * (2 * m.hidden + m.size) * FLOAT
+    beside += trained.batch * trained.responses * m.hidden * (m.itemsize + 1)
+    return record_bytes(m, recorded) + beside
+
+
+def record_bytes(m: Model, at: Layout) -> int:
+    """A forward pass's record (models/decoder.py), c bytes a value of the compute type.
 
     full  a layer's input: D c a token
     dots  also the results of products with weights (but the last): (2 D + H K + 2 KV K + 2 F) c
-    none  6 F c; of D: c and 2 x 4 a norm, the rest c; heads; rotary angles; one softmax's weights
-          in float32 and, where that is another type, in the compute type: H (4 + c) a pair.
-          Fused: the kernel's queries, keys, values, outputs and H log-sum-exps a token instead
 
-    Beside the layers: the final norm's two float32 [tokens, D], what the logits came from and its
-    mask, and rotary angles, if each layer has not its own. The masks of `none` are `MASKS`'; fused,
-    it is one bias of the compute type.
+    and what the last layer gives, D c a token; a log-prob a response token.
     """
-    c, t = m.itemsize, at.tokens
-    wide = FLOAT + (c if c < FLOAT else 0)
-    if m.remat != "none":
-        layer = t * _layer_values(m) * c
-    else:
-        prompt, behind = at.batch * at.prompt, at.batch * at.responses
-        layer = t * (6 * m.inner + 2 * m.hidden + 2 * m.queries) * c
-        layer += t * (4 * m.hidden + 2 * m.size) * FLOAT
-        if m.fused:
-            layer += t * m.queries * c + (2 * prompt + 2 * at.repeated) * m.keys * c
-            layer += t * (m.heads + 4) * FLOAT  # Norms' denominators, too.
-        else:
-            layer += t * m.queries * FLOAT + (4 * prompt + 2 * behind) * m.keys * c
-            layer += t * (2 * m.heads + 4) * FLOAT  # Norms' and softmaxes' denominators.
-            layer += at.pairs * m.heads * wide
-    layer += t * _adapters_values(m) * c
-    return m.layers * layer + _beside_layers(m, at)
-
-
-def _layer_values(m: Model) -> int:
-    """Of a token in a layer: its input, D, and but for `full` the products with weights (without
-    the last), D + H K + 2 KV K + 2 F."""
-    products = m.hidden + m.queries + 2 * m.keys + 2 * m.inner
-    return m.hidden + (0 if m.remat == "full" else products)
-
-
-def _adapters_values(m: Model) -> int:
-    """Of a token in a layer, what adapters make `none` and `dots` keep: x A and, of `dots`, what
-    is added and what it is added to."""
-    added = {"none": 0, "dots": m.added, "full": 0}[m.remat]
-    return added + (0 if m.remat == "full" else m.adapted[1])
-
-
-def _beside_layers(m: Model, at: Layout) -> int:
-    beside = 2 * at.tokens * m.hidden * FLOAT
-    beside += at.batch * at.responses * m.hidden * (m.itemsize + 1)
-    if m.fused and m.remat == "none":
-        beside += bias_bytes(m, at)
-    if m.remat != "none":
-        beside += at.tokens * m.size * FLOAT
-    return beside
-
-
-def record_bytes(m: Model, pool: Layout) -> int:
-    """What scoring a pool leaves behind for training on some of it (models/decoder.py's Record).
-
-    What `dots` keeps, or `full`; what the last layer gives, D c a token; a log-prob a response
-    token.
-    """
-    values = pool.tokens * (m.layers * _layer_values(m) + m.hidden)
-    return values * m.itemsize + pool.batch * pool.responses * FLOAT
+    layer = m.hidden
+    if m.remat != "full":
+        layer += m.hidden + m.queries + 2 * m.keys + 2 * m.inner
+    values = at.tokens * (m.layers * layer + m.hidden)
+    return values * m.itemsize + at.batch * at.responses * FLOAT
 
 
 def bias_bytes(m: Model, at: Layout) -> int:
@@ -169,8 +131,8 @@ def forward_bytes(m: Model, at: Layout) -> int:
 def backward_bytes(m: Model, at: Layout) -> int:
     """Temporaries of a layer in the backward pass, recomputed values among them.
 
-    mlp      (3 D + k F + 2 H K + 2 KV K) c a token; k = 5, 4, 3 for full, dots, none; and, where
-             attention was computed again, all pairs' weights (4 + c)
+    mlp      (3 D + k F + 2 H K + 2 KV K) c a token, k = 5, 4 for full, dots; all pairs' weights
+             (4 + c)
     norms    7 D c a token
     heads    (2 D + 5 H K + 5 KV K) c a token
     scores   (D + 2 H K + 2 KV K) c a token, and a pair's weight (4 + c) and gradient (4): of all
@@ -181,13 +143,13 @@ def backward_bytes(m: Model, at: Layout) -> int:
     c, t = m.itemsize, at.tokens
     wide = FLOAT + (c if c < FLOAT else 0)
     prompt, to_prompt, own = (n * m.heads for n in at.scores)
-    inner = {"full": 5, "dots": 4, "none": 3}[m.remat]
+    inner = {"full": 5, "dots": 4}[m.remat]
     every = prompt + to_prompt + own
-    again = 0 if m.remat == "none" else every * wide
+    again = every * wide
     scores = max(every * wide + (to_prompt + own) * FLOAT, prompt * (wide + FLOAT))
     masks = every * MASKS
     if m.fused:
-        masks, again = 0, 0 if m.remat == "none" else fused_bytes(m, at)
+        masks, again = 0, fused_bytes(m, at)
         scores = fused_bytes(m, at, copies=2)
     return masks + max(
         t * (3 * m.hidden + inner * m.inner + 2 * m.queries + 2 * m.keys) * c + again,
@@ -200,16 +162,14 @@ def backward_bytes(m: Model, at: Layout) -> int:
 def weight_copies(m: Model, backward: bool) -> int:
     """Copies of weights to compute with: a layer's, taken out of the stack in the compute type.
 
-    With `none` and a smaller compute type all float32 layers' are kept; where weights are split, a
-    layer is gathered as it is stored and its gradient is whole before it is split again.
+    Where weights are split, a layer is gathered as it is stored and its gradient is whole before it
+    is split again.
     """
-    kept = backward and m.remat == "none" and m.itemsize < FLOAT and m.stored == "float32"
-    whole = m.layers if kept else 1
     size = {"float32": FLOAT, "bfloat16": 2, "int8": 1, "nf4": 1}[m.stored]
     gathered = m.block * size if m.gathered else 0
     if backward and m.lora is None:
         gathered *= 2
-    return whole * m.block * m.itemsize + gathered
+    return m.block * m.itemsize + gathered
 
 
 def logits_bytes(m: Model, at: Layout, backward: bool) -> int:
@@ -259,7 +219,7 @@ class Account:
       sums: the gradients of earlier micro-batches.
       copies: of weights, in the backward pass.
       kept: for the backward pass.
-      recorded: of that, what scoring the pool leaves behind.
+      scored: of that, what scoring the pool leaves behind.
       scoring, vocabulary, layers: temporaries of scoring the pool and, of the loss, of the
         vocabulary projection and of a layer.
       offloaded: the optimizer's state is on the device only during the update.
@@ -272,7 +232,7 @@ class Account:
     sums: int
     copies: int
     kept: int
-    recorded: int
+    scored: int
     scoring: int
     vocabulary: int
     layers: int
@@ -285,7 +245,7 @@ class Account:
         always = self.parameters + self.batch
         state = always + (0 if self.offloaded else self.optimizer) + self.sums
         return {
-            "scoring": state + self.recorded + self.scoring,
+            "scoring": state + self.scored + self.scoring,
             "vocabulary": state + self.kept + self.vocabulary,
             "layers": state + self.gradients + self.copies + self.kept + self.layers,
             "update": always + self.optimizer + self.gradients,
@@ -331,13 +291,8 @@ def account(
       reuse: does training start from what scoring the pool has left?
       frozen: exact bytes of the other weights.
     """
-    recorded = 0
-    if reuse:
-        assert pool is not None
-        recorded = record_bytes(m, pool)
     scoring = 0 if pool is None else scoring_bytes(m, pool, chunk)
-    if reuse:
-        m = replayed(m)
+    recorded = pool if reuse and pool is not None else trained
     return Account(
         parameters=parameters + frozen,
         gradients=parameters,
@@ -345,8 +300,8 @@ def account(
         batch=batch,
         sums=parameters if micro_batches > 1 else 0,
         copies=weight_copies(m, backward=True),
-        kept=recorded + _beside_layers(m, trained) if reuse else kept_bytes(m, trained),
-        recorded=recorded,
+        kept=kept_bytes(m, recorded, trained),
+        scored=record_bytes(m, recorded) if reuse else 0,
         scoring=scoring,
         vocabulary=logits_bytes(m, trained, backward=True),
         layers=backward_bytes(m, trained),

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from mass_dpo_jax.training.sizes import Layout, Model, logits_chunk, replayed
+from mass_dpo_jax.training.sizes import Layout, Model, logits_chunk
 
 
 def forward_flops(m: Model, at: Layout) -> int:
     """Operations of a forward pass over all places, 2 a multiplication:
     layers (2 tokens block + 4 H K pairs) + 2 D V response places."""
-    layer = 2 * at.tokens * (m.block + m.adapted[0]) + 4 * m.queries * at.pairs
+    layer = 2 * at.tokens * (m.block + m.adapted) + 4 * m.queries * at.pairs
     return m.layers * layer + logits_flops(m, at)
 
 
@@ -35,14 +35,10 @@ def logits_flops(m: Model, at: Layout) -> int:
 
 
 def training_flops(m: Model, at: Layout, recorded: bool = False) -> int:
-    """Forward, backward (twice as much) and what it computes again: the logits, always; `dots`
-    attention; `full` the layers but for their last product. From a record there is no forward.
-    Frozen weights get no gradient, and adapters compute x A again."""
-    if recorded:
-        m = replayed(m)
-    again = 0
-    if m.remat != "none":
-        again = 4 * m.queries * at.pairs
+    """Forward, backward (twice as much) and what it computes again: the logits and attention; with
+    `full` the layers but for their last product. Scoring the pool may have been the forward pass,
+    `recorded`. Frozen weights get no gradient, and adapters compute x A again."""
+    again = 4 * m.queries * at.pairs
     if m.remat == "full":
         again += 2 * at.tokens * (m.block - m.inner * m.hidden)
     passes = 2 if recorded else 3

@@ -58,7 +58,7 @@ class Model:
       hidden, inner, vocabulary: D, F, V.
       heads: H; queries, keys: widths H K and KV K of all heads together; size: K.
       itemsize: bytes of the compute type.
-      remat: none | dots | full.
+      remat: dots | full.
       gathered: are weights split over devices that compute with them whole?
       fused: is attention a fused kernel?
       max_logits: held at once.
@@ -83,26 +83,14 @@ class Model:
     stored: str = "float32"
 
     @property
-    def adapted(self) -> tuple[int, int]:
-        """Of a layer's adapters: weights, rank (in + out); and values of a token, rank."""
+    def adapted(self) -> int:
+        """Weights of a layer's adapters: rank (in + out) of every product they add to."""
         if self.lora is None:
-            return 0, 0
-        into, out = self._sides()
-        return self.lora.rank * (into + out), self.lora.rank * len(self.lora.targets)
-
-    @property
-    def added(self) -> int:
-        """Values of a token that adapters add to products of a layer, but the last."""
-        return 0 if self.lora is None else self._sides("down")[1]
-
-    def _sides(self, without: str = "") -> tuple[int, int]:
-        """Sizes of the adapted products of a layer, summed: in, out."""
+            return 0
         d, f, q, kv = self.hidden, self.inner, self.queries, self.keys
-        sizes = {"query": (d, q), "key": (d, kv), "value": (d, kv), "output": (q, d)}
-        sizes |= {"gate": (d, f), "up": (d, f), "down": (f, d)}
-        assert self.lora is not None
-        found = [sizes[name] for name in self.lora.targets if name != without]
-        return sum(into for into, _ in found), sum(out for _, out in found)
+        sides = {"query": d + q, "key": d + kv, "value": d + kv, "output": q + d}
+        sides |= {"gate": d + f, "up": d + f, "down": f + d}
+        return self.lora.rank * sum(sides[name] for name in self.lora.targets)
 
     @property
     def block(self) -> int:
@@ -143,11 +131,6 @@ def of_device(
         lora=lora,
         stored=stored if lora else "float32",
     )
-
-
-def replayed(m: Model) -> Model:
-    """As whose backward pass that from a record counts: attention, at least, is computed again."""
-    return dataclasses.replace(m, remat="full" if m.remat == "full" else "dots")
 
 
 def logits_chunk(m: Model, at: Layout) -> int:

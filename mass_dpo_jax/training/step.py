@@ -22,7 +22,6 @@ from mass_dpo_jax.models import attention, shared_prefix
 from mass_dpo_jax.models.fused_attention import Attention
 from mass_dpo_jax.models.logprobs import MAX_LOGITS
 from mass_dpo_jax.training.methods import Method, Responses
-from mass_dpo_jax.training.optimizer import keep_if
 
 Params = Any
 Metrics = dict[str, Array]
@@ -106,11 +105,9 @@ class Scorer:
         params: Params,
         record: shared_prefix.Record,
         batch: Batch,
-        candidates: Array,
-        valid: Array,
-        size: int,
+        picks: shared_prefix.Picks | None = None,
     ) -> Array:
-        """Log-probs `[B, K]` of some candidates of a batch whose scoring was recorded."""
+        """Log-probs `[B, K]` of some candidates, or of all, of a batch that was recorded."""
         return shared_prefix.replay(
             nnx.merge(self.graphdef, params),
             record,
@@ -118,9 +115,7 @@ class Scorer:
             batch.prompt_lengths,
             batch.responses,
             batch.response_lengths,
-            candidates,
-            valid,
-            size,
+            picks,
             layout=self.layout,
             max_response=self.max_response,
             attention=self.attention,
@@ -228,31 +223,34 @@ class Program:
     ) -> tuple[Array, tuple[Array, Metrics]]:
         """Mean loss of a micro-batch on the chosen response and the chosen negatives.
 
-        With a record of these weights' pass over the pools, nothing is computed again forward.
-        Returns also which of its examples' losses are not finite, bool [B], and figures.
+        The forward pass is that of the record, of these weights on the pools; without one, it is on
+        the sets alone. Returns also which of its examples' losses are not finite, bool [B], and
+        figures.
         """
         negatives = choice.numbers
         candidates = jnp.pad(negatives, ((0, 0), (1, 0)))
         valid = jnp.pad(negatives > 0, ((0, 0), (1, 0)), constant_values=True)
+        picks = shared_prefix.Picks(candidates, valid, size)
         responses, lengths = shared_prefix.gather_candidates(
-            batch.responses, batch.response_lengths, candidates, valid, size
+            batch.responses, batch.response_lengths, picks
         )
 
-        def of_chosen(table: Array | None) -> Array | None:
-            return None if table is None else jnp.take_along_axis(table, candidates, axis=1)
+        def of_chosen(table: Array) -> Array:
+            return jnp.take_along_axis(table, candidates, axis=1)
 
         if record is None:
             some = batch._replace(responses=responses, response_lengths=lengths)
-            logps = self.scorer(params, some).logps
+            record = self.scorer(jax.lax.stop_gradient(params), some, record=True).record
+            logps = self.scorer.replay(params, record, some)
         else:
-            logps = self.scorer.replay(params, record, batch, candidates, valid, size)
+            logps = self.scorer.replay(params, record, batch, picks)
         found = Responses(
             logps=logps,
             log_ratios=jnp.where(valid, logps - of_chosen(batch.ref_logps), 0.0),
             lengths=lengths,
             valid=valid,
             candidates=candidates,
-            grades=of_chosen(batch.grades),
+            grades=None if batch.grades is None else of_chosen(batch.grades),
             weights=choice.weights,
             pool_loss=choice.pool_loss,
         )
@@ -346,7 +344,8 @@ class Program:
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, finite=finite)
         figures["update_ratio"] = optax.tree.norm(updates) / optax.tree.norm(state.params)
         figures["skipped"] = 1.0 - finite
-        weights = keep_if(finite, optax.apply_updates(state.params, updates), state.params)
+        updated = optax.apply_updates(state.params, updates)
+        weights = jax.tree.map(lambda a, b: jnp.where(finite, a, b), updated, state.params)
         return TrainState(state.step + 1, weights, opt_state), trained, figures
 
 
