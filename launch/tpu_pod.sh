@@ -8,10 +8,10 @@
 #   FOLDER   of the project on the hosts (copied there from here); mass_dpo_jax without it
 #   SETUP=0  the hosts have the project and its environment already
 #   DRY=1    print the gcloud commands and run nothing
-# Model, data and --workdir must be seen by all hosts at the same path: a Filestore share, or a bucket
-# mounted with Cloud Storage FUSE (gcsfuse --implicit-dirs). With several slices, config.mesh.data goes
-# across them and fsdp and tensor stay inside, where the interconnect is. The same command goes on from
-# the newest checkpoint.
+# The hosts need Python 3.11 or newer as python3. Model, data and --workdir must be seen by all of them
+# at the same path: a Filestore share, or a bucket mounted with Cloud Storage FUSE (gcsfuse
+# --implicit-dirs). With several slices, config.mesh.data goes across them and fsdp and tensor stay
+# inside, where the interconnect is. The same command goes on from the newest checkpoint.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

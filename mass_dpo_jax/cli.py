@@ -331,6 +331,7 @@ def _with_run_config(argv: list[str]) -> list[str]:
     workdir = _value(argv, "workdir")
     if workdir and _value(argv, "config") is None and "config" in flags.FLAGS:
         if (Path(workdir) / "config.json").exists():
+            config_lib.load(Path(workdir))  # What is wrong with it, said without ml_collections.
             return [argv[0], f"--config={config_lib.__file__}:{workdir}", *argv[1:]]
     return argv
 

@@ -65,7 +65,7 @@ def default() -> ConfigDict:
 
     c.data = ConfigDict()
     c.data.name = "jsonl"  # jsonl | hub | lastfm | movielens | medmcqa | qasc | synthetic.
-    # A file, or a folder with the splits; hub: a name or a saved folder; synthetic: clusters, long.
+    # File, or folder with the splits; hub: name or saved folder; synthetic: plain, clusters, long.
     c.data.path = ""
     c.data.chat_template = "tokenizer"  # tokenizer | none | path of a template file.
     c.data.date = "26 Jul 2024"  # What templates that print today's date print instead.
@@ -148,7 +148,7 @@ def paper() -> ConfigDict:
     c.model.dtype = "bfloat16"  # Compute; the trained weights are float32.
     c.data.max_train = 20_000
     c.mesh.data = 1
-    c.mesh.fsdp = -1  # All devices share the weights: 3B with Adam needs some 50 GB in all.
+    c.mesh.fsdp = -1  # All devices share the weights: 3B with Adam is 51 GB of state.
     return c
 
 
@@ -174,6 +174,8 @@ def load(workdir: Path) -> ConfigDict:
         if name not in fields:
             raise UserError(f"{path}: unknown setting {name!r}, written by another version?")
         fields[name] = value
+    if fields["model.remat"] == "none":  # Of before 0.2: the same gradients, kept otherwise.
+        fields["model.remat"] = "dots"
     try:
         check_types(fields)
         for name, value in fields.items():

@@ -117,6 +117,13 @@ def test_settings_of_a_run(tmp_path: Path, name: str, value: Any) -> None:
         config_lib.load(tmp_path)
 
 
+def test_remat_none_of_before_is_dots(tmp_path: Path) -> None:
+    config: Any = config_lib.default().to_dict()
+    config["model"]["remat"] = "none"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert config_lib.load(tmp_path).model.remat == "dots"
+
+
 def test_the_report_says_which_settings_are_unreadable(tmp_path: Path) -> None:
     config: Any = config_lib.default().to_dict()
     (tmp_path / "config.json").write_text(json.dumps(config | {"method": 7}))

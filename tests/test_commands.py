@@ -181,6 +181,13 @@ def test_exporting_what_is_no_run(tmp_path: Path) -> None:
     assert "python -m mass_dpo_jax.export --workdir=" in command(words[0], "--help").stdout
 
 
+@pytest.mark.parametrize("content", ["{", '{"model": {"remat": "some"}}'])
+def test_a_run_whose_settings_cannot_be_read(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    line = refused("mass_dpo_jax.evaluate", f"--workdir={tmp_path}")
+    assert line.startswith(f"error: {tmp_path}/config.json:")
+
+
 def test_settings_before_the_file_and_the_last_of_two_files(tmp_path: Path) -> None:
     done = command("mass_dpo_jax.data", "--config.data.name=jsonl", "--config=configs/tony.py",
                    "--config=tiny", "--config.print=True")  # fmt: skip
