@@ -276,7 +276,7 @@ class Decoder(nnx.Module):
 
         Args:
           record: of T tokens.
-          places: int32 [B, t], which of them; None: the first t.
+          places: int32 [B, t], which of them; None: all.
           tokens, positions: int32 [B, t], theirs. All that they attend to has to be among them.
           attend: see `Attend`.
 
@@ -286,11 +286,9 @@ class Decoder(nnx.Module):
         layer = self._layer(positions, attend)
 
         def here(x: jax.Array) -> jax.Array:  # [B, T, size] -> [B * t, size]
-            if places is None:
-                found = x[:, : tokens.shape[1]]
-            else:
-                found = jnp.take_along_axis(x, places[..., None], axis=1, mode="clip")
-            return found.reshape(-1, x.shape[-1])
+            if places is not None:
+                x = jnp.take_along_axis(x, places[..., None], axis=1, mode="clip")
+            return x.reshape(-1, x.shape[-1])
 
         def last(weights: Any, x: jax.Array) -> jax.Array:
             del weights, x

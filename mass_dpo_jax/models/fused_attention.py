@@ -44,7 +44,7 @@ MOST = 0.02
 
 
 class Attention(Protocol):
-    """What `shared_prefix.score` needs: models/attention.py itself, or a `Fused`."""
+    """What shared_prefix.py needs: models/attention.py itself, or a `Fused`."""
 
     def causal(
         self, query: jax.Array, key: jax.Array, value: jax.Array, extra: Any = None

@@ -143,12 +143,13 @@ def score(
     scored = jax.tree.map(lambda x: join(x)[:, :num_candidates], scored)
     if not record:
         return scored
+    size = groups.tokens[0].size  # Without the places that filled up the last chunk.
     layers = jax.tree.map(
-        lambda x, chunks: jnp.concatenate([x, join(chunks, chunks.ndim - 4)], axis=-2),
+        lambda x, chunks: jnp.concatenate([x, join(chunks, chunks.ndim - 4)[..., :size, :]], -2),
         of_prompt,
         layers,
     )
-    return scored._replace(record=Record(layers, join(logps)))
+    return scored._replace(record=Record(layers, join(logps)[:, :size]))
 
 
 def replay(
@@ -182,9 +183,8 @@ def replay(
     """
     batch, prompt_size = prompts.shape
     if picks is None:
-        lengths, places = response_lengths, None
+        lengths, places, found = response_lengths, None, record.logps
         groups = _groups(layout, responses, lengths, max_response)
-        found = record.logps[:, : groups.tokens[0].size]
     else:
         picked, lengths = gather_candidates(responses, response_lengths, picks)
         groups = _groups(layout, picked, lengths, max_response)

@@ -1,11 +1,11 @@
 """What a train step needs of a device's memory, from formulas: nothing is allocated.
 
 Weights, gradients, optimizer state and batch are exact: they are the sharded arrays themselves.
-What the backward pass keeps is what JAX's differentiation of the model saves. Temporaries are
-estimates: how many copies of an array live at once is the compiler's choice, and the counts below
-were read off XLA's programs for CPUs in float32, where they are off by up to 20%. A fused kernel
-(models/fused_attention.py) has no scores; what it holds instead nobody has measured. Letters as in
-sizes.py.
+What is kept for the backward pass is the forward pass's record and what JAX's differentiation
+saves beside it. Temporaries are estimates: how many copies of an array live at once is the
+compiler's choice, and the counts below were read off XLA's programs for CPUs in float32, where they
+are off by up to 20%. A fused kernel (models/fused_attention.py) has no scores; what it holds
+instead nobody has measured. Letters as in sizes.py.
 """
 
 from __future__ import annotations
@@ -288,6 +288,7 @@ def account(
       chunk: see `scoring_bytes`.
       trained: what the loss sees.
       micro_batches: of a step.
+      offloaded: see `Account`.
       reuse: does training start from what scoring the pool has left?
       frozen: exact bytes of the other weights.
     """

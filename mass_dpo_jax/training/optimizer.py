@@ -104,9 +104,10 @@ def _optimizer(
     moments_dtype: str,
     offload: bool,
 ) -> optax.GradientTransformationExtraArgs:
-    adam = unless_bad(optax.scale_by_adam())
+    adam = optax.scale_by_adam()
     if moments_dtype == "bfloat16":
         adam = stored_in_bfloat16(adam)
+    adam = unless_bad(adam)
     if offload:
         adam = kept_on_host(adam)
     # The second part is optax.adamw, taken apart.
@@ -159,9 +160,7 @@ def unless_bad(adam: optax.GradientTransformation) -> optax.GradientTransformati
     return optax.GradientTransformationExtraArgs(adam.init, update)
 
 
-def stored_in_bfloat16(
-    adam: optax.GradientTransformation,
-) -> optax.GradientTransformationExtraArgs:
+def stored_in_bfloat16(adam: optax.GradientTransformation) -> optax.GradientTransformation:
     """`optax.scale_by_adam` whose moments are bfloat16 between updates; its arithmetic is float32.
 
     Rounding is stochastic. One update changes the second moment by at most 1/1000 of itself where
@@ -174,11 +173,9 @@ def stored_in_bfloat16(
     def init(params: optax.Params) -> Any:
         return _with_moments(adam.init(params), lambda x: x.astype(jnp.bfloat16))
 
-    adam = optax.with_extra_args_support(adam)
-
-    def update(updates: Any, state: Any, params: Any = None, **more: Any) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         wide = _with_moments(state, lambda x: x.astype(jnp.float32))
-        updates, new = adam.update(updates, wide, params, **more)
+        updates, new = adam.update(updates, wide, params)
         leaves, tree = jax.tree.flatten(new.mu)
         key = jax.random.fold_in(jax.random.key(0), new.count)
         bits = [
@@ -190,7 +187,7 @@ def stored_in_bfloat16(
         nu = jax.tree.map(lambda x, b: _round(x, b >> 16), new.nu, bits)
         return updates, new._replace(mu=mu, nu=nu)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformation(init, update)
 
 
 def kept_on_host(adam: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
