@@ -17,11 +17,13 @@ that of --dtype: training keeps float32. A run with LoRA is its base with the ad
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
+import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,7 @@ from mass_dpo_jax.training.policy import (
     uses_lora,
 )
 
+DTYPES = ("bfloat16", "float32")  # Of stored weights.
 _log = logging.getLogger(__name__)
 
 
@@ -82,7 +85,8 @@ def export(
       adapters: of a run with LoRA, write the adapters alone, in PEFT's format.
 
     Raises:
-      UserError: there is no such run or checkpoint, or `output` is taken.
+      UserError: there is no such run or checkpoint, `output` is taken or cannot be written, or
+        `dtype` or `max_shard_gb` is another.
     """
     if not is_run(workdir):
         raise UserError(
@@ -90,8 +94,8 @@ def export(
             "--workdir of mass_dpo_jax.train"
         )
     config = config_lib.load(workdir)
-    if not max_shard_gb > 0:
-        raise UserError(f"--max_shard_gb={max_shard_gb}: expected a number above 0")
+    if not 0 < max_shard_gb < math.inf:
+        raise UserError(f"--max_shard_gb={max_shard_gb}: expected a finite number above 0")
     there = checkpoint.steps(workdir)
     if not there:
         raise UserError(f"{workdir}: {checkpoint.NONE_YET}")
@@ -99,6 +103,8 @@ def export(
     if step not in there:
         shown = ", ".join(map(str, there))
         raise UserError(f"--step={step}: {workdir} has checkpoints of steps {shown}")
+    if dtype is not None:
+        _check_dtype(dtype)
     _check_free(output)
     if adapters:
         _save_adapters(config, workdir, step, output)
@@ -132,8 +138,10 @@ def save_model(output: Path, policy: Policy, params: Any, config: ConfigDict, dt
     adapters added.
 
     Raises:
-      UserError: `output` is taken.
+      UserError: `output` is taken or cannot be written, or `dtype` is another than float32 and
+        bfloat16.
     """
+    _check_dtype(dtype)
     _check_free(output)
     if policy.lora is not None:
         params = lora_lib.merge(params, policy.lora)
@@ -170,13 +178,7 @@ def write_folder(
       max_shard_gb: of a file, in 10^9 bytes.
       finish: gets the folder before it appears under its name.
     """
-    temporary = output.with_name(output.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # Of an export that was killed.
-    try:
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"--output={output}: cannot be written: {error.strerror}") from None
-    try:
+    with _appearing(output) as temporary:
         save_hf(
             temporary,
             decoder,
@@ -193,6 +195,19 @@ def write_folder(
         finish(temporary)
         for path in temporary.glob("*.safetensors"):
             shutil.copymode(temporary / GENERATION, path)  # The library lets only the owner read.
+
+
+@contextlib.contextmanager
+def _appearing(output: Path) -> Iterator[Path]:
+    """A folder to write into, which gets the name `output` at the end, or is gone."""
+    temporary = output.with_name(output.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # Of an export that was killed.
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"--output={output}: cannot be written: {error.strerror}") from None
+    try:
+        yield temporary
         if output.exists():
             output.rmdir()
         temporary.rename(output)
@@ -200,7 +215,14 @@ def write_folder(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _check_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise UserError(f"dtype={dtype!r}: expected {' or '.join(DTYPES)}")
+
+
 def _check_free(output: Path) -> None:
+    if output.name in ("", ".."):
+        raise UserError(f"--output={output}: expected the name of a new folder, as in --output=out")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(
             f"--output={output}: exists and is not empty: choose another folder or remove it"
@@ -214,7 +236,8 @@ def _save_adapters(config: ConfigDict, workdir: Path, step: int, output: Path) -
     read = checkpoint.Reader(workdir, step)
     found = adapters_of(read, lora)
     read.check()
-    lora_lib.save_peft(output, found, lora, config.model.path)
+    with _appearing(output) as temporary:
+        lora_lib.save_peft(temporary, found, lora, config.model.path)
     _log.info(f"step {step} of {workdir}, adapters, written to {output}")
 
 
@@ -318,9 +341,7 @@ if __name__ == "__main__":
     _WORKDIR = flags.DEFINE_string("workdir", None, "A run's folder.")
     _OUTPUT = flags.DEFINE_string("output", None, "The folder to write; it must not exist.")
     _STEP = flags.DEFINE_integer("step", None, "Of which checkpoint. Left out: the newest.")
-    _DTYPE = flags.DEFINE_enum(
-        "dtype", None, ["bfloat16", "float32"], "Of the stored weights. Left out: the run's."
-    )
+    _DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Of the stored weights. Left out: the run's.")
     _MAX_SHARD_GB = flags.DEFINE_float("max_shard_gb", 5.0, "Of a file of weights, 10^9 bytes.")
     _ADAPTERS = flags.DEFINE_boolean(
         "adapters", False, "Of a run with LoRA: its adapters alone, in PEFT's format."

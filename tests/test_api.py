@@ -132,6 +132,9 @@ def test_a_loop_of_ones_own_is_the_command(
         np.testing.assert_array_equal(saved.score(rows).logps, found.logps)
         with pytest.raises(mdj.UserError, match="exists and is not empty"):
             model.save(tmp_path / "saved")
+    with pytest.raises(mdj.UserError, match="dtype='int8': expected bfloat16 or float32"):
+        model.save(tmp_path / "small", "int8")
+    assert not (tmp_path / "small").exists()
     untouched = mdj.load_model(folder, config).score(rows).logps
     np.testing.assert_array_equal(model.score(rows).logps, untouched)
     assert np.abs(untouched - found.logps).max() > 0.2

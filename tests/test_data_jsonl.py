@@ -150,6 +150,7 @@ def test_ids_are_given_or_count_rows_and_blank_lines_are_skipped(tmp_path: Path)
             "'rejected.0.' must be one assistant message",
         ),
         ({"id": 1.5, **GOOD}, "'id' must be a string or an integer, found the number 1.5"),
+        ({"id": "\ud800", **GOOD}, "'id' has half a surrogate pair"),
         ([GOOD], "expected an object with prompt, chosen, rejected; found a list"),
         ('{"prompt": "p", "chosen"', "invalid JSON: .* column"),
         ({"id": "first", **GOOD}, "id 'first' is taken by .*file.jsonl:1"),

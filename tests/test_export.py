@@ -20,7 +20,7 @@ from huggingface_hub import ModelCard
 from ml_collections import ConfigDict
 from models_for_tests import hf_config, random_tensors
 from models_for_tests import tiny_config as decoder_config
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -279,8 +279,11 @@ def test_refusals_leave_nothing_behind(
         export(run, taken)
     with pytest.raises(UserError, match=r"--step=3: .*/run has checkpoints of steps 2, 4"):
         export(run, tmp_path / "out", step=3)
-    with pytest.raises(UserError, match=r"max_shard_gb=0: expected a number above 0"):
-        export(run, tmp_path / "out", max_shard_gb=0)
+    for size in (0, float("inf"), float("nan")):
+        with pytest.raises(UserError, match=f"max_shard_gb={size}: expected a finite number above"):
+            export(run, tmp_path / "out", max_shard_gb=size)
+    with pytest.raises(UserError, match="dtype='int8': expected bfloat16 or float32"):
+        export(run, tmp_path / "out", dtype="int8")
     with pytest.raises(UserError, match="not a run folder"):
         export(taken, tmp_path / "out")
     broken = tmp_path / "broken"
@@ -292,10 +295,22 @@ def test_refusals_leave_nothing_behind(
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written: Not a directory"):
         export(run, tmp_path / "file/out")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UserError, match=r"--output=\.: expected the name of a new folder"):
+        export(run, Path())
+    (tmp_path / "here").rmdir()
 
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError("No space left on device")
 
+    def full_of_tensors(*args: Any, **kwargs: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(weights, "save_file", full_of_tensors)
+        with pytest.raises(UserError, match=rf"{SINGLE}: cannot be written: .*No space left"):
+            export(run, tmp_path / "out")
     monkeypatch.setattr(model_card, "write", full)
     with pytest.raises(OSError, match="No space left"):
         export(run, tmp_path / "out")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from helpers import WORDS, log_lines, losses, tiny_config, write_jsonl
 from models_for_tests import hf_config, random_tensors, write_weights
+from safetensors import SafetensorError
 
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax import train as train_lib
@@ -20,6 +21,7 @@ from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.evaluate import evaluate
 from mass_dpo_jax.export import export
 from mass_dpo_jax.models import lora as lora_lib
+from mass_dpo_jax.models import weights as weights_lib
 from mass_dpo_jax.models.config import load_config
 from mass_dpo_jax.score import score
 from mass_dpo_jax.training import mesh as mesh_lib
@@ -96,7 +98,9 @@ def test_a_run(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.usefixtures("one_device")
-def test_what_can_start_from_it(base: Path, tmp_path: Path) -> None:
+def test_what_can_start_from_it(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config, run = config_of(base, tmp_path), tmp_path / "run"
     config.train.update(steps=2, eval_every=0)
     train_lib.train(config, run)
@@ -106,7 +110,15 @@ def test_what_can_start_from_it(base: Path, tmp_path: Path) -> None:
     before = setup.score(setup.policy.weights(str(base), 0), "train", "")
     assert np.abs(found - before).max() > 0.01
 
-    # PEFT's folder keeps the adapters.
+    # PEFT's folder keeps the adapters, and appears whole or not at all.
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(weights_lib, "save_file", full)
+        with pytest.raises(UserError, match=rf"{lora_lib.WEIGHTS}: cannot be written: .*No space"):
+            export(run, tmp_path / "peft", adapters=True)
+    assert not list(tmp_path.glob("peft*"))
     export(run, tmp_path / "peft", adapters=True)
     from_peft = config.copy_and_resolve_references()
     from_peft.model.lora.update(path=str(tmp_path / "peft"), rank=0, targets="all")

@@ -129,6 +129,10 @@ def check_string(value: Any, field: str, place: str) -> str:
         raise UserError(f"{place}: field {field!r} must be a string, found {kind(value)}")
     if not value.strip():
         raise UserError(f"{place}: field {field!r} is empty")
+    return _encodable(value, field, place)
+
+
+def _encodable(value: str, field: str, place: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -144,7 +148,7 @@ def check_id(value: Any, default: str, place: str) -> str:
         return default
     if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
         raise UserError(f"{place}: field 'id' must be a string or an integer, found {kind(value)}")
-    return str(value)
+    return _encodable(str(value), "id", place)
 
 
 def _scores(row: Mapping[str, Any], count: int, place: str) -> tuple[float, ...] | None:

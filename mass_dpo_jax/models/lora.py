@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import qwix
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import read_json
 from mass_dpo_jax.models.adapters import TARGETS, Lora
 from mass_dpo_jax.models.config import PRODUCTS, DecoderConfig
 from mass_dpo_jax.models.frozen import dense
+from mass_dpo_jax.models.weights import write_tensors
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NAME = "base_model.model.model.layers.{layer}.{module}.lora_{part}.weight"
@@ -94,6 +94,9 @@ def save_peft(folder: Path, adapters: Any, lora: Lora, base: str) -> None:
       adapters: `params["adapters"]`, on any devices.
       lora: their settings.
       base: the name or folder of the model that they adapt.
+
+    Raises:
+      UserError: the file of tensors cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
@@ -102,7 +105,7 @@ def save_peft(folder: Path, adapters: Any, lora: Lora, base: str) -> None:
             for layer, matrix in enumerate(np.asarray(array)):
                 key = NAME.format(layer=layer, module=PRODUCTS[name], part=PARTS[part])
                 tensors[key] = np.ascontiguousarray(matrix.T)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    write_tensors(tensors, folder / WEIGHTS)
     theirs = {ours: theirs for theirs, ours in TARGETS.items()}
     settings = {
         "peft_type": "LORA",

@@ -138,6 +138,9 @@ def save_hf(
       dtype: of the files' tensors.
       max_bytes: a file's, unless a single tensor is larger.
       progress: draw a progress bar if standard error is a terminal.
+
+    Raises:
+      UserError: a file of tensors cannot be written.
     """
     dtype = np.dtype(dtype)
     files: list[dict[str, tuple[Entry, int | None]]] = [{}]
@@ -163,12 +166,24 @@ def save_hf(
                 arrays[name] = np.ascontiguousarray(array.astype(dtype))
                 bar.update(arrays[name].nbytes)
                 weight_map[name] = file
-            # transformers refuses a file that does not say which library's it is.
-            save_file(arrays, folder / file, metadata={"format": "pt"})
+            write_tensors(arrays, folder / file)
     if len(files) > 1:
         sizes = {"total_parameters": parameters, "total_size": total}
         index = {"metadata": sizes, "weight_map": dict(sorted(weight_map.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
+    """Writes a safetensors file.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    try:
+        # transformers refuses a file that does not say which library's it is.
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # A full disk too.
+        raise UserError(f"{path}: cannot be written: {error}") from None
 
 
 def _in_order(config: DecoderConfig) -> Iterator[tuple[str, Entry, int | None, int]]:
