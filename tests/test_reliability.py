@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import log_lines, losses, tiny_config, write_jsonl
+from jax.experimental import multihost_utils
 
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.export import export
@@ -342,6 +343,21 @@ def test_an_export_notices_a_flipped_bit(
     with pytest.raises(UserError, match="params: not what was written"):
         export(tmp_path / "run", tmp_path / "flipped")
     assert not (tmp_path / "flipped").exists()
+
+
+def test_only_the_loop_asks_whether_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A save that asked too, with another number, made several processes lose a SIGTERM."""
+
+    def asked(number: int) -> bool:
+        raise AssertionError(f"a save asked with {number}")
+
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked)
+    values = {"w": jnp.ones(3)}
+    saved = checkpoint.Checkpoints(tmp_path)
+    for step in (1, 2):
+        saved.save(checkpoint.TrainState(jnp.int32(step), values, values), None, {})
+    saved.close()
+    assert checkpoint.latest_step(tmp_path) == 2
 
 
 def test_single_bits(tmp_path: Path) -> None:

@@ -101,6 +101,18 @@ class _Best(checkpoint_managers.preservation_policy.PreservationPolicy):
         return [info.step == best for info in checkpoints]
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, which does not ask JAX at every save whether the run is to end.
+
+    JAX lets all processes end at the number after the last that any of them asked with. Orbax asks
+    with the step; `interruption.check` counts higher, so an end agreed on after a save was past.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        del step
+        return False
+
+
 class Checkpoints:
     """The checkpoints in a run folder: the last `keep` of them by step, and the best.
 
@@ -127,10 +139,10 @@ class Checkpoints:
         self._failed: str | None = None  # The last one that could not be written.
 
     @functools.cached_property
-    def _manager(self) -> ocp.CheckpointManager:
+    def _manager(self) -> _Manager:
         """Made when something is to be written: it reads what there is, which may be damaged."""
         with _refusals(self._folder):
-            return ocp.CheckpointManager(
+            return _Manager(
                 self._folder,
                 options=ocp.CheckpointManagerOptions(preservation_policy=self._policy),
                 item_handlers={name: handler() for name, handler in ITEMS.items()},
