@@ -6,7 +6,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv="${MASS_DPO_VENV:-.venv}"
 
 # XLA asks for a CPU step's memory as one piece and gives it back after every step. In pages of 4 KB the
-# kernel spends up to a tenth of a step on handing them out; this asks for large ones (glibc on Linux).
+# kernel spends a tenth of a step and more on handing them out (docs/performance.md); this asks for large
+# ones (glibc on Linux).
 export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
 
 say() { printf '==> %s\n' "$*"; }
