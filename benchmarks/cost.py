@@ -8,9 +8,10 @@ query-key pair and of one token's logits,
     forward = c_w tokens + c_a pairs + c_v projected
     train   = 3 forward, and what the backward pass computes again.
 
-The floor of a step is `useful`: real tokens only, pairs that are not masked, nothing computed
-twice. Scoring a pool is the forward pass on whatever is selected from it, so that MASS-DPO's is
-forward on the pool and 2 forward, the backward pass, on the set.
+where the last layer has tokens and pairs of its own. The floor of a step is `useful`: real tokens
+only, pairs that are not masked, nothing computed twice, and in the last layer nothing of a prompt
+but keys, values and its last token. Scoring a pool is the forward pass on whatever is selected from
+it, so that MASS-DPO's is forward on the pool and 2 forward, the backward pass, on the set.
 """
 
 from __future__ import annotations
@@ -30,13 +31,17 @@ class Pass(NamedTuple):
     """What goes through the decoder at once, over all rows of a batch. Passes add up with `+`.
 
     tokens: positions, padding included where it is computed.
-    pairs: of a query and a key that are multiplied, in each layer for each head.
+    pairs: of a query and a key that are multiplied, in each layer but the last for each head.
     projected: positions whose logits are computed.
+    ends: positions of which the last layer computes more than keys and values.
+    end_pairs: pairs in the last layer.
     """
 
     tokens: float
     pairs: float
     projected: float
+    ends: float
+    end_pairs: float
 
     def __add__(self, other: Pass) -> Pass:  # type: ignore[override]
         return Pass(*(a + b for a, b in zip(self, other, strict=True)))
@@ -44,13 +49,27 @@ class Pass(NamedTuple):
 
 def weights_cost(config: DecoderConfig) -> int:
     """c_w: of one token's products with the weights of all layers."""
-    heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    return 2 * config.num_layers * config.hidden_size * (heads + 3 * config.intermediate_size)
+    heads = 2 * config.num_heads * config.head_dim
+    rest = 2 * config.hidden_size * (heads + 3 * config.intermediate_size)
+    return config.num_layers * (keys_cost(config) + rest)
 
 
-def pair_cost(config: DecoderConfig) -> int:
-    """c_a: of one query and one key, their product and the value's, all heads and layers."""
-    return 4 * config.num_layers * config.num_heads * config.head_dim
+def keys_cost(config: DecoderConfig) -> int:
+    """Of one token's keys and values in one layer."""
+    return 4 * config.hidden_size * config.num_kv_heads * config.head_dim
+
+
+def products_cost(config: DecoderConfig, size: Pass) -> float:
+    """Of all products with weights: c_w tokens, the last layer's but for keys and values of its
+    own tokens."""
+    rest = weights_cost(config) / config.num_layers - keys_cost(config)
+    return weights_cost(config) * size.tokens - rest * (size.tokens - size.ends)
+
+
+def pairs_cost(config: DecoderConfig, size: Pass) -> float:
+    """Of all pairs, their product and the value's, all heads and layers."""
+    pairs = (config.num_layers - 1) * size.pairs + size.end_pairs
+    return 4 * config.num_heads * config.head_dim * pairs
 
 
 def logits_cost(config: DecoderConfig) -> int:
@@ -58,17 +77,23 @@ def logits_cost(config: DecoderConfig) -> int:
     return 2 * config.hidden_size * config.vocab_size
 
 
+def _alike(tokens: float, pairs: float, projected: float) -> Pass:
+    """With a last layer like all others."""
+    return Pass(tokens, pairs, projected, tokens, pairs)
+
+
 def packed(batch: int, prompt: int, responses: int) -> Pass:
     """Our packed layout: P prompt tokens, then S of responses, which see all P + S under a mask."""
-    pairs = prompt**2 + responses * (prompt + responses)
-    return Pass(batch * (prompt + responses), batch * pairs, batch * responses)
+    return rectangle(batch, prompt, 1, responses)
 
 
 def rectangle(batch: int, prompt: int, candidates: int, response: int) -> Pass:
-    """Our rectangle: C responses of R tokens, each sees the prompt and itself."""
+    """Our rectangle: C responses of R tokens, each sees the prompt and itself. In the last layer
+    only one token of the prompt is left, which sees the prompt and, beside it, itself."""
     tokens = candidates * response
-    pairs = prompt**2 + tokens * (prompt + response)
-    return Pass(batch * (prompt + tokens), batch * pairs, batch * tokens)
+    behind = tokens * (prompt + response)
+    one_row = Pass(prompt + tokens, prompt**2 + behind, tokens, 1 + tokens, prompt + 1 + behind)
+    return Pass(*(batch * x for x in one_row))
 
 
 def useful(prompt_lengths: np.ndarray, response_lengths: np.ndarray) -> Pass:
@@ -79,9 +104,14 @@ def useful(prompt_lengths: np.ndarray, response_lengths: np.ndarray) -> Pass:
       response_lengths: int [B, C]; 0 where there is no candidate.
     """
     prompts, responses = prompt_lengths.astype(float), response_lengths.astype(float)
-    pairs = (prompts * (prompts + 1) / 2).sum()
-    pairs += (responses * prompts[:, None] + responses * (responses + 1) / 2).sum()
-    return Pass(prompts.sum() + responses.sum(), pairs, responses.sum())
+    behind = (responses * prompts[:, None] + responses * (responses + 1) / 2).sum()
+    return Pass(
+        prompts.sum() + responses.sum(),
+        (prompts * (prompts + 1) / 2).sum() + behind,
+        responses.sum(),
+        len(prompts) + responses.sum(),
+        prompts.sum() + behind,
+    )
 
 
 def rows(prompt_lengths: np.ndarray, response_lengths: np.ndarray) -> Pass:
@@ -91,7 +121,7 @@ def rows(prompt_lengths: np.ndarray, response_lengths: np.ndarray) -> Pass:
     lengths = prompt_lengths[:, None] + response_lengths
     longest = int(lengths.max())
     pairs = lengths.size * longest * (longest + 1) / 2
-    return Pass(lengths.size * longest, pairs, float(response_lengths.sum()))
+    return _alike(lengths.size * longest, pairs, float(response_lengths.sum()))
 
 
 def masked(prompt_lengths: np.ndarray, response_lengths: np.ndarray) -> Pass:
@@ -99,16 +129,13 @@ def masked(prompt_lengths: np.ndarray, response_lengths: np.ndarray) -> Pass:
     lengths = prompt_lengths + response_lengths.sum(1)
     longest = int(lengths.max())
     pairs = len(lengths) * longest**2
-    return Pass(len(lengths) * longest, pairs, float(response_lengths.sum()))
+    return _alike(len(lengths) * longest, pairs, float(response_lengths.sum()))
 
 
 def forward(config: DecoderConfig, size: Pass) -> float:
     """FLOPs of a forward pass."""
-    return (
-        weights_cost(config) * size.tokens
-        + pair_cost(config) * size.pairs
-        + logits_cost(config) * size.projected
-    )
+    logits = logits_cost(config) * size.projected
+    return products_cost(config, size) + pairs_cost(config, size) + logits
 
 
 def train(config: DecoderConfig, size: Pass) -> float:
@@ -123,16 +150,17 @@ def train_ours(config: DecoderConfig, size: Pass, remat: str, recorded: bool = F
     last product, whose result no gradient needs. `recorded`: scoring the pool was the forward pass.
     """
     flops = (2 if recorded else 3) * forward(config, size) + logits_cost(config) * size.projected
-    flops += pair_cost(config) * size.pairs
+    flops += pairs_cost(config, size)
     if remat == "full":
-        down = 2 * config.num_layers * config.intermediate_size * config.hidden_size
-        flops += (weights_cost(config) - down) * size.tokens
+        down = 2 * config.intermediate_size * config.hidden_size
+        done = (config.num_layers - 1) * size.tokens + size.ends
+        flops += products_cost(config, size) - down * done
     return flops
 
 
 def train_flash(config: DecoderConfig, size: Pass) -> float:
     """FLOPs of forward and backward with fused attention, as PyTorch does them."""
-    return train(config, size) + (FLASH_BACKWARD - 2) * pair_cost(config) * size.pairs
+    return train(config, size) + (FLASH_BACKWARD - 2) * pairs_cost(config, size)
 
 
 def counted(jaxpr: Any) -> int:

@@ -176,7 +176,8 @@ def layouts(setup: Setup, shape: Shape, batch: int) -> tuple[Layout, Layout]:
         width = setup.tokens["train"].response_lengths.shape[1]
         pool = width, scorer.max_response
         trained = 1 + setup.method.num_negatives, scorer.max_response
-    return Layout(batch, shape.prompt, *pool), Layout(batch, shape.prompt, *trained)
+    whole = scorer.pooling == "all"
+    return Layout(batch, shape.prompt, *pool, whole), Layout(batch, shape.prompt, *trained)
 
 
 def flops(setup: Setup) -> Flops:

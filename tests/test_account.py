@@ -211,10 +211,13 @@ def test_useful_flops_count_pairs_that_see_each_other() -> None:
     of_prompts, behind = flops_lib.useful_flops(model, prompts, responses)
     for b in range(2):
         # Query by query: a prompt's token sees those before it, a response's the prompt too.
-        pairs = sum(i + 1 for i in range(prompts[b]))
-        want = (
-            4 * model.layers * model.queries * pairs + 2 * model.layers * model.block * prompts[b]
-        )
+        want = 0
+        for layer in range(model.layers):
+            for place in range(prompts[b]):
+                if layer < model.layers - 1 or place == prompts[b] - 1:
+                    want += 2 * model.block + 4 * model.queries * (place + 1)
+                else:  # The last layer wants no more of it than what others see.
+                    want += 2 * model.hidden * 2 * model.keys
         assert of_prompts[b] == want
         for c, length in enumerate(responses[b]):
             pairs = sum(prompts[b] + i + 1 for i in range(length))

@@ -158,19 +158,22 @@ def test_flops_of_pytorch(torch: ModuleType) -> None:
         inputs = peer.collate(pool, numbers)
         with FlopCounterMode(display=False) as counter:
             peer.step(*inputs)
-        size = formula(pool.prompts, lengths)._replace(pairs=0)
+        size = formula(pool.prompts, lengths)._replace(pairs=0, end_pairs=0)
         found = counter.get_total_flops()
         assert found == pytest.approx(cost.train(case.model, size), rel=0.03)
 
 
 def test_useful_tokens_are_counted_one_by_one() -> None:
     prompts, responses = np.array([3, 5]), np.array([[2, 1, 0], [4, 2, 2]])
-    pairs = tokens = 0
+    pairs = tokens = ends = end_pairs = 0
     for p, row in zip(prompts, responses, strict=True):
+        behind = sum(p + place + 1 for length in row for place in range(length))
         tokens += p + row.sum()
-        pairs += sum(range(1, p + 1))
-        pairs += sum(p + place + 1 for length in row for place in range(length))
-    assert cost.useful(prompts, responses) == cost.Pass(tokens, pairs, responses.sum())
+        pairs += sum(range(1, p + 1)) + behind
+        ends += 1 + row.sum()  # Of the prompt, its last token.
+        end_pairs += p + behind
+    found = cost.useful(prompts, responses)
+    assert found == cost.Pass(tokens, pairs, responses.sum(), ends, end_pairs)
 
 
 def test_counting() -> None:

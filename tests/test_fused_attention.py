@@ -158,13 +158,14 @@ def test_the_step_lowers_to_the_kernels(
     traced = Program.train_step.trace(program, optimizer, *args, 17)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     calls = re.findall(r"@(__cudnn\$fmha\w+)\(", text)
-    # Scoring, the prompt and the responses; the loss, forward and backward.
+    # The layers' loop calls it for the prompt and for the responses, the last layer for the prompt's
+    # last token and for the responses.
     assert {"__cudnn$fmhaSoftmax", "__cudnn$fmhaScaleBiasSoftmax"} < set(calls)
     assert calls.count("__cudnn$fmhaSoftmaxBackward") == 1
-    assert calls.count("__cudnn$fmhaScaleBiasSoftmaxBackward") == 1
+    assert calls.count("__cudnn$fmhaScaleBiasSoftmaxBackward") == 3
     forward = [call for call in calls if not call.endswith("Backward")]
     # The loss has its forward pass if scoring was not that; the backward pass begins with another.
-    assert len(forward) == 2 + 2 * (not reuse) + 2
+    assert len(forward) == 4 + 4 * (not reuse) + 4
     # What reads as scores: float32 over all pairs of some head.
     plain_program, *_ = train_step(layout, "bfloat16", remat, plain)
     plain_text = (

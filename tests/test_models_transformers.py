@@ -17,7 +17,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from mass_dpo_jax.models import attention
 from mass_dpo_jax.models.config import load_config
-from mass_dpo_jax.models.decoder import Decoder, abstract_decoder, rope_frequencies
+from mass_dpo_jax.models.decoder import Decoder, abstract_decoder
+from mass_dpo_jax.models.rotary import rope_frequencies
 from mass_dpo_jax.models.shared_prefix import Scored, score
 from mass_dpo_jax.models.weights import load_hf
 

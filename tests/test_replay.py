@@ -53,6 +53,7 @@ def gradients(
     layout: dict[str, Any],
     recorded: bool,
     frozen: Any = None,
+    pooling: str | None = None,
 ) -> Any:
     """Log-probs of some candidates, and gradients of a loss that weighs each of them, with respect
     to all weights that are not frozen."""
@@ -67,7 +68,7 @@ def gradients(
         record = None
         if recorded:
             model = nnx.merge(graphdef, {**frozen, **params})
-            record = score(model, *args, pooling=None, record=True, **layout).record
+            record = score(model, *args, pooling=pooling, record=True, **layout).record
 
         def loss(params: Any) -> tuple[jax.Array, jax.Array]:
             model = nnx.merge(graphdef, {**frozen, **params})
@@ -109,6 +110,20 @@ def test_gradients_are_those_of_a_pass_of_its_own(model_type: str, remat: str, l
         norm = float(jnp.linalg.norm(b))
         assert norm > 0, path
         assert float(jnp.linalg.norm(a - b)) < 1e-4 * norm, path
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("layout", ["packed", "rectangle, 2 at a time"])
+def test_a_record_of_all_hidden_states(remat: str, layout: str) -> None:
+    """Features of prompt and response need the prompt's states; training still does not. With one
+    layer, which is the first and the last."""
+    graphdef, state = nnx.split(random_decoder(tiny_config(num_hidden_layers=1), remat=remat))
+    args = graphdef, nnx.to_pure_dict(state), random_candidates(response=RESPONSE), LAYOUTS[layout]
+    found = gradients(*args, recorded=True, pooling="all")
+    for a, b in zip(
+        jax.tree.leaves(found), jax.tree.leaves(gradients(*args, recorded=True)), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
 
 
 def test_known_computes_nothing_forward() -> None:

@@ -8,8 +8,8 @@ run plain causal text (`attention.causal`) and prompts that many responses share
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,32 +20,60 @@ from jax.typing import DTypeLike
 
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models.adapters import Adapters, Lora
+from mass_dpo_jax.models.block import OF_ALL, Block, RMSNorm
 from mass_dpo_jax.models.config import DecoderConfig
-from mass_dpo_jax.models.frozen import product
-from mass_dpo_jax.models.known import known
+from mass_dpo_jax.models.rotary import rope_frequencies
 
-# (queries [B, T, H, K], keys [B, T, KV, K], values [B, T, KV, K], extra) -> (what the queries saw
-# [B, T, H, K], what to keep of this layer). `extra` is this layer's slice of the pytree that was
-# given to `Decoder.__call__`, or None. Queries are already scaled by 1 / sqrt(K).
+# (queries [B, t, H, K], keys [B, T, KV, K], values [B, T, KV, K], extra) -> (what the queries saw
+# [B, t, H, K], what to keep of this layer); t = T but for `Ends`. `extra` is this layer's slice of
+# the pytree that was given to `Decoder.__call__`, or None. Queries are already scaled by 1/sqrt(K).
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
 REMAT = ("dots", "full")
 
-# Products with weights whose values the rest of a layer needs, by the names of `Block`'s fields.
-PRODUCTS = ("query", "key", "value", "output", "gate", "up")
+
+class Ends(NamedTuple):
+    """The tokens whose final hidden states are wanted: one of each row, and all from `start` on.
+
+    The last layer computes no more for the others than their keys and values.
+
+    one: int32 [B].
+    start: static.
+    attend: see `Attend`; queries are of these t = 1 + T - start tokens, keys and values of all T.
+    """
+
+    one: jax.Array
+    start: int
+    attend: Attend
+
+    def pick(self, x: jax.Array) -> jax.Array:
+        """[B, T, size] -> [B, t, size]."""
+        one = jnp.take_along_axis(x, self.one[:, None, None], axis=1, mode="clip")
+        return jnp.concatenate([one, x[:, self.start :]], axis=1)
 
 
 class Record(NamedTuple):
     """What a forward pass leaves behind so that `Decoder.replay` need not repeat it.
 
-    inputs: [num_layers, B, T, D] of each layer.
-    products: [num_layers, B, T, ...] by name, of `PRODUCTS`; with remat "full" there are none.
-    last: [B, T, D], of the last layer, before the final norm.
+    inputs: [num_layers - 1, B, T, D] of each layer but the last.
+    products: [num_layers - 1, B, T, ...] by name, of `PRODUCTS`; with remat "full" there are none.
+    last_input: [B, T, D] of the last layer.
+    last_products: its [B, T, ...] or, but for `OF_ALL`, [B, t, ...] of the `Ends`.
+    output: [B, t, D] of the last layer, before the final norm.
     """
 
     inputs: jax.Array
     products: dict[str, jax.Array]
-    last: jax.Array
+    last_input: jax.Array
+    last_products: dict[str, jax.Array]
+    output: jax.Array
+
+    def only(self, ends: Ends) -> Record:
+        """A record of all tokens, as if these had been wanted."""
+        products = {
+            name: x if name in OF_ALL else ends.pick(x) for name, x in self.last_products.items()
+        }
+        return self._replace(last_products=products, output=ends.pick(self.output))
 
 
 class Splits(NamedTuple):
@@ -53,112 +81,6 @@ class Splits(NamedTuple):
 
     embedded: NamedSharding  # As they come out of the embedding table: along D, as the table is.
     stream: NamedSharding  # Between layers: whole rows, as prompts are.
-
-
-class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps) * scale over the last axis, computed in float32."""
-
-    def __init__(self, size: int, eps: float, dim: str | None):
-        self.scale = nnx.Param(jnp.ones(size, jnp.float32), dims=(dim,))
-        self.eps = eps
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (wide * inverse * self.scale[...]).astype(x.dtype)
-
-
-class Linear(nnx.Module):
-    """The weights [in, out] of a product, float32; or what `frozen.store` made of them."""
-
-    def __init__(
-        self, shape: tuple[int, int], dims: tuple[str, str], deviation: float, rngs: nnx.Rngs
-    ):
-        value = nnx.initializers.normal(deviation)(rngs.params(), shape, jnp.float32)
-        self.kernel = nnx.Param(value, dims=dims)
-
-
-class Block(nnx.Module):
-    """One layer: attention and a gated MLP, each behind a norm and added to the stream."""
-
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
-        def linear(name: str) -> Linear:
-            return Linear(*config.products[name], config.initializer_range, rngs)
-
-        embed, eps = config.hidden_size, config.rms_norm_eps
-        self.head_dim = config.head_dim
-        self.attention_norm = RMSNorm(embed, eps, "embed")
-        self.query = linear("query")
-        self.key = linear("key")
-        self.value = linear("value")
-        self.query_norm = RMSNorm(config.head_dim, eps, None) if config.qk_norm else None
-        self.key_norm = RMSNorm(config.head_dim, eps, None) if config.qk_norm else None
-        self.output = linear("output")
-        self.mlp_norm = RMSNorm(embed, eps, "embed")
-        self.gate = linear("gate")
-        self.up = linear("up")
-        self.down = linear("down")
-
-    def __call__(
-        self,
-        x: jax.Array,
-        cos: jax.Array,
-        sin: jax.Array,
-        attend: Callable,
-        products: Mapping[str, jax.Array] = MappingProxyType({}),
-        adapters: Mapping[str, Mapping[str, jax.Array]] = MappingProxyType({}),
-    ) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
-        """One layer on [B * T, D].
-
-        Tokens are one axis here: on CPU, XLA's weight gradients over two axes take half as long
-        again.
-
-        Args:
-          x: [B * T, D].
-          cos, sin: float32 [B, T, K / 2], the rotary angles'.
-          attend: see `Attend`, without `extra`.
-          products: [B * T, ...], those of `PRODUCTS` that are known already.
-          adapters: this layer's, by the names of the products that they add to.
-
-        Returns:
-          x [B * T, D], what `attend` keeps, and all of `PRODUCTS`.
-        """
-        found = {}
-
-        def apply(name: str, y: jax.Array) -> jax.Array:
-            args = y, getattr(self, name).kernel[...], adapters.get(name)
-            if name in products:
-                return known(_product, products[name], *args)
-            return _product(*args)
-
-        def recorded(name: str, y: jax.Array) -> jax.Array:
-            found[name] = apply(name, y)
-            return found[name]
-
-        y = self.attention_norm(x)
-        split = (*cos.shape[:2], -1, self.head_dim)
-        query = recorded("query", y).reshape(split)
-        key = recorded("key", y).reshape(split)
-        value = recorded("value", y).reshape(split)
-        if self.query_norm is not None and self.key_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
-        query = rotate(query, cos, sin, scale=self.head_dim**-0.5)
-        key = rotate(key, cos, sin)
-        seen, kept = attend(query, key, value)
-        x = x + recorded("output", seen.reshape(x.shape[0], -1))
-        y = self.mlp_norm(x)
-        x = x + apply("down", jax.nn.silu(recorded("gate", y)) * recorded("up", y))
-        return x, kept, found
-
-
-def _product(
-    x: jax.Array, weights: Any, adapter: Mapping[str, jax.Array] | None = None
-) -> jax.Array:
-    """x W + (x A) B of x [tokens, in], in its type."""
-    y = product(x, weights)
-    if adapter is None:
-        return y
-    return y + (x @ adapter["a"].astype(x.dtype)) @ adapter["b"].astype(x.dtype)
 
 
 class Decoder(nnx.Module):
@@ -216,49 +138,72 @@ class Decoder(nnx.Module):
         self.adapters = None if lora is None else Adapters(config, lora, rngs=rngs)
 
     def __call__(
-        self, tokens: jax.Array, positions: jax.Array, attend: Attend, extra: Any = None
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        attend: Attend,
+        extra: Any = None,
+        ends: Ends | None = None,
     ) -> tuple[jax.Array, Any]:
         """Final hidden states, after the final norm. To train, `record` and `replay` are meant: the
-        gradient of this keeps all of every layer.
+        gradient of this keeps all of every layer, and adds up all layers' weights for each.
 
         Args:
           tokens: int32 [B, T].
           positions: int32 [B, T], each token's own position: any order, repeats allowed.
           attend: see `Attend`.
           extra: a pytree of arrays [num_layers, ...] or None; `attend` gets each layer's slice.
+          ends: which tokens are wanted; None: all.
 
         Returns:
-          hidden [B, T, D] in the compute type, and what `attend` kept, stacked over layers.
+          hidden [B, t, D] in the compute type, and what `attend` kept, stacked over layers.
         """
-        layer = self._layer(positions, attend)
-
-        def apply(x: jax.Array, scanned: Any) -> tuple[jax.Array, Any]:
-            weights, has_positions, extra = scanned
-            x, kept, _ = layer(weights, x, has_positions, {}, extra)
-            return x, kept
-
-        x, kept = jax.lax.scan(apply, self._embed(tokens), (*self._layers(), extra))
-        return self.norm(x).reshape(*tokens.shape, -1), kept
+        hidden, kept, _ = self._run(tokens, positions, attend, extra, ends, recording=False)
+        return hidden, kept
 
     def record(
-        self, tokens: jax.Array, positions: jax.Array, attend: Attend, extra: Any = None
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        attend: Attend,
+        extra: Any = None,
+        ends: Ends | None = None,
     ) -> tuple[jax.Array, Any, Record]:
         """As `__call__`, and what `replay` needs, by `remat`; not to be differentiated."""
+        return self._run(tokens, positions, attend, extra, ends, recording=True)
+
+    def _run(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        attend: Attend,
+        extra: Any,
+        ends: Ends | None,
+        *,
+        recording: bool,
+    ) -> tuple[jax.Array, Any, Any]:
+        layers, last = self._layers(), self.config.num_layers - 1
+        by_token = functools.partial(_by_token, rows=len(tokens))
+
+        def keep(products: dict[str, jax.Array]) -> dict[str, jax.Array]:
+            return {} if self.remat == "full" else jax.tree.map(by_token, products)
+
         layer = self._layer(positions, attend)
 
-        def apply(x: jax.Array, scanned: Any) -> tuple[jax.Array, Any]:
-            weights, has_positions, extra = scanned
-            y, kept, products = layer(weights, x, has_positions, {}, extra)
-            return y, (kept, x, {} if self.remat == "full" else products)
+        def apply(x: jax.Array, i: jax.Array) -> tuple[jax.Array, Any]:
+            y, kept, products = layer(_slice(layers, i), x, {}, _slice(extra, i))
+            return y, (kept, (by_token(x), keep(products)) if recording else None)
 
-        x = self._embed(tokens)
-        x, (kept, *found) = jax.lax.scan(apply, x, (*self._layers(), extra))
-
-        def by_token(x: jax.Array) -> jax.Array:  # [..., B * T, size] -> [..., B, T, size]
-            return x.reshape(*x.shape[:-2], *tokens.shape, x.shape[-1])
-
-        record = Record(*jax.tree.map(by_token, (*found, x)))
-        return self.norm(record.last), kept, record
+        x, (kept, recorded) = jax.lax.scan(apply, self._embed(tokens), jnp.arange(last))
+        # Outside of the loop, since it computes on other tokens.
+        layer = self._layer(positions, attend, ends)
+        y, of_last, products = layer(_slice(layers, last), x, {}, _slice(extra, last))
+        kept = jax.tree.map(lambda xs, x: jnp.concatenate([xs, x[None]]), kept, of_last)
+        y = by_token(y)
+        record = None
+        if recorded is not None:
+            record = Record(recorded[0], recorded[1], by_token(x), keep(products), y)
+        return self.norm(y), kept, record
 
     def replay(
         self,
@@ -267,6 +212,7 @@ class Decoder(nnx.Module):
         tokens: jax.Array,
         positions: jax.Array,
         attend: Attend,
+        ends: Ends,
     ) -> jax.Array:
         """`__call__` on some tokens of a pass that was recorded with the same weights.
 
@@ -275,53 +221,73 @@ class Decoder(nnx.Module):
         attention and what is done value by value.
 
         Args:
-          record: of T tokens.
-          places: int32 [B, t], which of them; None: all.
+          record: of T tokens, with `Ends` of the same `one` and `start`.
+          places: int32 [B, t], which of them, the first `ends.start` among them as they are; None:
+            all.
           tokens, positions: int32 [B, t], theirs. All that they attend to has to be among them.
           attend: see `Attend`.
+          ends: which of these are wanted.
 
         Returns:
-          hidden [B, t, D], as `__call__`.
+          hidden [B, e, D] of the `ends`, as `__call__`.
         """
-        layer = self._layer(positions, attend)
+        wanted = None
+        if places is not None:  # Of the recorded ends, the first is the one before `start`.
+            wanted = jnp.pad(places[:, ends.start :] - ends.start + 1, ((0, 0), (1, 0)))
+        last = self.config.num_layers - 1
 
-        def here(x: jax.Array) -> jax.Array:  # [B, T, size] -> [B * t, size]
+        def here(x: Any, places: jax.Array | None) -> Any:  # [B, T, size] -> [B * t, size]
             if places is not None:
                 x = jnp.take_along_axis(x, places[..., None], axis=1, mode="clip")
             return x.reshape(-1, x.shape[-1])
 
-        def last(weights: Any, x: jax.Array) -> jax.Array:
+        def output(weights: Any, x: jax.Array) -> jax.Array:
             del weights, x
-            return here(record.last)
+            return here(record.output, wanted)
 
         def forward(weights: Any, x: jax.Array) -> tuple[jax.Array, Any]:
-            return last(weights, x), weights
+            return output(weights, x), weights
 
         def backward(weights: Any, gradient: jax.Array) -> tuple[Any, jax.Array]:
-            def apply(gradient: jax.Array, scanned: Any) -> tuple[jax.Array, Any]:
-                weights, fixed, has_positions, inputs, products = scanned
-                products = jax.tree.map(here, products)
+            def of_layer(
+                layer: Callable, i: jax.Array | int, gradient: jax.Array, inputs: Any, products: Any
+            ) -> tuple[Any, jax.Array]:
+                (others, has_positions), mine = _slice(fixed, i), _slice(weights, i)
                 _, vjp = jax.vjp(
-                    lambda w, x: layer(w | fixed, x, has_positions, products)[0],
-                    weights,
-                    here(inputs),
+                    lambda w, x: layer((w | others, has_positions), x, products)[0],
+                    mine,
+                    here(inputs, places),
                 )
-                of_weights, gradient = vjp(gradient)
-                return gradient, of_weights
+                return vjp(gradient)
 
-            of_record = (has_positions, record.inputs, record.products)
-            gradient, of_weights = jax.lax.scan(
-                apply, gradient, (weights, fixed, *of_record), reverse=True
-            )
-            return of_weights, gradient
+            def apply(carry: tuple[jax.Array, Any], scanned: Any) -> tuple[Any, None]:
+                gradient, found = carry
+                i, inputs, products = scanned
+                products = {name: here(x, places) for name, x in products.items()}
+                of_weights, gradient = of_layer(layer, i, gradient, inputs, products)
+                return (gradient, jax.tree.map(_set(i), found, of_weights)), None
 
-        replayed = jax.custom_vjp(last)
+            products = {
+                name: here(x, places if name in OF_ALL else wanted)
+                for name, x in record.last_products.items()
+            }
+            layer = self._layer(positions, attend, ends)
+            of_weights, gradient = of_layer(layer, last, gradient, record.last_input, products)
+            found = jax.tree.map(jnp.zeros_like, weights)
+            carry = gradient, jax.tree.map(_set(last), found, of_weights)
+            layer = self._layer(positions, attend)
+            scanned = jnp.arange(last), record.inputs, record.products
+            (gradient, found), _ = jax.lax.scan(apply, carry, scanned, reverse=True)
+            return found, gradient
+
+        replayed = jax.custom_vjp(output)
         replayed.defvjp(forward, backward)
-        fixed, has_positions = self._layers()
+        stack, has_positions = self._layers()
         # What is not trained stays out of the function that is differentiated.
-        weights = {"adapters": fixed.pop("adapters")} if self.lora else fixed
-        fixed = fixed if self.lora else {}
-        return self.norm(replayed(weights, self._embed(tokens))).reshape(*tokens.shape, -1)
+        trained = {"adapters": stack.pop("adapters")} if self.lora else stack
+        fixed = (stack if self.lora else {}, has_positions)
+        hidden = replayed(trained, self._embed(tokens))
+        return self.norm(_by_token(hidden, len(tokens)))
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
         """[B, T] -> [B * T, D] in the compute type."""
@@ -342,16 +308,19 @@ class Decoder(nnx.Module):
             weights["adapters"] = nnx.to_pure_dict(nnx.state(self.adapters))
         return weights, jnp.asarray(self.config.rope_layers)
 
-    def _layer(self, positions: jax.Array, attend: Attend) -> Callable:
-        """Any of the layers: (weights, x [B * T, D], has_positions, known products, extra) ->
-        (x, what `attend` keeps, products)."""
+    def _layer(self, positions: jax.Array, attend: Attend, ends: Ends | None = None) -> Callable:
+        """Any of the layers, `ends` being for the last: (a slice of `_layers`, x [B * T, D], known
+        products, extra) -> (x, what `attend` keeps, products)."""
+        if ends is not None:
+            attend = ends.attend
         angles = positions[..., None] * rope_frequencies(self.config)
         cos, sin = jnp.cos(angles), jnp.sin(angles)
         definition, _ = nnx.split(self.blocks)
 
         def layer(
-            weights: Any, x: jax.Array, has_positions: jax.Array, products: Any, extra: Any = None
+            of_layer: tuple[Any, jax.Array], x: jax.Array, products: Any, extra: Any = None
         ) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
+            weights, has_positions = of_layer
             adapters = {} if self.lora is None else self.lora.scaled(weights["adapters"])
             x, kept, products = nnx.merge(definition, weights["blocks"])(
                 x,
@@ -360,6 +329,7 @@ class Decoder(nnx.Module):
                 lambda query, key, value: attend(query, key, value, extra),
                 products,
                 adapters,
+                None if ends is None else ends.pick,
             )
             return self._stream(x), kept, products
 
@@ -370,31 +340,18 @@ class Decoder(nnx.Module):
         return self.embed[...] if self.head is None else self.head[...]
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, scale: float = 1.0) -> jax.Array:
-    """Rotary positions in float32: x [B, T, H, K], whose halves are the pairs' two coordinates,
-    times `scale`; cos, sin [B, T, K / 2]."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, :, None] * scale, sin[:, :, None] * scale
-    rotated = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+def _by_token(x: jax.Array, rows: int) -> jax.Array:
+    """[B * T, size] -> [B, T, size]."""
+    return x.reshape(rows, -1, x.shape[-1])
 
 
-def rope_frequencies(config: DecoderConfig) -> jax.Array:
-    """Radians per position, float32 [head_dim / 2].
+def _slice(stack: Any, i: jax.Array | int) -> Any:
+    """Of a pytree of arrays [num_layers, ...] a layer's."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), stack)
 
-    Llama 3's scaling divides slow frequencies by `factor`, leaves fast ones and blends between:
-    with w = original context / wavelength, fast is w > high_freq_factor, slow w < low_freq_factor.
-    It applies at any length, below the original context too.
-    """
-    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    frequencies = 1.0 / config.rope_theta**exponents
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
-    waves = scaling.original_max_positions * frequencies / (2 * jnp.pi)
-    span = scaling.high_freq_factor - scaling.low_freq_factor
-    blend = jnp.clip((waves - scaling.low_freq_factor) / span, 0.0, 1.0)
-    return frequencies * (blend + (1.0 - blend) / scaling.factor)
+
+def _set(i: jax.Array | int) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    return lambda stack, x: jax.lax.dynamic_update_index_in_dim(stack, x, i, 0)
 
 
 def abstract_decoder(

@@ -12,13 +12,13 @@ first token comes from the prompt's last token.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from mass_dpo_jax.models import attention as plain_attention
-from mass_dpo_jax.models.decoder import Attend, Decoder
+from mass_dpo_jax.models.decoder import Attend, Decoder, Ends
 from mass_dpo_jax.models.decoder import Record as Layers
 from mass_dpo_jax.models.fused_attention import Attention
 from mass_dpo_jax.models.known import known
@@ -96,19 +96,24 @@ def score(
     groups = _groups(layout, responses, response_lengths, max_response)
     batch, prompt_size = prompts.shape
     num_candidates = response_lengths.shape[1]
-    run = model.record if record else lambda *args: (*model(*args), None)
+    run: Any = model.record if record else lambda *args: (*model(*args), None)
+    whole = pooling == "all"  # Else of the prompt only the last token's state is wanted.
     if candidate_chunk is None or candidate_chunk >= num_candidates:
-        hidden, _, layers = run(*_sequence(prompts, prompt_lengths, groups, attention))
-        prompt = _Prompt(hidden[:, :prompt_size], prompt_lengths)
-        hidden = hidden[:, prompt_size:]
+        tokens, positions, attend, ends = _sequence(prompts, prompt_lengths, groups, attention)
+        hidden, _, layers = run(tokens, positions, attend, None, None if whole else ends)
+        prompt, hidden = _split(hidden, prompt_size if whole else 1, prompt_lengths)
         scored, logps = _per_candidate(
             model, prompt, hidden, groups, response_lengths, pooling, max_logits
         )
-        return scored._replace(record=None if layers is None else Record(layers, logps))
+        if layers is None:
+            return scored
+        return scored._replace(record=Record(layers.only(ends) if whole else layers, logps))
 
     positions = jnp.broadcast_to(jnp.arange(prompt_size), prompts.shape)
-    hidden, keys_values, of_prompt = run(prompts, positions, attention.causal)
-    prompt = _Prompt(hidden, prompt_lengths)
+    ends = _ends(prompt_size, prompt_lengths, None, attention)
+    attend = attention.causal
+    hidden, keys_values, of_prompt = run(prompts, positions, attend, None, None if whole else ends)
+    prompt, _ = _split(hidden, hidden.shape[1], prompt_lengths)
 
     def score_chunk(chunk: tuple[Groups, jax.Array]) -> tuple[Scored, Layers | None, jax.Array]:
         groups, lengths = chunk
@@ -138,11 +143,14 @@ def score(
     def join(x: jax.Array, axis: int = 0) -> jax.Array:
         """The first axis, chunks, becomes part of what is then axis + 1: candidates or tokens."""
         x = jnp.moveaxis(x, 0, axis + 1)
-        return x.reshape(*x.shape[: axis + 1], -1, *x.shape[axis + 3 :])
+        size = x.shape[axis + 1] * x.shape[axis + 2]  # -1 needs a layer in the record's loop.
+        return x.reshape(*x.shape[: axis + 1], size, *x.shape[axis + 3 :])
 
     scored = jax.tree.map(lambda x: join(x)[:, :num_candidates], scored)
     if not record:
         return scored
+    if whole:
+        of_prompt = of_prompt.only(ends)
     size = groups.tokens[0].size  # Without the places that filled up the last chunk.
     layers = jax.tree.map(
         lambda x, chunks: jnp.concatenate([x, join(chunks, chunks.ndim - 4)[..., :size, :]], -2),
@@ -201,21 +209,51 @@ def replay(
         places = jnp.concatenate([of_prompt, prompt_size + places], axis=1)
     sequence = _sequence(prompts, prompt_lengths, groups, attention)
     hidden = model.replay(record.layers, places, *sequence)
-    prompt = _Prompt(hidden[:, :prompt_size], prompt_lengths)
-    hidden = hidden[:, prompt_size:]
+    prompt, hidden = _split(hidden, 1, prompt_lengths)
     return _per_candidate(model, prompt, hidden, groups, lengths, None, max_logits, found)[0].logps
 
 
 def _sequence(
     prompts: jax.Array, prompt_lengths: jax.Array, groups: Groups, attention: Attention
-) -> tuple[jax.Array, jax.Array, Attend]:
-    """What a `Decoder` takes: tokens and positions [B, P + G * L], and what attends to what."""
-    positions = jnp.broadcast_to(jnp.arange(prompts.shape[1]), prompts.shape)
+) -> tuple[jax.Array, jax.Array, Attend, Ends]:
+    """What a `Decoder` takes: tokens and positions [B, P + G * L], what attends to what, and whose
+    final hidden states are wanted."""
+    size = prompts.shape[1]
+    positions = jnp.broadcast_to(jnp.arange(size), prompts.shape)
     return (
         jnp.concatenate([prompts, groups.tokens.reshape(len(prompts), -1)], axis=1),
         jnp.concatenate([positions, _positions(prompt_lengths, groups)], axis=1),
-        attention.shared_prefix(prompts.shape[1], prompt_lengths, groups.segments),
+        attention.shared_prefix(size, prompt_lengths, groups.segments),
+        _ends(size, prompt_lengths, groups, attention),
     )
+
+
+def _ends(
+    prompt_size: int, prompt_lengths: jax.Array, groups: Groups | None, attention: Attention
+) -> Ends:
+    """The prompt's last token, from which each response's first one is predicted, and all of the
+    responses, if there are any."""
+    last = prompt_lengths - 1
+    # As a response to the prompt before it.
+    alone = attention.behind_prompt(last, jnp.zeros((len(last), 1, 1), jnp.int32))
+
+    def attend(
+        query: jax.Array, key: jax.Array, value: jax.Array, extra: Any
+    ) -> tuple[jax.Array, Any]:
+        del extra
+        keys_values = key[:, :prompt_size], value[:, :prompt_size]
+        own_key, own_value = (
+            jnp.take_along_axis(x, last[:, None, None, None], axis=1) for x in keys_values
+        )
+        seen, _ = alone(query[:, :1], own_key, own_value, keys_values)
+        if groups is None:
+            return seen, keys_values
+        responses = attention.behind_prompt(prompt_lengths, groups.segments)
+        key, value = (x[:, prompt_size:] for x in (key, value))
+        behind, _ = responses(query[:, 1:], key, value, keys_values)
+        return jnp.concatenate([seen, behind], axis=1), None
+
+    return Ends(last, prompt_size, attend)
 
 
 def _positions(prompt_lengths: jax.Array, groups: Groups) -> jax.Array:
@@ -297,8 +335,13 @@ def _at(values: jax.Array, segments: jax.Array) -> jax.Array:
 
 
 class _Prompt(NamedTuple):
-    hidden: jax.Array  # [B, P, D]
+    hidden: jax.Array  # [B, P, D], or of the last token alone, [B, 1, D]
     lengths: jax.Array  # int32 [B]
+
+
+def _split(hidden: jax.Array, size: int, prompt_lengths: jax.Array) -> tuple[_Prompt, jax.Array]:
+    """The hidden states of the prompt, which come first, and of the responses [B, G * L, D]."""
+    return _Prompt(hidden[:, :size], prompt_lengths), hidden[:, size:]
 
 
 def _per_candidate(
@@ -317,8 +360,10 @@ def _per_candidate(
     """
     batch, num_candidates = response_lengths.shape
     size = hidden.shape[-1]
-    last = (prompt.lengths - 1)[:, None, None]
-    last = jnp.take_along_axis(prompt.hidden, last, axis=1)[:, None]  # [B, 1, 1, D]
+    last = prompt.hidden
+    if last.shape[1] > 1:
+        last = jnp.take_along_axis(last, (prompt.lengths - 1)[:, None, None], axis=1)
+    last = last[:, None]  # [B, 1, 1, D]
     grouped = hidden.reshape(*groups.tokens.shape, size)
     before = jnp.pad(grouped, ((0, 0), (0, 0), (1, 0), (0, 0)))[:, :, :-1]
     before = jnp.where((groups.offsets == 0)[..., None], last, before)

@@ -68,13 +68,13 @@ def batch_bytes(rows: int, prompt: int, responses: int, candidates: int, more: i
 
 def kept_bytes(m: Model, recorded: Layout, trained: Layout) -> int:
     """What the forward pass keeps for the backward pass: its record, and beside the layers the
-    final norm's two float32 [tokens, D], what the logits came from and its mask, and rotary angles.
+    final norm's two float32 [ends, D], what the logits came from and its mask, and rotary angles.
 
     Args:
       recorded: what the forward pass ran on: the pool, or what is trained on.
       trained: what is trained on.
     """
-    beside = trained.tokens * (2 * m.hidden + m.size) * FLOAT
+    beside = (trained.ends * 2 * m.hidden + trained.tokens * m.size) * FLOAT
     beside += trained.batch * trained.responses * m.hidden * (m.itemsize + 1)
     return record_bytes(m, recorded) + beside
 
@@ -85,12 +85,15 @@ def record_bytes(m: Model, at: Layout) -> int:
     full  a layer's input: D c a token
     dots  also the results of products with weights (but the last): (2 D + H K + 2 KV K + 2 F) c
 
-    and what the last layer gives, D c a token; a log-prob a response token.
+    and what the last layer gives, D c; a log-prob a response token. The last layer has its input
+    and keys and values of all tokens, and the rest of `Layout.ends`.
     """
-    layer = m.hidden
+    keys = wide = 0
     if m.remat != "full":
-        layer += m.hidden + m.queries + 2 * m.keys + 2 * m.inner
-    values = at.tokens * (m.layers * layer + m.hidden)
+        keys, wide = 2 * m.keys, m.hidden + m.queries + 2 * m.inner
+    below = (m.layers - 1) * at.tokens * (m.hidden + keys + wide)
+    last = at.tokens * (m.hidden + keys) + at.ends * (wide + m.hidden)
+    values = below + last
     return values * m.itemsize + at.batch * at.responses * FLOAT
 
 
@@ -191,11 +194,11 @@ def scoring_bytes(m: Model, at: Layout, chunk: int | None) -> int:
       chunk: groups computed at a time behind the prompt's keys and values; None: all with it.
     """
     if chunk is None or chunk >= at.groups:
-        hidden = 2 * at.tokens * m.hidden * m.itemsize
+        hidden = 2 * at.ends * m.hidden * m.itemsize
         layers = forward_bytes(m, at) + weight_copies(m, backward=False)
         return max(layers, hidden + logits_bytes(m, at, backward=False))
     prompt, some = at._replace(groups=0), at._replace(groups=chunk)
-    kept = at.batch * at.prompt * (2 * m.layers * m.keys + m.hidden) * m.itemsize
+    kept = (prompt.tokens * 2 * m.layers * m.keys + prompt.ends * m.hidden) * m.itemsize
     behind = some._replace(prompt=0)
     scores = m.heads * FLOAT * 2 * sum(some.scores[1:])
     if m.fused:  # Of `some`, since the keys include the prompt's.

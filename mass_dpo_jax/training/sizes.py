@@ -15,12 +15,17 @@ from mass_dpo_jax.models.logprobs import MAX_LOGITS
 
 
 class Layout(NamedTuple):
-    """B rows of a prompt and G groups of L response places each."""
+    """B rows of a prompt and G groups of L response places each.
+
+    whole: are final hidden states of all the prompt wanted, not of its last token only? Where
+      features are pooled over both, that is.
+    """
 
     batch: int
     prompt: int
     groups: int
     length: int
+    whole: bool = False
 
     @property
     def tokens(self) -> int:
@@ -33,9 +38,20 @@ class Layout(NamedTuple):
         return self.groups * self.length
 
     @property
+    def ends(self) -> int:
+        """Tokens of which the last layer computes more than keys and values: B (1 + G L)."""
+        return self.tokens if self.whole else self.batch * (1 + self.responses)
+
+    @property
     def pairs(self) -> int:
         """Query-key pairs whose scores are computed, masked ones too: B (P^2 + G L P + G L^2)."""
         return sum(self.scores)
+
+    @property
+    def end_pairs(self) -> int:
+        """Those in the last layer, the prompt's last token beside itself for B (P + 1)."""
+        prompt, *behind = self.scores
+        return sum(behind) + (prompt if self.whole else self.batch * (self.prompt + 1))
 
     @property
     def scores(self) -> tuple[int, int, int]:
@@ -85,17 +101,29 @@ class Model:
     @property
     def adapted(self) -> int:
         """Weights of a layer's adapters: rank (in + out) of every product they add to."""
+        d, f, q = self.hidden, self.inner, self.queries
+        sides = {"query": d + q, "output": q + d, "gate": d + f, "up": d + f, "down": f + d}
+        return self._rank(sides) + self.adapted_keys
+
+    @property
+    def adapted_keys(self) -> int:
+        """Those of keys and values."""
+        return self._rank(dict.fromkeys(("key", "value"), self.hidden + self.keys))
+
+    def _rank(self, sides: dict[str, int]) -> int:
         if self.lora is None:
             return 0
-        d, f, q, kv = self.hidden, self.inner, self.queries, self.keys
-        sides = {"query": d + q, "key": d + kv, "value": d + kv, "output": q + d}
-        sides |= {"gate": d + f, "up": d + f, "down": f + d}
-        return self.lora.rank * sum(sides[name] for name in self.lora.targets)
+        return self.lora.rank * sum(n for name, n in sides.items() if name in self.lora.targets)
 
     @property
     def block(self) -> int:
         """Weights of a layer's matrix products: D (2 H K + 2 KV K + 3 F)."""
-        return self.hidden * (2 * self.queries + 2 * self.keys + 3 * self.inner)
+        return self.hidden * (2 * self.queries + 3 * self.inner) + self.block_keys
+
+    @property
+    def block_keys(self) -> int:
+        """Those of keys and values, which the last layer too computes of all tokens."""
+        return self.hidden * 2 * self.keys
 
 
 def of_device(

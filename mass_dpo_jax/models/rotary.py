@@ -1,0 +1,35 @@
+"""Rotary positions: pairs of a head's coordinates, turned by angles that grow with the position."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from mass_dpo_jax.models.config import DecoderConfig
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, scale: float = 1.0) -> jax.Array:
+    """Rotary positions in float32: x [B, T, H, K], whose halves are the pairs' two coordinates,
+    times `scale`; cos, sin [B, T, K / 2]."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None] * scale, sin[:, :, None] * scale
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+
+
+def rope_frequencies(config: DecoderConfig) -> jax.Array:
+    """Radians per position, float32 [head_dim / 2].
+
+    Llama 3's scaling divides slow frequencies by `factor`, leaves fast ones and blends between:
+    with w = original context / wavelength, fast is w > high_freq_factor, slow w < low_freq_factor.
+    It applies at any length, below the original context too.
+    """
+    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponents
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    waves = scaling.original_max_positions * frequencies / (2 * jnp.pi)
+    span = scaling.high_freq_factor - scaling.low_freq_factor
+    blend = jnp.clip((waves - scaling.low_freq_factor) / span, 0.0, 1.0)
+    return frequencies * (blend + (1.0 - blend) / scaling.factor)
