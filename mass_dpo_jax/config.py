@@ -168,6 +168,11 @@ def load(workdir: Path) -> ConfigDict:
     stored = read_json(path)
     if not isinstance(stored, dict):
         raise UserError(f"{path}: expected a JSON object with a run's settings")
+    if "model_type" in stored:
+        raise UserError(
+            f"{path}: found a model's description, expected a run's settings; a model's folder is "
+            "what --config.model.path takes"
+        )
     config = default()
     fields = dict(flat(config))
     for name, value in flat(stored):

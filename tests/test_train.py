@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -301,6 +302,33 @@ def test_workdir_of_another_run_is_refused_and_kept(tmp_path: Path, data: Path) 
     with pytest.raises(UserError, match=r"belongs to .*beta \(there 0.1, here 0.2\)"):
         train(tiny_config(data, beta=0.2, **{"train.steps": 2}), tmp_path / "run")
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"model_type": "llama", "hidden_size": 32}, r"a model's description.*model\.path takes"),
+        ({"name": "something"}, "unknown setting 'name'"),
+    ],
+)
+def test_a_folder_of_something_else_is_refused_and_kept(
+    tmp_path: Path, data: Path, content: dict, message: str
+) -> None:
+    path = tmp_path / "folder" / "config.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"{path}.*{message}.*another --workdir"):
+        train(tiny_config(data), path.parent)
+    assert [*path.parent.iterdir()] == [path] and json.loads(path.read_text()) == content
+
+
+def test_the_folder_of_a_run_that_saved_nothing_is_taken_over(tmp_path: Path, data: Path) -> None:
+    run = tmp_path / "run"
+    train(tiny_config(data, **{"train.steps": 1}), run)
+    shutil.rmtree(run / "checkpoints")
+    config = tiny_config(data, beta=0.2, **{"train.steps": 1})
+    train(config, run)
+    assert json.loads((run / "config.json").read_text()) == config.to_dict()
 
 
 def test_n_larger_than_every_pool(tmp_path: Path, data: Path) -> None:

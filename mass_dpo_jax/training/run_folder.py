@@ -36,15 +36,21 @@ FREE = (
 
 
 def check(workdir: Path, config: ConfigDict) -> None:
-    """Raises UserError if the folder holds the work of a run with other settings, and names them.
+    """Raises UserError if the folder holds something else than a run, or the work of a run with
+    other settings, and names them.
 
     A run that has saved nothing yet has nothing to lose: its folder may be taken over.
     """
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: a file stands where a folder is expected")
-    if not (workdir / "config.json").exists() or latest_step(workdir) is None:
+    if not (workdir / "config.json").exists():
         return
-    theirs = dict(config_lib.flat(config_lib.load(workdir)))
+    try:
+        theirs = dict(config_lib.flat(config_lib.load(workdir)))
+    except UserError as error:  # Not ours to write over.
+        raise UserError(f"{error}. Choose another --workdir") from None
+    if latest_step(workdir) is None:
+        return
     ours = dict(config_lib.flat(config))
     differ = [k for k in ours if ours[k] != theirs[k] and not k.startswith(FREE)]
     if differ:
