@@ -45,17 +45,26 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
       of the validation split), and `gain`, the difference with paired standard errors.
 
     Raises:
-      UserError: something in the configuration, the data or the model folder is wrong.
+      UserError: something in the configuration, the data or the model folder is wrong, or another
+        training is at work in `workdir`.
     """
+    with contextlib.closing(run_folder.Lock(workdir)) as lock:
+        return _train(config, workdir, lock)
+
+
+def _train(config: ConfigDict, workdir: Path, lock: run_folder.Lock) -> dict[str, Any]:
     hosts.check_shared(workdir, "--workdir")
     run_folder.check(workdir, config)
     loggers.check(config)
+    if workdir.exists():  # Else it is made when everything has been found in order.
+        lock.take()
     done = hosts.from_first(run_folder.read_metrics(workdir))
     if done and done["finished"] and checkpoint.latest_step(workdir) == done["step"]:
         _log.info(f"{workdir}: finished at step {done['step']}; nothing to do")
         return done
     setup = prepare(config, workdir, SPLITS)
     params = setup.policy.weights(config.model.path, config.seed, config.model.lora.path)
+    lock.take()
     run_folder.claim(workdir, config)
     save_description(setup.policy, config, workdir)
 

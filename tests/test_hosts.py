@@ -29,6 +29,7 @@ from mass_dpo_jax.hosts import Group
 from mass_dpo_jax.score import score
 from mass_dpo_jax.select import with_model
 from mass_dpo_jax.training import mesh as mesh_lib
+from mass_dpo_jax.training import run_folder
 
 ONE = {"data": 1, "fsdp": 1, "tensor": 1}
 ALL = {"data": 2, "fsdp": 2, "tensor": 2}
@@ -217,6 +218,21 @@ def test_a_mistake_of_one_process_ends_all_and_is_said_once(tmp_path: Path) -> N
     said = "".join(out + err for _, out, err in done)
     assert said.count("error: ") == 1
     assert "gone.jsonl" in done[0][2]  # In the log that people look at.
+    assert not list((tmp_path / "run").glob("*.json"))
+
+
+def test_a_folder_that_another_training_is_at_work_in(tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "data.jsonl")
+    lock = run_folder.Lock(tmp_path / "run")
+    lock.take()
+    train = ["-m", "mass_dpo_jax.train", *flags(tmp_path / "run", data, tmp_path)]
+    train += [f"--coordinator_address=127.0.0.1:{free_port()}", "--num_processes=2"]
+    both = [spawn([*train, f"--process_id={i}"], env=environment(1)) for i in range(2)]
+    done = ended(both, seconds=90)
+    lock.close()
+    assert [status for status, _, _ in done] == [2, 2], done
+    said = "".join(out + err for _, out, err in done)
+    assert said.count("another training is at work in this folder") == 1
     assert not list((tmp_path / "run").glob("*.json"))
 
 

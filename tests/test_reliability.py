@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -139,6 +140,62 @@ def test_a_second_signal_is_not_held_back() -> None:
             interruption.check()
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+# --- Two at a time.
+
+
+def test_two_trainings_do_not_share_a_folder(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(data)
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    train(config, whole)
+    real, before = run_folder.claim, Setup.score
+    refused = []
+
+    def second(folder: Path) -> None:
+        with pytest.raises(UserError, match=f"{folder}: another training is at work"):
+            train(config, folder)
+        refused.append(folder)
+
+    def claim(workdir: Path, *rest: Any) -> None:
+        monkeypatch.setattr(run_folder, "claim", real)
+        second(workdir)  # Started at the same moment, in a folder that was not there.
+        real(workdir, *rest)
+
+    def score(self: Setup, *args: Any) -> Any:
+        if len(refused) == 1:
+            second(run)
+        return before(self, *args)
+
+    monkeypatch.setattr(run_folder, "claim", claim)
+    monkeypatch.setattr(Setup, "score", score)
+    train(config, run)
+    assert refused == [run, run]
+    assert_same_run(config, run, whole)
+
+
+def test_a_training_that_failed_leaves_the_folder_free(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(data)
+    with monkeypatch.context() as patch:
+        patch.setattr(Report, "at_end", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError) as kept:  # And with it the frames of the training.
+            train(config, tmp_path / "run")
+    assert train(config, tmp_path / "run")["finished"]
+    assert kept
+
+
+def test_without_locks_a_run_goes_its_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    for lock in [run_folder.Lock(tmp_path), run_folder.Lock(tmp_path)]:
+        lock.take()
+        lock.close()
 
 
 # --- Numbers that are none.

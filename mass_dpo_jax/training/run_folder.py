@@ -1,4 +1,6 @@
-"""What a run leaves behind: config.json, metrics.jsonl, metrics.json, checkpoints/, model/."""
+"""What a run leaves behind: config.json, metrics.jsonl, metrics.json, checkpoints/, model/.
+
+And that one training at a time writes it."""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -61,9 +63,46 @@ def check(workdir: Path, config: ConfigDict) -> None:
         )
 
 
+class Lock:
+    """Held by the first process of the training that is at work in a run folder.
+
+    It is the system's own, which goes with a process however that ends. Where a file system or a
+    system has none, nothing is held.
+    """
+
+    def __init__(self, workdir: Path):
+        self._path = workdir / ".lock"
+        self._file: IO[str] | None = None
+
+    def take(self) -> None:
+        """Makes the folder, and raises UserError if another training has it. Once is enough."""
+        if self._file is not None or not hosts.first():
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            import fcntl  # Windows has none.
+
+            self._file = self._path.open("a")
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise UserError(
+                f"{self._path.parent}: another training is at work in this folder; wait for its "
+                "end, or choose another --workdir"
+            ) from None
+        except (ImportError, OSError):
+            pass
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
 def claim(workdir: Path, config: ConfigDict) -> None:
     """Writes the run's configuration, once everything it names has been found in order."""
     workdir.mkdir(parents=True, exist_ok=True)
+    check(workdir, config)  # Again: another training may have come and gone.
     write_json(workdir / "config.json", config.to_dict())
 
 
