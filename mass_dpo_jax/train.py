@@ -63,6 +63,8 @@ def _train(config: ConfigDict, workdir: Path, lock: run_folder.Lock) -> dict[str
         _log.info(f"{workdir}: finished at step {done['step']}; nothing to do")
         return done
     setup = prepare(config, workdir, SPLITS)
+    digests = setup.digests()
+    run_folder.check_data(workdir, digests)
     params = setup.policy.weights(config.model.path, config.seed, config.model.lora.path)
     lock.take()
     run_folder.claim(workdir, config)
@@ -113,7 +115,7 @@ def _train(config: ConfigDict, workdir: Path, lock: run_folder.Lock) -> dict[str
 
     def save() -> None:
         if step := int(state.step):
-            where = {"config": config.to_dict(), **batches.order.place(step)}
+            where = {"config": config.to_dict(), "data": digests, **batches.order.place(step)}
             saved.save(state, train_step.sets.to_keep(), where)
 
     # However training ends, each of these is closed: what is being written is waited for.

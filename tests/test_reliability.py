@@ -198,6 +198,53 @@ def test_without_locks_a_run_goes_its_way(tmp_path: Path, monkeypatch: pytest.Mo
         lock.close()
 
 
+# --- Data that changes.
+
+
+def split_data(tmp_path: Path) -> Path:
+    folder = tmp_path / "splits"
+    folder.mkdir()
+    for seed, split in enumerate(("train", "validation", "test")):
+        write_jsonl(folder / f"{split}.jsonl", examples=8, seed=seed)
+    return folder
+
+
+@pytest.mark.parametrize("change", ["train", "test", "score", "nothing said"])
+def test_a_run_does_not_go_on_with_other_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    folder, run, whole = split_data(tmp_path), tmp_path / "run", tmp_path / "whole"
+    config = tiny_config(folder, method="odpo")
+    train(config, whole)
+    with monkeypatch.context() as patch:
+        kill_at(patch, Program, "train_step", 3)
+        with pytest.raises(interruption.Stopped), interruption.on_signals():
+            train(config, run)
+    split = "test" if change == "test" else "train"
+    path = folder / f"{split}.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    before = path.read_text()
+    if change == "score":
+        rows[0]["score_chosen"] = 10
+    else:
+        rows.pop()
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kept = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    if change == "nothing said":  # By a checkpoint of before.
+        about = run / "checkpoints" / "3" / "run" / "metadata"
+        content = json.loads(about.read_text())
+        assert set(content.pop("data")) == {"train", "validation", "test"}
+        about.write_text(json.dumps(content))
+        assert train(config, run)["finished"]
+        return
+    with pytest.raises(UserError, match=f"{run}: .* other data: {split} has .*Nothing is lost"):
+        train(config, run)
+    assert kept == {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    path.write_text(before)
+    train(config, run)
+    assert_same_run(config, run, whole)
+
+
 # --- Numbers that are none.
 
 

@@ -31,6 +31,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from mass_dpo_jax import hosts
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.files import read_json
 from mass_dpo_jax.training import scoring
 from mass_dpo_jax.training.step import TrainState
 
@@ -81,6 +82,16 @@ def steps(workdir: Path) -> list[int]:
 def latest_step(workdir: Path) -> int | None:
     """The step of the newest complete checkpoint in a run folder."""
     return max(steps(workdir), default=None)
+
+
+def about(workdir: Path) -> dict[str, Any]:
+    """What the newest checkpoint that can be read says of its run; nothing where there is none."""
+    for step in reversed(steps(workdir)):
+        with contextlib.suppress(UserError):
+            found = read_json(workdir / FOLDER / str(step) / "run" / "metadata")
+            if isinstance(found, dict):
+                return found
+    return {}
 
 
 def best_step(among: Sequence[int], values: Mapping[int, float]) -> int | None:

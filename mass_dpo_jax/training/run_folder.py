@@ -19,7 +19,7 @@ from mass_dpo_jax import config as config_lib
 from mass_dpo_jax import hosts
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import parse_json, read_json
-from mass_dpo_jax.training.checkpoint import latest_step
+from mass_dpo_jax.training.checkpoint import about, latest_step
 
 # Settings that may change when a run goes on: they do not change what it computes.
 FREE = (
@@ -60,6 +60,27 @@ def check(workdir: Path, config: ConfigDict) -> None:
         raise UserError(
             f"{workdir} belongs to a run with other settings: {shown}; "
             "choose another --workdir or the same settings"
+        )
+
+
+def check_data(workdir: Path, digests: Mapping[str, str]) -> None:
+    """Raises UserError if the run in the folder was saved with other data, and names the split.
+
+    That of evaluations counts, too: a run's figures are compared with each other, at its end row
+    by row. A checkpoint that says nothing of its data, as once they did, fits any.
+
+    Args:
+      digests: of each split, see `Setup.digests`.
+    """
+    known = about(workdir).get("data")
+    if not isinstance(known, dict):
+        return
+    differ = sorted(s for s in {*known, *digests} if known.get(s) != digests.get(s))
+    if differ:
+        raise UserError(
+            f"{workdir}: the run was saved with other data: {', '.join(differ)} has other rows or "
+            "other tokens now. Nothing is lost: go on with the data (and the tokenizer) of before, "
+            f"or begin another run from its weights, --config.model.path={workdir}"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -67,6 +68,14 @@ class Setup:
     def key(self, draw: int) -> jax.Array:
         """Of random choices, which differ between draws and not within one."""
         return jax.random.fold_in(jax.random.key(self.config.seed), draw)
+
+    def digests(self) -> dict[str, str]:
+        """By split, a digest of the data as it is trained and evaluated on."""
+        found = {split: tokens.digest() for split, tokens in self.tokens.items()}
+        if self.method.graded:
+            scores = np.ascontiguousarray(self.tokens["train"].scores, "<f4").tobytes()
+            found["train"] = hashlib.sha256(found["train"].encode() + scores).hexdigest()
+        return found
 
     def score(self, params: Any, split: str, label: str) -> np.ndarray:
         """`logps` `[M, C]` of a split."""
