@@ -71,6 +71,22 @@ def test_a_run_ends_with_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert sorted(selected[example.id]) == np.flatnonzero(mine[1:]).tolist()
 
 
+@pytest.mark.usefixtures("one_device")
+def test_a_run_without_its_page_is_not_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_jsonl(tmp_path / "data.jsonl", examples=40)
+    changes = {"log.report": True, "train.steps": 1, "method": "sft"}
+    config, run = tiny_config(data, **changes), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(run_page, "write", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(config, run)
+    done = train(config, run)
+    assert done["finished"]
+    check((run / "report.html").read_text())
+
+
 def test_words_of_the_data_are_text(tmp_path: Path) -> None:
     config = config_lib.default()
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')

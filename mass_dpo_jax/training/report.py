@@ -23,7 +23,7 @@ MOST_SELECTED = 256  # Rows of the final split in which the report shows what is
 if TYPE_CHECKING:
     from mass_dpo_jax import run_page
 
-START_LOGPS, FINAL_LOGPS = "logps-start.npy", "logps-final.npy"
+METRICS, START_LOGPS, FINAL_LOGPS = "metrics.json", "logps-start.npy", "logps-final.npy"
 
 
 class BadSteps(UserError):
@@ -151,7 +151,8 @@ class Report:
             if split == self._final:
                 start = found
                 run_folder.write_table(self._workdir / START_LOGPS, logps)
-        self._write_json(finished=False, step=0, start=start)
+        content = self._content(finished=False, step=0, start=start)
+        run_folder.write_json(self._workdir / METRICS, content)
 
     def during(self, params: Any, step: int) -> tuple[str, dict[str, float]]:
         """Metrics of the validation split, into metrics.jsonl; the headline as text, and them."""
@@ -163,7 +164,7 @@ class Report:
         return f"step {step}, validation: {evaluation.line(scores)}", found
 
     def at_end(self, params: Any, step: int) -> dict[str, Any]:
-        """The final metrics, into metrics.json."""
+        """The final metrics, into report.html and metrics.json."""
         started = run_folder.read_metrics(self._workdir) or {}
         final = gain = tested = None
         if self._final:
@@ -173,7 +174,7 @@ class Report:
             run_folder.write_table(self._workdir / FINAL_LOGPS, logps)
             if self._setup.config.log.report:
                 tested = self._tested(self._final, params, before, logps)
-        done = self._write_json(
+        done = self._content(
             finished=True, step=step, start=started.get("start"), final=final, gain=gain
         )
         if self._setup.config.log.report and hosts.first():
@@ -181,6 +182,8 @@ class Report:
             from mass_dpo_jax import run_page
 
             run_page.write(self._workdir, self._setup.config, done, tested)
+        # Last: a run that says it is finished is never looked at again.
+        run_folder.write_json(self._workdir / METRICS, done)
         return done
 
     def _tested(
@@ -241,8 +244,7 @@ class Report:
         refs = self._refs.get(split)
         return evaluation.evaluate_logps(logps, refs, self._valid(split), beta), logps
 
-    def _write_json(self, **content: Any) -> dict[str, Any]:
+    def _content(self, **more: Any) -> dict[str, Any]:
+        """Of metrics.json."""
         version = mass_dpo_jax.__version__
-        content = {"version": version, "split": self._final, **self._tested_on(), **content}
-        run_folder.write_json(self._workdir / "metrics.json", content)
-        return content
+        return {"version": version, "split": self._final, **self._tested_on(), **more}
