@@ -141,6 +141,16 @@ def test_metrics_of_a_run(tmp_path: Path) -> None:
             run_folder.read_metrics(tmp_path)
 
 
+def test_a_file_that_cannot_be_put_in_place_leaves_no_other(tmp_path: Path) -> None:
+    (tmp_path / "a.tmp").write_text("of somebody else")
+    (tmp_path / "a.json").mkdir()
+    with pytest.raises(UserError, match=r"a\.json: cannot be written"):
+        run_folder.write_json(tmp_path / "a.json", {})
+    run_folder.write_json(tmp_path / "a.jsonl", {})
+    assert {path.name for path in tmp_path.iterdir()} == {"a.tmp", "a.json", "a.jsonl"}
+    assert (tmp_path / "a.tmp").read_text() == "of somebody else"
+
+
 def test_a_log_with_other_lines_is_cut_there(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n[]\n{"step": 2}\n')
     run_folder.MetricsLog(tmp_path, 2).close()

@@ -131,10 +131,17 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Written whole or not at all, by the first process."""
     if not hosts.first():
         return
-    temporary = path.with_suffix(".tmp")
+    _write_whole(path, json.dumps(content, indent=2) + "\n")
+
+
+def _write_whole(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
     with _room_for(path):
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
-        temporary.replace(path)
+        try:
+            temporary.write_text(text)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_table(path: Path, table: np.ndarray) -> None:
@@ -214,10 +221,8 @@ class MetricsLog:
     def __init__(self, workdir: Path, step: int):
         self._path = workdir / "metrics.jsonl"
         kept = [line for line in _lines(workdir) if step and line["step"] <= step]
-        temporary = self._path.with_suffix(".tmp")
+        _write_whole(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         with _room_for(self._path):
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            temporary.replace(self._path)
             self._file = self._path.open("a")
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
