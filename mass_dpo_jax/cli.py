@@ -277,12 +277,14 @@ def _help() -> str:
 
 
 def _value(argv: Sequence[str], flag: str) -> str | None:
-    """The value of `--flag=value` or `--flag value`, before absl has parsed anything."""
-    for i, word in enumerate(argv):
+    """The value of `--flag=value` or `--flag value`, of several the last, as absl will take it,
+    before it has parsed anything."""
+    found = None
+    for word, following in zip(argv, [*argv[1:], None], strict=True):
         name, equals, value = word.lstrip("-").partition("=")
         if word.startswith("-") and name == flag:
-            return value if equals else (argv[i + 1] if i + 1 < len(argv) else None)
-    return None
+            found = value if equals else following
+    return found
 
 
 def _without_print(argv: list[str]) -> tuple[list[str], bool]:

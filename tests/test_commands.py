@@ -19,6 +19,7 @@ from mass_dpo_jax.evaluate import evaluate
 from mass_dpo_jax.score import score
 from mass_dpo_jax.selection import select_negatives
 from mass_dpo_jax.train import train
+from mass_dpo_jax.training import run_folder
 
 ROOT = Path(__file__).parent.parent
 
@@ -193,6 +194,16 @@ def test_settings_before_the_file_and_the_last_of_two_files(tmp_path: Path) -> N
                    "--config=tiny", "--config.print=True")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "--config.beta=1.0" in done.stdout and "--config.data.name=jsonl" in done.stdout
+
+
+def test_of_two_run_folders_the_last(tmp_path: Path) -> None:
+    """Its settings, as its weights."""
+    for name, beta in (("first", 0.2), ("last", 0.3)):
+        run_folder.claim(tmp_path / name, tiny_config(tmp_path, beta=beta))
+    folders = (f"--workdir={tmp_path / 'first'}", "--workdir", str(tmp_path / "last"))
+    done = command("mass_dpo_jax.evaluate", *folders, "--config.print=True")
+    assert done.returncode == 0, done.stderr
+    assert "--config.beta=0.3" in done.stdout
 
 
 def test_too_little_memory_on_the_device() -> None:
