@@ -95,6 +95,10 @@ def test_a_run(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert found["policy/mrr"] == pytest.approx(done["final"]["policy/mrr"], abs=1e-6)
     assert found["rewards/margins"] == pytest.approx(done["final"]["rewards/margins"], abs=1e-5)
     assert abs(found["rewards/margins"]) > 1e-3
+    more = config_lib.load(run)
+    more.model.lora.path = "some/adapters"
+    with pytest.raises(UserError, match=r"lora\.path=some/adapters: the model is that of the run"):
+        evaluate(more, run, "validation")
 
 
 @pytest.mark.usefixtures("one_device")

@@ -70,6 +70,17 @@ def test_a_run_selects_against_its_own_reference(run: Path, data: Path, criterio
     assert disagreements <= 1  # Near ties.
 
 
+def test_a_run_and_another_model_are_one_too_many(run: Path, data: Path) -> None:
+    config = tiny_config(data, **{"model.path": "some/model"})
+    with pytest.raises(UserError, match=rf"model\.path=some/model: .*--workdir={run}; .*not both"):
+        list(with_model(config, run, None))
+    for path in ("", str(run)):
+        config.model.path = path
+        for _ in range(2):  # It leaves the configuration as it is.
+            prepare_scoring(config, run, "all")
+        assert config.model.path == path
+
+
 def features_of(setup: Any, params: Any, row: int) -> np.ndarray:
     """float64 [C, D] of one example."""
     from mass_dpo_jax.data.batches import make_batch

@@ -238,7 +238,11 @@ def prepare_scoring(
     Returns:
       The setup with one split, that split's name, the weights, and the reference's log-probs
       `[M, C]` or None.
+
+    Raises:
+      UserError: as `prepare`; or a run and another model are given.
     """
+    config = config.copy_and_resolve_references()  # The caller's may serve for another run.
     if split is None:
         split = "all" if Path(config.data.path).is_file() else "test"
     reference = config.model.reference_path or None
@@ -248,8 +252,10 @@ def prepare_scoring(
         if reference is None and uses_reference(own.method):
             reference = own.model.reference_path or own.model.path
             adapters = "" if own.model.reference_path else own.model.lora.path
+        _check_own("path", config.model.path, own.model.path, workdir)
         config.model.path = str(workdir)
         if uses_lora(own.model.lora):  # Beside their base, as they were trained.
+            _check_own("lora.path", config.model.lora.path, own.model.lora.path, workdir)
             config.model.path = own.model.path
             config.model.lora.update(own.model.lora)
             config.model.lora.path = str(workdir)
@@ -262,6 +268,15 @@ def prepare_scoring(
         refs = setup.reference(params).logps[split]
     params = setup.policy.weights(config.model.path, config.seed, config.model.lora.path)
     return setup, split, params, refs
+
+
+def _check_own(name: str, given: str, own: str, workdir: Path) -> None:
+    """A run is scored with its own weights: others beside it would be ignored."""
+    if given not in ("", own, str(workdir)):
+        raise UserError(
+            f"config.model.{name}={given}: the model is that of the run in --workdir={workdir}; "
+            "expected one of them, not both"
+        )
 
 
 def _check_pools(method: Method, tokens: Tokens) -> None:
