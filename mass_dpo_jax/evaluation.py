@@ -32,6 +32,13 @@ def evaluate_logps(
     return found
 
 
+def names(reference: bool) -> list[str]:
+    """The metrics of `evaluate_logps`, without their errors, with a reference or without."""
+    logps = np.zeros((1, 2), np.float32)
+    found = evaluate_logps(logps, logps if reference else None, np.ones((1, 2), bool), 1.0)
+    return [name for name in found if not name.endswith("_se")]
+
+
 def gains(after: np.ndarray, before: np.ndarray, valid: np.ndarray) -> dict[str, float]:
     """How much the policy's ranking of the same examples improved, with paired standard errors."""
     values = [

@@ -29,7 +29,7 @@ from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.training import checkpoint, interruption, loggers, run_folder
 from mass_dpo_jax.training.optimizer import learning_rate, make_optimizer
 from mass_dpo_jax.training.policy import save_description
-from mass_dpo_jax.training.report import BadSteps, Report, StepLog
+from mass_dpo_jax.training.report import BadSteps, Report, StepLog, check_best
 from mass_dpo_jax.training.setup import Reference, prepare
 from mass_dpo_jax.training.updates import Batches, TrainStep, abstract_state, first_state
 
@@ -56,6 +56,7 @@ def _train(config: ConfigDict, workdir: Path, lock: run_folder.Lock) -> dict[str
     hosts.check_shared(workdir, "--workdir")
     run_folder.check(workdir, config)
     loggers.check(config)
+    check_best(config)
     if workdir.exists():  # Else it is made when everything has been found in order.
         lock.take()
     done = hosts.from_first(run_folder.read_metrics(workdir))

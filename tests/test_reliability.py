@@ -25,7 +25,7 @@ from mass_dpo_jax.export import export
 from mass_dpo_jax.train import abstract_state, train
 from mass_dpo_jax.training import checkpoint, interruption, run_folder
 from mass_dpo_jax.training.optimizer import make_optimizer
-from mass_dpo_jax.training.report import BadSteps, Report
+from mass_dpo_jax.training.report import BadSteps, Report, check_best
 from mass_dpo_jax.training.setup import Setup, prepare
 from mass_dpo_jax.training.step import Program
 
@@ -550,6 +550,34 @@ def test_the_best_is_kept_beside_the_newest(
     train(config, tmp_path / "run")
     assert checkpoint.steps(tmp_path / "run") == [4, 6]
     assert checkpoint.best_step([1, 2, 3], {}) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train.keep_best": "policy/mmr"}, "keep_best='policy/mmr': .* one of .*, policy/mrr, "),
+        ({"train.keep_best": "eval/policy/mrr"}, "expected a metric"),
+        ({"train.keep_best": "reward/mrr", "method": "sft"}, "method=sft, one of policy/accuracy"),
+        ({"train.keep_best": "policy/mrr", "train.eval_every": 0}, "eval_every=0 evaluates nothi"),
+    ],
+)
+def test_the_best_by_what_no_evaluation_gives(
+    tmp_path: Path, data: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        train(tiny_config(data, **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_metric_of_an_evaluation_can_be_the_best(tmp_path: Path, data: Path) -> None:
+    for method in ("dpo", "sft"):
+        config = tiny_config(data, method=method, **{"train.steps": 1})
+        train(config, tmp_path / method)
+        logged = {name for line in log_lines(tmp_path / method) for name in line}
+        for name in logged:
+            if name.startswith("eval/") and not name.endswith("_se"):
+                config.train.keep_best = name.removeprefix("eval/")
+                check_best(config)
 
 
 # --- Full disks.

@@ -17,6 +17,7 @@ from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import read_array
 from mass_dpo_jax.training import run_folder, scoring
 from mass_dpo_jax.training.loggers import Log
+from mass_dpo_jax.training.methods import uses_reference
 from mass_dpo_jax.training.setup import Setup
 
 MOST_SELECTED = 256  # Rows of the final split in which the report shows what is selected.
@@ -24,6 +25,21 @@ if TYPE_CHECKING:
     from mass_dpo_jax import run_page
 
 METRICS, START_LOGPS, FINAL_LOGPS = "metrics.json", "logps-start.npy", "logps-final.npy"
+
+
+def check_best(config: ConfigDict) -> None:
+    """Raises UserError if the checkpoint to keep is the best by what no evaluation gives."""
+    best, known = config.train.keep_best, evaluation.names(uses_reference(config.method))
+    if best and best not in known:
+        raise UserError(
+            f"config.train.keep_best={best!r}: expected a metric of the evaluations of "
+            f"config.method={config.method}, one of {', '.join(known)}"
+        )
+    if best and not config.train.eval_every:
+        raise UserError(
+            f"config.train.keep_best={best!r}: config.train.eval_every=0 evaluates nothing; "
+            "expected a number of steps, or keep_best empty"
+        )
 
 
 class BadSteps(UserError):
