@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax import select, selection, theory
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.evaluate import evaluate
 from mass_dpo_jax.select import as_pairs, with_features, with_model
 from mass_dpo_jax.train import train
 from mass_dpo_jax.training.setup import prepare_scoring
@@ -79,6 +80,14 @@ def test_a_run_and_another_model_are_one_too_many(run: Path, data: Path) -> None
         for _ in range(2):  # It leaves the configuration as it is.
             prepare_scoring(config, run, "all")
         assert config.model.path == path
+
+
+def test_a_split_without_rows(run: Path, data: Path) -> None:
+    for config in (tiny_config(data), tiny_config(data, **{"data.validation_share": 0.0})):
+        with pytest.raises(UserError, match=rf"{data}: split 'test' has no rows .*share=0.0 none"):
+            list(with_model(config, run, "test"))
+    with pytest.raises(UserError, match="split 'validation' has no rows"):
+        evaluate(config, run, "validation")
 
 
 def features_of(setup: Any, params: Any, row: int) -> np.ndarray:

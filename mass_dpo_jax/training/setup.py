@@ -129,6 +129,9 @@ class Setup:
 def prepare(config: ConfigDict, workdir: Path | None, splits: Sequence[str]) -> Setup:
     """Loads and checks everything but weights; writes at most a tokenizer made from scratch.
 
+    Args:
+      splits: those to load; the first must have rows.
+
     Raises:
       UserError: the configuration, the data or the model folder is not what it should be.
     """
@@ -136,6 +139,12 @@ def prepare(config: ConfigDict, workdir: Path | None, splits: Sequence[str]) -> 
     with hosts.first_goes_ahead("data"):
         found = {split: load_examples(config.data, split, config.seed) for split in splits}
         examples = {split: rows for split, rows in found.items() if rows}
+        if splits[0] not in examples:
+            raise UserError(
+                f"{config.data.path or config.data.name}: split {splits[0]!r} has no rows of its "
+                f"own, and with config.data.validation_share={config.data.validation_share} none "
+                "are held out for it; expected another --split"
+            )
         policy = open_policy(config, mesh, workdir, examples.get("train", ()))
         tokens = _tokenize(config, policy, examples)
     return _of_tokens(config, policy, examples, tokens)
