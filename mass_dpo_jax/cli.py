@@ -132,8 +132,15 @@ def write_lines(path: Path, rows: Iterable[Any]) -> int:
     return count
 
 
-def run(main: Callable[[], None]) -> None:
-    """Runs a command: a user's mistake is one line on standard error and exit status 2."""
+def run(main: Callable[[], None], goes_on: bool = False) -> None:
+    """Runs a command: a user's mistake is one line on standard error and exit status 2.
+
+    Args:
+      main: what it does.
+      goes_on: the same command goes on with what was interrupted; others write all or nothing.
+    """
+    hint = "the same command goes on from what was saved" if goes_on else "nothing was written"
+    interrupted = f"interrupted; {hint}"
 
     def guarded(argv: Sequence[str]) -> None:
         _quiet()
@@ -141,7 +148,7 @@ def run(main: Callable[[], None]) -> None:
             _refuse(f"unexpected argument {argv[1]!r}; flags look like --name=value")
         try:
             _join()
-            _together(main)
+            _together(main, interrupted)
         except UserError as error:
             _refuse(str(error))
         except OSError as error:  # A full disk, a folder that may not be written, a long name.
@@ -149,7 +156,7 @@ def run(main: Callable[[], None]) -> None:
                 raise
             _refuse(f"{error.filename}: {error.strerror}")
         except KeyboardInterrupt:
-            print("interrupted; the same command goes on from what was saved", file=sys.stderr)
+            print(interrupted, file=sys.stderr)
             raise SystemExit(130) from None
 
     app.run(guarded, flags_parser=_parse)
@@ -173,7 +180,7 @@ def _join() -> None:
             logging.getLogger("mass_dpo_jax").setLevel(logging.WARNING)
 
 
-def _together(main: Callable[[], None]) -> None:
+def _together(main: Callable[[], None], interrupted: str) -> None:
     """Runs a command; if it fails on one of several processes, ends all of them."""
     try:
         _within_memory(main)
@@ -184,7 +191,7 @@ def _together(main: Callable[[], None]) -> None:
         if isinstance(error, UserError):
             hosts.fail(str(error), 2)
         if isinstance(error, KeyboardInterrupt):
-            hosts.fail("interrupted; the same command goes on from what was saved", 130)
+            hosts.fail(interrupted, 130)
         if not hosts.lost(error):
             traceback.print_exc()
         hosts.fail(hosts.describe(error), 1)

@@ -56,4 +56,4 @@ def main() -> None:
 if __name__ == "__main__":
     _CONFIG = cli.define_config()
     _WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Folder for both runs.")
-    cli.run(main)
+    cli.run(main, goes_on=True)

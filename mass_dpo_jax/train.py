@@ -184,4 +184,4 @@ if __name__ == "__main__":
     _CONFIG = cli.define_config()
     cli.define_hosts()
     _WORKDIR = flags.DEFINE_string("workdir", None, "Folder that the run keeps all it writes in.")
-    cli.run(main)
+    cli.run(main, goes_on=True)

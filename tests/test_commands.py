@@ -222,6 +222,20 @@ def test_too_little_memory_on_the_device() -> None:
     assert "Out of memory" in line and str(2**46) in line
 
 
+@pytest.mark.parametrize(
+    ("settings", "hint"),
+    [("", "nothing was written"), (", goes_on=True", "the same command goes on from what was sa")],
+)
+def test_what_an_interruption_left(settings: str, hint: str) -> None:
+    code = (
+        "import signal; from mass_dpo_jax import cli\n"
+        f"cli.run(lambda: signal.raise_signal(signal.SIGINT){settings})"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 130 and done.stderr.startswith(f"interrupted; {hint}")
+
+
 def test_refusals_say_what_to_do_next(tmp_path: Path) -> None:
     workdir = f"--workdir={tmp_path / 'run'}"
     line = refused("mass_dpo_jax.train", "--config=lama3", workdir)
