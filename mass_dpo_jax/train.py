@@ -126,7 +126,7 @@ def _train(config: ConfigDict, workdir: Path, lock: run_folder.Lock) -> dict[str
         try:
             if start == 0:
                 report.at_start({**frozen, **state.params})
-            elif every and start % every == 0 and start not in evaluated:
+            elif every and (start % every == 0 or start == total) and start not in evaluated:
                 evaluate(start)  # An interruption came between saving and evaluating.
             for step in range(start, total):
                 interruption.check()

@@ -124,6 +124,25 @@ def test_sigterm_saves_and_the_run_goes_on(
     assert_same_run(config, run, whole)
 
 
+@pytest.mark.parametrize("call", [1, 2])
+def test_an_interruption_costs_no_evaluation(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    """Those of steps 3 and, as the last one, 4 each come after a save."""
+    config = tiny_config(data, **SAVED_ALL, **{"train.eval_every": 3})
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    train(config, whole)
+    assert run_folder.evaluated(whole) == {0, 3, 4}
+    with monkeypatch.context() as patch:
+        kill_at(patch, Report, "during", call)
+        with pytest.raises(interruption.Stopped), interruption.on_signals():
+            train(config, run)
+    assert checkpoint.latest_step(run) == 2 + call
+    assert run_folder.evaluated(run) == {0, 3, 4} - {2 + call, 4}
+    train(config, run)
+    assert_same_run(config, run, whole)
+
+
 def test_a_second_signal_is_not_held_back() -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
