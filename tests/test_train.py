@@ -296,6 +296,23 @@ def test_a_run_is_a_model_for_the_next(tmp_path: Path, data: Path) -> None:
     assert second["start"] == pytest.approx(final, abs=1e-5)
 
 
+def test_a_reference_with_other_special_tokens(tmp_path: Path, data: Path) -> None:
+    """As an instruction-tuned model and its base: the same decoder, another end of text."""
+    first, other = tmp_path / "sft", tmp_path / "other"
+    train(tiny_config(data, method="sft", **{"train.steps": 1}), first)
+    shutil.copytree(first, other)
+    path = other / "model" / "config.json"
+    described = json.loads(path.read_text())
+    described |= {"eos_token_id": [0, 1], "bos_token_id": None, "max_position_embeddings": 77}
+    path.write_text(json.dumps(described))
+    models = {"model.path": str(first), "model.reference_path": str(other), "train.steps": 1}
+    train(tiny_config(data, num_negatives=1, **models), tmp_path / "run")
+    assert losses(tmp_path / "run")[0] == pytest.approx(math.log(2), abs=1e-5)
+    path.write_text(json.dumps(described | {"rms_norm_eps": 0.1}))
+    with pytest.raises(UserError, match=f"{other}: its architecture .*policy's: rms_norm_eps$"):
+        train(tiny_config(data, **models), tmp_path / "refused")
+
+
 def test_workdir_of_another_run_is_refused_and_kept(tmp_path: Path, data: Path) -> None:
     train(tiny_config(data, **{"train.steps": 2}), tmp_path / "run")
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()

@@ -35,6 +35,9 @@ from mass_dpo_jax.training.mesh import hidden_splits, names, param_shapes
 
 MODEL_FOLDER = "model"  # Inside a run folder: config.json and the tokenizer.
 GENERATION = "generation_config.json"
+# Of a decoder's description, what changes no number that it computes: a model and the one that was
+# tuned from it often differ in these.
+NOT_COMPUTED = ("initializer_range", "max_positions", "bos_token_id", "eos_token_ids")
 TOKENIZER_EXAMPLES = 20_000  # A vocabulary does not change with more.
 
 
@@ -117,8 +120,15 @@ class Policy:
         """
         if path:
             found = load_config(description_folder(Path(path)))
-            if found != self.config:
-                raise UserError(f"{path}: its architecture differs from the policy's")
+            differ = [
+                field.name
+                for field in dataclasses.fields(found)
+                if field.name not in NOT_COMPUTED
+                and getattr(found, field.name) != getattr(self.config, field.name)
+            ]
+            if differ:
+                shown = ", ".join(differ)
+                raise UserError(f"{path}: its architecture differs from the policy's: {shown}")
         whole = param_shapes(self.config, self.mesh)
         if not path:
             params = _new(Decoder, whole, seed, self.config)
