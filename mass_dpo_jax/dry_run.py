@@ -27,6 +27,7 @@ from mass_dpo_jax.training import account as account_lib
 from mass_dpo_jax.training import flops as flops_lib
 from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training.account import Account
+from mass_dpo_jax.training.checkpoint import latest_step
 from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.policy import uses_lora
 from mass_dpo_jax.training.setup import Setup, prepare
@@ -63,8 +64,8 @@ def dry_run(config: ConfigDict, workdir: Path | None, splits: Sequence[str]) -> 
     if config.model.attention == "fused":  # And need not be able to.
         here.model.attention = "plain"
     with tempfile.TemporaryDirectory() as empty:
-        known = workdir is not None and (workdir / "config.json").exists()
-        folder = workdir if known else Path(empty)
+        begun = workdir is not None and latest_step(workdir) is not None
+        folder = workdir if begun else Path(empty)
         setup = prepare(here, None if config.model.path else folder, splits)
     if config.model.attention == "fused":
         setup = _with_fused(setup)

@@ -343,9 +343,10 @@ def test_the_folder_of_a_run_that_saved_nothing_is_taken_over(tmp_path: Path, da
     run = tmp_path / "run"
     train(tiny_config(data, **{"train.steps": 1}), run)
     shutil.rmtree(run / "checkpoints")
-    config = tiny_config(data, beta=0.2, **{"train.steps": 1})
+    config = tiny_config(data, beta=0.2, **{"train.steps": 1, "model.scratch.vocab_size": 280})
     train(config, run)
     assert json.loads((run / "config.json").read_text()) == config.to_dict()
+    assert json.loads((run / "model" / "config.json").read_text())["vocab_size"] == 280
 
 
 def test_n_larger_than_every_pool(tmp_path: Path, data: Path) -> None:

@@ -234,8 +234,9 @@ def open_policy(
         raise UserError("config.model.path is empty: expected a model folder or a run folder")
     else:
         folder = workdir / MODEL_FOLDER
-        # The run has not begun; the first process opens its policy before the others.
-        if hosts.first() and not (workdir / "config.json").exists():
+        # What there is may be of a run with other settings that saved nothing, which this one takes
+        # over. The first process opens its policy before the others.
+        if hosts.first() and checkpoint.latest_step(workdir) is None:
             train_tokenizer(_texts(examples), config.model.scratch.vocab_size, folder)
         tokenizer = load_tokenizer(folder)
         architecture = _scratch(config, tokenizer)
