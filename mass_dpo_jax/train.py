@@ -56,13 +56,13 @@ def _train(config: ConfigDict, workdir: Path, lock: run_folder.Lock) -> dict[str
     hosts.check_shared(workdir, "--workdir")
     run_folder.check(workdir, config)
     loggers.check(config)
-    check_best(config)
     if workdir.exists():  # Else it is made when everything has been found in order.
         lock.take()
     done = hosts.from_first(run_folder.read_metrics(workdir))
     if done and done["finished"] and checkpoint.latest_step(workdir) == done["step"]:
         _log.info(f"{workdir}: finished at step {done['step']}; nothing to do")
         return done
+    check_best(config)
     setup = prepare(config, workdir, SPLITS)
     digests = setup.digests()
     run_folder.check_data(workdir, digests)
