@@ -339,6 +339,15 @@ def test_a_folder_of_something_else_is_refused_and_kept(
     assert [*path.parent.iterdir()] == [path] and json.loads(path.read_text()) == content
 
 
+def test_a_folder_beside_a_model_is_refused_and_the_model_kept(tmp_path: Path, data: Path) -> None:
+    (tmp_path / "model").mkdir()
+    path = tmp_path / "model" / "config.json"
+    path.write_text("{}")
+    with pytest.raises(UserError, match=f"{tmp_path}: has a folder model/ that is no run's"):
+        train(tiny_config(data), tmp_path)
+    assert [*path.parent.iterdir()] == [path] and path.read_text() == "{}"
+
+
 def test_the_folder_of_a_run_that_saved_nothing_is_taken_over(tmp_path: Path, data: Path) -> None:
     run = tmp_path / "run"
     train(tiny_config(data, **{"train.steps": 1}), run)

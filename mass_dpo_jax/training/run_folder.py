@@ -46,6 +46,10 @@ def check(workdir: Path, config: ConfigDict) -> None:
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: a file stands where a folder is expected")
     if not (workdir / "config.json").exists():
+        if (workdir / "model" / "config.json").exists():  # A run writes it after its own.
+            raise UserError(
+                f"{workdir}: has a folder model/ that is no run's; choose another --workdir"
+            )
         return
     try:
         theirs = dict(config_lib.flat(config_lib.load(workdir)))
