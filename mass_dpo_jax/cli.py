@@ -105,13 +105,28 @@ def _given(config: ConfigDict | None) -> ConfigDict:
     return config
 
 
-def output_file(value: str | None, kind: str) -> Path:
-    """The file that --output names, in a folder that exists."""
+def output_file(value: str | None, kind: str, *inputs: str | Path) -> Path:
+    """The file that --output names, in a folder that exists.
+
+    Args:
+      inputs: files that the command reads, which it must not replace; empty ones are none.
+
+    Raises:
+      UserError: nothing can be written there, or an input would be lost.
+    """
     if not value:
         raise UserError(f"--output is missing: the {kind} file to write")
-    if hosts.first() and not Path(value).parent.is_dir():
+    path = Path(value)
+    if not hosts.first():
+        return path
+    if not path.parent.is_dir():
         raise UserError(f"--output={value}: its folder does not exist")
-    return Path(value)
+    if path.exists() and not path.is_file():  # A folder, or a device.
+        raise UserError(f"--output={value}: no ordinary file; expected the {kind} file to write")
+    for read in inputs:
+        if read and path.exists() and Path(read).exists() and path.samefile(read):
+            raise UserError(f"--output={value}: would replace the input {read}; name another file")
+    return path
 
 
 def write_lines(path: Path, rows: Iterable[Any]) -> int:

@@ -37,14 +37,19 @@ def evaluate(config: ConfigDict, workdir: Path | None, split: str | None) -> dic
 
 
 def main() -> None:
+    config = cli.required(_CONFIG)
     workdir = Path(_WORKDIR.value) if _WORKDIR.value else None
-    found = evaluate(cli.required(_CONFIG), workdir, _SPLIT.value)
+    output = None
+    if _OUTPUT.value:
+        theirs = "" if workdir is None else workdir / "metrics.json"  # The run's own.
+        output = cli.output_file(_OUTPUT.value, "JSON", config.data.path, theirs)
+    found = evaluate(config, workdir, _SPLIT.value)
     for name, value in found.items():
         if not name.endswith("_se"):
             error = found.get(f"{name}_se")
             print(f"{name:24} {value:9.4f}" + ("" if error is None else f" ± {error:.4f}"))
-    if _OUTPUT.value:
-        write_json(Path(_OUTPUT.value), found)
+    if output is not None:
+        write_json(output, found)
 
 
 if __name__ == "__main__":

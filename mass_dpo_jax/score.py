@@ -46,9 +46,10 @@ def score(config: ConfigDict, workdir: Path | None, split: str | None) -> Iterat
 
 
 def main() -> None:
-    output = cli.output_file(_OUTPUT.value, "JSON-lines")
+    config = cli.required(_CONFIG)
+    output = cli.output_file(_OUTPUT.value, "JSON-lines", config.data.path)
     workdir = Path(_WORKDIR.value) if _WORKDIR.value else None
-    count = cli.write_lines(output, score(cli.required(_CONFIG), workdir, _SPLIT.value))
+    count = cli.write_lines(output, score(config, workdir, _SPLIT.value))
     print(f"{count} examples written to {output}")
 
 

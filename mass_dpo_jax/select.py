@@ -231,7 +231,6 @@ def _present(path: Path, examples: Sequence[Example], negatives: int) -> np.ndar
 
 
 def main() -> None:
-    output = cli.output_file(_OUTPUT.value, "JSON-lines")
     workdir = Path(_WORKDIR.value) if _WORKDIR.value else None
     config = _CONFIG.value
     if _FEATURES.value:
@@ -239,6 +238,8 @@ def main() -> None:
         rows = with_features(config, Path(_FEATURES.value), _SPLIT.value)
     else:
         rows = with_model(cli.required(_CONFIG), workdir, _SPLIT.value)
+    inputs = (config.data.path, _FEATURES.value or "")
+    output = cli.output_file(_OUTPUT.value, "JSON-lines", *inputs)
     if _FORMAT.value == "pairs":
         rows = as_pairs(rows, chat=not _FEATURES.value and config.data.chat_template != "none")
     count = cli.write_lines(output, rows)

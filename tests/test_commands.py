@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from helpers import WORDS, log_lines, tiny_config, write_jsonl
 
-from mass_dpo_jax import metrics
+from mass_dpo_jax import cli, metrics
 from mass_dpo_jax.data.vocabulary import train_tokenizer
+from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.evaluate import evaluate
 from mass_dpo_jax.score import score
 from mass_dpo_jax.selection import select_negatives
@@ -172,6 +173,9 @@ def test_select_without_a_model_or_a_configuration(tmp_path: Path) -> None:
     line = refused(*words, "--config.selection.criterion=contrasts")
     assert "criterion='contrasts'" in line and not list(tmp_path.glob("selected*"))
     assert "--output is missing" in refused(*words[:2])
+    line = refused(*words[:2], f"--output={tmp_path / 'features.npy'}")
+    assert "would replace the input" in line
+    assert np.array_equal(np.load(tmp_path / "features.npy"), features)
 
 
 def test_exporting_what_is_no_run(tmp_path: Path) -> None:
@@ -180,6 +184,23 @@ def test_exporting_what_is_no_run(tmp_path: Path) -> None:
     line = refused(*words, f"--workdir={tmp_path}")
     assert f"{tmp_path}: not a run folder" in line
     assert "python -m mass_dpo_jax.export --workdir=" in command(words[0], "--help").stdout
+
+
+def test_what_an_output_must_not_be(tmp_path: Path) -> None:
+    data, link = write_jsonl(tmp_path / "data.jsonl"), tmp_path / "link.jsonl"
+    link.symlink_to(data)
+    for value, message in (
+        (tmp_path, "no ordinary file; expected the JSON file"),
+        ("/dev/null", "no ordinary file"),
+        (tmp_path / "missing" / "file", "its folder does not exist"),
+        (link, f"would replace the input {data}"),
+    ):
+        with pytest.raises(UserError, match=f"^--output={value}: {message}"):
+            cli.output_file(str(value), "JSON", "", "missing", data)
+    assert cli.output_file(str(tmp_path / "new"), "JSON", data) == tmp_path / "new"
+    for name in ("score", "select", "evaluate"):  # Said before there is a model to read.
+        words = (f"mass_dpo_jax.{name}", "--config=llama3", f"--config.data.path={data}")
+        assert "would replace the input" in refused(*words, f"--output={link}")
 
 
 @pytest.mark.parametrize("content", ["{", '{"model": {"remat": "some"}}'])
