@@ -24,7 +24,7 @@ from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.data import load_examples, synthetic
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import read_array
-from mass_dpo_jax.help import Parser
+from mass_dpo_jax.help import Parser, say
 from mass_dpo_jax.training import run_folder
 from mass_dpo_jax.training.report import FINAL_LOGPS, START_LOGPS
 
@@ -125,10 +125,9 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("run", nargs="+", type=Path, help="folder of a finished run")
     runs = parser.parse_args().run
-    try:
-        print(compare(runs))
-    except UserError as error:
-        parser.error(str(error))
+    with parser.refusing():
+        text = compare(runs)
+    say(text)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentForma
 
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import parse_json, read_text
-from mass_dpo_jax.help import Parser
+from mass_dpo_jax.help import Parser, png
 
 # Okabe and Ito's colours, told apart with any colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -226,12 +226,10 @@ def main() -> None:
     """The command: run folders, or their metrics.jsonl, in; a PNG out."""
     parser = Parser(__doc__)
     parser.add_argument("run", nargs="+", type=Path, help="folder of a run")
-    parser.add_argument("--output", type=Path, default=Path("curves.png"), help="the PNG to write")
+    parser.add_argument("--output", type=png, default=Path("curves.png"), help="the PNG to write")
     arguments = parser.parse_args()
-    try:
+    with parser.refusing(arguments.output):
         plot({path.name: path / "metrics.jsonl" for path in arguments.run}, arguments.output)
-    except UserError as error:
-        parser.error(str(error))
     print(f"Curves: {arguments.output}")
 
 

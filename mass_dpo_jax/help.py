@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import functools
 import inspect
 import io
@@ -16,6 +17,7 @@ import sys
 import textwrap
 import tokenize
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import NoReturn
 
 from absl import flags
@@ -151,3 +153,26 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         refuse(message, self.description)
+
+    @contextlib.contextmanager
+    def refusing(self, output: Path | None = None) -> Iterator[None]:
+        """Where a user's mistake is one line, and so is a file that cannot be read or written.
+
+        Args:
+          output: what is written, for libraries' errors that do not name a file.
+        """
+        try:
+            yield
+        except UserError as error:
+            self.error(str(error))
+        except OSError as error:  # A full disk, a folder that may not be written.
+            self.error(f"{error.filename or output or self.prog}: {error.strerror or error}")
+
+
+def png(value: str) -> Path:
+    """The type of a flag of `Parser` that names a PNG to write: what it is refused for is known
+    before anything is computed."""
+    path = Path(value)
+    if path.suffix != ".png" or path.is_dir():
+        raise argparse.ArgumentTypeError(f"{value!r}, expected a file that ends in .png")
+    return path

@@ -53,6 +53,8 @@ def make_report(folders: Sequence[Path], output: Path, numbers: Path = tables.NU
     Raises:
       UserError: there are no runs, or `numbers` is not a table of the paper's numbers.
     """
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output={output}: is a file, expected the folder to write")
     paper = tables.PaperNumbers(numbers)
     found = runs.find(folders)
     cells, repeats = cells_lib.gather(found)
@@ -138,10 +140,8 @@ def main() -> None:
         "--paper", type=Path, default=tables.NUMBERS, help="the paper's numbers, as CSV"
     )
     arguments = parser.parse_args()
-    try:
+    with parser.refusing(arguments.output):
         make_report(arguments.folder, arguments.output, arguments.paper)
-    except UserError as error:
-        parser.error(str(error))
     print(f"Report: {arguments.output / 'report.html'}")
 
 

@@ -50,7 +50,7 @@ from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 from tqdm import tqdm
 
 from mass_dpo_jax import selection
-from mass_dpo_jax.help import Parser
+from mass_dpo_jax.help import Parser, png
 
 PROMPTS, NEGATIVES, CENTRES, SPREAD = 500, 19, 5, 1.5
 STEPS, LEARNING_RATE, RIDGE = 300, 0.1, 0.1
@@ -393,7 +393,7 @@ def _panel(
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command: tables in Markdown to the terminal, a picture to `--output`."""
     parser = Parser(__doc__)
-    parser.add_argument("--output", type=Path, required=True, help="the PNG to write")
+    parser.add_argument("--output", type=png, required=True, help="the PNG to write")
     parser.add_argument("--seeds", type=int, default=8, help="worlds, at least 2 (default: 8)")
     options = parser.parse_args(arguments)
     if options.seeds < 2:
@@ -406,7 +406,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(table(by_dimension[kind], [f"d = {d}" for d in DIMENSIONS], "random, once"))
     print(f"\nscale of the learnt logits; error once rescaled, %; d = {DIMENSION}, n = {SIZE}:\n")
     print(parts(by_size, SIZE))
-    plot(by_size, by_dimension, options.output)
+    with parser.refusing(options.output):
+        plot(by_size, by_dimension, options.output)
     print(f"\nPicture: {options.output}")
 
 

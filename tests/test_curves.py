@@ -3,7 +3,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from PIL import Image
 
-from mass_dpo_jax import curves
+from mass_dpo_jax import compare, curves, report, simulation
 from mass_dpo_jax.errors import UserError
 
 
@@ -122,6 +124,43 @@ def test_command(tmp_path: Path):
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: missing")
+
+
+def test_what_cannot_be_written_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def refused(main: Callable[[], None], *words: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["command", *words])
+        with pytest.raises(SystemExit) as end:
+            main()
+        (line,) = capsys.readouterr().err.splitlines()
+        assert end.value.code == 2 and line.startswith("error: ")
+        return line
+
+    preference_run(tmp_path / "a")
+    (tmp_path / "folder.png").mkdir()
+    # Nothing is computed before: there is no such run, and the simulation takes minutes.
+    for path in (tmp_path / "folder.png", tmp_path / "a.pdf", tmp_path):
+        for main, words in ((curves.main, ["missing"]), (simulation.main, [])):
+            line = refused(main, *words, f"--output={path}")
+            assert f"'{path}', expected a file that ends in .png" in line
+    (tmp_path / "file").touch()
+    line = refused(report.main, "missing", f"--output={tmp_path / 'file'}")
+    assert "file: is a file, expected the folder to write" in line
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")  # As a library's, without the file.
+
+    monkeypatch.setattr(Figure, "savefig", full)
+    picture = tmp_path / "x.png"
+    line = refused(curves.main, str(tmp_path / "a"), f"--output={picture}")
+    assert line == f"error: {picture}: No space left on device"
+    monkeypatch.setattr(report, "make_report", full)
+    line = refused(report.main, "a", f"--output={tmp_path}")
+    assert line == f"error: {tmp_path}: No space left on device"
+    monkeypatch.setattr(compare, "compare", full)
+    line = refused(compare.main, "a")
+    assert line == "error: python -m mass_dpo_jax.compare: No space left on device"
 
 
 def test_rounding_errors_do_not_fill_a_picture():
