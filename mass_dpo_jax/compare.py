@@ -23,7 +23,7 @@ from mass_dpo_jax import baselines, metrics
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.data import load_examples, synthetic
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.files import read_array
+from mass_dpo_jax.files import read_array, short_names
 from mass_dpo_jax.help import Parser, say
 from mass_dpo_jax.training import run_folder
 from mass_dpo_jax.training.report import FINAL_LOGPS, START_LOGPS
@@ -42,9 +42,10 @@ def compare(runs: Sequence[Path]) -> str:
     for run, metrics_ in zip(runs[1:], found[1:], strict=True):
         if not metrics_.get("digest") or metrics_["digest"] != found[0].get("digest"):
             raise UserError(f"{run}: tested on other examples than {runs[0]} (config.data, seed)")
-    before = f"{runs[0].name}, before" if configs[0].model.path else "random weights"
+    names = short_names(runs)
+    before = f"{names[0]}, before" if configs[0].model.path else "random weights"
     rows = {before: found[0]["start"]}
-    rows |= {run.name: metrics_["final"] for run, metrics_ in zip(runs, found, strict=True)}
+    rows |= {name: metrics_["final"] for name, metrics_ in zip(names, found, strict=True)}
     split, count = found[0]["split"], found[0]["examples"]
     lines = [_line(f"{split}: {count} examples, %", (*COLUMNS, "by reward"))]
     lines += [_line(name, _cells(row)) for name, row in rows.items()]
@@ -53,11 +54,10 @@ def compare(runs: Sequence[Path]) -> str:
     ]
     lines += ["", "difference in accuracy by policy, same examples, points:"]
     for i, run in enumerate(runs[1:], 1):
-        lines.append(_difference(f"{run.name} - its start", run / FINAL_LOGPS, run / START_LOGPS))
+        lines.append(_difference(f"{names[i]} - its start", run / FINAL_LOGPS, run / START_LOGPS))
         if i > 1:
-            other = runs[i - 1]
-            name = f"{run.name} - {other.name}"
-            lines.append(_difference(name, run / FINAL_LOGPS, other / FINAL_LOGPS))
+            name = f"{names[i]} - {names[i - 1]}"
+            lines.append(_difference(name, run / FINAL_LOGPS, runs[i - 1] / FINAL_LOGPS))
     return "\n".join(lines)
 
 

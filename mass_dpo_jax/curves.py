@@ -24,7 +24,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.files import parse_json, read_text
+from mass_dpo_jax.files import parse_json, read_text, short_names
 from mass_dpo_jax.help import Parser, png
 
 # Okabe and Ito's colours, told apart with any colour vision.
@@ -229,7 +229,8 @@ def main() -> None:
     parser.add_argument("--output", type=png, default=Path("curves.png"), help="the PNG to write")
     arguments = parser.parse_args()
     with parser.refusing(arguments.output):
-        plot({path.name: path / "metrics.jsonl" for path in arguments.run}, arguments.output)
+        logs = [path / "metrics.jsonl" for path in arguments.run]
+        plot(dict(zip(short_names(arguments.run), logs, strict=True)), arguments.output)
     print(f"Curves: {arguments.output}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tokenize
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,20 @@ def check_links(folder: Path) -> None:
     for path in sorted(folder.rglob("*")):
         if path.is_symlink() and not (target := path.resolve()).is_relative_to(home):
             raise UserError(f"{path}: a link to {target}, expected files of this folder only")
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """What to call each folder: the end of its path, as much of it as no other one's ends with."""
+    paths = [folder.absolute().parts for folder in folders]
+
+    def name(path: tuple[str, ...]) -> str:
+        others = [other for other in paths if other != path]
+        length = 1
+        while any(other[-length:] == path[-length:] for other in others):
+            length += 1
+        return Path(*path[-length:]).as_posix()
+
+    return [name(path) for path in paths]
 
 
 def shorten(text: str, length: int = 60) -> str:

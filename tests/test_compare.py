@@ -17,19 +17,19 @@ from mass_dpo_jax.train import train
 def test_table_and_paired_difference(tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "data.jsonl", examples=60)
     config = tiny_config(data, method="sft", **{"data.validation_share": 0.3})
-    train(config, tmp_path / "first")
-    config = tiny_config(
-        data, **{"data.validation_share": 0.3, "model.path": str(tmp_path / "first")}
-    )
-    done = train(config, tmp_path / "second")
-    text = compare([tmp_path / "first", tmp_path / "second"])
+    first, second = tmp_path / "first" / "run", tmp_path / "second" / "run"
+    train(config, first)
+    config = tiny_config(data, **{"data.validation_share": 0.3, "model.path": str(first)})
+    done = train(config, second)
+    text = compare([first, second])
     lines = dict.fromkeys(line[:28].strip() for line in text.splitlines())
-    assert {"random weights", "first", "second", "popularity in training"} <= set(lines)
+    # Both folders are called the same, and both have a row.
+    assert {"random weights", "first/run", "second/run", "popularity in training"} <= set(lines)
 
     # The paired figures, from the rows themselves.
     correct = []
     for name in ("logps-final.npy", "logps-start.npy"):
-        logps = np.load(tmp_path / "second" / name)
+        logps = np.load(second / name)
         best = np.where(logps < 0, logps, -np.inf)
         correct.append((best[:, :1] > best[:, 1:]).all(1))
     gain = correct[0].astype(float) - correct[1]

@@ -16,6 +16,7 @@ from PIL import Image
 
 from mass_dpo_jax import compare, curves, report, simulation
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.files import short_names
 
 
 def write(folder: Path, lines: list[dict[str, float]]) -> Path:
@@ -112,6 +113,16 @@ def test_nothing_to_draw_is_an_error(tmp_path: Path):
         curves.plot({"a": tmp_path / "metrics.jsonl"}, tmp_path / "x.png")
     with pytest.raises(UserError, match="nothing to draw yet"):
         curves.plot({"a": write(tmp_path, [])}, tmp_path / "x.png")
+
+
+def test_runs_of_the_same_name_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    shown: list[str] = []
+    monkeypatch.setattr(curves, "plot", lambda runs, output: shown.extend(runs))
+    monkeypatch.setattr(sys, "argv", ["curves", "a/run", f"{tmp_path}/b/run", "b/other", "c/a/run"])
+    monkeypatch.chdir(tmp_path)
+    curves.main()
+    assert shown == [f"{tmp_path.name}/a/run", "b/run", "other", "c/a/run"]
+    assert short_names([Path()]) == [tmp_path.name]
 
 
 def test_command(tmp_path: Path):
