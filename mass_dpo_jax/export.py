@@ -205,7 +205,7 @@ def _appearing(output: Path) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"--output={output}: cannot be written: {error.strerror}") from None
+        raise UserError(f"{output}: cannot be written: {error.strerror}") from None
     try:
         yield temporary
         if output.exists():
@@ -222,11 +222,9 @@ def _check_dtype(dtype: str) -> None:
 
 def _check_free(output: Path) -> None:
     if output.name in ("", ".."):
-        raise UserError(f"--output={output}: expected the name of a new folder, as in --output=out")
+        raise UserError(f"{output}: expected the name of a new folder to write")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(
-            f"--output={output}: exists and is not empty: choose another folder or remove it"
-        )
+        raise UserError(f"{output}: exists and is not empty: choose another folder or remove it")
 
 
 def _save_adapters(config: ConfigDict, workdir: Path, step: int, output: Path) -> None:
