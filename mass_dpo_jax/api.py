@@ -137,7 +137,7 @@ def load_model(path: str | Path, config: ConfigDict | None = None) -> Model:
         run = run_of(path)
         config = config_lib.default() if run is None else config_lib.load(run[0])
         config.model.lora = config_lib.default().model.lora
-    config = config.copy_and_resolve_references()
+    config = _copy(config)
     config.model.path = str(path)
     mesh = open_mesh(config)
     policy = open_policy(config, mesh, None, ())
@@ -168,7 +168,7 @@ def batches(
     Raises:
         UserError: a row or a setting is not what it should be.
     """
-    config = (model.config if config is None else config).copy_and_resolve_references()
+    config = _copy(model.config if config is None else config)
     config.model = model.config.model
     setup = prepare_examples(config, model.policy, {"train": _examples(examples)})
     reference = model if reference is None else reference
@@ -198,8 +198,16 @@ def make_train_step(
     return TrainStep(batches, chosen, frozen)
 
 
+def _copy(config: ConfigDict) -> ConfigDict:
+    """One to change; raises UserError where it is not such a configuration, or lacks settings."""
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"config={config!r}: expected what default_config() returns")
+    config_lib.check_types(dict(config_lib.flat(config)))
+    return config.copy_and_resolve_references()
+
+
 def _examples(rows: Rows) -> list[Example]:
-    read = BadRows("examples", "error")
+    read = BadRows("examples", None)
     found = []
     for i, row in enumerate(rows):
         with read:

@@ -130,7 +130,7 @@ def test_a_loop_of_ones_own_is_the_command(
         model.updated(state).save(tmp_path / "saved")
         saved = mdj.load_model(tmp_path / "saved", config)
         np.testing.assert_array_equal(saved.score(rows).logps, found.logps)
-        with pytest.raises(mdj.UserError, match="exists and is not empty"):
+        with pytest.raises(mdj.UserError, match=f"^{tmp_path}/saved: exists and is not empty"):
             model.save(tmp_path / "saved")
     with pytest.raises(mdj.UserError, match="dtype='int8': expected bfloat16 or float32"):
         model.save(tmp_path / "small", "int8")
@@ -163,7 +163,8 @@ def test_mistakes(tmp_path: Path, folder: Path) -> None:
         mdj.load_model(tmp_path / "none")
     model = mdj.load_model(folder, config)
     row = {"prompt": "a", "chosen": "b", "rejected": ["c", "d", "e"]}
-    with pytest.raises(mdj.UserError, match=r"examples\[1\]: field 'chosen' is missing"):
+    # Without advice: config.data.on_bad_row has no effect here.
+    with pytest.raises(mdj.UserError, match=r"examples\[1\]: field 'chosen' is missing.*prompt$"):
         model.score([row, {"prompt": "a"}])
     with pytest.raises(mdj.UserError, match=r"examples\[1\]: id 'x' is taken by examples\[0\]"):
         model.score([{**row, "id": "x"}, {**row, "id": "x"}])
@@ -171,6 +172,15 @@ def test_mistakes(tmp_path: Path, folder: Path) -> None:
         model.score([])
     with pytest.raises(mdj.UserError, match="num_negatives=4"):
         mdj.batches(model, [row], config_of(folder, tmp_path, num_negatives=4))
+    wrong: list[tuple[Any, str]] = [
+        ({}, r"^config={}: expected what default_config\(\) returns"),
+        (ConfigDict(), r"^config\.[a-z_.]+=None: expected a"),
+    ]
+    for settings, message in wrong:
+        with pytest.raises(mdj.UserError, match=message):
+            mdj.load_model(folder, settings)
+        with pytest.raises(mdj.UserError, match=message):
+            mdj.batches(model, [row], settings)
     batches = mdj.batches(model, [row])
     with pytest.raises(IndexError):
         batches[4]

@@ -13,14 +13,15 @@ _log = logging.getLogger(__name__)
 class BadRows:
     """Every row of a file is read inside `with rows:`, and `rows.done()` ends the file.
 
-    With `on_bad_row` = "error" the UserError of a row goes on as it is; with "skip" it stays inside
-    the `with`, and `done` logs how many there were and the first one's message.
+    With `on_bad_row` = "error" the UserError of a row goes on, and says what "skip" would do: there
+    it stays inside the `with`, and `done` logs how many there were and the first one's message.
+    None: there is no such setting, and the UserError goes on as it is.
     """
 
-    def __init__(self, name: str, on_bad_row: str):
+    def __init__(self, name: str, on_bad_row: str | None):
         self.count = 0  # Rows so far, bad ones too and the one being read.
         self._name = name
-        self._skip = on_bad_row == "skip"
+        self._on_bad_row = on_bad_row
         self._first = ""
         self._skipped = 0
         self._places: dict[str, str] = {}
@@ -34,9 +35,9 @@ class BadRows:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> bool:
-        if not isinstance(error, UserError):
+        if not isinstance(error, UserError) or self._on_bad_row is None:
             return False
-        if not self._skip:
+        if self._on_bad_row == "error":
             raise UserError(f"{error}; config.data.on_bad_row=skip leaves such rows out") from None
         self._first = self._first or str(error)
         self._skipped += 1
