@@ -80,7 +80,8 @@ class _Part:
         features = features.astype(jnp.float32)
         if self.norm == "l2":
             norms = jnp.sqrt(jnp.sum(features**2, axis=-1, keepdims=True))
-            features = features / jnp.where(norms > 0, norms, 1.0)
+            norms = jnp.where(jnp.isinf(norms), jnp.nan, norms)  # Not a direction that is 0.
+            features = features / jnp.where(norms == 0, 1.0, norms)
         return features
 
     def vectors(self, features: jax.Array, roots: jax.Array) -> jax.Array:
@@ -147,8 +148,8 @@ def select_from_catalogue(
     is chosen. Sums in another order (more devices, another chunk size, `select_negatives`) round
     otherwise: who is that close to the edge of a tie may be chosen instead.
 
-    A candidate whose features or score are not finite has no gain; if the weights or the mean are
-    not finite because of it, nobody has, and the first n are chosen with gain 0.
+    A candidate whose features are not finite has no gain. If the weights or the mean are not finite
+    because of it, or of a score, nobody has, and there is no choice to make: an error.
 
     Args:
         features: [N, D], pooled hidden states of the candidates, N >= 2.
@@ -166,8 +167,8 @@ def select_from_catalogue(
 
     Raises:
         ValueError: shapes do not fit together, or n < 1.
-        UserError: an unknown name or a value out of range in `settings`, or no `chosen` for
-            `contrast`.
+        UserError: an unknown name or a value out of range in `settings`, no `chosen` for
+            `contrast`, or features or scores by which nobody can be chosen.
     """
     how = _settings(settings)
     features = _array(features)
@@ -192,7 +193,24 @@ def select_from_catalogue(
     if how.fisher_scale:
         scale = scale * selection.fisher_factor(scores, mask, how.beta)
     static = n, how.criterion, how.feature_norm, mesh
-    return greedy(features, scores, mask, chosen, scale, *static)[0]
+    found = greedy(features, scores, mask, chosen, scale, *static)[0]
+    first = float(found.gains[0])  # The largest of them.
+    origin = chosen if how.criterion == "contrast" else jnp.zeros_like(chosen)
+    if not math.isfinite(first) or (first == 0 and not _finite(features, scores, mask, origin)):
+        raise UserError(
+            "features, scores or chosen: not finite, or too large to choose by in float32; "
+            "expected finite numbers of every candidate that may be chosen"
+        )
+    return found
+
+
+@jax.jit
+def _finite(
+    features: jax.Array, scores: jax.Array, mask: jax.Array, origin: jax.Array
+) -> jax.Array:
+    """Whether scores and squared norms are numbers in float32, of all that may be chosen."""
+    squares = jnp.sum((features.astype(jnp.float32) - origin) ** 2, axis=1)
+    return ((jnp.isfinite(squares) & jnp.isfinite(scores)) | ~mask).all()
 
 
 def _settings(settings: dict[str, Any]) -> Settings:

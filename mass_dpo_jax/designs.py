@@ -33,6 +33,13 @@ MOST_SETS = 20_000  # The exhaustive search refuses to look at more.
 SEARCHES = ("greedy", "exchange", "exhaustive")
 
 
+# Squared norms over the ridge. Above the first, rounding moves a determinant's factors, which can
+# be as small as 1, by more than a tenth. Greedy choice compares what is left of the norms
+# themselves, to any size, until products overflow: above the second.
+MOST = 0.1 / float(np.finfo(np.float32).eps)
+MOST_ADDITIVE = float(np.finfo(np.float32).max) ** 0.5
+
+
 class Selection(NamedTuple):
     """The chosen negatives of one prompt, in the order of choice."""
 
@@ -83,7 +90,8 @@ def gram_matrix(features: jax.Array, mask: jax.Array, feature_norm: str) -> jax.
     features = features.astype(jnp.float32)
     if feature_norm == "l2":
         norms = jnp.sqrt(jnp.sum(features**2, axis=-1, keepdims=True))
-        features = features / jnp.where(norms > 0, norms, 1.0)
+        norms = jnp.where(jnp.isinf(norms), jnp.nan, norms)  # Not a direction that is 0.
+        features = features / jnp.where(norms == 0, 1.0, norms)
     present = jnp.pad(mask, (1, 0), constant_values=True)[:, None]
     features = jnp.where(present, features - features[1 + jnp.argmax(mask)], 0.0)
     # A product, since XLA sums over rows on a CPU much more slowly than it multiplies.
@@ -113,6 +121,14 @@ def weighted_gram(gram: jax.Array, weights: jax.Array) -> jax.Array:
     centred = gram - mean[:, None] - mean[None, :] + weights @ mean
     roots = jnp.sqrt(weights)
     return roots[:, None] * roots[None, :] * centred
+
+
+def excess(design: Design) -> jax.Array:
+    """The largest squared norm over the ridge, as a share of what float32 has the digits for: above
+    1, or NaN, what is found by rounding alone may be chosen."""
+    most = MOST_ADDITIVE if design.value is None else MOST
+    largest = jnp.max(jnp.diagonal(design.gram)) / most
+    return jnp.where(jnp.isfinite(design.gram).all(), largest, jnp.nan)
 
 
 def log_det(matrix: jax.Array) -> jax.Array:

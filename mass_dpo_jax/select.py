@@ -30,18 +30,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 from safetensors import SafetensorError, safe_open
 
-from mass_dpo_jax import cli, hosts
+from mass_dpo_jax import cli, hosts, selection
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.data import load_examples
 from mass_dpo_jax.data.examples import Example, History, Message, Text
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import read_array
-from mass_dpo_jax.selection import Selection, select_negatives
+from mass_dpo_jax.selection import Selection
 from mass_dpo_jax.training import scoring
 from mass_dpo_jax.training.methods import make_method
 from mass_dpo_jax.training.setup import prepare_scoring
@@ -119,17 +120,19 @@ def with_features(config: ConfigDict, path: Path, split: str | None) -> Iterator
         raise UserError(
             f"config.num_negatives={method.num_negatives}: {path} has {negatives} per row"
         )
-    settings = {k: v for k, v in vars(method.selection).items() if not k.startswith("_")}
+    there = np.pad(mask, ((0, 0), (1, 0)), constant_values=True)[..., None]
     for start in scoring.progress_bar(range(0, rows, AT_A_TIME), desc="selecting", unit="batch"):
         part = slice(start, start + AT_A_TIME)
-        found = select_negatives(
-            np.asarray(features[part]),
-            scores[part],
+        found, beyond = selection.select_features(
+            _numbers(path, start, "features", features[part], there[part]),
+            _numbers(path, start, "scores", scores[part], mask[part]),
             mask[part],
-            n=method.num_negatives,
-            seed=config.seed + start,
-            **settings,
+            jax.random.key(config.seed + start),
+            method.num_negatives,
+            method.selection,
         )
+        names = [f"{path}: row {row}" for row in range(rows)[part]]
+        selection.check(found, beyond, method.selection, names)
         selected = _rows(found, method.sampled)
         for row, (example, choice) in enumerate(zip(examples[part], selected, strict=True), start):
             yield {"id": row, **choice} if example is None else _with_texts(example, choice)
@@ -204,19 +207,38 @@ def _read(path: Path) -> Mapping[str, np.ndarray]:
     if "features" not in arrays:
         raise UserError(f"{path}: no tensor 'features'; found {', '.join(arrays) or 'none'}")
     features = arrays["features"]
-    if features.ndim != 3 or features.shape[1] < 2 or features.dtype.kind not in "fiu":
+    sized = features.ndim == 3 and features.shape[1] >= 2 and 0 not in features.shape
+    if not sized or features.dtype.kind not in "fiu":
         raise UserError(
             f"{path}: features {features.dtype}{list(features.shape)}, expected numbers [M, C, D] "
-            "with C >= 2, the chosen response first"
+            "with M >= 1, C >= 2 and D >= 1, the chosen response first"
         )
-    for name in ("scores", "mask"):
-        shape = (features.shape[0], features.shape[1] - 1)
-        if name in arrays and arrays[name].shape != shape:
+    for name, kinds, words in (("scores", "fiu", "numbers"), ("mask", "bui", "true or false")):
+        if name not in arrays:
+            continue
+        found, shape = arrays[name], (features.shape[0], features.shape[1] - 1)
+        if found.shape != shape:
             raise UserError(
-                f"{path}: {name} {list(arrays[name].shape)}, expected {list(shape)} for features "
+                f"{path}: {name} {list(found.shape)}, expected {list(shape)} for features "
                 f"{list(features.shape)}"
             )
+        if found.dtype.kind not in kinds:
+            raise UserError(f"{path}: {name} {found.dtype}, expected {words}")
     return arrays
+
+
+def _numbers(path: Path, start: int, name: str, given: np.ndarray, there: np.ndarray) -> np.ndarray:
+    """Rows of an array in float32, checked where something is there; `start` is the first one's."""
+    with np.errstate(over="ignore"):
+        found = np.asarray(given, np.float32)
+    bad = ~np.isfinite(found) & there
+    if bad.any():
+        row, *place = np.argwhere(bad)[0].tolist()
+        raise UserError(
+            f"{path}: row {start + row}: {name}{place} is {given[row, *place]}, expected a finite "
+            "number that float32 can hold"
+        )
+    return found
 
 
 def _present(path: Path, examples: Sequence[Example], negatives: int) -> np.ndarray:

@@ -20,11 +20,12 @@ import dataclasses
 import difflib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from mass_dpo_jax import designs
@@ -183,6 +184,48 @@ def select(pools: Pool, n: int, settings: Settings) -> Selection:
     return jax.vmap(lambda pool: choose(pool, n, settings))(pools)
 
 
+def excess(pools: Pool, settings: Settings) -> jax.Array:
+    """How far the numbers of each prompt are beyond what its choice can be computed of: [B], above
+    1 or NaN where it means nothing. For `check`, where a wrong choice would not be noticed."""
+    make = CRITERIA[settings.criterion].design
+
+    def of(pool: Pool) -> jax.Array:
+        if pool.scores is None:
+            return jnp.float32(0)
+        found = designs.excess(make(pool, settings)) if make else jnp.float32(0)
+        return jnp.where(jnp.isfinite(pool.scores) | ~pool.mask, found, jnp.nan).max()
+
+    return jax.vmap(of)(pools)
+
+
+def check(chosen: Selection, beyond: Any, settings: Settings, names: Sequence[str]) -> None:
+    """Raises UserError for the first prompt whose choice means nothing.
+
+    Args:
+        chosen: with a leading batch dimension B.
+        beyond: [B], see `excess`.
+        settings: that it was chosen by.
+        names: what to call each prompt.
+    """
+    beyond = np.asarray(beyond)
+    bad = ~(beyond <= 1)
+    for figures in (chosen.gains, chosen.weights):
+        bad |= ~np.isfinite(figures).all(-1)
+    if not bad.any():
+        return
+    row = int(bad.argmax())
+    if beyond[row] > 1:
+        raise UserError(
+            f"{names[row]}: features too far apart to choose by {settings.criterion} in float32: "
+            f"squared distances over the ridge {beyond[row]:.1e} times what it has the digits for; "
+            "expected less, as with selection.feature_norm=l2 or a larger selection.ridge"
+        )
+    raise UserError(
+        f"{names[row]}: features or scores that are not finite or overflow float32; expected "
+        "finite numbers"
+    )
+
+
 def select_negatives(
     features: Any, scores: Any = None, mask: Any = None, *, n: int, seed: int = 0, **settings: Any
 ) -> Selection:
@@ -207,7 +250,8 @@ def select_negatives(
 
     Raises:
         ValueError: shapes do not fit together, or n < 1.
-        UserError: an unknown name or a value out of range in `settings`.
+        UserError: an unknown name or a value out of range in `settings`; or of the negatives there
+            are, features or scores that are not finite, or too large to choose by in float32.
     """
     known = [field.name for field in dataclasses.fields(Settings)]
     for name in settings:
@@ -229,21 +273,25 @@ def select_negatives(
     if single := features.ndim == 2:
         features, scores, mask = features[None], scores[None], mask[None]
     how = Settings(**settings)
-    chosen = _select_negatives(features, scores, mask, jax.random.key(seed), n, how)
+    chosen, beyond = select_features(features, scores, mask, jax.random.key(seed), n, how)
+    names = ["features"] if single else [f"features[{row}]" for row in range(len(mask))]
+    check(chosen, beyond, how, names)
     return jax.tree.map(lambda x: x[0], chosen) if single else chosen
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5))
-def _select_negatives(
+def select_features(
     features: jax.Array,
     scores: jax.Array,
     mask: jax.Array,
     key: jax.Array,
     n: int,
     settings: Settings,
-) -> Selection:
+) -> tuple[Selection, jax.Array]:
+    """`select_negatives` of arrays [B, ...], with what `check` needs."""
     keys = jax.random.split(key, features.shape[0])
-    return select(Pool(grams(features, mask, settings), scores, mask, keys), n, settings)
+    pools = Pool(grams(features, mask, settings), scores, mask, keys)
+    return select(pools, n, settings), excess(pools, settings)
 
 
 def grams(features: jax.Array, mask: jax.Array, settings: Settings) -> jax.Array:

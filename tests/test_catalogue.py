@@ -236,10 +236,19 @@ def test_what_is_not_a_number_gains_nothing(place: int) -> None:
     broken = features.copy()
     broken[place, 3] = np.nan
     # The weighted mean is of all of them, so then nobody gains anything.
-    for arrays in ((broken, scores), (features, np.where(np.arange(SIZE) == place, np.nan, 1.0))):
-        got = one(*arrays, n=N)
-        np.testing.assert_array_equal(got.indices, np.arange(N))
-        assert np.asarray(got.valid).all() and not np.asarray(got.gains).any()
+    for arrays in (
+        (broken, scores),
+        (features, np.where(np.arange(SIZE) == place, np.nan, 1.0)),
+        (features * np.float32(1e20), scores),
+    ):
+        for norm in ("none", "l2"):
+            with pytest.raises(UserError, match="features, scores or chosen: not finite, or too"):
+                one(*arrays, n=N, feature_norm=norm)
+    with pytest.raises(UserError, match="chosen: not finite"):
+        one(features, scores, n=N, chosen=chosen * np.nan, criterion="contrast")
+    one(features, scores, n=N, chosen=chosen * np.nan)  # Has no say.
+    same = np.zeros_like(features)
+    assert not np.asarray(one(same, scores, n=N).gains).any()  # Nothing to choose by, nor wrong.
     got = one(broken, scores, n=N, chosen=chosen, criterion="contrast")
     others = np.arange(SIZE) != place
     want = oracle(features, scores, SIZE, chosen=chosen)

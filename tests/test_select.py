@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,67 @@ def test_pairs_are_messages_where_a_template_or_a_message_is() -> None:
         assert first["rejected"] == [{"role": "assistant", "content": "No."}]
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e39])
+def test_numbers_that_nothing_can_be_chosen_by(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    """They once gave the first n negatives, with gains of 0."""
+    features, scores = (array.astype(np.float64) for array in make_features())
+    mask = np.ones((5, 6), bool)
+    mask[3, 4] = False
+    config, path = config_lib.default(), folder / "numbers.safetensors"
+    monkeypatch.setattr(select, "AT_A_TIME", 2)
+
+    def chosen() -> list[Any]:
+        save_file({"features": features, "scores": scores, "mask": mask}, path)
+        return [row["selected"] for row in with_features(config, path, None)]
+
+    want = chosen()
+    features[3, 5], scores[3, 4] = value, value
+    assert chosen() == want  # What is masked may hold anything.
+    for array, place in ((features, (3, 0, 7)), (features, (3, 2, 1)), (scores, (3, 5))):
+        before, array[place] = array[place], value
+        name = "scores" if array is scores else "features"
+        shown = f"{path}: row 3: {name}{list(place[1:])} is {value}, expected a finite number"
+        with pytest.raises(UserError, match=re.escape(shown)):
+            chosen()
+        array[place] = before
+
+
+def test_big_endian_and_whole_numbers(folder: Path) -> None:
+    features = np.round(make_features()[0] * 9)
+    want = None
+    for kind in ("<f4", ">f4", ">f8", ">i8", "<i2"):
+        np.save(folder / "kind.npy", features.astype(kind))
+        found = list(with_features(config_lib.default(), folder / "kind.npy", None))
+        want = want or found
+        assert found == want
+
+
+@pytest.mark.parametrize(
+    ("criterion", "search", "norm", "factor"),
+    [
+        ("pool_fisher", "greedy", "none", 1e10),
+        ("contrast", "exchange", "none", 1e10),
+        ("set_fisher", "greedy", "none", 1e3),
+        ("set_fisher", "exhaustive", "none", 1e3),
+        ("pool_fisher", "greedy", "l2", 1e20),
+    ],
+)
+def test_features_too_far_apart_for_float32(
+    folder: Path, criterion: str, search: str, norm: str, factor: float
+) -> None:
+    features, _ = make_features()
+    config, path = config_lib.default(), folder / "far.npy"
+    config.selection.update(criterion=criterion, search=search, feature_norm=norm)
+    np.save(path, features)
+    assert len(list(with_features(config, path, None))) == 5
+    features[3] *= factor
+    np.save(path, features)
+    with pytest.raises(UserError, match=r"far.npy: row 3: features (too far apart|or scores)"):
+        list(with_features(config, path, None))
+
+
 def test_files_that_are_no_features(folder: Path) -> None:
     config = config_lib.default()
 
@@ -214,6 +276,12 @@ def test_files_that_are_no_features(folder: Path) -> None:
     features, scores = make_features()
     save_file({"features": features, "scores": scores[:, :2]}, folder / "bad.safetensors")
     assert "scores [5, 2], expected [5, 6]" in refused("bad.safetensors")
+    for shape in ((0, 3, 4), (2, 1, 4), (2, 3, 0)):
+        np.save(folder / "empty.npy", np.zeros(shape))
+        assert "with M >= 1, C >= 2 and D >= 1" in refused("empty.npy")
+    for name, array in (("scores", scores > 0), ("mask", scores)):
+        save_file({"features": features, name: array}, folder / "kind.safetensors")
+        assert f"{name} {array.dtype}, expected" in refused("kind.safetensors")
     np.save(folder / "pickled.npy", np.array([{}]), allow_pickle=True)
     assert "not a .npy" in refused("pickled.npy")
     config.num_negatives = 9

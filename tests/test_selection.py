@@ -314,6 +314,30 @@ def test_the_library_call_takes_arrays_of_any_kind(torch):
         selection.select_negatives(features, n=1, criterium="random")
 
 
+@pytest.mark.parametrize("name", ["pool_fisher", "set_fisher", "hardest"])
+def test_the_library_refuses_what_no_choice_can_be_made_by(name):
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(3, 6, 8)).astype(np.float32)
+    scores = rng.normal(size=(3, 5)).astype(np.float32)
+
+    def choose(which=slice(None)):
+        found = selection.select_negatives(features[which], scores[which], n=2, criterion=name)
+        return found.indices.tolist()
+
+    want = choose()
+    scores[1, 3] = np.nan
+    with pytest.raises(UserError, match=r"^features\[1\]: features or scores .* not finite"):
+        choose()
+    assert choose([0, 2]) == [want[0], want[2]]
+    if name == "hardest":  # Knows no features.
+        return
+    scores[1, 3], features[2] = 0, features[2] * 1e12
+    with pytest.raises(UserError, match=rf"^features\[2\]: .* too far apart to choose by {name}"):
+        choose()
+    with pytest.raises(UserError, match=r"^features: .* expected less, as with"):
+        choose(2)
+
+
 def test_the_example_in_the_docstring_runs():
     assert doctest.testmod(selection).failed == 0
     assert doctest.testmod(selection).attempted > 0
