@@ -18,6 +18,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from mass_dpo_jax import cli, evaluation
+from mass_dpo_jax.training import scoring
 from mass_dpo_jax.training.run_folder import write_json
 from mass_dpo_jax.training.setup import prepare_scoring
 
@@ -31,9 +32,11 @@ def evaluate(config: ConfigDict, workdir: Path | None, split: str | None) -> dic
     if split is None and workdir is not None:
         split = "test"  # Rows that the run did not train on.
     setup, split, params, refs = prepare_scoring(config, workdir, split)
+    tokens = setup.tokens[split]
     logps = setup.score(params, split, "evaluation")
-    valid = setup.tokens[split].response_lengths > 0
-    return evaluation.evaluate_logps(logps, refs, valid, config.beta)
+    scoring.check_finite(logps, tokens, str(workdir or config.model.path))
+    scoring.check_finite(refs, tokens, "the reference")
+    return evaluation.evaluate_logps(logps, refs, tokens.response_lengths > 0, config.beta)
 
 
 def main() -> None:

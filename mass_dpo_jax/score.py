@@ -22,6 +22,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from mass_dpo_jax import cli
+from mass_dpo_jax.training import scoring
 from mass_dpo_jax.training.setup import prepare_scoring
 
 
@@ -35,6 +36,8 @@ def score(config: ConfigDict, workdir: Path | None, split: str | None) -> Iterat
     setup, split, params, refs = prepare_scoring(config, workdir, split)
     tokens = setup.tokens[split]
     logps = setup.score(params, split, "scoring")
+    scoring.check_finite(logps, tokens, str(workdir or config.model.path))
+    scoring.check_finite(refs, tokens, "the reference")
     for row, example_id in enumerate(tokens.ids):
         there = tokens.response_lengths[row] > 0
         found = {"id": example_id, "logps": logps[row, there]}

@@ -26,11 +26,13 @@ config.data.max_* is not applied.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
@@ -39,6 +41,7 @@ from safetensors import SafetensorError, safe_open
 from mass_dpo_jax import cli, hosts, selection
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.data import load_examples
+from mass_dpo_jax.data.batches import Batch
 from mass_dpo_jax.data.examples import Example, History, Message, Text
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import read_array
@@ -46,6 +49,7 @@ from mass_dpo_jax.selection import Selection
 from mass_dpo_jax.training import scoring
 from mass_dpo_jax.training.methods import make_method
 from mass_dpo_jax.training.setup import prepare_scoring
+from mass_dpo_jax.training.step import Program
 
 FORMATS = ("lists", "pairs")
 # What a prompt has several of -> what a pair calls its own.
@@ -74,6 +78,7 @@ def with_model(config: ConfigDict, workdir: Path | None, split: str | None) -> I
     if setup.method.supervised:
         raise UserError(f"config.method={config.method} has no negatives to select")
     tokens = setup.tokens[split]
+    scoring.check_finite(refs, tokens, "the reference")
     chosen: dict[int, Row] = {}
     for indices, batch in scoring.batches(
         tokens,
@@ -83,15 +88,37 @@ def with_model(config: ConfigDict, workdir: Path | None, split: str | None) -> I
         "selecting",
         ref_logps=refs,
     ):
-        found = setup.program.select_batch(params, batch, setup.key(0), refs is None)
-        rows = zip(indices.tolist(), _rows(found, setup.method.sampled), strict=True)
-        chosen |= {row: selected for row, selected in rows if row >= 0}
+        found = _choose(setup.program, params, batch, setup.key(0), refs is None)
+        real = indices >= 0  # The others fill up the batch.
+        picks, beyond = jax.tree.map(lambda x, real=real: hosts.whole(x)[real], found)
+        rows = indices[real].tolist()
+        names = [f"{workdir or config.model.path}: example {tokens.ids[row]!r}" for row in rows]
+        selection.check(picks, beyond, setup.method.selection, names)
+        chosen |= zip(rows, _rows(picks, setup.method.sampled), strict=True)
     by_id = {example.id: example for example in setup.examples[split]}
     for row, example_id in enumerate(tokens.ids):
         # Candidates that were too long are gone from the tokens.
         selected = chosen[row]["selected"]
         numbers = [int(tokens.numbers[row, 1 + number]) - 1 for number in selected]
         yield _with_texts(by_id[example_id], {**chosen[row], "selected": numbers})
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _choose(
+    program: Program, params: Any, batch: Batch, key: jax.Array, at_reference: bool
+) -> tuple[Selection, jax.Array]:
+    """A selection with its gains, and what `selection.check` needs.
+
+    Args:
+      at_reference: these weights are the reference, so that all scores are 0.
+    """
+    pools, _ = program.pools(params, batch, key)
+    if at_reference and pools.scores is not None:
+        # What is no number stays, so that it is found.
+        pools = pools._replace(scores=jnp.where(jnp.isfinite(pools.scores), 0.0, pools.scores))
+    how = program.method.selection
+    chosen = selection.select(pools, program.method.num_negatives, how)
+    return chosen, selection.excess(pools, how)
 
 
 def with_features(config: ConfigDict, path: Path, split: str | None) -> Iterator[Row]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 from helpers import WORDS, log_lines, tiny_config, write_jsonl
+from safetensors.numpy import load_file, save_file
 
 from mass_dpo_jax import cli, metrics
 from mass_dpo_jax.data.vocabulary import train_tokenizer
@@ -87,6 +89,25 @@ def test_score_and_evaluate_equal_transformers(
     wanted = metrics.ranking(table, np.isfinite(table), "policy")
     config = tiny_config(data, **{"model.path": str(model)})
     assert evaluate(config, None, None) == pytest.approx(wanted)
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_diverged_model_has_no_scores(tmp_path: Path, model: Path) -> None:
+    data = write_jsonl(tmp_path / "data.jsonl", examples=10)
+    diverged = tmp_path / "diverged"
+    shutil.copytree(model, diverged)
+    tensors = load_file(diverged / "model.safetensors")
+    tensors["model.norm.weight"][3] = np.nan
+    save_file(tensors, diverged / "model.safetensors", {"format": "pt"})
+    for path, reference, place in (
+        (diverged, "", str(diverged)),
+        (model, str(diverged), "the reference"),
+    ):
+        changes = {"model.path": str(path), "model.reference_path": reference}
+        for compute in (lambda config: list(score(config, None, None)),
+                        lambda config: evaluate(config, None, None)):  # fmt: skip
+            with pytest.raises(UserError, match=rf"^{place}: example 'row0': .*\[nan, .*10 of 10"):
+                compute(tiny_config(data, **changes))
 
 
 @pytest.mark.usefixtures("one_device")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import tiny_config, write_jsonl
@@ -100,6 +101,22 @@ def features_of(setup: Any, params: Any, row: int) -> np.ndarray:
     batch = make_batch(tokens, rows, setup.buckets["all"].shapes[-1], None)
     found = setup.program.scorer(params, jax.tree.map(np.asarray, batch), features=True)
     return np.asarray(found.features[0, tokens.response_lengths[row] > 0], np.float64)
+
+
+@pytest.mark.parametrize("criterion", ["pool_fisher", "hardest"])
+@pytest.mark.parametrize("reference", [False, True])
+def test_a_diverged_model_chooses_nothing(
+    run: Path, data: Path, monkeypatch: pytest.MonkeyPatch, criterion: str, reference: bool
+) -> None:
+    def broken(*args: Any) -> Any:
+        setup, split, params, refs = prepare_scoring(*args)
+        return setup, split, jax.tree.map(lambda x: x * jnp.nan, params), refs
+
+    monkeypatch.setattr(select, "prepare_scoring", broken)
+    changes = {"model.path": str(run), "selection.criterion": criterion, "num_negatives": 2}
+    config = tiny_config(data, **changes)
+    with pytest.raises(UserError, match=rf"^{run}: example 'row\d+': .* not finite"):
+        list(with_model(config, run if reference else None, None))
 
 
 def test_without_a_reference_all_scores_are_zero(run: Path, data: Path) -> None:

@@ -23,6 +23,7 @@ import mass_dpo_jax
 from mass_dpo_jax import hosts
 from mass_dpo_jax.data.batches import Batch, Buckets, in_order, make_batch
 from mass_dpo_jax.data.tokens import Tokens
+from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.training import interruption
 from mass_dpo_jax.training import mesh as mesh_lib
 
@@ -79,6 +80,23 @@ def over_split(
         for table, part in zip(jax.tree.leaves(tables), jax.tree.leaves(found), strict=True):
             table[indices[real]] = part[real]
     return tables
+
+
+def check_finite(logps: np.ndarray | None, tokens: Tokens, place: str) -> None:
+    """Raises UserError where a model's log-probs `[M, C]` of a split, if any, are no numbers.
+
+    Args:
+      place: what to call the model.
+    """
+    if logps is None or np.isfinite(logps).all():
+        return
+    bad = ~np.isfinite(logps).all(1)
+    row = int(bad.argmax())
+    found = logps[row, tokens.response_lengths[row] > 0].tolist()
+    raise UserError(
+        f"{place}: example {tokens.ids[row]!r}: log-probabilities {found}, expected finite numbers "
+        f"({bad.sum()} of {len(bad)} examples have such): are its weights of a run that diverged?"
+    )
 
 
 def fingerprint(params: Any) -> str:
