@@ -158,8 +158,8 @@ def test_the_step_lowers_to_the_kernels(
     traced = Program.train_step.trace(program, optimizer, *args, 17)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     calls = re.findall(r"@(__cudnn\$fmha\w+)\(", text)
-    # The layers' loop calls it for the prompt and for the responses, the last layer for the prompt's
-    # last token and for the responses.
+    # The layers' loop calls it for the prompt and for the responses, the last layer for the
+    # prompt's last token and for the responses.
     assert {"__cudnn$fmhaSoftmax", "__cudnn$fmhaScaleBiasSoftmax"} < set(calls)
     assert calls.count("__cudnn$fmhaSoftmaxBackward") == 1
     assert calls.count("__cudnn$fmhaScaleBiasSoftmaxBackward") == 3
