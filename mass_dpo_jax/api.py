@@ -172,8 +172,9 @@ def batches(
     config.model = model.config.model
     setup = prepare_examples(config, model.policy, {"train": _examples(examples)})
     reference = model if reference is None else reference
-    if (reference.architecture, reference.policy.lora) != (model.architecture, model.policy.lora):
-        raise UserError("reference: its architecture differs from the policy's")
+    model.policy.check_like(reference.architecture, "reference")
+    if reference.policy.lora != model.policy.lora:
+        raise UserError("reference: its adapters are of another form than the policy's")
     known = setup.reference(reference.params) if setup.method.reference else Reference({})
     return Batches(setup, known)
 

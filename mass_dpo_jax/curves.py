@@ -223,7 +223,7 @@ def _levels(ax: Axes, accuracies: Mapping[str, float]) -> None:
 
 
 def main() -> None:
-    """The command: run folders, or their metrics.jsonl, in; a PNG out."""
+    """The command: run folders in, a PNG out."""
     parser = Parser(__doc__)
     parser.add_argument("run", nargs="+", type=Path, help="folder of a run")
     parser.add_argument("--output", type=png, default=Path("curves.png"), help="the PNG to write")

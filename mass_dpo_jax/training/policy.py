@@ -119,16 +119,7 @@ class Policy:
             which add nothing yet.
         """
         if path:
-            found = load_config(description_folder(Path(path)))
-            differ = [
-                field.name
-                for field in dataclasses.fields(found)
-                if field.name not in NOT_COMPUTED
-                and getattr(found, field.name) != getattr(self.config, field.name)
-            ]
-            if differ:
-                shown = ", ".join(differ)
-                raise UserError(f"{path}: its architecture differs from the policy's: {shown}")
+            self.check_like(load_config(description_folder(Path(path))), path)
         whole = param_shapes(self.config, self.mesh)
         if not path:
             params = _new(Decoder, whole, seed, self.config)
@@ -144,6 +135,18 @@ class Policy:
         if not path or run_of(Path(path)):
             params = jax.tree.map_with_path(lambda at, x: self._store(names(at), x), params)
         return {**params, "adapters": self._adapters(adapters, seed)}
+
+    def check_like(self, other: DecoderConfig, name: str) -> None:
+        """Raises UserError if another model, of that name, does not compute as this one does."""
+        differ = [
+            field.name
+            for field in dataclasses.fields(other)
+            if field.name not in NOT_COMPUTED
+            and getattr(other, field.name) != getattr(self.config, field.name)
+        ]
+        if differ:
+            shown = ", ".join(differ)
+            raise UserError(f"{name}: its architecture differs from the policy's: {shown}")
 
     def _store(self, path: tuple[str, ...], array: jax.Array) -> Any:
         if self.lora is None:

@@ -265,20 +265,6 @@ class Program:
         """`choose`, on its own: for sets that outlive a step."""
         return self.choose(params, batch, key)[:2]
 
-    @functools.partial(jax.jit, static_argnums=(0, 4))
-    def select_batch(
-        self, params: Params, batch: Batch, key: Array, at_reference: bool
-    ) -> selection.Selection:
-        """A selection with its gains, for choosing without training.
-
-        Args:
-          at_reference: these weights are the reference, so that all scores are 0.
-        """
-        pools, _ = self.pools(params, batch, key)
-        if at_reference and pools.scores is not None:
-            pools = pools._replace(scores=jnp.zeros_like(pools.scores))
-        return selection.select(pools, self.method.num_negatives, self.method.selection)
-
     @functools.partial(jax.jit, static_argnums=(0, 1, 6), donate_argnums=2)
     def train_step(
         self,
