@@ -236,7 +236,8 @@ def lines_of(a: Account, config: ConfigDict, evaluation: int) -> list[str]:
         ("of that, left by scoring the pool", a.scored),
         ("estimate: temporaries of scoring the pool", a.scoring),
         ("estimate: temporaries of the loss, vocabulary", a.vocabulary),
-        ("estimate: temporaries of the loss, a layer", a.layers),
+        ("estimate: temporaries of the loss, the last layer", a.last),
+        ("estimate: temporaries of the loss, another layer", a.layers),
     ]
     parts = [(f"all at once: {name}", size) for name, size in a.phases.items()]
     parts.append((f"all at once: evaluation, eval.batch_size={config.eval.batch_size}", evaluation))

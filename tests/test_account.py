@@ -295,7 +295,7 @@ def test_dry_run_of_a_mesh_that_is_not_here(tmp_path: Path, hf_folder: Path) -> 
     plain = dry_run(many, None, train_lib.SPLITS)
     many.model.attention = "fused"  # Nor need the kernel be here.
     fused = dry_run(many, None, train_lib.SPLITS)
-    term = "estimate: temporaries of the loss, a layer"
+    term = "estimate: temporaries of the loss, another layer"
     assert 0 < gigabytes(fused, term) < 0.9 * gigabytes(plain, term)
 
     config.mesh.update(data=-1, fsdp=3)

@@ -22,7 +22,8 @@ def test_figures_of_a_tiny_shape() -> None:
     for name in ("ours", "unshared"):
         assert row[f"{name}/account"] == pytest.approx(row[f"{name}/xla"], rel=0.15)
     assert row["unshared/xla"] > 1.5 * row["ours/xla"]
-    assert row["unshared/kept"] > 1.5 * row["ours/kept"]
+    # By less: one of its two layers is the last, which keeps little of any copy of a prompt.
+    assert row["unshared/kept"] > 1.3 * row["ours/kept"]
     table = memory.small_table([row])
     assert table.splitlines()[-1].startswith("| 48, 8, 5, 2, 2 | packed | dots | ")
 

@@ -88,13 +88,21 @@ def record_bytes(m: Model, at: Layout) -> int:
     and what the last layer gives, D c; a log-prob a response token. The last layer has its input
     and keys and values of all tokens, and the rest of `Layout.ends`.
     """
-    keys = wide = 0
-    if m.remat != "full":
-        keys, wide = 2 * m.keys, m.hidden + m.queries + 2 * m.inner
-    below = (m.layers - 1) * at.tokens * (m.hidden + keys + wide)
-    last = at.tokens * (m.hidden + keys) + at.ends * (wide + m.hidden)
-    values = below + last
-    return values * m.itemsize + at.batch * at.responses * FLOAT
+    below = (m.layers - 1) * at.tokens * (m.hidden + sum(_products(m)))
+    return below * m.itemsize + last_bytes(m, at) + at.batch * at.responses * FLOAT
+
+
+def last_bytes(m: Model, at: Layout) -> int:
+    """Of a record what the last layer left; it is used up when the others' backward pass begins."""
+    keys, rest = _products(m)
+    return (at.tokens * (m.hidden + keys) + at.ends * (rest + m.hidden)) * m.itemsize
+
+
+def _products(m: Model) -> tuple[int, int]:
+    """Recorded values a token and layer: of keys and values, and of the other products."""
+    if m.remat == "full":
+        return 0, 0
+    return 2 * m.keys, m.hidden + m.queries + 2 * m.inner
 
 
 def bias_bytes(m: Model, at: Layout) -> int:
@@ -131,8 +139,9 @@ def forward_bytes(m: Model, at: Layout) -> int:
     return max(mlp, attention)
 
 
-def backward_bytes(m: Model, at: Layout) -> int:
-    """Temporaries of a layer in the backward pass, recomputed values among them.
+def backward_bytes(m: Model, at: Layout, last: bool = False) -> int:
+    """Temporaries of a layer, or of the last one, in the backward pass, recomputed values among
+    them.
 
     mlp      (3 D + k F + 2 H K + 2 KV K) c a token, k = 5, 4 for full, dots; all pairs' weights
              (4 + c)
@@ -143,9 +152,9 @@ def backward_bytes(m: Model, at: Layout) -> int:
 
     and, in every layer, `MASKS` a pair and head. Fused: `fused_bytes` for pairs, no `MASKS`.
     """
-    c, t = m.itemsize, at.tokens
+    c, t = m.itemsize, at.ends if last else at.tokens
     wide = FLOAT + (c if c < FLOAT else 0)
-    prompt, to_prompt, own = (n * m.heads for n in at.scores)
+    prompt, to_prompt, own = (n * m.heads for n in (at.end_scores if last else at.scores))
     inner = {"full": 5, "dots": 4}[m.remat]
     every = prompt + to_prompt + own
     again = every * wide
@@ -222,9 +231,10 @@ class Account:
       sums: the gradients of earlier micro-batches.
       copies: of weights, in the backward pass.
       kept: for the backward pass.
+      of_last: of that, what the last layer's backward pass has used up.
       scored: of that, what scoring the pool leaves behind.
-      scoring, vocabulary, layers: temporaries of scoring the pool and, of the loss, of the
-        vocabulary projection and of a layer.
+      scoring, vocabulary, last, layers: temporaries of scoring the pool and, of the loss, of the
+        vocabulary projection, of the last layer and of any other.
       offloaded: the optimizer's state is on the device only during the update.
     """
 
@@ -235,9 +245,11 @@ class Account:
     sums: int
     copies: int
     kept: int
+    of_last: int
     scored: int
     scoring: int
     vocabulary: int
+    last: int
     layers: int
     offloaded: bool
 
@@ -247,10 +259,12 @@ class Account:
         is the most it can be."""
         always = self.parameters + self.batch
         state = always + (0 if self.offloaded else self.optimizer) + self.sums
+        backward = state + self.gradients + self.copies + self.kept
         return {
             "scoring": state + self.scored + self.scoring,
             "vocabulary": state + self.kept + self.vocabulary,
-            "layers": state + self.gradients + self.copies + self.kept + self.layers,
+            "last layer": backward + self.last,
+            "layers": backward - self.of_last + self.layers,
             "update": always + self.optimizer + self.gradients,
         }
 
@@ -305,9 +319,11 @@ def account(
         sums=parameters if micro_batches > 1 else 0,
         copies=weight_copies(m, backward=True),
         kept=kept_bytes(m, recorded, trained),
+        of_last=last_bytes(m, recorded),
         scored=record_bytes(m, recorded) if reuse else 0,
         scoring=scoring,
         vocabulary=logits_bytes(m, trained, backward=True),
+        last=backward_bytes(m, trained, last=True),
         layers=backward_bytes(m, trained),
         offloaded=offloaded,
     )

@@ -25,7 +25,7 @@ def products_flops(m: Model, at: Layout, weights: int, keys: int) -> int:
 
 def attention_flops(m: Model, at: Layout) -> int:
     """4 H K a pair, of all layers."""
-    return 4 * m.queries * ((m.layers - 1) * at.pairs + at.end_pairs)
+    return 4 * m.queries * ((m.layers - 1) * at.pairs + sum(at.end_scores))
 
 
 def scoring_flops(m: Model, at: Layout, chunk: int | None) -> int:

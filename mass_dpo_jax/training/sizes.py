@@ -48,16 +48,16 @@ class Layout(NamedTuple):
         return sum(self.scores)
 
     @property
-    def end_pairs(self) -> int:
-        """Those in the last layer, the prompt's last token beside itself for B (P + 1)."""
-        prompt, *behind = self.scores
-        return sum(behind) + (prompt if self.whole else self.batch * (self.prompt + 1))
-
-    @property
     def scores(self) -> tuple[int, int, int]:
         """Pairs among prompt tokens, of responses with the prompt, and within groups."""
         own = self.responses * self.length
         return tuple(self.batch * n for n in (self.prompt**2, self.responses * self.prompt, own))  # type: ignore[return-value]
+
+    @property
+    def end_scores(self) -> tuple[int, int, int]:
+        """Those in the last layer, where the prompt's last token sees it and, beside it, itself."""
+        prompt, to_prompt, own = self.scores
+        return (prompt if self.whole else self.batch * (self.prompt + 1)), to_prompt, own
 
     @property
     def repeated(self) -> int:
