@@ -9,10 +9,11 @@ Environment variables that change a test run:
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -117,3 +118,11 @@ def torch() -> ModuleType:
     """PyTorch, which only the tests use, to compare with."""
     module: ModuleType = pytest.importorskip("torch", reason="needs PyTorch")
     return module
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]:
+    """What the program has logged so far."""
+    monkeypatch.setattr(logging.getLogger("mass_dpo_jax"), "propagate", True)
+    caplog.set_level(logging.INFO)
+    return lambda: caplog.text

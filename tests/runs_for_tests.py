@@ -1,0 +1,41 @@
+"""What tests ask of whole runs: their state, and whether two are the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from helpers import log_lines
+
+from mass_dpo_jax.train import abstract_state
+from mass_dpo_jax.training import checkpoint
+from mass_dpo_jax.training.optimizer import make_optimizer
+from mass_dpo_jax.training.setup import prepare
+
+SAVED_ALL = {"train.checkpoint_every": 1, "train.keep_checkpoints": 8}
+
+
+def final_state(workdir: Path, config: Any) -> Any:
+    """Weights and moments of the newest checkpoint, as numpy."""
+    setup = prepare(config, workdir, ("train",))
+    like = abstract_state(setup, make_optimizer(config.train, config.train.steps))
+    saved = checkpoint.Checkpoints(workdir, keep=100)
+    state = saved.restore(like).state
+    saved.close()
+    return jax.tree.map(np.asarray, state)
+
+
+def assert_same_run(config: Any, one: Path, other: Path) -> None:
+    """Bit for bit: weights, moments, and every figure but the speed."""
+    a, b = final_state(one, config), final_state(other, config)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+    def figures(workdir: Path) -> list[dict[str, Any]]:
+        return [
+            {k: v for k, v in line.items() if k != "examples_per_second"}
+            for line in log_lines(workdir)
+        ]
+
+    assert figures(one) == figures(other)
