@@ -31,7 +31,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mass_dpo_jax import designs, selection
+from mass_dpo_jax import criteria, designs, registry, selection
 from mass_dpo_jax.designs import TIE, Selection
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.selection import Settings
@@ -191,7 +191,7 @@ def select_from_catalogue(
     features, scores, mask = (split(mesh, x) for x in (features, scores, mask))
     scale = jnp.float32(1.0 / how.ridge)
     if how.fisher_scale:
-        scale = scale * selection.fisher_factor(scores, mask, how.beta)
+        scale = scale * criteria.fisher_factor(scores, mask, how.beta)
     static = n, how.criterion, how.feature_norm, mesh
     found = greedy(features, scores, mask, chosen, scale, *static)[0]
     first = float(found.gains[0])  # The largest of them.
@@ -216,9 +216,9 @@ def _finite(
 def _settings(settings: dict[str, Any]) -> Settings:
     known = ("criterion", "ridge", "feature_norm", "fisher_scale", "beta")
     for name in settings:
-        selection._check_name("select_from_catalogue", name, known)
+        registry.check_name("select_from_catalogue", name, known)
     how = Settings(**settings)
-    selection._check_name("criterion", how.criterion, CRITERIA)
+    registry.check_name("criterion", how.criterion, CRITERIA)
     return how
 
 
@@ -266,7 +266,7 @@ def greedy(
         scale: a scalar, what multiplies the weights' products: 1 / ridge.
         n, criterion, feature_norm, mesh: static.
     """
-    weights = selection.pool_weights(scores, mask)
+    weights = criteria.pool_weights(scores, mask)
     axes = _axes(mesh)
 
     def local(

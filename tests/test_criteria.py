@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pools_for_tests import SIZE, Pool, make_pool, picks, run, to_select
 
 from mass_dpo_jax import config as config_lib
-from mass_dpo_jax import designs, selection, theory
+from mass_dpo_jax import designs, registry, selection, theory
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.selection import Settings
 from mass_dpo_jax.training.methods import make_method
@@ -200,7 +200,7 @@ def test_an_exhaustive_search_of_too_many_sets_is_refused():
 
 
 def test_a_criterion_is_one_function(monkeypatch):
-    monkeypatch.setattr(selection, "CRITERIA", dict(selection.CRITERIA))
+    monkeypatch.setattr(registry, "CRITERIA", dict(registry.CRITERIA))
 
     @selection.criterion("easiest", needs_scoring=True)
     def easiest(pool, n, settings):
@@ -224,14 +224,14 @@ def test_a_criterion_is_one_function(monkeypatch):
 
 
 def test_only_criteria_that_read_scores_need_a_scoring_pass():
-    need = {name for name in selection.CRITERIA if Settings(criterion=name).needs_scoring}
+    need = {name for name in registry.CRITERIA if Settings(criterion=name).needs_scoring}
     assert need == {"pool_fisher", "contrast", "set_fisher", "hardest", "sampled"}
-    need = {name for name in selection.CRITERIA if Settings(criterion=name).needs_features}
+    need = {name for name in registry.CRITERIA if Settings(criterion=name).needs_features}
     assert need == {"pool_fisher", "contrast", "set_fisher"}
 
 
 def test_a_registered_criterion_is_known_to_configurations(monkeypatch):
-    monkeypatch.setattr(selection, "CRITERIA", dict(selection.CRITERIA))
+    monkeypatch.setattr(registry, "CRITERIA", dict(registry.CRITERIA))
     config = config_lib.default()
     config.selection.criterion = "last"
     with pytest.raises(UserError, match="'last': expected one of pool_fisher,"):

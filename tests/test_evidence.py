@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from benchmarks import evidence
+from benchmarks import evidence, evidence_runs
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax import metrics
 from mass_dpo_jax.data import load_examples, synthetic
@@ -19,9 +19,9 @@ ROWS = 400
 
 def line(method: str, seed: int, ranks: np.ndarray, **more: Any) -> dict[str, Any]:
     """A line as `Bench.measure` gives it, with the same ranks by policy and by reward."""
-    bench = evidence.Bench(Path("runs"), Path("results"))
+    bench = evidence_runs.Bench(Path("runs"), Path("results"))
     config = bench.config("clusters", seed)
-    config.update_from_flattened_dict(evidence.METHODS[method])
+    config.update_from_flattened_dict(evidence_runs.METHODS[method])
     values = metrics.per_example_ranking(ranks)
     final = {f"{by}/{k}": float(v.mean()) for by in ("policy", "reward") for k, v in values.items()}
     row = {
@@ -29,13 +29,13 @@ def line(method: str, seed: int, ranks: np.ndarray, **more: Any) -> dict[str, An
         "start": "cold",
         "method": method,
         "seed": seed,
-        "settings": evidence.settings_of(config),
+        "settings": evidence_runs.settings_of(config),
         "at_start": {"policy/accuracy": 0.05},
         "final": final,
         "seconds_per_step": 0.02,
         "selection": {},
-        "policy_ranks": evidence.pack(ranks),
-        "reward_ranks": evidence.pack(ranks),
+        "policy_ranks": evidence_runs.pack(ranks),
+        "reward_ranks": evidence_runs.pack(ranks),
     }
     return {**row, **more}
 
@@ -58,7 +58,7 @@ def write(folder: Path, rows: list[dict[str, Any]]) -> None:
 
 def test_ranks_survive_packing():
     ranks = np.array([1, 20, 60, 255])
-    np.testing.assert_array_equal(evidence.unpack(evidence.pack(ranks)), ranks)
+    np.testing.assert_array_equal(evidence_runs.unpack(evidence_runs.pack(ranks)), ranks)
 
 
 def test_with_one_seed_the_error_is_that_of_paired_rows():
@@ -109,7 +109,9 @@ def test_table():
     table = evidence.Table(rows)
     mean, error = table.compare("sampled", "random-step", "reward")
     hits = {
-        m: np.stack([evidence.unpack(r["reward_ranks"]) == 1 for r in rows if r["method"] == m])
+        m: np.stack(
+            [evidence_runs.unpack(r["reward_ranks"]) == 1 for r in rows if r["method"] == m]
+        )
         for m in table.runs
     }
     assert mean == pytest.approx(100 * (hits["sampled"].mean() - hits["random-step"].mean()))
@@ -150,13 +152,13 @@ def test_verdicts(mean: float, expected: str, word: str):
 
 
 def test_report_reads_results_alone(tmp_path):
-    accuracies = dict.fromkeys(evidence.METHODS, 0.3) | {"all": 0.6, "pool_fisher-step": 0.1}
+    accuracies = dict.fromkeys(evidence_runs.METHODS, 0.3) | {"all": 0.6, "pool_fisher-step": 0.1}
     write(tmp_path, made_up(accuracies))
     with (tmp_path / "clusters.jsonl").open("a") as file:
         file.write('{"world": "clu')  # Cut short.
     text = evidence.report(tmp_path)
     assert text.startswith("### clusters, cold start")
-    assert all(f"| {name} |" in text for name in evidence.METHODS)
+    assert all(f"| {name} |" in text for name in evidence_runs.METHODS)
     assert sum(words in text for _, words, *_ in evidence.PREDICTIONS) == len(evidence.PREDICTIONS)
     [loses] = [row for row in text.splitlines() if "Algorithm 1 at every step" in row]
     assert loses.count("holds") == 2
@@ -167,53 +169,53 @@ def test_finished_cells_are_skipped_and_new_ones_written(tmp_path, monkeypatch):
     write(tmp_path, made_up({"random-step": 0.2}, seeds=1))
     ran = []
 
-    def measure(self: evidence.Bench, cell: evidence.Cell) -> dict[str, Any]:
+    def measure(self: evidence_runs.Bench, cell: evidence_runs.Cell) -> dict[str, Any]:
         ran.append(cell)
         return line(cell.method, cell.seed, np.ones(ROWS, int))
 
-    monkeypatch.setattr(evidence.Bench, "measure", measure)
-    cells = evidence.cells_of("clusters", ["cold"], ["random-step", "all"], [0, 1])
-    bench = evidence.Bench(tmp_path / "runs", tmp_path)
+    monkeypatch.setattr(evidence_runs.Bench, "measure", measure)
+    cells = evidence_runs.cells_of("clusters", ["cold"], ["random-step", "all"], [0, 1])
+    bench = evidence_runs.Bench(tmp_path / "runs", tmp_path)
     bench.run(cells)
     assert [(cell.method, cell.seed) for cell in ran] == [
         ("all", 0),
         ("random-step", 1),
         ("all", 1),
     ]
-    assert len(evidence.read_results(tmp_path)) == 4
+    assert len(evidence_runs.read_results(tmp_path)) == 4
     bench.run(cells)
     assert len(ran) == 3
 
 
 def test_results_of_other_settings_are_refused(tmp_path):
     write(tmp_path, made_up({"random-step": 0.2}, seeds=1))
-    bench = evidence.Bench(tmp_path / "runs", tmp_path, changes={"train.steps": 7})
+    bench = evidence_runs.Bench(tmp_path / "runs", tmp_path, changes={"train.steps": 7})
     with pytest.raises(UserError, match=r"train\.steps .there 300, here 7"):
-        bench.run(evidence.cells_of("clusters", ["cold"], ["random-step"], [0]))
+        bench.run(evidence_runs.cells_of("clusters", ["cold"], ["random-step"], [0]))
 
 
 def test_unknown_names_are_errors():
     with pytest.raises(UserError, match="no method 'best'; expected random-once"):
-        evidence.cells_of("plain", ["cold"], ["best"], [0])
+        evidence_runs.cells_of("plain", ["cold"], ["best"], [0])
     with pytest.raises(UserError, match="no start 'hot'; expected cold, warm"):
-        evidence.cells_of("plain", ["hot"], ["all"], [0])
+        evidence_runs.cells_of("plain", ["hot"], ["all"], [0])
 
 
 def test_methods_are_valid_different_and_differ_in_nothing_else(tmp_path):
-    bench = evidence.Bench(tmp_path, tmp_path)
+    bench = evidence_runs.Bench(tmp_path, tmp_path)
     shared = dict(config_lib.flat(bench.config("clusters", 3)))
     free = {"method", "selection.criterion", "selection.refresh", "selection.replacement"}
     seen = set()
-    for changes in evidence.METHODS.values():
+    for changes in evidence_runs.METHODS.values():
         config = bench.config("clusters", 3)
         config.update_from_flattened_dict(changes)
         config_lib.check(config)
         found = dict(config_lib.flat(config))
         assert {name for name in found if found[name] != shared[name]} <= free
         # What is published names no place of a file.
-        assert str(tmp_path) not in json.dumps(evidence.settings_of(config))
+        assert str(tmp_path) not in json.dumps(evidence_runs.settings_of(config))
         seen.add(tuple(found[name] for name in sorted(free)))
-    assert len(seen) == len(evidence.METHODS)
+    assert len(seen) == len(evidence_runs.METHODS)
 
 
 class TestColdStart:
@@ -229,7 +231,7 @@ class TestColdStart:
             }
         )
         examples = load_examples(data, "train", seed)
-        return examples, evidence.cold_rows(examples, seed)
+        return examples, evidence_runs.cold_rows(examples, seed)
 
     def test_rows_keep_prompts_and_candidates(self):
         examples, rows = self.rows()

@@ -35,7 +35,7 @@ from mass_dpo_jax.models import attention, weights
 from mass_dpo_jax.models.config import load_config
 from mass_dpo_jax.models.decoder import abstract_decoder
 from mass_dpo_jax.models.weights import INDEX, SINGLE, load_hf, save_hf
-from mass_dpo_jax.selection import CRITERIA
+from mass_dpo_jax.registry import CRITERIA
 from mass_dpo_jax.train import train
 from mass_dpo_jax.training import checkpoint, run_folder
 from mass_dpo_jax.training.mesh import make_mesh

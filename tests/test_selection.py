@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pools_for_tests import SIZE, make_pool, picks, run, to_select
 
-from mass_dpo_jax import selection, theory
+from mass_dpo_jax import criteria, registry, selection, theory
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.selection import Settings
 
@@ -204,7 +204,7 @@ def test_equation_11_divides_the_ridge_by_its_factor():
 
 
 def test_the_factor_of_equation_11_at_the_reference():
-    factor = selection.fisher_factor(jnp.zeros(19), jnp.ones(19, bool), beta=0.1)
+    factor = criteria.fisher_factor(jnp.zeros(19), jnp.ones(19, bool), beta=0.1)
     assert float(factor) == pytest.approx(0.0095, rel=1e-5)
 
 
@@ -233,12 +233,12 @@ def test_a_diverged_model_does_not_shrink_the_set():
     assert len(set(chosen)) == 4 and pool.mask[0, chosen].all()
 
 
-@pytest.mark.parametrize("name", list(selection.CRITERIA))
+@pytest.mark.parametrize("name", list(registry.CRITERIA))
 def test_a_batch_is_its_prompts_one_by_one_and_jit_changes_nothing(name):
     batch = [make_pool(s, valid=v) for s, v in enumerate([0, 1, 4, SIZE])]
     many = jax.tree.map(lambda *x: jnp.concatenate(x), *batch)
     how, n = Settings(criterion=name), SIZE
-    one = jax.jit(selection.CRITERIA[name].choose, static_argnums=(1, 2))
+    one = jax.jit(registry.CRITERIA[name].choose, static_argnums=(1, 2))
     together, eager = run(many, n, how), selection.select(to_select(many, how), n, how)
     np.testing.assert_array_equal(together.indices, eager.indices)
     assert np.asarray(together.valid).sum(1).tolist() == [0, 1, 4, SIZE]
@@ -249,7 +249,7 @@ def test_a_batch_is_its_prompts_one_by_one_and_jit_changes_nothing(name):
         np.testing.assert_allclose(together.gains[b], alone.gains, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", list(selection.CRITERIA))
+@pytest.mark.parametrize("name", list(registry.CRITERIA))
 def test_more_negatives_than_the_pool_has_places_are_all_that_exist(name):
     pool = make_pool(7, valid=6)
     got = run(pool, SIZE + 3, Settings(criterion=name))
@@ -338,9 +338,10 @@ def test_the_library_refuses_what_no_choice_can_be_made_by(name):
         choose(2)
 
 
-def test_the_example_in_the_docstring_runs():
-    assert doctest.testmod(selection).failed == 0
-    assert doctest.testmod(selection).attempted > 0
+@pytest.mark.parametrize("module", [selection, registry])
+def test_the_examples_in_docstrings_run(module):
+    assert doctest.testmod(module).failed == 0
+    assert doctest.testmod(module).attempted > 0
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ class Kind:
 
     Attributes:
       loss: float32 [B] of a micro-batch.
-      criterion: of `selection.CRITERIA`; "" for the one in `config.selection`.
+      criterion: of `registry.CRITERIA`; "" for the one in `config.selection`.
       reference: does the loss know a reference?
       most: of negatives, whatever `config.num_negatives` says; None: no limit.
     """

@@ -1,0 +1,166 @@
+"""What a criterion sees, what it is asked, and the register of them.
+
+A criterion is one function, registered under its name: from a `Pool` to a `Selection`
+(`@criterion`), or to a `Design` whose value is then searched (`@design`, see designs.py). Those
+that come with the package are in criteria.py; selection.py applies them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mass_dpo_jax import designs
+from mass_dpo_jax.designs import Design, Selection
+from mass_dpo_jax.errors import UserError
+
+FEATURE_NORMS = ("none", "l2")
+
+
+class Pool(NamedTuple):
+    """The negatives of one prompt (`select` takes a leading batch dimension on every field)."""
+
+    gram: jax.Array | None
+    """float32 [C, C]: `designs.gram_matrix` of the pooled hidden states, the chosen response first;
+    None for criteria that need no scoring."""
+    scores: jax.Array | None
+    """float32 [N]: beta (log-ratio of the negative - that of the chosen); None likewise."""
+    mask: jax.Array
+    """bool [N]: which negatives exist; the others' features and scores may hold anything."""
+    key: jax.Array
+    """A PRNG key of this prompt and this draw."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to select. Hashable: a static argument of `jit`. Fields as in the configuration.
+
+    Raises:
+        UserError: an unknown name, or a ridge or beta that is not positive.
+    """
+
+    criterion: str = "pool_fisher"
+    search: str = "greedy"
+    ridge: float = 0.1
+    feature_norm: str = "none"
+    fisher_scale: bool = False
+    beta: float = 0.1
+    replacement: bool = False
+
+    def __post_init__(self) -> None:
+        check_name("selection.criterion", self.criterion, tuple(CRITERIA))
+        check_name("selection.search", self.search, designs.SEARCHES)
+        check_name("selection.feature_norm", self.feature_norm, FEATURE_NORMS)
+        _check_positive("selection.ridge", self.ridge)
+        _check_positive("beta", self.beta)
+
+    @property
+    def needs_scoring(self) -> bool:
+        """Whether the criterion reads scores, which cost a pass over the whole pool."""
+        return CRITERIA[self.criterion].needs_scoring
+
+    @property
+    def needs_features(self) -> bool:
+        """Whether the criterion reads features too."""
+        return CRITERIA[self.criterion].design is not None
+
+
+Choose = Callable[[Pool, int, Settings], Selection]
+MakeDesign = Callable[[Pool, Settings], Design]
+
+
+@dataclasses.dataclass(frozen=True)
+class Criterion:
+    """A way to select n negatives of one prompt. Asked for n > N, it fills up with invalid ones."""
+
+    choose: Choose
+    needs_scoring: bool
+    design: MakeDesign | None = None
+    weighted: bool = False  # Its choice has weights, which only `pl_sampled`'s loss reads.
+
+
+CRITERIA: dict[str, Criterion] = {}
+
+
+def names() -> tuple[str, ...]:
+    """The criteria that `config.selection.criterion` can name, registered ones included."""
+    return tuple(name for name, found in CRITERIA.items() if not found.weighted)
+
+
+def criterion(
+    name: str, *, needs_scoring: bool, weighted: bool = False
+) -> Callable[[Choose], Choose]:
+    """Decorator that registers a choice: from (pool, n, settings) to a `Selection`.
+
+    Whatever takes a criterion's name then knows it: `select_negatives`, `config.selection`, the
+    commands. The function is `vmap`ped over prompts inside of `jit`; n and settings are static.
+
+    Examples:
+        >>> from mass_dpo_jax import select_negatives
+        >>> @criterion("first", needs_scoring=False)
+        ... def first(pool, n, settings):
+        ...     return in_order(jnp.argsort(~pool.mask, stable=True), pool.mask, n)
+        >>> print(select_negatives(jnp.eye(4), n=2, criterion="first").indices)
+        [0 1]
+        >>> del CRITERIA["first"]
+
+    Args:
+        name: of the criterion.
+        needs_scoring: does it read the pool's scores? A pass over the whole pool is what that
+            costs. Features are only there for designs, see `design`.
+        weighted: its choice has weights, for the loss of `pl_sampled`.
+    """
+
+    def register(choose: Choose) -> Choose:
+        CRITERIA[name] = Criterion(choose, needs_scoring, weighted=weighted)
+        return choose
+
+    return register
+
+
+def design(name: str) -> Callable[[MakeDesign], MakeDesign]:
+    """Decorator that registers a design: from (pool, settings) to a `Design`, of
+    which `settings.search` then looks for a set of large value. As `criterion` otherwise.
+
+    Args:
+        name: of the criterion.
+    """
+
+    def register(make: MakeDesign) -> MakeDesign:
+        def choose(pool: Pool, n: int, settings: Settings) -> Selection:
+            return designs.search(make(pool, settings), pool.mask, n, settings.search)
+
+        CRITERIA[name] = Criterion(choose, needs_scoring=True, design=make)
+        return make
+
+    return register
+
+
+def in_order(order: jax.Array, mask: jax.Array, n: int) -> Selection:
+    """The first n of an order, as a `Selection` without gains: for criteria that sort.
+
+    Args:
+        order: int [N], negatives, all valid ones before the others.
+        mask: bool [N], which are valid.
+        n: how many; static.
+    """
+    order = jnp.pad(order[:n], (0, max(0, n - order.shape[0])))
+    valid = jnp.arange(n) < jnp.sum(mask)
+    indices = jnp.where(valid, order, 0).astype(jnp.int32)
+    return designs.nothing(n)._replace(indices=indices, valid=valid)
+
+
+def check_name(field: str, name: str, names: tuple[str, ...]) -> None:
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+        raise UserError(f"{field}={name!r} is none of {', '.join(names)}; nearest: {near!r}")
+
+
+def _check_positive(field: str, value: float) -> None:
+    if not value > 0:
+        raise UserError(f"{field} must be > 0, got {value}")
