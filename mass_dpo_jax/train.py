@@ -26,11 +26,11 @@ from ml_collections import ConfigDict
 from mass_dpo_jax import cli, evaluation, hosts
 from mass_dpo_jax.dry_run import dry_run
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.training import checkpoint, interruption, loggers, run_folder
+from mass_dpo_jax.training import checkpoint, interruption, loggers, run_folder, scoring
 from mass_dpo_jax.training.optimizer import learning_rate, make_optimizer
 from mass_dpo_jax.training.policy import save_description
 from mass_dpo_jax.training.report import BadSteps, Report, StepLog, check_best
-from mass_dpo_jax.training.setup import Reference, prepare
+from mass_dpo_jax.training.setup import Reference, Setup, prepare
 from mass_dpo_jax.training.updates import Batches, TrainStep, abstract_state, first_state
 
 SPLITS = ("train", "validation", "test")
@@ -62,8 +62,9 @@ def _train(config: ConfigDict, workdir: Path, lock: run_folder.Lock) -> dict[str
     if done and done["finished"] and checkpoint.latest_step(workdir) == done["step"]:
         _log.info(f"{workdir}: finished at step {done['step']}; nothing to do")
         return done
-    check_best(config)
+    check_best(config, SPLITS)
     setup = prepare(config, workdir, SPLITS)
+    check_best(config, setup.tokens)
     digests = setup.digests()
     run_folder.check_data(workdir, digests)
     params = setup.policy.weights(config.model.path, config.seed, config.model.lora.path)
@@ -85,6 +86,8 @@ def _train(config: ConfigDict, workdir: Path, lock: run_folder.Lock) -> dict[str
     # Resume order: this run's newest checkpoint, else model.path, else random weights.
     trained, frozen = setup.policy.split(params)
     del params
+    weights = fingerprints(setup, reference, frozen)
+    run_folder.check_weights(workdir, weights)
     optimizer = make_optimizer(config.train, total)
     like = abstract_state(setup, optimizer)
     best = f"eval/{config.train.keep_best}"
@@ -116,7 +119,8 @@ def _train(config: ConfigDict, workdir: Path, lock: run_folder.Lock) -> dict[str
 
     def save() -> None:
         if step := int(state.step):
-            where = {"config": config.to_dict(), "data": digests, **batches.order.place(step)}
+            about = {"config": config.to_dict(), "data": digests, "weights": weights}
+            where = {**about, **batches.order.place(step)}
             saved.save(state, train_step.sets.to_keep(), where)
 
     # However training ends, each of these is closed: what is being written is waited for.
@@ -150,6 +154,16 @@ def _train(config: ConfigDict, workdir: Path, lock: run_folder.Lock) -> dict[str
             save()
             raise
     return report.at_end({**frozen, **state.params}, total)
+
+
+def fingerprints(setup: Setup, reference: Reference, frozen: Any) -> dict[str, str]:
+    """Of the weights that training reads and does not save. Only where every machine makes the same
+    of a file: those drawn at random or quantized may differ by rounding."""
+    config = setup.config.model
+    if not config.path or (frozen and config.lora.base in ("int8", "nf4")):
+        return {}
+    found = {"reference": reference.fingerprint} if reference.fingerprint else {}
+    return {**found, "base": scoring.fingerprint(frozen)} if frozen else found
 
 
 def main() -> None:

@@ -251,6 +251,7 @@ def test_the_best_is_kept_beside_the_newest(
         ({"train.keep_best": "eval/policy/mrr"}, "expected a metric"),
         ({"train.keep_best": "reward/mrr", "method": "sft"}, "method=sft, one of policy/accuracy"),
         ({"train.keep_best": "policy/mrr", "train.eval_every": 0}, "eval_every=0 evaluates nothi"),
+        ({"train.keep_best": "policy/mrr", "data.validation_share": 0.0}, "no validation rows"),
     ],
 )
 def test_the_best_by_what_no_evaluation_gives(
@@ -258,7 +259,7 @@ def test_the_best_by_what_no_evaluation_gives(
 ) -> None:
     with pytest.raises(UserError, match=message):
         train(tiny_config(data, **changes), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_every_metric_of_an_evaluation_can_be_the_best(tmp_path: Path, data: Path) -> None:
@@ -269,4 +270,4 @@ def test_every_metric_of_an_evaluation_can_be_the_best(tmp_path: Path, data: Pat
         for name in logged:
             if name.startswith("eval/") and not name.endswith("_se"):
                 config.train.keep_best = name.removeprefix("eval/")
-                check_best(config)
+                check_best(config, ["validation"])

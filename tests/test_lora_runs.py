@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,36 @@ def test_a_run(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     more.model.lora.path = "some/adapters"
     with pytest.raises(UserError, match=r"lora\.path=some/adapters: the model is that of the run"):
         evaluate(more, run, "validation")
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"model.lora.rank": 0, "model.lora.base": "bfloat16"}, "reference"),
+        ({"model.lora.base": "bfloat16"}, "base and reference"),
+        ({"model.lora.base": "float32", "method": "sft"}, "base"),
+        ({"model.lora.base": "nf4"}, ""),  # Another machine may round otherwise.
+        ({"model.lora.rank": 0, "method": "sft"}, ""),  # What it began with is no longer read.
+    ],
+)
+@pytest.mark.usefixtures("one_device")
+def test_a_run_does_not_go_on_with_other_weights(
+    base: Path, tmp_path: Path, changes: dict[str, Any], names: str
+) -> None:
+    there, run = shutil.copytree(base, tmp_path / "base"), tmp_path / "run"
+    config = config_of(there, tmp_path, **{"train.steps": 2, "train.eval_every": 0, **changes})
+    train_lib.train(config, run)
+    (run / "metrics.json").unlink()  # As if it had been cut off after step 2.
+    kept = {p: p.read_bytes() for p in (run / "checkpoints").rglob("*") if p.is_file()}
+    tensors = random_tensors(load_config(there), seed=1)
+    write_weights(there, {name: 0.2 * x for name, x in tensors.items()})
+    if names:
+        with pytest.raises(UserError, match=f"{run}: .* other weights: {names} changed"):
+            train_lib.train(config, run)
+        assert kept == {p: p.read_bytes() for p in kept}
+        shutil.rmtree(there)
+        shutil.copytree(base, there)
+    assert train_lib.train(config, run)["finished"]
 
 
 @pytest.mark.usefixtures("one_device")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +27,12 @@ if TYPE_CHECKING:
 METRICS, START_LOGPS, FINAL_LOGPS = "metrics.json", "logps-start.npy", "logps-final.npy"
 
 
-def check_best(config: ConfigDict) -> None:
-    """Raises UserError if the checkpoint to keep is the best by what no evaluation gives."""
+def check_best(config: ConfigDict, splits: Collection[str]) -> None:
+    """Raises UserError if the checkpoint to keep is the best by what no evaluation gives.
+
+    Args:
+      splits: the names of those that there are.
+    """
     best, known = config.train.keep_best, evaluation.names(uses_reference(config.method))
     if best and best not in known:
         raise UserError(
@@ -39,6 +43,11 @@ def check_best(config: ConfigDict) -> None:
         raise UserError(
             f"config.train.keep_best={best!r}: config.train.eval_every=0 evaluates nothing; "
             "expected a number of steps, or keep_best empty"
+        )
+    if best and "validation" not in splits:
+        raise UserError(
+            f"config.train.keep_best={best!r}: there are no validation rows to evaluate; expected "
+            "some, as with config.data.validation_share=0.1, or keep_best empty"
         )
 
 

@@ -76,16 +76,35 @@ def check_data(workdir: Path, digests: Mapping[str, str]) -> None:
     Args:
       digests: of each split, see `Setup.digests`.
     """
-    known = about(workdir).get("data")
-    if not isinstance(known, dict):
-        return
-    differ = sorted(s for s in {*known, *digests} if known.get(s) != digests.get(s))
-    if differ:
+    if differ := _differ(workdir, "data", digests):
         raise UserError(
             f"{workdir}: the run was saved with other data: {', '.join(differ)} has other rows or "
             "other tokens now. Nothing is lost: go on with the data (and the tokenizer) of before, "
             f"or begin another run from its weights, --config.model.path={workdir}"
         )
+
+
+def check_weights(workdir: Path, fingerprints: Mapping[str, str]) -> None:
+    """Raises UserError if weights that training reads and does not save (the reference's, the base
+    of adapters) are others than those that the run in the folder was saved with.
+
+    Args:
+      fingerprints: of each, see `scoring.fingerprint`.
+    """
+    if differ := _differ(workdir, "weights", fingerprints):
+        raise UserError(
+            f"{workdir}: the run was saved with other weights: {' and '.join(differ)} changed "
+            "since then. Nothing is lost: go on with those of before (config.model.path, "
+            "config.model.reference_path), or choose another --workdir"
+        )
+
+
+def _differ(workdir: Path, field: str, found: Mapping[str, str]) -> list[str]:
+    """The names whose digests are not those in the newest checkpoint's description."""
+    known = about(workdir).get(field)
+    if not isinstance(known, dict):
+        return []
+    return sorted(name for name in {*known, *found} if known.get(name) != found.get(name))
 
 
 class Lock:

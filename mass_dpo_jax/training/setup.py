@@ -40,10 +40,12 @@ class Reference(NamedTuple):
 
     logps: float32 `[M, C]` of each split; empty where the method knows no reference.
     grams: float32 `[M, C, C]` of the training split, where criteria see the reference's features.
+    fingerprint: of the weights; empty likewise.
     """
 
     logps: dict[str, np.ndarray]
     grams: np.ndarray | None = None
+    fingerprint: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +90,8 @@ class Setup:
         folder = scoring.cache_folder(self.config.cache_dir)
         if self.policy.lora is not None:
             params = lora_lib.without_idle(params)
-        key = f"{self.policy.config} {self.config.model.dtype} {scoring.fingerprint(params)}"
+        fingerprint = scoring.fingerprint(params)
+        key = f"{self.policy.config} {self.config.model.dtype} {fingerprint}"
         if isinstance(self.program.scorer.attention, fused_attention.Fused):
             key += " fused"  # In 16 bits its roundings are not the other's.
         logps = {}
@@ -100,7 +103,7 @@ class Setup:
                 functools.partial(self.score, params, split, "reference"),
             )
         if not self.method.frozen_features or "train" not in self.tokens:
-            return Reference(logps)
+            return Reference(logps, fingerprint=fingerprint)
         how, tokens, scorer = self.config.selection, self.tokens["train"], self.program.scorer
         grams = scoring.cached(
             folder,
@@ -112,7 +115,7 @@ class Setup:
                 "features",
             ),
         )
-        return Reference(logps, grams)
+        return Reference(logps, grams, fingerprint)
 
     def over_split(self, compute: Callable[[Batch], Any], split: str, label: str) -> Any:
         """What `compute` gives for every example of a split, see `scoring.over_split`."""
