@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -184,6 +185,43 @@ def test_single_bits(tmp_path: Path) -> None:
             np.testing.assert_array_equal(found["w"], values["w"])
         path.write_bytes(content)
     assert noticed > 10
+
+
+def test_a_failed_restore_leaves_nothing_that_is_still_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Native threads would call into an event loop that is closed by then."""
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = {"broken": (1000,), **{f"large{i}": (1000, 1000) for i in range(8)}}
+    values = {
+        name: jax.random.bits(jax.random.key(i), shape)
+        for i, (name, shape) in enumerate(shapes.items())
+    }
+    like = {
+        name: jax.ShapeDtypeStruct(shape, jnp.uint32, sharding=here)
+        for name, shape in shapes.items()
+    }
+    saved = checkpoint.Checkpoints(tmp_path)
+    saved.save(checkpoint.TrainState(jnp.int32(3), values, {"w": jnp.ones(3)}), None, {})
+    saved.close()
+    # What is random is stored as it is, behind the number that zstd begins everything with.
+    stored = np.asarray(values["broken"]).tobytes()
+    for path in (tmp_path / "checkpoints/3/params").rglob("*"):
+        content = bytearray(path.read_bytes()) if path.is_file() else bytearray()
+        if stored in content:
+            content[content.rindex(b"\x28\xb5\x2f\xfd", 0, content.index(stored))] ^= 1
+            path.write_bytes(content)
+    left = []
+    close = asyncio.SelectorEventLoop.close
+
+    def closed(loop: Any) -> None:
+        left.extend(asyncio.all_tasks(loop))
+        close(loop)
+
+    monkeypatch.setattr(asyncio.SelectorEventLoop, "close", closed)
+    with pytest.raises(UserError, match="none of its checkpoints can be read"):
+        checkpoint.load_params(tmp_path, like)
+    assert not left
 
 
 def test_a_checkpoint_of_another_model_says_what_differs(tmp_path: Path, data: Path) -> None:

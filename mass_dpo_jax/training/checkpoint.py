@@ -7,16 +7,15 @@ it is written and again after it is read.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import functools
-import gc
 import hashlib
 import json
 import logging
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -352,6 +351,9 @@ def _read(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
       UserError: it holds other arrays than those wanted.
     """
     handlers = {name: handler() for name, handler in ITEMS.items()}
+    arrays = ocp.type_handlers.create_type_handler_registry((jax.Array, _Arrays()))
+    for name in wanted:
+        handlers[name] = ocp.PyTreeCheckpointHandler(type_handler_registry=arrays)
     reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers))
     found: Any = {}
     problem = ""
@@ -361,14 +363,17 @@ def _read(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
             digests = {name: str(run["digests"][name]) for name in (*wanted, "negatives")}
             there = reader.metadata(folder).item_metadata
             stored = {name: _stored(folder, name, wanted[name], there[name]) for name in wanted}
-            items = {name: ocp.args.StandardRestore(tree) for name, tree in stored.items()}
+            items = {
+                name: ocp.args.PyTreeRestore(
+                    tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree)
+                )
+                for name, tree in stored.items()
+            }
             if digests["negatives"]:
                 items["negatives"] = ocp.args.ArrayRestore()
             found = reader.restore(folder, ocp.args.Composite(**items))
     except _Damaged as error:
         problem = str(error)
-    if problem:
-        _collect()
     if not _together(not problem):
         raise _Damaged(problem or f"{folder}: another process could not read its part")
     sets = found.get("negatives")
@@ -381,6 +386,31 @@ def _read(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
     return {**trees, "negatives": sets, "run": run}
 
 
+class _Arrays(ocp.type_handlers.ArrayHandler):
+    """Orbax's, which does not fail before all that it began to read is read or has failed, too.
+
+    At the first error orbax closes its event loop. Threads of tensorstore go on reading, and when
+    they are done they would call into that loop, and into coroutines freed meanwhile.
+    """
+
+    async def metadata(self, infos: Sequence[Any]) -> Any:
+        return await _ended(super().metadata(infos))
+
+    async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> Any:
+        return await _ended(super().deserialize(infos, args))
+
+
+async def _ended(reading: Awaitable[Any]) -> Any:
+    """What `reading` gives or raises, once none of the tasks that it began is left."""
+    before = asyncio.all_tasks()
+    try:
+        return await reading
+    except Exception:
+        while begun := asyncio.all_tasks() - before:
+            await asyncio.wait(begun)
+        raise
+
+
 @contextlib.contextmanager
 def _refusals(folder: Path) -> Iterator[None]:
     """Of a broken checkpoint, orbax lets through whatever its libraries met, bare Exception too."""
@@ -391,16 +421,6 @@ def _refusals(folder: Path) -> Iterator[None]:
     except Exception as error:
         message = " ".join(f"{type(error).__name__}: {error}".split())
         raise _Damaged(f"{folder}: not a readable checkpoint: {message[:300]}") from None
-
-
-def _collect() -> None:
-    """Frees what orbax was doing when it failed: its destructors write pages of text."""
-    hook = sys.unraisablehook
-    sys.unraisablehook = lambda _: None
-    try:
-        gc.collect()
-    finally:
-        sys.unraisablehook = hook
 
 
 def _stored(folder: Path, name: str, wanted: Any, there: Any) -> Any:
