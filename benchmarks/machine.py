@@ -107,10 +107,15 @@ def ratio(theirs: np.ndarray, ours: np.ndarray) -> Ratio:
 
 def jax_product(m: int, k: int, n: int, dtype: Any = jnp.float32) -> Callable[[], Any]:
     """A product [m, k] x [k, n] as a program for `measure`; it costs 2 m k n operations."""
-    a = jnp.ones((m, k), dtype) * 0.5
-    b = jnp.ones((k, n), dtype) * 0.5
+    a, b = (jnp.asarray(x, dtype) for x in _factors(m, k, n))
     multiply = jax.jit(lambda a, b: a @ b)
     return lambda: jax.block_until_ready(multiply(a, b))
+
+
+def _factors(m: int, k: int, n: int) -> list[np.ndarray]:
+    """Random, since a card multiplies what is constant at a higher clock than real data."""
+    rng = np.random.default_rng(0)
+    return [rng.standard_normal(size, np.float32) for size in ((m, k), (k, n))]
 
 
 def torch_product(
@@ -120,7 +125,7 @@ def torch_product(
     import torch
 
     kind = getattr(torch, dtype)
-    a, b = (torch.full(size, 0.5, dtype=kind, device=device) for size in ((m, k), (k, n)))
+    a, b = (torch.from_numpy(x).to(device, kind) for x in _factors(m, k, n))
 
     def multiply() -> None:
         a @ b

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 import math
 import runpy
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +26,7 @@ from test_commands import refused
 from benchmarks.gpu import command, job, ours
 from benchmarks.gpu.job import Job, workload
 from benchmarks.workloads import changed
+from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models import fused_attention
 from mass_dpo_jax.models.decoder import abstract_decoder
 from mass_dpo_jax.models.fused_attention import Fused
@@ -127,6 +131,34 @@ def test_autocast_keeps_weights_and_rotary_angles_in_float32(
     assert not torch.equal(before, model.lm_head.weight)
 
 
+def test_a_peer_that_fails_leaves_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks.gpu import peers
+
+    def measure(made: Any, job: Job, until: float) -> dict[str, Any]:
+        if made.letter == "c":
+            raise KeyError("exp_avg")
+        return {"milliseconds": {"median": 1.0}}
+
+    monkeypatch.setattr(peers, "measure", measure)
+    monkeypatch.setattr(peers, "agree", lambda job: {})
+    programs = peers.run(tiny("G1", "peers", tmp_path))["programs"]
+    assert programs["c"] == {"not_run": "KeyError: 'exp_avg'"}
+    assert all("milliseconds" in programs[letter] for letter in "ab")
+
+
+def test_words_for_out_of_memory(torch: ModuleType) -> None:
+    for words in (
+        "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8 bytes.",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: out of memory",
+    ):
+        assert job.out_of_memory(RuntimeError(words))
+    assert job.out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"))
+    assert not job.out_of_memory(RuntimeError("INTERNAL: no engine"))
+
+
 def test_out_of_memory_means_more_parts(
     tmp_path: Path, torch: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,12 +237,27 @@ def test_a_step_that_does_not_fit_or_run_is_tried_otherwise(
         return {"prompts": how.batch}
 
     monkeypatch.setattr(ours, "attempt", attempt)
-    found = ours.run(tiny("G1", "ours", tmp_path, batch=8))
+    some = tiny("G1", "ours", tmp_path, batch=8)
+    found = ours.run(some)
     assert tried == [(8, True), (4, True), (2, True), (8, False), (4, False), (2, False)]
     assert (found["prompts"], found["attention"]) == (2, "plain")
     assert len(found["failed_before"]) == 5
     assert found["failed_before"][2].endswith("fused attention: INTERNAL: no engine")
     assert "out of time" in ours.run(tiny("G1", "ours", tmp_path, batch=8, until=0.0))["not_run"]
+
+    def stopped(*args: Any) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    Path(some.result).unlink()
+    monkeypatch.setattr(ours, "attempt", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        ours.run(some)
+    assert json.loads(Path(some.result).read_text())["attention_difference"] == 0.005
+
+
+def test_without_a_gpu_nothing_is_tried_on_the_host(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="JAX sees no GPU, but cpu"):
+        ours.run(tiny("G1", "ours", tmp_path, device="cuda"))
 
 
 @pytest.mark.parametrize("name", list(job.SHAPES))
@@ -261,7 +308,7 @@ def test_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert "largest differences in float32 on a tiny model: {'picks': 0.0" in capfd.readouterr().out
 
 
-def test_what_did_not_run_is_said(tmp_path: Path) -> None:
+def test_what_did_not_run_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     some = tiny("G1", "ours", tmp_path)
     assert command.start_job(some, tmp_path / "job", 0.0) == {"not_run": "out of time"}
     stopped = command.start_job(some, tmp_path / "job", 0.3)
@@ -271,6 +318,7 @@ def test_what_did_not_run_is_said(tmp_path: Path) -> None:
     Path(some.result).unlink()
     broken = dataclasses.replace(some, attention="fused")
     failed = command.start_job(broken, tmp_path / "job", 100.0)
+    assert "error: config.model.attention=fused" in capfd.readouterr().err
     assert "config.model.attention=fused: the kernel is cuDNN's" in failed["not_run"]
 
     assert failed["exit_status"] == 2
@@ -328,6 +376,26 @@ def test_mistakes_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     with pytest.raises(SystemExit, match=r"has no transformers, which benchmarks\.gpu needs"):
         runpy.run_module("benchmarks.gpu", run_name="__main__")
+
+
+def test_every_package_that_is_needed_is_asked_for_first() -> None:
+    """What our modules import as they are loaded, in a process that loads nothing else."""
+    code = (
+        "import sys, benchmarks.gpu.command, benchmarks.gpu.ours, benchmarks.gpu.peers\n"
+        "for name, module in sys.modules.items():\n"
+        "    if name.partition('.')[0] in ('benchmarks', 'mass_dpo_jax'): print(module.__file__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = set()
+    for file in done.stdout.split():
+        for node in ast.parse(Path(file).read_text()).body:
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found.add(str(node.module).partition(".")[0])
+    others = found - set(sys.stdlib_module_names) - {"benchmarks", "mass_dpo_jax"}
+    asked = set(runpy.run_module("benchmarks.gpu.__main__")["NEEDED"])
+    assert "qwix" in others and others <= asked
 
 
 @pytest.mark.parametrize("name", list(job.SHAPES))

@@ -51,6 +51,7 @@ SHARES = {"ours": 1.2, "peers": 1.0}  # Of the time that is left: ours compiles.
 # than their share, but what has begun should end.
 MOST = 0.6
 DEFAULT_BATCH = 16  # Of the peers, where ours did not run.
+MOST_SAID = 20_000  # Characters of a process's errors to show.
 
 
 def run(jobs: Sequence[tuple[str, Job]], budget: float, output: str | None) -> dict[str, Any]:
@@ -102,20 +103,23 @@ def start_job(job: Job, path: Path, seconds: float) -> dict[str, Any]:
     else:
         environment["JAX_PLATFORMS"] = "cpu"  # It checks the peers and must not take the card.
         environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    environment.setdefault("JAX_TRACEBACK_FILTERING", "off")  # A note on it would come last.
     command = [sys.executable, "-m", "benchmarks.gpu", f"--job={path}"]
     why, status = "", 0
-    try:
-        made = subprocess.run(
-            command, env=environment, cwd=Path(__file__).parents[2], timeout=seconds,
-            stderr=subprocess.PIPE, text=True, check=False,
-        )  # fmt: skip
-        if made.returncode:
-            lines = made.stderr.strip().splitlines() or ["no message"]
-            why = f"exit status {made.returncode}: {lines[-1]}"
-            status = made.returncode
-            print(made.stderr, file=sys.stderr)
-    except subprocess.TimeoutExpired:
-        why = f"out of time: stopped after {seconds:.0f} s"
+    with tempfile.TemporaryFile("w+", errors="replace") as errors:
+        try:
+            status = subprocess.run(
+                command, env=environment, cwd=Path(__file__).parents[2], timeout=seconds,
+                stderr=errors, check=False,
+            ).returncode  # fmt: skip
+        except subprocess.TimeoutExpired:
+            why = f"out of time: stopped after {seconds:.0f} s"
+        errors.seek(0)
+        said = errors.read().strip()
+    if status:
+        why = f"exit status {status}: {said.splitlines()[-1] if said else 'no message'}"
+    # Warnings of a run that went well too: XLA says here what it computes again to save memory.
+    print(said[-MOST_SAID:], file=sys.stderr, flush=True)
     result = Path(job.result)
     found: dict[str, Any] = json.loads(result.read_text()) if result.exists() else {}
     if why:

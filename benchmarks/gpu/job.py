@@ -104,6 +104,12 @@ def timed(step: Callable[[], Any], rounds: int, until: float) -> np.ndarray:
     return np.array(seconds)
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Is it that? XLA, PyTorch, cuBLAS and the driver have words of their own for it."""
+    words = str(error).lower().replace("_", " ")
+    return any(x in words for x in ("out of memory", "resource exhausted", "alloc failed"))
+
+
 def rate(product: Callable[[], Any], size: int) -> float:
     """FLOP/s of a product of square matrices: the fastest of 20."""
     return 2.0 * size**3 / timed(product, rounds=20, until=float("inf")).min()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import os
 import time
 from typing import Any, NamedTuple
 
@@ -16,12 +17,14 @@ from benchmarks.gpu.job import (
     Job,
     check_first_loss,
     figures,
+    out_of_memory,
     product_size,
     rate,
     timed,
     useful,
 )
 from benchmarks.workloads import Case
+from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models import fused_attention
 from mass_dpo_jax.models.decoder import REMAT, Decoder
 from mass_dpo_jax.models.fused_attention import Attention, Fused
@@ -50,11 +53,22 @@ class Plan(NamedTuple):
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Figures, or why there are none; saved as soon as there are some."""
+    """Figures, or why there are none; saved as soon as there are some.
+
+    Raises:
+      UserError: JAX has no GPU for a job on one.
+    """
     device, w = jax.devices()[0], job.workload
+    if job.device == "cuda" and device.platform != "gpu":  # Else hours on the host.
+        raise UserError(f"JAX sees no GPU, but {device.platform}: is its CUDA plugin installed?")
     case = case_of(job, 1, fused_attention.plain)
     attention = fused_attention.choose(job.attention, w.model, job.dtype, case.mesh)
-    found: dict[str, Any] = {"device": device.device_kind, "platform": device.platform}
+    found: dict[str, Any] = {
+        "device": device.device_kind,
+        "platform": device.platform,
+        "platform_version": device.client.platform_version,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
     size = product_size(device.platform)
     product = machine.jax_product(size, size, size, jnp.dtype(job.dtype))
     found["product_tflops_per_second"] = rate(product, size) / 1e12
@@ -64,6 +78,7 @@ def run(job: Job) -> dict[str, Any]:
         found["attention_obstacle"] = fused_attention.obstacle(
             w.model, jnp.dtype(job.dtype), case.mesh
         )
+    job.save(found)
     some = plan(job, attention)
     failures: list[str] = []
     while True:
@@ -74,19 +89,19 @@ def run(job: Job) -> dict[str, Any]:
         }
         told = f"{some}, {how['attention']} attention"
         print(f"ours: {told}", flush=True)
-        failure = None
+        failure, too_large = None, False
         try:
             found |= attempt(job, some, attention) | how | {"failed_before": failures}
-        except jax.errors.JaxRuntimeError as error:
-            failure = str(error).splitlines()[0]  # Nothing of the frames, which hold arrays.
+        except jax.errors.JaxRuntimeError as error:  # Nothing of the frames, which hold arrays.
+            failure, too_large = str(error).splitlines()[0], out_of_memory(error)
         if failure is None:
             break
         gc.collect()
         failures.append(f"{told}: {failure}")
         print(f"ours: {failures[-1]}", flush=True)
-        if "RESOURCE_EXHAUSTED" in failure and some.batch > 1:
+        if too_large and some.batch > 1:
             job, some = smaller(job, some, attention)
-        elif "RESOURCE_EXHAUSTED" not in failure and isinstance(attention, Fused):
+        elif not too_large and isinstance(attention, Fused):
             attention = fused_attention.plain
             some = plan(job, attention)
         else:

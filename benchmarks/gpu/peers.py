@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import gc
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from benchmarks.gpu.job import (
     Llama,
     check_first_loss,
     figures,
+    out_of_memory,
     product_size,
     rate,
     timed,
@@ -69,14 +71,23 @@ def run(job: Job) -> dict[str, Any]:
         if now >= job.until:
             found["programs"][letter] = {"not_run": "out of time"}
         else:
-            # The reference is the policy as it is now, so the first loss is known.
-            batch = batch._replace(ref_logps=reference(model, batch, job))
-            made = Stepper(job, letter, model, batch, numbers, ridge)
-            found["programs"][letter] = measure(made, job, until)
-            del made  # And its moments.
+            found["programs"][letter] = attempt(job, letter, model, batch, numbers, ridge, until)
             _free(model)
         job.save(found)
     return found
+
+
+def attempt(
+    job: Job, letter: str, model: Any, batch: Batch, numbers: np.ndarray, ridge: float, until: float
+) -> dict[str, Any]:
+    """Figures of a peer, or why there are none; nothing of its moments is left."""
+    try:
+        # The reference is the policy as it is now, so the first loss is known.
+        batch = batch._replace(ref_logps=reference(model, batch, job))
+        return measure(Stepper(job, letter, model, batch, numbers, ridge), job, until)
+    except Exception as error:  # Whatever it is, the other peers may still run.
+        traceback.print_exc()
+        return {"not_run": f"{type(error).__name__}: {error}".splitlines()[0]}
 
 
 class Stepper:
@@ -175,8 +186,10 @@ def trial(made: Stepper, parts: int) -> float | None:
     """Seconds of a second step; None: out of memory."""
     try:
         return float(timed(made.step(parts), rounds=1, until=0.0).min())
-    except torch.OutOfMemoryError:
-        pass  # Its frames hold tensors until here.
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+    # Its frames held tensors until here.
     _free(made.peer.model)
     return None
 

@@ -17,6 +17,7 @@ for every prompt token of every response: for short responses many times the tok
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -214,8 +215,6 @@ def difference(fused: Attention, config: DecoderConfig, dtype: DTypeLike) -> flo
     as the model's.
     """
     prompt, length = 21, 13
-    prompt_lengths = jnp.array([prompt, 6])
-    segments = jnp.array([[[0] * 5 + [2] * 7 + [3]], [[1] * 4 + [3] * 9]])
     heads, kv_heads, size = config.num_heads, config.num_kv_heads, config.head_dim
     keys = jax.random.split(jax.random.key(0), 4)
     query, key, value, weights = (
@@ -223,19 +222,30 @@ def difference(fused: Attention, config: DecoderConfig, dtype: DTypeLike) -> flo
         for k, n in zip(keys, (heads, kv_heads, kv_heads, heads), strict=True)
     )
     query *= jnp.asarray(size**-0.5, dtype)
-
-    @jax.jit
-    def outputs(query: jax.Array, key: jax.Array, value: jax.Array) -> Any:
-        def values(attention: Attention) -> Any:
-            attend = attention.shared_prefix(prompt, prompt_lengths, segments)
-            seen, vjp = jax.vjp(lambda q, k, v: attend(q, k, v, None)[0], query, key, value)
-            return seen, *vjp(weights)
-
-        return values(fused), values(plain)
-
-    found, expected = outputs(query, key, value)
+    found, expected = _both(fused, prompt, query, key, value, weights)
     errors = []
     for a, b in zip(found, expected, strict=True):
         a, b = (x.astype(jnp.float32) for x in (a, b))
         errors.append(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
     return float(jnp.max(jnp.stack(errors)))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))  # Compiled once, if it is asked for again.
+def _both(
+    fused: Attention,
+    prompt: int,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    weights: jax.Array,
+) -> Any:
+    """Outputs and gradients, of both kinds of attention."""
+    prompt_lengths = jnp.array([prompt, 6])
+    segments = jnp.array([[[0] * 5 + [2] * 7 + [3]], [[1] * 4 + [3] * 9]])
+
+    def values(attention: Attention) -> Any:
+        attend = attention.shared_prefix(prompt, prompt_lengths, segments)
+        seen, vjp = jax.vjp(lambda q, k, v: attend(q, k, v, None)[0], query, key, value)
+        return seen, *vjp(weights)
+
+    return values(fused), values(plain)
