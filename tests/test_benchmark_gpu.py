@@ -329,26 +329,6 @@ def test_what_did_not_run_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[s
     assert command.ratios("G1", sides) == {}
 
 
-def test_the_environment_of_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[dict[str, str]] = []
-
-    def run(*args: Any, env: dict[str, str], **settings: Any) -> Any:
-        asked.append(env)
-        return subprocess.CompletedProcess([], 0)
-
-    monkeypatch.setattr(command.subprocess, "run", run)
-    monkeypatch.delenv("XLA_FLAGS", raising=False)
-    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
-    for side in ("ours", "peers"):
-        command.start_job(tiny("G1", side, tmp_path), tmp_path / "job", 9.0)
-    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=0")
-    command.start_job(tiny("G1", "ours", tmp_path), tmp_path / "job", 9.0)
-    own, other, changed = asked
-    assert (own["XLA_FLAGS"], own["JAX_PLATFORMS"]) == (command.XLA_FLAGS, "cuda")
-    assert "XLA_FLAGS" not in other and other["JAX_PLATFORMS"] == "cpu"  # The card is PyTorch's.
-    assert changed["XLA_FLAGS"] == "--xla_gpu_autotune_level=0"
-
-
 def test_a_process_that_the_kernel_ends_is_started_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,9 +51,6 @@ SHARES = {"ours": 1.2, "peers": 1.0}  # Of the time that is left: ours compiles.
 # than their share, but what has begun should end.
 MOST = 0.6
 DEFAULT_BATCH = 16  # Of the peers, where ours did not run.
-# Else XLA (of jax 0.11) computes a product twice, with model.remat=dots three of a layer's seven:
-# once where it is recorded, and once where the layer goes on with it.
-XLA_FLAGS = "--xla_gpu_enable_dynamic_slice_fusion=false"
 MOST_SAID = 20_000  # Characters of a process's errors to show.
 
 
@@ -103,7 +100,6 @@ def start_job(job: Job, path: Path, seconds: float) -> dict[str, Any]:
     if job.side == "ours":
         # Only one side is on the card at a time. Whole from the start, it is not in pieces later.
         environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
-        environment.setdefault("XLA_FLAGS", XLA_FLAGS)
     else:
         environment["JAX_PLATFORMS"] = "cpu"  # It checks the peers and must not take the card.
         environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")

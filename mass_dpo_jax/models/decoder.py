@@ -186,7 +186,11 @@ class Decoder(nnx.Module):
         by_token = functools.partial(_by_token, rows=len(tokens))
 
         def keep(products: dict[str, jax.Array]) -> dict[str, jax.Array]:
-            return {} if self.remat == "full" else jax.tree.map(by_token, products)
+            if self.remat == "full":
+                return {}
+            # Else XLA for GPUs (of jax 0.11) computes a product twice: into the record, and for
+            # what the layer does with it.
+            return jax.tree.map(by_token, jax.lax.optimization_barrier(products))
 
         layer = self._layer(positions, attend)
 
