@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,6 +21,7 @@ from mass_dpo_jax import config as config_lib
 from mass_dpo_jax import help as help_lib
 from mass_dpo_jax import hosts
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.files import FULL, write_whole
 from mass_dpo_jax.training.compiled import keep_compiled
 
 
@@ -134,16 +135,15 @@ def write_lines(path: Path, rows: Iterable[Any]) -> int:
     one does, and the others take their part in computing the rows."""
     if not hosts.first():
         return sum(1 for _ in rows)
-    temporary = path.with_name(path.name + ".tmp")
     count = 0
-    try:
-        with temporary.open("w") as file:
-            for row in rows:
-                file.write(json.dumps(row) + "\n")
-                count += 1
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+    def lines() -> Iterator[str]:
+        nonlocal count
+        for row in rows:
+            count += 1
+            yield json.dumps(row) + "\n"
+
+    write_whole(path, lines())
     return count
 
 
@@ -167,9 +167,9 @@ def run(main: Callable[[], None], goes_on: bool = False) -> None:
         except UserError as error:
             _refuse(str(error))
         except OSError as error:  # A full disk, a folder that may not be written, a long name.
-            if error.filename is None:
+            if error.filename is None and error.errno not in FULL:
                 raise
-            _refuse(f"{error.filename}: {error.strerror}")
+            _refuse(f"{error.filename or 'writing'}: {error.strerror}")
         except KeyboardInterrupt:
             print(interrupted, file=sys.stderr)
             raise SystemExit(130) from None

@@ -12,14 +12,15 @@ there, `reward/*` needs --config.model.reference_path.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict
 
-from mass_dpo_jax import cli, evaluation
+from mass_dpo_jax import cli, evaluation, hosts
+from mass_dpo_jax.files import write_whole
 from mass_dpo_jax.training import scoring
-from mass_dpo_jax.training.run_folder import write_json
 from mass_dpo_jax.training.setup import prepare_scoring
 
 
@@ -51,8 +52,8 @@ def main() -> None:
         if not name.endswith("_se"):
             error = found.get(f"{name}_se")
             print(f"{name:24} {value:9.4f}" + ("" if error is None else f" ± {error:.4f}"))
-    if output is not None:
-        write_json(output, found)
+    if output is not None and hosts.first():
+        write_whole(output, [json.dumps(found, indent=2) + "\n"])
 
 
 if __name__ == "__main__":

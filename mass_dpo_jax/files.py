@@ -1,10 +1,12 @@
-"""Files that others wrote, or that an interruption cut short: read, or refused with their place."""
+"""Files that others wrote, or that an interruption cut short: read, or refused with their place.
+Those of ours are written whole or not at all."""
 
 from __future__ import annotations
 
+import errno
 import json
 import tokenize
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,27 @@ import numpy as np
 from mass_dpo_jax.errors import UserError
 
 DEEPEST = 100  # Python itself follows about 1000 levels, fewer where much has been called already.
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # Errors that come without a file's name.
+
+
+def write_whole(path: Path, parts: Iterable[str]) -> None:
+    """Writes a text file from its parts, whole or not at all.
+
+    Raises:
+      OSError: it cannot be written; names the file.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(parts)
+        temporary.replace(path)
+    except OSError as error:
+        if error.filename is None and error.errno in FULL:
+            error.filename = str(path)
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def parse_json(text: str, file: Path, line: int = 1) -> Any:

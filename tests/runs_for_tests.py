@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -39,3 +40,17 @@ def assert_same_run(config: Any, one: Path, other: Path) -> None:
         ]
 
     assert figures(one) == figures(other)
+
+
+class SmallFiles:
+    """No file may grow above some bytes, as on a disk that is full."""
+
+    def __init__(self, most: int):
+        self.most = most
+
+    def __enter__(self) -> None:
+        self.before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.most, self.before[1]))
+
+    def __exit__(self, *_: Any) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.before)

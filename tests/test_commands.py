@@ -13,6 +13,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 from helpers import WORDS, log_lines, tiny_config, write_jsonl
+from runs_for_tests import SmallFiles
 from safetensors.numpy import load_file, save_file
 
 from mass_dpo_jax import cli, metrics
@@ -222,6 +223,23 @@ def test_what_an_output_must_not_be(tmp_path: Path) -> None:
     for name in ("score", "select", "evaluate"):  # Said before there is a model to read.
         words = (f"mass_dpo_jax.{name}", "--config=llama3", f"--config.data.path={data}")
         assert "would replace the input" in refused(*words, f"--output={link}")
+
+
+def test_a_full_disk_leaves_an_output_as_it_was(tmp_path: Path) -> None:
+    output = tmp_path / "rows.jsonl"
+    output.write_text("before")
+    code = (
+        "import sys, pathlib; from mass_dpo_jax import cli\n"
+        "rows = ({'row': 'x' * 100} for _ in range(1000))\n"
+        f"cli.run(lambda: cli.write_lines(pathlib.Path({str(output)!r}), rows))"
+    )
+    with SmallFiles(10_000):
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
+        )
+    assert done.returncode == 2
+    assert done.stderr == f"error: {output}: File too large\n"
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("rows.jsonl", "before")]
 
 
 @pytest.mark.parametrize("content", ["{", '{"model": {"remat": "some"}}'])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import resource
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import log_lines, tiny_config, write_jsonl
-from runs_for_tests import SAVED_ALL, assert_same_run, final_state
+from runs_for_tests import SAVED_ALL, SmallFiles, assert_same_run, final_state
 
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.train import abstract_state, train
@@ -320,20 +319,6 @@ def test_a_run_of_bad_updates_ends_with_the_examples_and_a_saved_state(
 
 
 # --- Full disks.
-
-
-class SmallFiles:
-    """No file may grow above some bytes, as on a disk that is full."""
-
-    def __init__(self, most: int):
-        self.most = most
-
-    def __enter__(self) -> None:
-        self.before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (self.most, self.before[1]))
-
-    def __exit__(self, *_: Any) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
 
 
 @pytest.mark.parametrize("always", [False, True])

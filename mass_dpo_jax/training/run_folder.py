@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax import hosts
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.files import parse_json, read_json
+from mass_dpo_jax.files import parse_json, read_json, write_whole
 from mass_dpo_jax.training.checkpoint import about, latest_step
 
 # Settings that may change when a run goes on: they do not change what it computes.
@@ -152,19 +152,9 @@ def claim(workdir: Path, config: ConfigDict) -> None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Written whole or not at all, by the first process."""
-    if not hosts.first():
-        return
-    _write_whole(path, json.dumps(content, indent=2) + "\n")
-
-
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    with _room_for(path):
-        try:
-            temporary.write_text(text)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    if hosts.first():
+        with _room_for(path):
+            write_whole(path, [json.dumps(content, indent=2) + "\n"])
 
 
 def write_table(path: Path, table: np.ndarray) -> None:
@@ -244,8 +234,8 @@ class MetricsLog:
     def __init__(self, workdir: Path, step: int):
         self._path = workdir / "metrics.jsonl"
         kept = [line for line in _lines(workdir) if step and line["step"] <= step]
-        _write_whole(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         with _room_for(self._path):
+            write_whole(self._path, (json.dumps(line) + "\n" for line in kept))
             self._file = self._path.open("a")
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
