@@ -16,24 +16,20 @@ from types import ModuleType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from models_for_tests import pretend_a_gpu
 from test_commands import refused
 
-from benchmarks.gpu import command, job, ours
+from benchmarks.gpu import command, compiled, job, ours
 from benchmarks.gpu.job import Job, workload
 from benchmarks.workloads import changed
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models import fused_attention
-from mass_dpo_jax.models.decoder import abstract_decoder
 from mass_dpo_jax.models.fused_attention import Fused
 from mass_dpo_jax.training import flops as flops_lib
 from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.sizes import of_device
-from mass_dpo_jax.training.step import TrainState
 
 CHANGES = ("prompt=20", "response=5", "pool=5", "negatives=2")
 
@@ -406,16 +402,7 @@ def test_the_planned_step_lowers_for_a_gpu(name: str, monkeypatch: pytest.Monkey
     case = ours.case_of(big, 8, Fused())
     program = case.program("mass_dpo", "full")
     optimizer = make_optimizer(case.config.train, 1)
-    params = nnx.to_pure_dict(nnx.state(abstract_decoder(case.model), nnx.Param))
-    args = jax.eval_shape(
-        lambda params: (
-            TrainState(jnp.int32(0), params, optimizer.init(params)),
-            jax.tree.map(lambda x: jnp.asarray(x)[None], case.batches[0]),
-            None,
-            jax.random.key(0),
-        ),
-        params,
-    )
+    args = compiled.arguments(case, optimizer)
     size = case.shapes[0].selected
     traced = type(program).train_step.trace(program, optimizer, *args, size)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
@@ -425,3 +412,18 @@ def test_the_planned_step_lowers_for_a_gpu(name: str, monkeypatch: pytest.Monkey
     # The kernel's bias: 16 bits, one for all heads, keys of the prompt and the group.
     rows, length = (8, size) if w.layout == "packed" else (8 * (1 + w.negatives), w.response)
     assert f"tensor<{rows}x1x{length}x{prompt + length}xbf16>" in text
+
+
+def test_a_step_compiled_for_a_device() -> None:
+    case = ours.case_of(tiny("G1", "ours", Path()), 2, fused_attention.plain)
+    state, *_ = compiled.arguments(case, make_optimizer(case.config.train, 1))
+    # It takes the weights and both moments, and its results take their place.
+    least = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    assert least > 11 * sum(x.size for x in jax.tree.leaves(state.params))
+    held = compiled.held(compiled.compiled(case, "full", jax.devices()[0]))
+    assert least < held < 3 * least
+
+
+def test_compiling_for_a_card_needs_the_plugin() -> None:
+    words = ("benchmarks.gpu.compiled", "--model=tiny", "--batch=1")
+    assert 'expected its plugin: pip install "jax[cuda13]"' in refused(*words)
