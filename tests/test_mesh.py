@@ -34,8 +34,8 @@ def start(config: Any, workdir: Path) -> tuple[Setup, Any, TrainState, Reference
 def test_eight_devices_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(jax.devices()) == 8
     data = write_jsonl(tmp_path / "data.jsonl", examples=40)
-    # Adam moves a weight whose gradient is rounding noise by the whole learning rate, to a side that
-    # the order of summation decides. Its epsilon above that noise lets such weights rest.
+    # Adam moves a weight whose gradient is rounding noise by the whole learning rate, to a side
+    # that the order of summation decides. Its epsilon above that noise lets such weights rest.
     adam = functools.partial(optax.scale_by_adam, eps=1e-3)
     monkeypatch.setattr(optax, "scale_by_adam", adam)
     changes = {
