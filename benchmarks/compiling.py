@@ -17,7 +17,7 @@ import numpy as np
 from absl import flags
 
 from benchmarks import machine
-from benchmarks.workloads import WORKLOADS, Case, Workload, lower
+from benchmarks.workloads import WORKLOADS, Case, Workload, trace
 from mass_dpo_jax import cli
 from mass_dpo_jax.errors import UserError
 
@@ -26,7 +26,7 @@ def compile_step(workload: Workload) -> None:
     """Traces and compiles, from nothing."""
     jax.clear_caches()
     case = Case.without_weights(workload)
-    lower(case, case.program("mass_dpo", "full")).compile()
+    trace(case, case.program("mass_dpo", "full")).lower().compile()
 
 
 def run(

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from benchmarks import machine
-from benchmarks.workloads import Case, Workload, changed, lower
+from benchmarks.workloads import Case, Workload, changed, trace
 from mass_dpo_jax import cli
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.dry_run import abstract_mesh
@@ -55,7 +55,7 @@ MEGABYTE = 1e6
 
 def compiled_bytes(case: Case, program: Program) -> int:
     """XLA's temporaries of the train step on the first batch."""
-    found = lower(case, program).compile(compiler_options=OPTIONS).memory_analysis()
+    found = trace(case, program).lower().compile(compiler_options=OPTIONS).memory_analysis()
     assert found is not None
     return found.temp_size_in_bytes
 

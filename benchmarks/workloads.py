@@ -300,16 +300,26 @@ class Ours:
         return used.numbers, figures
 
 
-def lower(case: Case, program: Program) -> Any:
-    """The train step on the first batch, traced from shapes alone, ready to be compiled."""
+def trace(case: Case, program: Program) -> Any:
+    """The train step on the first batch, traced from shapes alone for the case's mesh, whose device
+    need not be there; ready to be lowered and compiled."""
     optimizer = make_optimizer(case.config.train, 1)
+
+    def arguments(params: Any) -> tuple[Any, ...]:
+        state = TrainState(jnp.int32(0), params, optimizer.init(params))
+        batch = jax.tree.map(lambda x: jnp.asarray(x)[None], case.batches[0])
+        if batch.ref_logps is None:
+            batch = batch._replace(ref_logps=jnp.zeros(batch.response_lengths.shape))
+        return state, batch, None, jax.random.key(0)
+
     params = nnx.to_pure_dict(nnx.state(abstract_decoder(case.model), nnx.Param))
-    step = jax.ShapeDtypeStruct((), jnp.int32)
-    state = TrainState(step, params, jax.eval_shape(optimizer.init, params))
-    batch = jax.eval_shape(lambda: jax.tree.map(lambda x: jnp.asarray(x)[None], case.batches[0]))
-    key = jax.eval_shape(lambda: jax.random.key(0))
+    everywhere = mesh_lib.replicated(case.mesh)
+    placed = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
+        jax.eval_shape(arguments, params),
+    )
     size = case.shapes[0].selected
-    return type(program).train_step.lower(program, optimizer, state, batch, None, key, size)
+    return type(program).train_step.trace(program, optimizer, *placed, size)
 
 
 def _weights(model: DecoderConfig, seed: int) -> Any:

@@ -11,7 +11,7 @@ import pytest
 from test_commands import refused
 
 from benchmarks import compiling, machine
-from benchmarks.workloads import Case, Workload, lower
+from benchmarks.workloads import Case, Workload, trace
 
 TINY = Workload(
     batch=2, prompt=12, response=4, pool=4, negatives=2, layers=2, width=16, heads=2, kv_heads=1,
@@ -24,7 +24,8 @@ def test_a_deep_model_is_the_same_program() -> None:
 
     def lines(layers: int) -> int:
         case = Case.without_weights(dataclasses.replace(TINY, layers=layers))
-        return len(lower(case, case.program("mass_dpo", "full")).as_text().splitlines())
+        program = case.program("mass_dpo", "full")
+        return len(trace(case, program).lower().as_text().splitlines())
 
     assert lines(2) == lines(9)
 

@@ -18,17 +18,18 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from models_for_tests import pretend_a_gpu
 from test_commands import refused
 
 from benchmarks.gpu import command, compiled, job, ours
 from benchmarks.gpu.job import Job, workload
-from benchmarks.workloads import changed
+from benchmarks.workloads import changed, trace
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models import fused_attention
+from mass_dpo_jax.models.decoder import abstract_decoder
 from mass_dpo_jax.models.fused_attention import Fused
 from mass_dpo_jax.training import flops as flops_lib
-from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.sizes import of_device
 
 CHANGES = ("prompt=20", "response=5", "pool=5", "negatives=2")
@@ -400,14 +401,10 @@ def test_the_planned_step_lowers_for_a_gpu(name: str, monkeypatch: pytest.Monkey
     pretend_a_gpu(monkeypatch)
     big = Job(workload(name, "3b"), "ours", "cuda", "bfloat16", 7, 0.0, "", batch=8)
     case = ours.case_of(big, 8, Fused())
-    program = case.program("mass_dpo", "full")
-    optimizer = make_optimizer(case.config.train, 1)
-    args = compiled.arguments(case, optimizer)
-    size = case.shapes[0].selected
-    traced = type(program).train_step.trace(program, optimizer, *args, size)
+    traced = trace(case, case.program("mass_dpo", "full"))
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@__cudnn$fmhaScaleBiasSoftmaxBackward(") == 3
-    prompt, w = case.shapes[0].prompt, case.workload
+    prompt, size, w = case.shapes[0].prompt, case.shapes[0].selected, case.workload
     assert f"tensor<8x8x1x3x{prompt}x{prompt}xf32>" not in text
     # The kernel's bias: 16 bits, one for all heads, keys of the prompt and the group.
     rows, length = (8, size) if w.layout == "packed" else (8 * (1 + w.negatives), w.response)
@@ -416,10 +413,9 @@ def test_the_planned_step_lowers_for_a_gpu(name: str, monkeypatch: pytest.Monkey
 
 def test_a_step_compiled_for_a_device() -> None:
     case = ours.case_of(tiny("G1", "ours", Path()), 2, fused_attention.plain)
-    state, *_ = compiled.arguments(case, make_optimizer(case.config.train, 1))
-    # It takes the weights and both moments, and its results take their place.
-    least = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-    assert least > 11 * sum(x.size for x in jax.tree.leaves(state.params))
+    # It takes the weights and both moments in float32, and its results take their place.
+    params = nnx.state(abstract_decoder(case.model), nnx.Param)
+    least = 3 * 4 * sum(x.size for x in jax.tree.leaves(params))
     held = compiled.held(compiled.compiled(case, "full", jax.devices()[0]))
     assert least < held < 3 * least
 

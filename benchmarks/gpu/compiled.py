@@ -16,26 +16,20 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo as kernel
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from benchmarks import memory
 from benchmarks.gpu.job import SHAPES, SIZES, workload
-from benchmarks.workloads import Case
+from benchmarks.workloads import Case, trace
 from mass_dpo_jax import cli
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models import fused_attention
-from mass_dpo_jax.models.decoder import REMAT, abstract_decoder
+from mass_dpo_jax.models.decoder import REMAT
 from mass_dpo_jax.models.logprobs import max_logits_of
-from mass_dpo_jax.training import mesh as mesh_lib
-from mass_dpo_jax.training.optimizer import make_optimizer
-from mass_dpo_jax.training.step import TrainState
 
 # An H100 SXM with 80 GB, in the words of XLA's GpuTargetConfig.
 H100 = """
@@ -77,33 +71,11 @@ def card() -> Any:
     return found.devices[0]
 
 
-def arguments(case: Case, optimizer: Any) -> tuple[Any, ...]:
-    """Of `Program.train_step`, by shape: state, batch, negatives, key."""
-
-    def made(params: Any) -> tuple[Any, ...]:
-        state = TrainState(jnp.int32(0), params, optimizer.init(params))
-        batch = jax.tree.map(lambda x: jnp.asarray(x)[None], case.batches[0])
-        if batch.ref_logps is None:
-            batch = batch._replace(ref_logps=jnp.zeros(batch.response_lengths.shape))
-        return state, batch, None, jax.random.key(0)
-
-    params = nnx.to_pure_dict(nnx.state(abstract_decoder(case.model), nnx.Param))
-    return jax.eval_shape(made, params)
-
-
 def compiled(case: Case, remat: str, device: Any, *, reuse: bool = True) -> Any:
     """The train step of a case for a device that need not be there."""
     axes = case.mesh.axis_names
-    mesh = Mesh(np.array(device).reshape([1] * len(axes)), axes)
-    everywhere = mesh_lib.replicated(mesh)
-    program = dataclasses.replace(case, mesh=mesh).program("mass_dpo", remat, reuse=reuse)
-    optimizer = make_optimizer(case.config.train, total_steps=10**6)
-    placed = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
-        arguments(case, optimizer),
-    )
-    size = case.shapes[0].selected
-    return type(program).train_step.lower(program, optimizer, *placed, size).compile()
+    case = dataclasses.replace(case, mesh=Mesh(np.array(device).reshape([1] * len(axes)), axes))
+    return trace(case, case.program("mass_dpo", remat, reuse=reuse)).lower().compile()
 
 
 def held(program: Any) -> int:

@@ -350,8 +350,13 @@ def _by_token(x: jax.Array, rows: int) -> jax.Array:
 
 
 def _slice(stack: Any, i: jax.Array | int) -> Any:
-    """Of a pytree of arrays [num_layers, ...] a layer's."""
-    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), stack)
+    """Of a pytree of arrays [num_layers, ...] a layer's.
+
+    Of a layer that is known, behind a barrier: XLA would round all layers' weights to the dtype of
+    computation and take one's of them.
+    """
+    part = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), stack)
+    return jax.lax.optimization_barrier(part) if isinstance(i, int) else part
 
 
 def _set(i: jax.Array | int) -> Callable[[jax.Array, jax.Array], jax.Array]:

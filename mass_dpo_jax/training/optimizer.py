@@ -7,6 +7,7 @@ the host's memory between updates.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -107,12 +108,13 @@ def _optimizer(
     adam = optax.scale_by_adam()
     if moments_dtype == "bfloat16":
         adam = stored_in_bfloat16(adam)
-    adam = unless_bad(adam)
+    adam = unless_bad(adam, clip)
     if offload:
         adam = kept_on_host(adam)
-    # The second part is optax.adamw, taken apart.
+    # optax.clip_by_global_norm and optax.adamw, taken apart; the first keeps nothing, and its place
+    # stays since checkpoints have it.
     return optax.chain(
-        clip_by_global_norm(clip),
+        optax.identity(),
         optax.chain(
             adam,
             optax.add_decayed_weights(weight_decay),
@@ -121,23 +123,14 @@ def _optimizer(
     )
 
 
-def clip_by_global_norm(most: float) -> optax.GradientTransformation:
-    """g * most / max(||g||, most): optax's function of this name without its copy of the gradient.
-
-    That divides every entry by the norm, and XLA computes a division once and keeps the results,
-    so all gradients are in memory twice. A product with one number is computed where it is used.
-    """
-
-    def clip(updates: Any, params: Any) -> Any:
-        del params
-        factor = most / jnp.maximum(optax.tree.norm(updates), most)
-        return jax.tree.map(lambda g: g * factor, updates)
-
-    return optax.stateless(clip)
-
-
-def unless_bad(adam: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+def unless_bad(
+    adam: optax.GradientTransformation, clip: float = math.inf
+) -> optax.GradientTransformationExtraArgs:
     """`adam` that stays as it is where its argument `finite`, a bool scalar, says no.
+
+    Its gradient g is clipped first, g * clip / max(||g||, clip), as optax.clip_by_global_norm does.
+    Before the branch below, that would be written to memory and read again; in it, a product with
+    one number is computed where it is used.
 
     A gradient that is not finite would never leave the moments again. What it gives then is the
     gradient itself, of no use; the step holds the weights.
@@ -149,10 +142,13 @@ def unless_bad(adam: optax.GradientTransformation) -> optax.GradientTransformati
     def update(
         updates: Any, state: Any, params: Any = None, *, finite: Any = True, **_: Any
     ) -> tuple[Any, Any]:
+        factor: Any = 1.0
+        if clip < math.inf:
+            factor = clip / jnp.maximum(optax.tree.norm(updates), clip)
         return jax.lax.cond(
             finite,
-            lambda updates, state: adam.update(updates, state, params),
-            lambda updates, state: (updates, state),
+            lambda g, state: adam.update(jax.tree.map(lambda x: x * factor, g), state, params),
+            lambda g, state: (g, state),
             updates,
             state,
         )
