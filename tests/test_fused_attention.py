@@ -109,7 +109,7 @@ def test_difference_sees_a_mask_that_is_off_by_one_key(monkeypatch: pytest.Monke
         return visible.at[1, -1, 6].set(True)  # The prompt's first token of padding.
 
     monkeypatch.setattr(fused_attention, "_visible", wrong)
-    fused_attention._both.clear_cache()
+    fused_attention._difference.clear_cache()
     assert difference(XLA, config, "bfloat16") > fused_attention.MOST
 
 

@@ -12,6 +12,8 @@ tokens with 200 response places that is 2.3 MB, where one layer's scores in floa
 are 110 MB. Masked pairs are computed, but all of attention is some 2% of a 3B model's operations
 at such lengths. Every response in a row behind its prompt, causal, would need no bias, but a query
 for every prompt token of every response: for short responses many times the tokens.
+
+On several devices each one calls the kernel for its own prompts and heads.
 """
 
 from __future__ import annotations
@@ -19,16 +21,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models import attention as plain
 from mass_dpo_jax.models.config import DecoderConfig
+from mass_dpo_jax.models.decoder import BATCH
 
 if TYPE_CHECKING:
     from mass_dpo_jax.models.decoder import Attend
@@ -64,9 +69,21 @@ class Fused:
 
     Attributes:
       implementation: `cudnn`; or `xla`, the same calls in plain operations, for tests.
+      mesh: the devices, prompts lying on `data` and `fsdp` and heads on `tensor`; None: one device.
     """
 
     implementation: Literal["cudnn", "xla"] = "cudnn"
+    mesh: Mesh | None = None
+
+    @classmethod
+    def on(cls, mesh: Mesh) -> Fused:
+        """cuDNN's on these devices."""
+        return cls(mesh=mesh if mesh.size > 1 else None)
+
+    @property
+    def ways(self) -> int:
+        """Into how many parts prompts are split."""
+        return 1 if self.mesh is None else math.prod(self.mesh.shape[axis] for axis in BATCH)
 
     def causal(
         self, query: jax.Array, key: jax.Array, value: jax.Array, extra: Any = None
@@ -139,15 +156,31 @@ class Fused:
           visible: bool [rows, 1, L, keys]; None: causal, where the kernel leaves pairs out. As a
             mask and not as a bias: newer versions of jax then ask for no gradient of it.
         """
-        return jax.nn.dot_product_attention(
-            query,
-            key,
-            value,
-            mask=visible,
-            scale=1.0,  # Queries are scaled.
-            is_causal=visible is None,
-            implementation=self.implementation,
-        )
+
+        def of_device(*arrays: jax.Array) -> jax.Array:
+            query, key, value, *mask = arrays
+            return jax.nn.dot_product_attention(
+                query,
+                key,
+                value,
+                mask=mask[0] if mask else None,
+                scale=1.0,  # Queries are scaled.
+                is_causal=not mask,
+                implementation=self.implementation,
+            )
+
+        arrays = (query, key, value) if visible is None else (query, key, value, visible)
+        if self.mesh is None:
+            return of_device(*arrays)
+        # Said here: what XLA would split the kernel's call along differs between versions of jax.
+        split = P(BATCH, None, "tensor", None)
+        return jax.shard_map(
+            of_device,
+            mesh=self.mesh,
+            in_specs=(split, split, split, P(BATCH))[: len(arrays)],
+            out_specs=split,
+            check_vma=False,  # The kernel's call does not say over what its results vary.
+        )(*arrays)
 
 
 def _pad(x: jax.Array, more: int) -> jax.Array:
@@ -169,8 +202,8 @@ def _visible(prompt_size: int, prompt_lengths: jax.Array, segments: jax.Array) -
 def choose(setting: str, config: DecoderConfig, dtype: DTypeLike, mesh: Mesh) -> Attention:
     """What `config.model.attention` means on these devices.
 
-    `auto` is the fused kernel on a single GPU where it computes what plain attention does: that is
-    tried, on a small example. On several GPUs nobody has run it, so there it has to be asked for.
+    `auto` is the fused kernel on GPUs where it computes what plain attention does: that is tried,
+    on a small example on all of them.
 
     Raises:
       UserError: `fused`, and it cannot be.
@@ -178,29 +211,26 @@ def choose(setting: str, config: DecoderConfig, dtype: DTypeLike, mesh: Mesh) ->
     if setting == "plain":
         return plain
     found = obstacle(config, jnp.dtype(dtype), mesh)
+    if found is None:
+        return Fused.on(mesh)
     if setting == "fused":
-        if found is not None:
-            raise UserError(f"config.model.attention=fused: {found}; expected auto or plain")
-        return Fused()
-    if found is None and mesh.size == 1:
-        return Fused()
+        raise UserError(f"config.model.attention=fused: {found}; expected auto or plain")
     if mesh.devices.flat[0].platform == "gpu":
-        why = found or "several devices (config.model.attention=fused would try it)"
-        _log.info(f"attention without a fused kernel: {why}")
+        _log.info(f"attention without a fused kernel: {found}")
     return plain
 
 
 def obstacle(config: DecoderConfig, dtype: jnp.dtype, mesh: Mesh) -> str | None:
     """Why the kernel cannot run there, or None."""
-    platform = mesh.devices.flat[0].platform
+    platform, tensor = mesh.devices.flat[0].platform, mesh.shape["tensor"]
     if platform != "gpu":
         return f"the kernel is cuDNN's, and this run is on {platform}"
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"the kernel needs config.model.dtype=bfloat16, not {dtype.name}"
-    if mesh.shape["tensor"] > 1:
-        return f"heads are split (mesh.tensor={mesh.shape['tensor']}), which nobody has tried"
+    if config.num_kv_heads % tensor:
+        return f"config.mesh.tensor={tensor} does not divide {config.num_kv_heads} key-value heads"
     try:
-        error = difference(Fused(), config, dtype)
+        error = difference(Fused.on(mesh), config, dtype)
     except (NotImplementedError, RuntimeError, ValueError) as failure:
         return f"the kernel failed: {str(failure).splitlines()[0]}"
     if not error <= MOST:  # Nor is a NaN.
@@ -208,44 +238,50 @@ def obstacle(config: DecoderConfig, dtype: jnp.dtype, mesh: Mesh) -> str | None:
     return None
 
 
-def difference(fused: Attention, config: DecoderConfig, dtype: DTypeLike) -> float:
+def difference(fused: Fused, config: DecoderConfig, dtype: DTypeLike) -> float:
     """The largest relative difference to plain attention, of outputs and of gradients.
 
-    On rows with padding, an absent response and lengths that are no multiples of anything; heads
-    as the model's.
+    On rows with padding, an absent response and lengths that are no multiples of anything, two for
+    each part that prompts are split into; heads as the model's. With a mesh all processes call it.
     """
-    prompt, length = 21, 13
-    heads, kv_heads, size = config.num_heads, config.num_kv_heads, config.head_dim
+    heads = config.num_heads, config.num_kv_heads, config.head_dim
+    return float(_difference(fused, heads, jnp.dtype(dtype)))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))  # Compiled once, if it is asked for again.
+def _difference(fused: Fused, heads: tuple[int, int, int], dtype: jnp.dtype) -> jax.Array:
+    prompt, length, parts = 21, 13, fused.ways
+    of_queries, of_keys, size = heads
+    prompt_lengths = jnp.tile(jnp.array([prompt, 6]), parts)
+    segments = jnp.array([[[0] * 5 + [2] * 7 + [3]], [[1] * 4 + [3] * 9]])
+    segments = jnp.tile(segments, (parts, 1, 1))
     keys = jax.random.split(jax.random.key(0), 4)
     query, key, value, weights = (
-        jax.random.normal(k, (2, prompt + length, n, size), jnp.float32).astype(dtype)
-        for k, n in zip(keys, (heads, kv_heads, kv_heads, heads), strict=True)
+        jax.random.normal(k, (2 * parts, prompt + length, n, size), jnp.float32).astype(dtype)
+        for k, n in zip(keys, (of_queries, of_keys, of_keys, of_queries), strict=True)
     )
     query *= jnp.asarray(size**-0.5, dtype)
-    found, expected = _both(fused, prompt, query, key, value, weights)
-    errors = []
-    for a, b in zip(found, expected, strict=True):
-        a, b = (x.astype(jnp.float32) for x in (a, b))
-        errors.append(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
-    return float(jnp.max(jnp.stack(errors)))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))  # Compiled once, if it is asked for again.
-def _both(
-    fused: Attention,
-    prompt: int,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    weights: jax.Array,
-) -> Any:
-    """Outputs and gradients, of both kinds of attention."""
-    prompt_lengths = jnp.array([prompt, 6])
-    segments = jnp.array([[[0] * 5 + [2] * 7 + [3]], [[1] * 4 + [3] * 9]])
 
     def values(attention: Attention) -> Any:
-        attend = attention.shared_prefix(prompt, prompt_lengths, segments)
-        seen, vjp = jax.vjp(lambda q, k, v: attend(q, k, v, None)[0], query, key, value)
-        return seen, *vjp(weights)
+        """Outputs of all, and of the prompt's last token alone as in the last layer; gradients."""
+        every = attention.shared_prefix(prompt, prompt_lengths, segments)
+        last = prompt_lengths - 1
+        one = attention.behind_prompt(last, jnp.zeros((2 * parts, 1, 1), jnp.int32))
 
-    return values(fused), values(plain)
+        def seen(query: jax.Array, key: jax.Array, value: jax.Array) -> Any:
+            of_prompt = key[:, :prompt], value[:, :prompt]
+            k, v = (jnp.take_along_axis(x, last[:, None, None, None], 1) for x in of_prompt)
+            return every(query, key, value, None)[0], one(query[:, :1], k, v, of_prompt)[0]
+
+        found, vjp = jax.vjp(seen, query, key, value)
+        return *found, *vjp((weights, weights[:, :1]))
+
+    errors = []
+    for a, b in zip(values(fused), values(plain), strict=True):
+        # Of each part by itself: one device's mistake would be a small one among many.
+        a, b = (x.astype(jnp.float32).reshape(parts, -1) for x in (a, b))
+        errors.append(jnp.linalg.norm(a - b, axis=1) / jnp.linalg.norm(b, axis=1))
+    largest = jnp.max(jnp.stack(errors))
+    if fused.mesh is None:
+        return largest
+    return jax.lax.with_sharding_constraint(largest, NamedSharding(fused.mesh, P()))

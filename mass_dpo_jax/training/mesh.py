@@ -20,11 +20,10 @@ from ml_collections import ConfigDict
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models.adapters import Lora
 from mass_dpo_jax.models.config import DecoderConfig
-from mass_dpo_jax.models.decoder import Splits, abstract_decoder, param_dims
+from mass_dpo_jax.models.decoder import BATCH, Splits, abstract_decoder, param_dims
 from mass_dpo_jax.models.frozen import store
 
 AXES = ("data", "fsdp", "tensor")
-BATCH = ("data", "fsdp")  # Prompts are split over both.
 _log = logging.getLogger(__name__)
 
 # Named dimension of a parameter -> mesh axis. A name that is not here is never split.
