@@ -61,29 +61,36 @@ def compiled_bytes(case: Case, program: Program) -> int:
 
 
 def account_of(case: Case, remat: str, shared: bool = True, reuse: bool = True) -> Account:
-    """The account of the same step."""
-    w, shape = case.workload, case.shapes[0]
-    fused = isinstance(case.attention, Fused)
-    itemsize = jnp.dtype(case.dtype).itemsize
-    model = of_device(case.model, itemsize, remat, fused=fused, max_logits=case.max_logits)
+    """The account of the same step, on one device of the case's mesh."""
+    w, shape, sizes = case.workload, case.shapes[0], case.mesh.shape
+    batch = w.batch // (sizes["data"] * sizes["fsdp"])
+    model = of_device(
+        case.model,
+        jnp.dtype(case.dtype).itemsize,
+        remat,
+        sizes["fsdp"],
+        sizes["tensor"],
+        fused=isinstance(case.attention, Fused),
+        max_logits=case.max_logits,
+    )
     optimizer = make_optimizer(case.config.train, 1)
     chunk = None
     if not shared:
         pool, trained = (
-            Layout(w.batch * count, shape.prompt, 1, case.max_response)
+            Layout(batch * count, shape.prompt, 1, case.max_response)
             for count in (1 + w.pool, 1 + w.negatives)
         )
     elif w.layout == "packed":
-        pool = Layout(w.batch, shape.prompt, 1, shape.responses)
+        pool = Layout(batch, shape.prompt, 1, shape.responses)
         trained = pool._replace(length=shape.selected)
     else:
         chunk = 1 + w.negatives
-        pool = Layout(w.batch, shape.prompt, 1 + w.pool, case.max_response)
+        pool = Layout(batch, shape.prompt, 1 + w.pool, case.max_response)
         trained = pool._replace(groups=chunk)
     return account_lib.account(
         model,
         *account_lib.state_bytes(case.model, case.mesh, optimizer),
-        account_lib.batch_bytes(w.batch, shape.prompt, shape.responses, 1 + w.pool),
+        account_lib.batch_bytes(batch, shape.prompt, shape.responses, 1 + w.pool),
         pool,
         chunk,
         trained,

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from benchmarks import cost
@@ -26,7 +26,7 @@ from mass_dpo_jax.models.fused_attention import Attention
 from mass_dpo_jax.models.logprobs import MAX_LOGITS
 from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training.methods import make_method
-from mass_dpo_jax.training.optimizer import make_optimizer
+from mass_dpo_jax.training.optimizer import make_optimizer, state_shapes
 from mass_dpo_jax.training.step import Program, Scorer, TrainState
 
 LASTFM_ROWS = 2000  # Enough for buckets like those of the whole split.
@@ -144,7 +144,7 @@ class Case:
       batches: on the device; `ref_logps` are the reference's.
       shapes: theirs.
       params, reference: two models' weights, nested dicts; None without weights.
-      mesh: one device.
+      mesh: one device; of several, programs can be traced.
       dtype: that ours computes in.
       attention: ours, plain or by a fused kernel.
       max_logits: that ours holds at once.
@@ -195,8 +195,10 @@ class Case:
         dtype: str = "float32",
         attention: Attention = attention,
         max_logits: int = MAX_LOGITS,
+        mesh: Mesh | None = None,
     ) -> Case:
-        """Batches on the host, without reference log-probs; of random tokens, if none are given."""
+        """Batches on the host, without reference log-probs; of random tokens, if none are given. On
+        this process's first device, if there is no mesh."""
         config = config_lib.default()
         config.num_negatives = workload.negatives
         config.model.layout = workload.layout
@@ -213,7 +215,7 @@ class Case:
             [order(step)[1] for step in steps],
             None,
             None,
-            mesh_lib.make_mesh(config.mesh, devices=jax.devices()[:1]),
+            mesh or mesh_lib.make_mesh(config.mesh, devices=jax.devices()[:1]),
             dtype,
             attention,
             max_logits,
@@ -226,8 +228,9 @@ class Case:
         config.method = method
         lengths = self.tokens.response_lengths
         made = make_method(config, largest_pool=lengths.shape[1] - 1)
-        graphdef, state = nnx.split(
-            abstract_decoder(self.model, dtype=self.dtype, remat=remat), nnx.Param
+        splits = mesh_lib.hidden_splits(self.mesh, self.model.hidden_size)
+        graphdef, _ = nnx.split(
+            abstract_decoder(self.model, dtype=self.dtype, remat=remat, splits=splits), nnx.Param
         )
         chunked = shared and self.workload.layout == "rectangle"
         scorer = (Scorer if shared else Unshared)(
@@ -239,8 +242,8 @@ class Case:
             attention=self.attention,
             max_logits=self.max_logits,
         )
-        everywhere = mesh_lib.replicated(self.mesh)
-        shardings = jax.tree.map(lambda _: everywhere, nnx.to_pure_dict(state))
+        shapes = mesh_lib.param_shapes(self.model, self.mesh)
+        shardings = jax.tree.map(lambda x: x.sharding, shapes)
         return Program(scorer, made, shardings, reuse and shared)
 
     @property
@@ -301,25 +304,28 @@ class Ours:
 
 
 def trace(case: Case, program: Program) -> Any:
-    """The train step on the first batch, traced from shapes alone for the case's mesh, whose device
-    need not be there; ready to be lowered and compiled."""
-    optimizer = make_optimizer(case.config.train, 1)
+    """The train step on the first batch, traced from shapes alone for the case's mesh, whose
+    devices need not be there; ready to be lowered and compiled."""
+    optimizer, mesh = make_optimizer(case.config.train, 1), case.mesh
 
-    def arguments(params: Any) -> tuple[Any, ...]:
-        state = TrainState(jnp.int32(0), params, optimizer.init(params))
+    def placed(tree: Any, sharding: NamedSharding) -> Any:
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+        )
+
+    def first_batch() -> Batch:
         batch = jax.tree.map(lambda x: jnp.asarray(x)[None], case.batches[0])
         if batch.ref_logps is None:
             batch = batch._replace(ref_logps=jnp.zeros(batch.response_lengths.shape))
-        return state, batch, None, jax.random.key(0)
+        return batch
 
-    params = nnx.to_pure_dict(nnx.state(abstract_decoder(case.model), nnx.Param))
-    everywhere = mesh_lib.replicated(case.mesh)
-    placed = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
-        jax.eval_shape(arguments, params),
-    )
+    everywhere = mesh_lib.replicated(mesh)
+    step, key = placed(jax.eval_shape(lambda: (jnp.int32(0), jax.random.key(0))), everywhere)
+    batch = placed(jax.eval_shape(first_batch), mesh_lib.split_rows(mesh, leading=1))
+    params = mesh_lib.param_shapes(case.model, mesh)
+    state = TrainState(step, params, state_shapes(optimizer, params, mesh))
     size = case.shapes[0].selected
-    return type(program).train_step.trace(program, optimizer, *placed, size)
+    return type(program).train_step.trace(program, optimizer, state, batch, None, key, size)
 
 
 def _weights(model: DecoderConfig, seed: int) -> Any:

@@ -40,7 +40,7 @@ def default() -> ConfigDict:
     c.model.reference_path = ""  # The reference policy; empty: the weights training starts from.
     c.model.dtype = "float32"  # Of the computation: float32 | bfloat16. Weights stay float32.
     c.model.remat = "full"  # What the backward pass computes again: dots (attention) | full (all).
-    # auto: a fused kernel on one GPU with bfloat16, where it agrees with plain | plain | fused.
+    # auto: a fused kernel on GPUs with bfloat16, where it agrees with plain | plain | fused.
     c.model.attention = "auto"
     c.model.layout = "packed"  # Responses behind their prompt: packed | rectangle (long ones).
 

@@ -186,10 +186,16 @@ def grams(features: jax.Array, mask: jax.Array, settings: Settings) -> jax.Array
     def gram(one: tuple[jax.Array, jax.Array]) -> jax.Array:
         return designs.gram_matrix(*one, settings.feature_norm)
 
-    if jax.default_backend() == "cpu" and jax.device_count() == 1:
-        # One prompt after another stays in the cache from its centring to its product.
+    def at_once(features: jax.Array, mask: jax.Array) -> jax.Array:
+        return jax.vmap(gram)((features, mask))
+
+    def in_turn(features: jax.Array, mask: jax.Array) -> jax.Array:
         return lax.map(gram, (features, mask))
-    return jax.vmap(gram)((features, mask))
+
+    if jax.device_count() > 1:
+        return at_once(features, mask)
+    # On a CPU, one prompt after another stays in the cache from its centring to its product.
+    return lax.platform_dependent(features, mask, cpu=in_turn, default=at_once)
 
 
 def diagnostics(pools: Pool, chosen: Selection, settings: Settings) -> dict[str, jax.Array]:

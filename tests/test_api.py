@@ -156,6 +156,22 @@ def test_any_optimizer_of_optax(tmp_path: Path, folder: Path) -> None:
     assert float(metrics["skipped"]) == 1 and int(after.step) == 2
 
 
+def test_an_optimizer_with_other_shapes(tmp_path: Path, folder: Path) -> None:
+    """Adafactor keeps rows and columns, which lie on every device."""
+    config = config_of(folder, tmp_path, num_negatives=2, **{"mesh.fsdp": 4, "mesh.data": 2})
+    model = mdj.load_model(folder, config)
+    batches = mdj.batches(model, mdj.load_examples(config.data, "train", 0))
+    step = mdj.make_train_step(model, batches, optax.adafactor(1e-3, min_dim_size_to_factor=16))
+    state, metrics = step(step.init(model.params), batches[0])
+    assert float(metrics["update_ratio"]) > 0
+    factored = [
+        x
+        for path, x in jax.tree.leaves_with_path(state.opt_state)
+        if "v_row" in jax.tree_util.keystr(path) and x.ndim > 1 and x.shape[1] > 1
+    ]
+    assert factored and all(x.sharding.is_fully_replicated for x in factored)
+
+
 @pytest.mark.usefixtures("one_device")
 def test_mistakes(tmp_path: Path, folder: Path) -> None:
     config = config_of(folder, tmp_path)

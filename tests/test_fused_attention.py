@@ -31,6 +31,7 @@ from mass_dpo_jax.models import attention as plain
 from mass_dpo_jax.models import fused_attention
 from mass_dpo_jax.models.decoder import abstract_decoder
 from mass_dpo_jax.models.fused_attention import Fused, choose, difference
+from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training.methods import make_method
 from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.setup import prepare
@@ -96,6 +97,31 @@ def test_an_absent_row_does_not_spoil_gradients() -> None:
     for layout in ("packed", "rectangle, 2 at a time"):
         for grad in jax.tree.leaves(gradients(model, empty, attention=XLA, **LAYOUTS[layout])):
             assert np.all(grad == 0.0)
+
+
+@pytest.mark.parametrize("sizes", [(2, 4, 1), (2, 2, 2), (1, 8, 1)])
+def test_devices_agree_with_plain_attention(sizes: tuple[int, int, int]) -> None:
+    """Each on its own prompts and heads: outputs and gradients."""
+    mesh = jax.make_mesh(sizes, mesh_lib.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    config, many = tiny_config(), Fused("xla", mesh)
+    assert many.ways == sizes[0] * sizes[1]
+    assert difference(many, config, "float32") < 1e-6
+    assert 0 < difference(many, config, "bfloat16") < fused_attention.MOST / 2
+
+
+def test_difference_sees_one_device_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    mesh = jax.make_mesh((8, 1, 1), mesh_lib.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    right = fused_attention._visible
+
+    def wrong(*args: Any) -> jax.Array:
+        visible = right(*args)
+        last = len(visible) - 1  # Of the last device's two rows the one with padding.
+        return visible.at[last, -1, 6].set(True) if last > 2 else visible
+
+    monkeypatch.setattr(fused_attention, "_visible", wrong)
+    fused_attention._difference.clear_cache()
+    assert difference(Fused("xla", mesh), tiny_config(), "bfloat16") > fused_attention.MOST
+    fused_attention._difference.clear_cache()
 
 
 def test_difference_sees_a_mask_that_is_off_by_one_key(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,27 +223,29 @@ def test_choice(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixtur
         return 0.005
 
     monkeypatch.setattr(fused_attention, "difference", agrees)
-    assert choose("auto", config, "bfloat16", gpus()) == Fused()
-    assert choose("fused", config, "bfloat16", gpus(2)) == Fused()
-    assert choose("plain", config, "bfloat16", gpus()) is plain
-    assert asked == [Fused("cudnn")] * 2
+    one, eight = gpus(), gpus(8, tensor=2)
+    for setting in ("auto", "fused"):
+        assert choose(setting, config, "bfloat16", one) == Fused()
+        assert choose(setting, config, "bfloat16", eight) == Fused(mesh=eight)
+    assert choose("plain", config, "bfloat16", one) is plain
+    assert asked == [Fused(), Fused(mesh=eight)] * 2
     for mesh, dtype, reason in (
         (gpus(platform="cpu"), "bfloat16", "the kernel is cuDNN's, and this run is on cpu"),
         (gpus(), "float32", "needs config.model.dtype=bfloat16, not float32"),
-        (gpus(2, tensor=2), "bfloat16", r"heads are split \(mesh.tensor=2\)"),
+        (gpus(4, tensor=4), "bfloat16", "config.mesh.tensor=4 does not divide 2 key-value heads"),
     ):
         assert choose("auto", config, dtype, mesh) is plain
         with pytest.raises(UserError, match=f"config.model.attention=fused: .*{reason}"):
             choose("fused", config, dtype, mesh)
-    with caplog.at_level("INFO"):
-        assert choose("auto", config, "bfloat16", gpus(2)) is plain
-    assert "several devices (config.model.attention=fused would try it)" in caplog.text
+    assert len(asked) == 4
 
     for wrong in (0.5, float("nan")):
         monkeypatch.setattr(fused_attention, "difference", lambda *args, found=wrong: found)
-        assert choose("auto", config, "bfloat16", gpus()) is plain
+        with caplog.at_level("INFO"):
+            assert choose("auto", config, "bfloat16", eight) is plain
+        assert f"without a fused kernel: the kernel is off by {wrong}" in caplog.text
         with pytest.raises(UserError, match=r"off by (0\.5|nan) on a small example"):
-            choose("fused", config, "bfloat16", gpus())
+            choose("fused", config, "bfloat16", one)
 
 
 def test_a_kernel_that_fails_is_not_used() -> None:

@@ -110,3 +110,23 @@ def test_batches_must_split_evenly(tmp_path: Path) -> None:
     config = tiny_config(write_jsonl(tmp_path / "data.jsonl"), **{"train.micro_batch_size": 4})
     with pytest.raises(UserError, match=r"micro_batch_size=4.* = 8"):
         train_lib.train(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize("changes", [{}, {"train.moments_dtype": "bfloat16"}])
+def test_a_step_says_where_its_state_lies(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """XLA for CPUs leaves it where it was anyway, XLA for GPUs gave every device all moments."""
+    config = tiny_config(write_jsonl(tmp_path / "data.jsonl", examples=40), **changes)
+    config.mesh.update(data=2, fsdp=2, tensor=2)
+    setup, optimizer, state, refs = start(config, tmp_path / "run")
+    batch = Batches(setup, refs)[0]
+    traced = setup.program.train_step.trace(
+        setup.program, optimizer, state, batch.arrays, None, setup.key(0), batch.size
+    )
+    program = traced.jaxpr.jaxpr
+    made_by = {x: equation for equation in program.eqns for x in equation.outvars}
+    leaves = jax.tree.leaves_with_path(state)
+    for (path, leaf), out in zip(leaves, program.outvars[: len(leaves)], strict=True):
+        if leaf.ndim:  # Not a count.
+            equation = made_by[out]
+            assert equation.primitive.name == "sharding_constraint", jax.tree_util.keystr(path)
+            assert equation.params["sharding"].is_equivalent_to(leaf.sharding, leaf.ndim)

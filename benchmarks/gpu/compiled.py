@@ -3,9 +3,9 @@
     pip install "jax[cuda13]"     # No card and no driver are needed.
     JAX_PLATFORMS=cpu python -m benchmarks.gpu.compiled --workload=G1 --batch=32 --remat=dots
 
-Memory is that of arguments, results and temporaries as XLA has laid them out for the card, beside
-our account of the same step. What a kernel takes as its workspace is chosen on a card, and not in
-it. --output writes the program's text.
+Memory is that of arguments, results and temporaries as XLA has laid them out for a card, beside our
+account of the same step. What a kernel takes as its workspace is chosen on a card, and not in it.
+--data, --fsdp and --tensor are the sizes of a mesh, and --output writes the program's text.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from absl import flags
 from jax._src.cudnn import fused_attention_stablehlo as kernel
 from jax.experimental import topologies
-from jax.sharding import Mesh
 
 from benchmarks import memory
 from benchmarks.gpu.job import SHAPES, SIZES, workload
 from benchmarks.workloads import Case, trace
 from mass_dpo_jax import cli
+from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models import fused_attention
 from mass_dpo_jax.models.decoder import REMAT
+from mass_dpo_jax.models.fused_attention import Fused
 from mass_dpo_jax.models.logprobs import max_logits_of
+from mass_dpo_jax.training import mesh as mesh_lib
 
 # An H100 SXM with 80 GB, in the words of XLA's GpuTargetConfig.
 H100 = """
@@ -52,8 +53,8 @@ KERNELS = {
 }
 
 
-def card() -> Any:
-    """A device that can be compiled for and not run on.
+def cards(count: int) -> list[Any]:
+    """Devices that can be compiled for and not run on.
 
     Raises:
       UserError: JAX has no CUDA plugin.
@@ -62,20 +63,16 @@ def card() -> Any:
     kernel.check_cudnn_version = lambda: 91900
     kernel.check_compute_capability = lambda capability: True
     try:
-        found = topologies.get_topology_desc("card", "cuda", target_config=H100, topology="1x1x1")
+        found = topologies.get_topology_desc(
+            "cards", "cuda", target_config=H100, topology=f"1x{count}x1"
+        )
     except RuntimeError as error:
         raise UserError(
             f"JAX cannot compile for CUDA here ({error}); expected its plugin: "
             'pip install "jax[cuda13]"'
         ) from None
-    return found.devices[0]
-
-
-def compiled(case: Case, remat: str, device: Any, *, reuse: bool = True) -> Any:
-    """The train step of a case for a device that need not be there."""
-    axes = case.mesh.axis_names
-    case = dataclasses.replace(case, mesh=Mesh(np.array(device).reshape([1] * len(axes)), axes))
-    return trace(case, case.program("mass_dpo", remat, reuse=reuse)).lower().compile()
+    devices: list[Any] = found.devices
+    return devices
 
 
 def held(program: Any) -> int:
@@ -86,18 +83,22 @@ def held(program: Any) -> int:
 
 
 def main() -> None:
-    fused = _ATTENTION.value == "fused"
+    sizes = config_lib.default().mesh
+    sizes.update(data=_DATA.value, fsdp=_FSDP.value, tensor=_TENSOR.value)
+    mesh = mesh_lib.make_mesh(sizes, cards(_DATA.value * _FSDP.value * _TENSOR.value))
     case = Case.without_weights(
         dataclasses.replace(workload(_WORKLOAD.value, _MODEL.value), batch=_BATCH.value),
         dtype="bfloat16",
-        attention=fused_attention.Fused() if fused else fused_attention.plain,
+        attention=Fused.on(mesh) if _ATTENTION.value == "fused" else fused_attention.plain,
         max_logits=max_logits_of("gpu"),
+        mesh=mesh,
     )
-    device, began = card(), time.perf_counter()
-    program = compiled(case, _REMAT.value, device, reuse=_REUSE.value)
+    began = time.perf_counter()
+    step = case.program("mass_dpo", _REMAT.value, reuse=_REUSE.value)
+    program = trace(case, step).lower().compile()
     seconds, text = time.perf_counter() - began, program.as_text()
     account = memory.account_of(case, _REMAT.value, reuse=_REUSE.value).peak
-    print(f"for {device.device_kind}, in {seconds:.0f} s")
+    print(f"for {mesh.size} x {mesh.devices.flat[0].device_kind}, in {seconds:.0f} s")
     print(f"account {account / 1e9:.1f} GB, XLA {held(program) / 1e9:.1f} GB: ", end="")
     print(f"{held(program) / account:.2f}")
     for name, pattern in KERNELS.items():
@@ -109,7 +110,11 @@ def main() -> None:
 if __name__ == "__main__":
     _WORKLOAD = flags.DEFINE_enum("workload", "G1", list(SHAPES), "Shapes: see benchmarks.gpu.")
     _MODEL = flags.DEFINE_enum("model", "3b", list(SIZES), "Sizes of the model.")
-    _BATCH = flags.DEFINE_integer("batch", 32, "Prompts.", lower_bound=1)
+    _BATCH = flags.DEFINE_integer("batch", 32, "Prompts, of all cards.", lower_bound=1)
+    _DATA, _FSDP, _TENSOR = (
+        flags.DEFINE_integer(name, 1, f"Cards along {name}.", lower_bound=1)
+        for name in mesh_lib.AXES
+    )
     _REMAT = flags.DEFINE_enum("remat", "dots", REMAT, "model.remat.")
     _REUSE = flags.DEFINE_bool("reuse", True, "train.reuse_scoring.")
     _ATTENTION = flags.DEFINE_enum("attention", "fused", ["fused", "plain"], "model.attention.")

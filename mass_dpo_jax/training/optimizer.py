@@ -43,8 +43,8 @@ def make_optimizer(train: ConfigDict, total_steps: int) -> optax.GradientTransfo
 def state_shapes(
     optimizer: optax.GradientTransformation, params: Any, mesh: Mesh, memory: str | None = None
 ) -> Any:
-    """An optimizer's state as shapes with shardings: moments lie where their weights do, what is
-    no moment on every device.
+    """An optimizer's state as shapes with shardings: moments lie where their weights do, what has
+    other shapes (a count, the rows and columns of Adafactor) on every device.
 
     Args:
       params: the weights, as shapes with shardings.
@@ -56,7 +56,7 @@ def state_shapes(
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
     def beside(leaf: Any, weight: Any) -> jax.ShapeDtypeStruct:
-        place = weight.sharding
+        place = weight.sharding if leaf.shape == weight.shape else everywhere
         return put(leaf, place if memory is None else place.with_memory_kind(memory))
 
     return optax.tree_utils.tree_map_params(
@@ -137,21 +137,39 @@ def unless_bad(
 
     A branch, and not a choice between new and old moments, which would have to be in memory
     together: a twentieth of a small model's step on a CPU.
+
+    `places`, if given, are shardings of the weights, and what comes out lies so. XLA for GPUs would
+    otherwise give every device all moments, whatever came in.
     """
 
     def update(
-        updates: Any, state: Any, params: Any = None, *, finite: Any = True, **_: Any
+        updates: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        finite: Any = True,
+        places: Any = None,
+        **_: Any,
     ) -> tuple[Any, Any]:
         factor: Any = 1.0
         if clip < math.inf:
             factor = clip / jnp.maximum(optax.tree.norm(updates), clip)
-        return jax.lax.cond(
+        updates, state = jax.lax.cond(
             finite,
             lambda g, state: adam.update(jax.tree.map(lambda x: x * factor, g), state, params),
             lambda g, state: (g, state),
             updates,
             state,
         )
+        if places is None:
+            return updates, state
+        put = jax.lax.with_sharding_constraint
+
+        def beside(leaf: Any, weight: Any, place: Any) -> Any:
+            return put(leaf, place if leaf.shape == weight.shape else replicated(place.mesh))
+
+        state = optax.tree_utils.tree_map_params(adam, beside, state, updates, places)
+        return put(updates, places), state
 
     return optax.GradientTransformationExtraArgs(adam.init, update)
 

@@ -327,12 +327,15 @@ class Program:
         grads = jax.lax.with_sharding_constraint(grads, self.shardings)
         figures["grad_norm"] = optax.tree.norm(grads)
         finite = jnp.isfinite(figures["loss"]) & jnp.isfinite(figures["grad_norm"])
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, finite=finite)
+        updates, opt_state = optimizer.update(
+            grads, state.opt_state, state.params, finite=finite, places=self.shardings
+        )
         ratio = optax.tree.norm(updates) / optax.tree.norm(state.params)
         figures["update_ratio"] = jnp.where(finite, ratio, 0.0)
         figures["skipped"] = 1.0 - finite
         updated = optax.apply_updates(state.params, updates)
         weights = jax.tree.map(lambda a, b: jnp.where(finite, a, b), updated, state.params)
+        weights = jax.lax.with_sharding_constraint(weights, self.shardings)
         return TrainState(state.step + 1, weights, opt_state), trained, figures
 
 
