@@ -14,6 +14,7 @@ from helpers import tiny_config, write_jsonl
 
 from mass_dpo_jax import train as train_lib
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.models import fused_attention
 from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.setup import Reference, Setup, prepare
@@ -31,7 +32,10 @@ def start(config: Any, workdir: Path) -> tuple[Setup, Any, TrainState, Reference
     return setup, optimizer, first_state(like, optimizer, params), setup.reference(params)
 
 
-def test_eight_devices_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_eight_devices_equal_one(
+    fused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert len(jax.devices()) == 8
     data = write_jsonl(tmp_path / "data.jsonl", examples=40)
     # Adam moves a weight whose gradient is rounding noise by the whole learning rate, to a side
@@ -49,6 +53,10 @@ def test_eight_devices_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with monkeypatch.context() as patch:
         patch.setattr(mesh_lib, "make_mesh", lambda c: make_mesh(c, devices=jax.devices()[:1]))
         setup, optimizer, state, refs = start(config, tmp_path / "one")
+    if fused:  # Its calls, in plain operations.
+        monkeypatch.setattr(
+            fused_attention, "choose", lambda *args: fused_attention.Fused("xla", args[-1])
+        )
     setup_8, optimizer_8, state_8, refs_8 = start(eight, tmp_path / "eight")
     logps = refs.logps["train"]
     np.testing.assert_allclose(refs_8.logps["train"], logps, rtol=1e-5, atol=1e-5)
