@@ -47,6 +47,8 @@ BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"= (.*?) (" + "|".join(KINDS) + r")(?:-start)?\(")
+# What a collective that is started and waited for later is of: (operands), results.
+_STARTED = re.compile(r"\(\((?:[^()]|\([^()]*\))*\), (.*)\)")
 _SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 _CALLED = re.compile(
     r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
@@ -107,7 +109,9 @@ def collective_bytes(hlo: str) -> Counter[str]:
 def _of_line(line: str, total: Callable[[str], Counter[str]]) -> Counter[str]:
     found: Counter[str] = Counter()
     if match := _INSTRUCTION.search(line):
-        found[match[2]] += sum(_size(*shape) for shape in _SHAPE.findall(match[1]))
+        started = _STARTED.fullmatch(match[1])
+        results = started[1] if started else match[1]
+        found[match[2]] += sum(_size(*shape) for shape in _SHAPE.findall(results))
     inner: Counter[str] = Counter()
     names = _CALLED.findall(line)
     for group in _BRANCHES.findall(line):

@@ -36,6 +36,9 @@ HloModule made_up
 ENTRY %main (p: f32[4]) -> f32[4] {
   %loop = (s32[], f32[4]) while(%p), condition=%c, body=%outer, backend_config={"known_trip_count":{"n":"3"}}
   %moved = f32[10]{0} collective-permute-start(%x), source_target_pairs={{0,1}}
+  %begun = ((f32[4]{0:T(8)}, bf16[2]{0}), (f32[8]{0:T(8)}, bf16[4]{0})) all-gather-start(%x, %y)
+  %ended = (f32[8]{0:T(8)}, bf16[4]{0}) all-gather-done(%begun)
+  %summed = ((f32[7]{0}), f32[7]{0}) all-reduce-start(%x), to_apply=%add
   ROOT %out = f32[4] get-tuple-element(%loop), index=1
 }
 """  # noqa: E501
@@ -43,8 +46,8 @@ ENTRY %main (p: f32[4]) -> f32[4] {
 
 def test_loops_count_as_often_as_they_run() -> None:
     assert collective_bytes(HLO) == {
-        "all-gather": 3 * 5 * 4 * 8 * 4,
-        "all-reduce": 3 * (2 * 4 + 3 * 2),
+        "all-gather": 3 * 5 * 4 * 8 * 4 + 8 * 4 + 4 * 2,
+        "all-reduce": 3 * (2 * 4 + 3 * 2) + 7 * 4,
         "collective-permute": 10 * 4,
     }
 

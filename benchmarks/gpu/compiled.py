@@ -21,6 +21,7 @@ from jax._src.cudnn import fused_attention_stablehlo as kernel
 from jax.experimental import topologies
 
 from benchmarks import memory
+from benchmarks.collectives import collective_bytes
 from benchmarks.gpu.job import SHAPES, SIZES, workload
 from benchmarks.workloads import Case, trace
 from mass_dpo_jax import cli
@@ -103,6 +104,8 @@ def main() -> None:
     print(f"{held(program) / account:.2f}")
     for name, pattern in KERNELS.items():
         print(f"{name}: {len(re.findall(pattern, text))} in its text")
+    for kind, size in collective_bytes(text).items():
+        print(f"{kind}: {size / 1e9:.2f} GB of results on a card")
     if _OUTPUT.value:
         Path(_OUTPUT.value).write_text(text)
 
