@@ -353,11 +353,16 @@ def _by_token(x: jax.Array, rows: int) -> jax.Array:
 def _slice(stack: Any, i: jax.Array | int) -> Any:
     """Of a pytree of arrays [num_layers, ...] a layer's.
 
-    Of a layer that is known, behind a barrier: XLA would round all layers' weights to the dtype of
-    computation and take one's of them.
+    Of a layer that is known, each behind a barrier: XLA would round all layers' weights to the
+    dtype of computation and take one's of them. One barrier for all would give frozen weights
+    gradients.
     """
-    part = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), stack)
-    return jax.lax.optimization_barrier(part) if isinstance(i, int) else part
+
+    def part(x: jax.Array) -> jax.Array:
+        found = jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
+        return jax.lax.optimization_barrier(found) if isinstance(i, int) else found
+
+    return jax.tree.map(part, stack)
 
 
 def _set(i: jax.Array | int) -> Callable[[jax.Array, jax.Array], jax.Array]:
