@@ -118,7 +118,7 @@ def _names(count: int, rng: np.random.Generator) -> tuple[str, ...]:
     names: dict[str, None] = {}
     while len(names) < count:
         parts = rng.choice(syllables, size=rng.integers(2, 5))
-        ending = rng.choice(["", "", "n", "r", "s", "x"])
+        ending = str(rng.choice(["", "", "n", "r", "s", "x"]))
         names["".join([*parts, ending]).capitalize()] = None
     return tuple(names)
 
