@@ -20,9 +20,9 @@ from mass_dpo_jax.data.batches import Batch, Order, Shape, make_batch, make_buck
 from mass_dpo_jax.data.tokens import Tokens, load_tokenizer, tokenize
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models import attention, shared_prefix
+from mass_dpo_jax.models.attention import Attention
 from mass_dpo_jax.models.config import DecoderConfig
 from mass_dpo_jax.models.decoder import Decoder, abstract_decoder
-from mass_dpo_jax.models.fused_attention import Attention
 from mass_dpo_jax.models.logprobs import MAX_LOGITS
 from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training.methods import make_method

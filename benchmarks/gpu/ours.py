@@ -26,8 +26,9 @@ from benchmarks.gpu.job import (
 from benchmarks.workloads import Case
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models import fused_attention
+from mass_dpo_jax.models.attention import Attention
 from mass_dpo_jax.models.decoder import REMAT, Decoder
-from mass_dpo_jax.models.fused_attention import Attention, Fused
+from mass_dpo_jax.models.fused_attention import Fused
 from mass_dpo_jax.models.logprobs import max_logits_of
 from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training.optimizer import make_optimizer

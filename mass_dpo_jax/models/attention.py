@@ -8,7 +8,7 @@ Everywhere below k is a KV head, m a query head of it, g a group of responses, d
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,16 @@ if TYPE_CHECKING:
 
 # Finite, so that a row with nothing to see gives a mean of garbage and not NaN.
 MASKED = -1e30
+
+
+class Attention(Protocol):
+    """How to compute it: this module, or a `Fused` of fused_attention.py."""
+
+    def causal(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, extra: Any = None
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]: ...
+
+    def behind_prompt(self, prompt_lengths: jax.Array, segments: jax.Array) -> Attend: ...
 
 
 def causal(
@@ -36,36 +46,15 @@ def causal(
     return _tokens_first(seen.astype(query.dtype), batch, length), (key, value)
 
 
-def shared_prefix(prompt_size: int, prompt_lengths: jax.Array, segments: jax.Array) -> Attend:
-    """The first `prompt_size` tokens are the prompt, the rest groups of responses to it.
+def behind_prompt(prompt_lengths: jax.Array, segments: jax.Array) -> Attend:
+    """Responses to prompts whose (keys, values) [B, P, KV, K] are `extra`; keeps nothing.
+
+    One softmax runs over both the prompt's keys and the response's own.
 
     Args:
-      prompt_size: P, static.
       prompt_lengths: int32 [B], real tokens of each prompt.
       segments: int32 [B, G, L]: which response a token belongs to. Tokens see the prompt and what
         precedes them within their group *and* segment.
-
-    Returns an `Attend` for [B, P + G * L] tokens that keeps nothing.
-    """
-
-    def attend(
-        query: jax.Array, key: jax.Array, value: jax.Array, extra: Any
-    ) -> tuple[jax.Array, None]:
-        del extra
-        q, k, v = (x[:, :prompt_size] for x in (query, key, value))
-        prompt, keys_values = causal(q, k, v)
-        responses = behind_prompt(prompt_lengths, segments)
-        q, k, v = (x[:, prompt_size:] for x in (query, key, value))
-        response, _ = responses(q, k, v, keys_values)
-        return jnp.concatenate([prompt, response], axis=1), None
-
-    return attend
-
-
-def behind_prompt(prompt_lengths: jax.Array, segments: jax.Array) -> Attend:
-    """The responses' half of `shared_prefix`; `extra` is the prompt's (keys, values) [B, P, KV, K].
-
-    One softmax runs over both the prompt's keys and the response's own.
     """
 
     def attend(
@@ -91,6 +80,33 @@ def behind_prompt(prompt_lengths: jax.Array, segments: jax.Array) -> Attend:
             ["bkgmlp,bkpd->bkgmld", "bkgmls,bkgsd->bkgmld"],
         )
         return _tokens_first(seen.astype(query.dtype), batch, length), None
+
+    return attend
+
+
+def shared_prefix(
+    attention: Attention, prompt_size: int, prompt_lengths: jax.Array, segments: jax.Array
+) -> Attend:
+    """The first `prompt_size` tokens are the prompt, causal, the rest groups of responses to it.
+
+    Args:
+      attention: how.
+      prompt_size: P, static.
+      prompt_lengths, segments: see `behind_prompt`.
+
+    Returns an `Attend` for [B, P + G * L] tokens that keeps nothing.
+    """
+    responses = attention.behind_prompt(prompt_lengths, segments)
+
+    def attend(
+        query: jax.Array, key: jax.Array, value: jax.Array, extra: Any
+    ) -> tuple[jax.Array, None]:
+        del extra
+        q, k, v = (x[:, :prompt_size] for x in (query, key, value))
+        prompt, keys_values = attention.causal(q, k, v)
+        q, k, v = (x[:, prompt_size:] for x in (query, key, value))
+        response, _ = responses(q, k, v, keys_values)
+        return jnp.concatenate([prompt, response], axis=1), None
 
     return attend
 

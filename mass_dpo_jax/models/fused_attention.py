@@ -22,7 +22,7 @@ import dataclasses
 import functools
 import logging
 import math
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ from jax.typing import DTypeLike
 
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models import attention as plain
+from mass_dpo_jax.models.attention import Attention
 from mass_dpo_jax.models.config import DecoderConfig
 from mass_dpo_jax.models.decoder import BATCH
 
@@ -49,23 +50,9 @@ CHOICES = ("auto", "plain", "fused")
 MOST = 0.02
 
 
-class Attention(Protocol):
-    """What shared_prefix.py needs: models/attention.py itself, or a `Fused`."""
-
-    def causal(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, extra: Any = None
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]: ...
-
-    def shared_prefix(
-        self, prompt_size: int, prompt_lengths: jax.Array, segments: jax.Array
-    ) -> Attend: ...
-
-    def behind_prompt(self, prompt_lengths: jax.Array, segments: jax.Array) -> Attend: ...
-
-
 @dataclasses.dataclass(frozen=True)
 class Fused:
-    """The three functions of models/attention.py. Equal by value: part of a static argument.
+    """The two functions of an `Attention`. Equal by value: part of a static argument.
 
     Attributes:
       implementation: `cudnn`; or `xla`, the same calls in plain operations, for tests.
@@ -94,24 +81,6 @@ class Fused:
         # No real token comes after those of padding, so they need no mask.
         q, k, v = (_pad(x, -length % ALIGNMENT) for x in (query, key, value))
         return self._attend(q, k, v, None)[:, :length], (key, value)
-
-    def shared_prefix(
-        self, prompt_size: int, prompt_lengths: jax.Array, segments: jax.Array
-    ) -> Attend:
-        """See models/attention.py."""
-        responses = self.behind_prompt(prompt_lengths, segments)
-
-        def attend(
-            query: jax.Array, key: jax.Array, value: jax.Array, extra: Any
-        ) -> tuple[jax.Array, None]:
-            del extra
-            q, k, v = (x[:, :prompt_size] for x in (query, key, value))
-            prompt, keys_values = self.causal(q, k, v)
-            q, k, v = (x[:, prompt_size:] for x in (query, key, value))
-            response, _ = responses(q, k, v, keys_values)
-            return jnp.concatenate([prompt, response], axis=1), None
-
-        return attend
 
     def behind_prompt(self, prompt_lengths: jax.Array, segments: jax.Array) -> Attend:
         """See models/attention.py."""
@@ -264,7 +233,7 @@ def _difference(fused: Fused, heads: tuple[int, int, int], dtype: jnp.dtype) -> 
 
     def values(attention: Attention) -> Any:
         """Outputs of all, and of the prompt's last token alone as in the last layer; gradients."""
-        every = attention.shared_prefix(prompt, prompt_lengths, segments)
+        every = plain.shared_prefix(attention, prompt, prompt_lengths, segments)
         last = prompt_lengths - 1
         one = attention.behind_prompt(last, jnp.zeros((2 * parts, 1, 1), jnp.int32))
 

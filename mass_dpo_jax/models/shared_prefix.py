@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 
 from mass_dpo_jax.models import attention as plain_attention
+from mass_dpo_jax.models.attention import Attention
 from mass_dpo_jax.models.decoder import Attend, Decoder, Ends
 from mass_dpo_jax.models.decoder import Record as Layers
-from mass_dpo_jax.models.fused_attention import Attention
 from mass_dpo_jax.models.known import known
 from mass_dpo_jax.models.logprobs import MAX_LOGITS, token_logps
 
@@ -223,7 +223,7 @@ def _sequence(
     return (
         jnp.concatenate([prompts, groups.tokens.reshape(len(prompts), -1)], axis=1),
         jnp.concatenate([positions, _positions(prompt_lengths, groups)], axis=1),
-        attention.shared_prefix(size, prompt_lengths, groups.segments),
+        plain_attention.shared_prefix(attention, size, prompt_lengths, groups.segments),
         _ends(size, prompt_lengths, groups, attention),
     )
 

@@ -19,7 +19,7 @@ from jax import Array
 from mass_dpo_jax import selection
 from mass_dpo_jax.data.batches import Batch
 from mass_dpo_jax.models import attention, shared_prefix
-from mass_dpo_jax.models.fused_attention import Attention
+from mass_dpo_jax.models.attention import Attention
 from mass_dpo_jax.models.logprobs import MAX_LOGITS
 from mass_dpo_jax.training.methods import Method, Responses
 
