@@ -289,6 +289,8 @@ def test_too_little_memory_on_the_device() -> None:
 def test_what_an_interruption_left(settings: str, hint: str) -> None:
     code = (
         "import signal; from mass_dpo_jax import cli\n"
+        # A shell has its background jobs ignore the signal, and these tests may be one.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"cli.run(lambda: signal.raise_signal(signal.SIGINT){settings})"
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
