@@ -37,10 +37,10 @@ from benchmarks import machine
 from mass_dpo_jax import cli
 from mass_dpo_jax.data.batches import Batch
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.train import abstract_state
 from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.setup import Setup, prepare
+from mass_dpo_jax.training.updates import abstract_state
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}

@@ -16,10 +16,10 @@ from ml_collections import ConfigDict
 from configs import tiny
 from mass_dpo_jax import cli, metrics
 from mass_dpo_jax import config as config_lib
-from mass_dpo_jax.compare import read_logps
 from mass_dpo_jax.data import load_examples
 from mass_dpo_jax.data.examples import Example, History
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.reports.comparison import read_logps
 from mass_dpo_jax.train import train
 from mass_dpo_jax.training.report import FINAL_LOGPS, START_LOGPS
 

@@ -19,8 +19,8 @@ from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.data.bad_rows import BadRows
 from mass_dpo_jax.data.examples import Example, from_row
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.export import save_model
 from mass_dpo_jax.models.config import DecoderConfig
+from mass_dpo_jax.training.hf_folder import save_model
 from mass_dpo_jax.training.optimizer import make_optimizer, unless_bad
 from mass_dpo_jax.training.policy import Policy, open_policy, run_of
 from mass_dpo_jax.training.setup import Reference, open_mesh, prepare_examples

@@ -1,4 +1,7 @@
-"""What the commands share: flags with a configuration, and errors without tracebacks."""
+"""What the commands share: flags with a configuration, and errors without tracebacks.
+
+JAX and all that needs it is imported where it is used: --help and a refused flag do without.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +15,23 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import jax
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax import help as help_lib
-from mass_dpo_jax import hosts
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import FULL, write_whole
-from mass_dpo_jax.training.compiled import keep_compiled
+from mass_dpo_jax.process_group import Group
 
 
 def define_config(default: str | None = None) -> flags.FlagHolder[ConfigDict]:
+    if default is not None:  # Of which ml_collections takes the fields here, not in `_parse`.
+        try:
+            _check_names(sys.argv)
+        except UserError as error:
+            _refuse(str(error))
     return config_flags.DEFINE_config_file(
         "config",
         default,
@@ -55,7 +61,7 @@ def define_split() -> flags.FlagHolder[str | None]:
 
 def define_hosts() -> None:
     """The flags of a command that several processes can run together."""
-    usual = hosts.Group()
+    usual = Group()
     flags.DEFINE_bool(
         "distributed",
         False,
@@ -87,6 +93,8 @@ def required(holder: flags.FlagHolder[ConfigDict]) -> ConfigDict:
     """
     config = _given(holder.value)
     config_lib.check(config)
+    from mass_dpo_jax.training.compiled import keep_compiled
+
     keep_compiled(config.cache_dir)
     return config
 
@@ -117,6 +125,8 @@ def output_file(value: str | None, kind: str, *inputs: str | Path) -> Path:
     """
     if not value:
         raise UserError(f"--output is missing: the {kind} file to write")
+    from mass_dpo_jax import hosts
+
     path = Path(value)
     if not hosts.first():
         return path
@@ -133,6 +143,8 @@ def output_file(value: str | None, kind: str, *inputs: str | Path) -> Path:
 def write_lines(path: Path, rows: Iterable[Any]) -> int:
     """Writes a JSON object a line, whole or not at all; how many. Of several processes the first
     one does, and the others take their part in computing the rows."""
+    from mass_dpo_jax import hosts
+
     if not hosts.first():
         return sum(1 for _ in rows)
     count = 0
@@ -162,8 +174,10 @@ def run(main: Callable[[], None], goes_on: bool = False) -> None:
         if len(argv) > 1:
             _refuse(f"unexpected argument {argv[1]!r}; flags look like --name=value")
         try:
-            _join()
-            _together(main, interrupted)
+            if _join():
+                _together(main, interrupted)
+            else:
+                _within_memory(main)
         except UserError as error:
             _refuse(str(error))
         except OSError as error:  # A full disk, a folder that may not be written, a long name.
@@ -177,26 +191,32 @@ def run(main: Callable[[], None], goes_on: bool = False) -> None:
     app.run(guarded, flags_parser=_parse)
 
 
-def _join() -> None:
-    """Joins the other processes if the flags say that there are any."""
+def _join() -> bool:
+    """Joins the other processes if the flags say that there are any; whether they do."""
     values = flags.FLAGS.flag_values_dict()
-    group = hosts.Group(
+    group = Group(
         values.get("coordinator_address"),
         values.get("num_processes"),
         values.get("process_id"),
-        values.get("start_timeout", hosts.Group.start_timeout),
-        values.get("peer_timeout", hosts.Group.peer_timeout),
+        values.get("start_timeout", Group.start_timeout),
+        values.get("peer_timeout", Group.peer_timeout),
     )
     group.check()
-    if values.get("distributed") or group.coordinator is not None:
-        hosts.start(group)
-        if not hosts.first():  # One of them speaks.
-            sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
-            logging.getLogger("mass_dpo_jax").setLevel(logging.WARNING)
+    if not values.get("distributed") and group.coordinator is None:
+        return False
+    from mass_dpo_jax import hosts
+
+    hosts.start(group)
+    if not hosts.first():  # One of them speaks.
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
+        logging.getLogger("mass_dpo_jax").setLevel(logging.WARNING)
+    return True
 
 
 def _together(main: Callable[[], None], interrupted: str) -> None:
     """Runs a command; if it fails on one of several processes, ends all of them."""
+    from mass_dpo_jax import hosts
+
     try:
         _within_memory(main)
         hosts.finish()
@@ -216,7 +236,7 @@ def _within_memory(main: Callable[[], None]) -> None:
     """Runs a command; a device that has not the memory for it is for the user to mend."""
     try:
         main()
-    except jax.errors.JaxRuntimeError as error:
+    except RuntimeError as error:  # Of which JAX's own errors are a kind.
         message = str(error).partition("\n")[0]
         if not message.startswith("RESOURCE_EXHAUSTED") or "memory" not in message:
             raise
@@ -362,7 +382,7 @@ def _with_run_config(argv: list[str]) -> list[str]:
 
 def _check_names(argv: Sequence[str]) -> None:
     """A misspelt field, said before ml_collections raises its own traceback."""
-    known = {name for name, _ in config_lib.flat(config_lib.default())}
+    known = {"print", *(name for name, _ in config_lib.flat(config_lib.default()))}
     sections = {name.rpartition(".")[0] for name in known} - {""}
     for word in argv[1:]:
         name = word.lstrip("-").partition("=")[0]
@@ -373,7 +393,7 @@ def _check_names(argv: Sequence[str]) -> None:
             raise UserError(f"--{name}: is a group of settings; set one of its fields")
         # --noFIELD is absl's other spelling of a false boolean.
         if field not in known and field.removeprefix("no") not in known:
-            near = difflib.get_close_matches(field, known | {"print"}, n=1, cutoff=0.0)[0]
+            near = difflib.get_close_matches(field, known, n=1, cutoff=0.0)[0]
             raise UserError(
                 f"--{name}: no such setting; the nearest is --config.{near}, and --help lists all"
             )

@@ -12,11 +12,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mass_dpo_jax import selection
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import read_json
-from mass_dpo_jax.models.adapters import parse_targets
-from mass_dpo_jax.models.frozen import STORED
+from mass_dpo_jax.models.config import parse_targets
 
 
 def default() -> ConfigDict:
@@ -226,7 +224,7 @@ CHOICES = {
     "model.remat": ("dots", "full"),
     "model.layout": ("packed", "rectangle"),
     "model.attention": ("auto", "plain", "fused"),
-    "model.lora.base": STORED,
+    "model.lora.base": ("float32", "bfloat16", "int8", "nf4"),
     "model.scratch.model_type": ("llama", "qwen3", "smollm3"),
     "data.name": ("jsonl", "hub", "lastfm", "movielens", "medmcqa", "qasc", "synthetic"),
     "data.on_bad_row": ("error", "skip"),
@@ -253,6 +251,8 @@ NOT_NEGATIVE = (
 
 def choices() -> dict[str, tuple[str, ...]]:
     """What the settings that have a choice can be, with registered criteria."""
+    from mass_dpo_jax import selection  # Here: it imports JAX, and --help is to be quick.
+
     return {**CHOICES, "selection.criterion": selection.names()}
 
 
@@ -262,7 +262,9 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"--config: found {config!r}, expected what config.default() returns")
     fields = dict(flat(config))
     check_types(fields)
-    for name, known in choices().items():
+    # The default is registered for certain: to look it up would take the time JAX takes to import.
+    usual = fields["selection.criterion"] == default().selection.criterion
+    for name, known in (CHOICES if usual else choices()).items():
         if fields[name] not in known:
             raise UserError(f"config.{name}={fields[name]!r}: expected one of {', '.join(known)}")
     for name in POSITIVE:

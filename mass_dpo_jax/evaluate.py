@@ -18,10 +18,8 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from mass_dpo_jax import cli, evaluation, hosts
+from mass_dpo_jax import cli
 from mass_dpo_jax.files import write_whole
-from mass_dpo_jax.training import scoring
-from mass_dpo_jax.training.setup import prepare_scoring
 
 
 def evaluate(config: ConfigDict, workdir: Path | None, split: str | None) -> dict[str, float]:
@@ -30,6 +28,10 @@ def evaluate(config: ConfigDict, workdir: Path | None, split: str | None) -> dic
     Raises:
       UserError: something in the configuration, the data or the model folder is wrong.
     """
+    from mass_dpo_jax import evaluation
+    from mass_dpo_jax.training import scoring
+    from mass_dpo_jax.training.setup import prepare_scoring
+
     if split is None and workdir is not None:
         split = "test"  # Rows that the run did not train on.
     setup, split, params, refs = prepare_scoring(config, workdir, split)
@@ -42,6 +44,8 @@ def evaluate(config: ConfigDict, workdir: Path | None, split: str | None) -> dic
 
 def main() -> None:
     config = cli.required(_CONFIG)
+    from mass_dpo_jax import hosts
+
     workdir = Path(_WORKDIR.value) if _WORKDIR.value else None
     output = None
     if _OUTPUT.value:

@@ -8,11 +8,12 @@ import json
 import tokenize
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from mass_dpo_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 DEEPEST = 100  # Python itself follows about 1000 levels, fewer where much has been called already.
 
@@ -100,6 +101,8 @@ def read_array(path: Path) -> np.ndarray:
     Raises:
       UserError: there is no such file, or it holds no array of numbers.
     """
+    import numpy as np  # Here: settings and flags need this module, and no arrays.
+
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:

@@ -79,13 +79,17 @@ def _of_flag(flag: flags.Flag) -> str:
 def _settings(config: ConfigDict) -> Iterator[str]:
     """A paragraph a group, with what it is."""
     values, lines = dict(config_lib.flat(config)), list[str]()
+    # The comments name the criteria that come with the package; others can only be registered by
+    # who has imported the registry, and JAX with it.
+    registered = "mass_dpo_jax.registry" in sys.modules
+    known = config_lib.choices() if registered else config_lib.CHOICES
     for name, about in comments().items():
         if name not in values:
             if lines:
                 yield "\n".join(lines)
             lines = [f"{name}: {about}".removesuffix(": ")] if name else []
             continue
-        choices = config_lib.choices().get(name, ())
+        choices = known.get(name, ())
         if not all(choice in about for choice in choices):
             about += f" One of {' | '.join(choices)}."
         kind = f"{type(values[name]).__name__}, {values[name]!r}"

@@ -11,9 +11,9 @@ from ml_collections import ConfigDict
 
 import mass_dpo_jax
 from mass_dpo_jax import config as config_lib
-from mass_dpo_jax.curves import read_metrics
 from mass_dpo_jax.data.render import template_arguments
 from mass_dpo_jax.models.config import DecoderConfig
+from mass_dpo_jax.reports.metrics_log import read_metrics
 from mass_dpo_jax.training import run_folder
 from mass_dpo_jax.training.methods import KINDS
 from mass_dpo_jax.training.policy import is_run

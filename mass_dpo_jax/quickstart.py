@@ -17,9 +17,8 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from mass_dpo_jax import cli, compare, curves
+from mass_dpo_jax import cli
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.train import train
 
 WARM_STEPS = 40  # Enough to write names of items, too few to know much of tastes.
 _log = logging.getLogger("mass_dpo_jax.quickstart")
@@ -27,6 +26,9 @@ _log = logging.getLogger("mass_dpo_jax.quickstart")
 
 def quickstart(config: ConfigDict, workdir: Path) -> str:
     """Trains both stages below `workdir`, draws their curves and returns the table."""
+    from mass_dpo_jax.reports import comparison, curves
+    from mass_dpo_jax.training.loop import train
+
     warm, final = workdir / "warm-start", workdir / "mass-dpo"
     first = config.copy_and_resolve_references()
     first.update(method="sft")
@@ -36,7 +38,7 @@ def quickstart(config: ConfigDict, workdir: Path) -> str:
     _log.info("2 of 2: MASS-DPO from the warm start")
     config.model.path = str(warm)
     train(config, final)
-    known = compare.reference_rankings(config, "validation")
+    known = comparison.reference_rankings(config, "validation")
     picture = workdir / "curves.png"
     curves.plot(
         {"warm start": warm / "metrics.jsonl", "MASS-DPO": final / "metrics.jsonl"},
@@ -44,7 +46,7 @@ def quickstart(config: ConfigDict, workdir: Path) -> str:
         in_sequence=True,
         accuracies={name: found["policy/accuracy"] for name, found in known.items()},
     )
-    return f"{compare.compare([warm, final])}\n\nruns: {workdir}\ncurves: {picture}"
+    return f"{comparison.compare([warm, final])}\n\nruns: {workdir}\ncurves: {picture}"
 
 
 def main() -> None:

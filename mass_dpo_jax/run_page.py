@@ -19,10 +19,11 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from mass_dpo_jax import config as config_lib
-from mass_dpo_jax import curves, metrics
-from mass_dpo_jax.curves import COLOURS, Panel
+from mass_dpo_jax import metrics
 from mass_dpo_jax.data.examples import Example, History, Text
 from mass_dpo_jax.paper.page import STYLE
+from mass_dpo_jax.reports import curves
+from mass_dpo_jax.reports.curves import COLOURS, Panel
 
 CURVES = (
     *curves.PANELS,

@@ -17,13 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
 from mass_dpo_jax import cli
-from mass_dpo_jax.training import scoring
-from mass_dpo_jax.training.setup import prepare_scoring
 
 
 def score(config: ConfigDict, workdir: Path | None, split: str | None) -> Iterator[dict[str, Any]]:
@@ -32,6 +29,11 @@ def score(config: ConfigDict, workdir: Path | None, split: str | None) -> Iterat
     Raises:
       UserError: something in the configuration, the data or the model folder is wrong.
     """
+    import numpy as np
+
+    from mass_dpo_jax.training import scoring
+    from mass_dpo_jax.training.setup import prepare_scoring
+
     config.data.update(max_train=0, max_validation=0, max_test=0)
     setup, split, params, refs = prepare_scoring(config, workdir, split)
     tokens = setup.tokens[split]

@@ -26,15 +26,14 @@ from helpers import tiny_config
 from models_for_tests import tiny_config as tiny_model
 
 from mass_dpo_jax import hosts
-from mass_dpo_jax import train as train_lib
 from mass_dpo_jax.models.decoder import abstract_decoder, param_dims
 from mass_dpo_jax.models.weights import _Files, load_hf
 from mass_dpo_jax.score import score
-from mass_dpo_jax.select import with_model
 from mass_dpo_jax.training import mesh as mesh_lib
+from mass_dpo_jax.training.offline_selection import with_model
 from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.setup import prepare
-from mass_dpo_jax.training.updates import Batches, first_state
+from mass_dpo_jax.training.updates import Batches, abstract_state, first_state
 
 ROOT = Path(__file__).parent.parent
 STEPS = 10
@@ -134,7 +133,7 @@ def replay(
     with mock.patch.object(optax, "scale_by_adam", adam):
         optimizer = make_optimizer(config.train, STEPS)
     params = setup.policy.weights("", config.seed)
-    like = train_lib.abstract_state(setup, optimizer)
+    like = abstract_state(setup, optimizer)
     state = first_state(like, optimizer, params)
     held = [
         shard.data.nbytes

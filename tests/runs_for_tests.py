@@ -10,10 +10,10 @@ import jax
 import numpy as np
 from helpers import log_lines
 
-from mass_dpo_jax.train import abstract_state
 from mass_dpo_jax.training import checkpoint
 from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.setup import prepare
+from mass_dpo_jax.training.updates import abstract_state
 
 SAVED_ALL = {"train.checkpoint_every": 1, "train.keep_checkpoints": 8}
 

@@ -22,7 +22,6 @@ from benchmarks.memory import account_of, compiled_bytes
 from benchmarks.workloads import Case, Workload
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax import dry_run as dry_run_lib
-from mass_dpo_jax import train as train_lib
 from mass_dpo_jax.data.batches import Batch
 from mass_dpo_jax.data.vocabulary import train_tokenizer
 from mass_dpo_jax.dry_run import abstract_mesh, dry_run
@@ -32,12 +31,13 @@ from mass_dpo_jax.models.decoder import abstract_decoder
 from mass_dpo_jax.models.fused_attention import Fused
 from mass_dpo_jax.training import account as account_lib
 from mass_dpo_jax.training import flops as flops_lib
+from mass_dpo_jax.training import loop as train_lib
 from mass_dpo_jax.training.methods import make_method
 from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.setup import Reference, prepare
 from mass_dpo_jax.training.sizes import Layout, of_device
 from mass_dpo_jax.training.step import Choice, Program, Scorer
-from mass_dpo_jax.training.updates import Batches
+from mass_dpo_jax.training.updates import Batches, abstract_state
 
 MODEL = DecoderConfig.from_hf(  # H K is not D, and K KV is neither.
     hf_config(
@@ -61,7 +61,7 @@ def test_weights_and_optimizer_are_exact_on_a_mesh(tmp_path: Path, dtype: str) -
     config.mesh.update(data=2, fsdp=2, tensor=2)
     setup = prepare(config, tmp_path / "run", ("train",))
     optimizer = make_optimizer(config.train, 4)
-    like = train_lib.abstract_state(setup, optimizer)
+    like = abstract_state(setup, optimizer)
     params = setup.policy.weights("", 0)
     assert params["blocks"]["gate"]["kernel"].addressable_shards[0].data.shape == (2, 16, 45)
     places = jax.tree.map(lambda x: x.sharding, like.opt_state)

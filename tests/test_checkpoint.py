@@ -19,11 +19,12 @@ from runs_for_tests import final_state
 
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.export import export
-from mass_dpo_jax.train import abstract_state, train
+from mass_dpo_jax.train import train
 from mass_dpo_jax.training import checkpoint, run_folder
 from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.report import Report, check_best
 from mass_dpo_jax.training.setup import prepare
+from mass_dpo_jax.training.updates import abstract_state
 
 pytestmark = pytest.mark.usefixtures("one_device")
 

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from PIL import Image
 
-from mass_dpo_jax import compare, curves, report, simulation
+from mass_dpo_jax import compare, report, simulation
+from mass_dpo_jax import curves as curves_command
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import short_names
+from mass_dpo_jax.reports import curves
 
 
 def write(folder: Path, lines: list[dict[str, float]]) -> Path:
@@ -120,7 +122,7 @@ def test_runs_of_the_same_name_are_told_apart(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(curves, "plot", lambda runs, output: shown.extend(runs))
     monkeypatch.setattr(sys, "argv", ["curves", "a/run", f"{tmp_path}/b/run", "b/other", "c/a/run"])
     monkeypatch.chdir(tmp_path)
-    curves.main()
+    curves_command.main()
     assert shown == [f"{tmp_path.name}/a/run", "b/run", "other", "c/a/run"]
     assert short_names([Path()]) == [tmp_path.name]
 
@@ -152,7 +154,7 @@ def test_what_cannot_be_written_is_one_line(
     (tmp_path / "folder.png").mkdir()
     # Nothing is computed before: there is no such run, and the simulation takes minutes.
     for path in (tmp_path / "folder.png", tmp_path / "a.pdf", tmp_path):
-        for main, words in ((curves.main, ["missing"]), (simulation.main, [])):
+        for main, words in ((curves_command.main, ["missing"]), (simulation.main, [])):
             line = refused(main, *words, f"--output={path}")
             assert f"'{path}', expected a file that ends in .png" in line
     (tmp_path / "file").touch()
@@ -164,7 +166,7 @@ def test_what_cannot_be_written_is_one_line(
 
     monkeypatch.setattr(Figure, "savefig", full)
     picture = tmp_path / "x.png"
-    line = refused(curves.main, str(tmp_path / "a"), f"--output={picture}")
+    line = refused(curves_command.main, str(tmp_path / "a"), f"--output={picture}")
     assert line == f"error: {picture}: No space left on device"
     monkeypatch.setattr(report, "make_report", full)
     line = refused(report.main, "a", f"--output={tmp_path}")

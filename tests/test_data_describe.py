@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from helpers import WORDS, tiny_config
 
-from mass_dpo_jax.data.__main__ import describe
+from mass_dpo_jax.data.describe import describe
 from mass_dpo_jax.data.vocabulary import train_tokenizer
 from mass_dpo_jax.errors import UserError
 

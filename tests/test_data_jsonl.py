@@ -227,6 +227,7 @@ def test_scores(tmp_path: Path, chosen: Any, rejected: Any, scores: Any) -> None
         (None, [1, 2], "'score_rejected' is there, but 'score_chosen' is missing"),
         (1, [1], "'score_rejected' must have a number for each of the 2 rejected .* found 1"),
         (1, 0.5, "'score_rejected' must have a number for each of the 2 rejected .* found 1"),
+        (1, [1, 2, 3], "'score_rejected' must have a number for each of the 2 .* found 3"),
         (1, [1, "2"], r"'score_rejected\[1\]' must be a finite number, found the string '2'"),
         (True, [1, 2], "'score_chosen' must be a finite number, found the boolean true"),
         (math.nan, [1, 2], "'score_chosen' must be a finite number, found the number nan"),
@@ -299,6 +300,7 @@ def test_one_file_is_split_by_seed(tmp_path: Path) -> None:
     few = ids("train", max_train=10)
     assert len(few) == 10
     assert few == sorted(few) != ids("train", seed=1, max_train=10)
+    assert few != ids("train")[:10]
     assert set(few) <= set(train)
     assert ids("train", max_train=10) == few
 

@@ -25,11 +25,11 @@ from models_for_tests import tiny_config as tiny_model
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax import train as train_lib
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.hosts import Group
+from mass_dpo_jax.process_group import Group
 from mass_dpo_jax.score import score
-from mass_dpo_jax.select import with_model
 from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training import run_folder
+from mass_dpo_jax.training.offline_selection import with_model
 
 ONE = {"data": 1, "fsdp": 1, "tensor": 1}
 ALL = {"data": 2, "fsdp": 2, "tensor": 2}

@@ -13,10 +13,12 @@ from jax.extend.core import jaxprs_in_params
 from models_for_tests import FAMILIES, random_candidates, random_decoder, tiny_config
 from test_replay import LAYOUTS, RESPONSE, gradients
 
+from mass_dpo_jax.config import CHOICES
 from mass_dpo_jax.models import lora as lora_lib
-from mass_dpo_jax.models.adapters import Lora, parse_targets
+from mass_dpo_jax.models.adapters import Lora
+from mass_dpo_jax.models.config import parse_targets
 from mass_dpo_jax.models.decoder import Decoder, abstract_decoder
-from mass_dpo_jax.models.frozen import STORED, dense, store
+from mass_dpo_jax.models.frozen import dense, store
 from mass_dpo_jax.models.shared_prefix import score
 from mass_dpo_jax.training.mesh import names
 
@@ -35,7 +37,7 @@ def stored(params: Any, kind: str) -> Any:
     return {**base, "adapters": params["adapters"]}
 
 
-@pytest.mark.parametrize("kind", STORED)
+@pytest.mark.parametrize("kind", CHOICES["model.lora.base"])
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_log_probs_are_those_of_merged_weights(model_type: str, kind: str) -> None:
     config = tiny_config(model_type, tie_word_embeddings=model_type == "smollm3")

@@ -17,8 +17,8 @@ from test_account import MODEL, WORKLOAD, Batch, arguments, layouts, loss, numbe
 from benchmarks import cost
 from benchmarks.memory import OPTIONS
 from mass_dpo_jax.dry_run import abstract_mesh
-from mass_dpo_jax.models.adapters import Lora, parse_targets
-from mass_dpo_jax.models.config import DecoderConfig
+from mass_dpo_jax.models.adapters import Lora
+from mass_dpo_jax.models.config import DecoderConfig, parse_targets
 from mass_dpo_jax.models.decoder import abstract_decoder
 from mass_dpo_jax.training import account as account_lib
 from mass_dpo_jax.training import flops as flops_lib

@@ -20,8 +20,8 @@ from safetensors.numpy import load_file, save_file
 
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models import attention
-from mass_dpo_jax.models.adapters import Lora, parse_targets
-from mass_dpo_jax.models.config import load_config
+from mass_dpo_jax.models.adapters import Lora
+from mass_dpo_jax.models.config import load_config, parse_targets
 from mass_dpo_jax.models.lora import load_peft, load_peft_settings, save_peft
 from mass_dpo_jax.models.weights import load_hf
 
@@ -88,6 +88,10 @@ def test_folders_that_are_refused(tmp_path: Path) -> None:
     assert lora == Lora(4, 6.0, ("query",))
     for changes, message in (
         ({"use_dora": True}, "use_dora: found True, expected False"),
+        ({"use_rslora": True}, "use_rslora: found True, expected False"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out: found True, expected False"),
+        ({"bias": "all"}, "bias: found 'all', expected 'none'"),
+        ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern"),
         ({"target_modules": ["q_proj", "lm_head"]}, "found 'lm_head', expected some of"),
         ({"r": 0}, "r: found 0, expected a positive integer"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),

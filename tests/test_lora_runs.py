@@ -26,8 +26,9 @@ from mass_dpo_jax.models import weights as weights_lib
 from mass_dpo_jax.models.config import load_config
 from mass_dpo_jax.score import score
 from mass_dpo_jax.training import mesh as mesh_lib
+from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.setup import prepare
-from mass_dpo_jax.training.updates import Batches, first_state
+from mass_dpo_jax.training.updates import Batches, abstract_state, first_state
 
 LORA = {"model.lora.rank": 2, "model.lora.targets": "q_proj,down_proj", "model.lora.base": "nf4"}
 
@@ -216,8 +217,8 @@ def test_eight_devices_equal_one(
                 mesh_lib, "make_mesh", lambda c, devices=devices: make_mesh(c, devices=devices)
             )
             setup = prepare(config, None, ("train",))
-        optimizer = train_lib.make_optimizer(config.train, 3)
-        like = train_lib.abstract_state(setup, optimizer)
+        optimizer = make_optimizer(config.train, 3)
+        like = abstract_state(setup, optimizer)
         params = setup.policy.weights(str(base), 0)
         reference = setup.reference(params)
         trained, frozen = setup.policy.split(params)

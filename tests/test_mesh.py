@@ -19,7 +19,7 @@ from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.setup import Reference, Setup, prepare
 from mass_dpo_jax.training.step import TrainState
-from mass_dpo_jax.training.updates import Batches, first_state
+from mass_dpo_jax.training.updates import Batches, abstract_state, first_state
 
 STEPS = 5
 
@@ -28,7 +28,7 @@ def start(config: Any, workdir: Path) -> tuple[Setup, Any, TrainState, Reference
     setup = prepare(config, workdir, ("train",))
     optimizer = make_optimizer(config.train, STEPS)
     params = setup.policy.weights("", config.seed)
-    like = train_lib.abstract_state(setup, optimizer)
+    like = abstract_state(setup, optimizer)
     return setup, optimizer, first_state(like, optimizer, params), setup.reference(params)
 
 

@@ -27,6 +27,7 @@ from mass_dpo_jax.training.optimizer import (
     stored_in_bfloat16,
 )
 from mass_dpo_jax.training.setup import prepare
+from mass_dpo_jax.training.updates import abstract_state
 
 
 def settings(**changes: Any) -> Any:
@@ -59,6 +60,16 @@ def test_it_is_adamw_with_a_clipped_gradient(scale: float) -> None:
     assert jax.tree.structure(ours[1]) == jax.tree.structure(theirs[1])  # Old checkpoints load.
     np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-5, atol=1e-7)
     assert np.abs(ours[0]).min() > 0
+
+
+@pytest.mark.parametrize("warmup", [0, 10])
+def test_the_learning_rate_grows_to_its_peak_and_falls_to_zero(warmup: int) -> None:
+    train = settings(learning_rate=2e-3, warmup_ratio=warmup / 50)
+    step = np.arange(51)
+    cosine = (1 + np.cos(np.pi * (step - warmup) / (50 - warmup))) / 2
+    want = 2e-3 * np.where(step < warmup, step / max(warmup, 1), cosine)
+    found = np.array([optimizer_lib.learning_rate(train, 50)(i) for i in step])
+    np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-9)
 
 
 def test_bfloat16_moments_are_float32s_on_average() -> None:
@@ -139,7 +150,7 @@ def test_a_run_with_small_moments_goes_on_bit_for_bit(
     assert losses(parts) == losses(whole) and len(losses(parts)) == 4
 
     setup = prepare(config, parts, ("train",))
-    like = train_lib.abstract_state(setup, make_optimizer(config.train, 4))
+    like = abstract_state(setup, make_optimizer(config.train, 4))
     state, *_ = checkpoint.Checkpoints(parts).restore(like)
     for moment in (state.opt_state[1][0].mu, state.opt_state[1][0].nu):
         kernel = moment["blocks"]["gate"]["kernel"]

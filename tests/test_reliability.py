@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -17,13 +18,16 @@ import pytest
 from helpers import log_lines, tiny_config, write_jsonl
 from runs_for_tests import SAVED_ALL, SmallFiles, assert_same_run, final_state
 
+from mass_dpo_jax.data.batches import Batch
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.train import abstract_state, train
-from mass_dpo_jax.training import checkpoint, interruption, run_folder
+from mass_dpo_jax.train import train
+from mass_dpo_jax.training import checkpoint, interruption, mesh, run_folder
+from mass_dpo_jax.training.methods import make_method
 from mass_dpo_jax.training.optimizer import make_optimizer
-from mass_dpo_jax.training.report import BadSteps, Report
+from mass_dpo_jax.training.report import BadSteps, Report, StepLog
 from mass_dpo_jax.training.setup import Setup, prepare
-from mass_dpo_jax.training.step import Program
+from mass_dpo_jax.training.step import Program, TrainState
+from mass_dpo_jax.training.updates import abstract_state
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -291,6 +295,30 @@ def test_an_update_with_nan_is_skipped(
     saved.close()
 
 
+class Steep(Program):
+    """Has a loss that is finite where its gradient is not: at a weight of 0."""
+
+    def loss(self, params: Any, batch: Any, *rest: Any) -> Any:
+        return jnp.sqrt(params["w"]).sum(), (jnp.zeros(batch.index.shape, bool), {})
+
+
+@pytest.mark.parametrize(("weight", "skipped"), [(0.0, 1), (1.0, 0)])
+def test_an_update_with_an_infinite_gradient_is_skipped(
+    tmp_path: Path, weight: float, skipped: int
+) -> None:
+    config = tiny_config(tmp_path, method="sft", **{"train.warmup_ratio": 0.0})
+    everywhere = mesh.replicated(mesh.make_mesh(config.mesh))
+    program = Steep(None, make_method(config, largest_pool=1), {"w": everywhere})
+    optimizer = make_optimizer(config.train, 4)
+    before = {"w": np.array([weight, 1.0], np.float32)}
+    state = TrainState(jnp.int32(0), jax.tree.map(jnp.array, before), optimizer.init(before))
+    batch = Batch(np.zeros((1, 2, 4), np.int32), *[None] * 4, index=np.zeros((1, 2), np.int32))
+    state, _, figures = program.train_step(optimizer, state, batch, None, jax.random.key(0), 8)
+    assert np.isfinite(figures["loss"]) and figures["skipped"] == skipped
+    assert np.array_equal(state.params["w"], before["w"]) == bool(skipped)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
 def test_a_run_of_bad_updates_ends_with_the_examples_and_a_saved_state(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -316,6 +344,20 @@ def test_a_run_of_bad_updates_ends_with_the_examples_and_a_saved_state(
     ]  # fmt: skip
     state = final_state(tmp_path / "run", config)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
+def test_only_updates_skipped_in_a_row_end_a_run(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, **{"train.max_skipped": 2})
+    steps = StepLog(SimpleNamespace(write=lambda *_: None), config, 0, 6)
+
+    def add(step: int, skipped: int) -> None:
+        steps.add(step, {"loss": 1.0, "skipped": skipped}, ["row1"], np.array([bool(skipped)]))
+
+    for step, skipped in enumerate((1, 0, 1, 0, 1), start=1):
+        add(step, skipped)
+    add(6, 1)
+    with pytest.raises(BadSteps, match=r"step 6: the loss is not finite; .* row1; 2 updates in a"):
+        steps.flush()
 
 
 # --- Full disks.

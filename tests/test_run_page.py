@@ -14,8 +14,8 @@ from mass_dpo_jax import config as config_lib
 from mass_dpo_jax import run_page
 from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.run_page import write
-from mass_dpo_jax.select import with_model
 from mass_dpo_jax.train import train
+from mass_dpo_jax.training.offline_selection import with_model
 
 EMPTY = "area base br col embed hr img input link meta source track wbr path use rect".split()
 

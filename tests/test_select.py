@@ -15,11 +15,12 @@ from helpers import tiny_config, write_jsonl
 from safetensors.numpy import save_file
 
 from mass_dpo_jax import config as config_lib
-from mass_dpo_jax import select, selection, theory
+from mass_dpo_jax import selection, theory
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.evaluate import evaluate
-from mass_dpo_jax.select import as_pairs, with_features, with_model
 from mass_dpo_jax.train import train
+from mass_dpo_jax.training import offline_selection
+from mass_dpo_jax.training.offline_selection import as_pairs, with_features, with_model
 from mass_dpo_jax.training.setup import prepare_scoring
 
 
@@ -112,7 +113,7 @@ def test_a_diverged_model_chooses_nothing(
         setup, split, params, refs = prepare_scoring(*args)
         return setup, split, jax.tree.map(lambda x: x * jnp.nan, params), refs
 
-    monkeypatch.setattr(select, "prepare_scoring", broken)
+    monkeypatch.setattr(offline_selection, "prepare_scoring", broken)
     changes = {"model.path": str(run), "selection.criterion": criterion, "num_negatives": 2}
     config = tiny_config(data, **changes)
     with pytest.raises(UserError, match=rf"^{run}: example 'row\d+': .* not finite"):
@@ -149,7 +150,7 @@ def test_features_in_a_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     features, scores = make_features()
     np.save(folder / "features.npy", features)
     config = config_lib.default()
-    monkeypatch.setattr(select, "AT_A_TIME", 2)
+    monkeypatch.setattr(offline_selection, "AT_A_TIME", 2)
     config.selection.criterion = "contrast"
     found = list(with_features(config, folder / "features.npy", None))
     want = selection.select_negatives(features, n=3, criterion="contrast")
@@ -221,7 +222,7 @@ def test_numbers_that_nothing_can_be_chosen_by(
     mask = np.ones((5, 6), bool)
     mask[3, 4] = False
     config, path = config_lib.default(), folder / "numbers.safetensors"
-    monkeypatch.setattr(select, "AT_A_TIME", 2)
+    monkeypatch.setattr(offline_selection, "AT_A_TIME", 2)
 
     def chosen() -> list[Any]:
         save_file({"features": features, "scores": scores, "mask": mask}, path)

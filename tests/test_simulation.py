@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mass_dpo_jax import losses, selection, simulation
+from mass_dpo_jax import losses, selection
+from mass_dpo_jax import simulation as command
+from mass_dpo_jax.paper import simulation
 
 KEY = jax.random.key(0)
 FEW = ("random, once", "pool_fisher, once", "hardest, every 20", "pl_sampled, each step", "all")
@@ -128,7 +130,7 @@ def test_the_command(monkeypatch, tmp_path, capsys):
         few = {k: v for k, v in getattr(simulation, name).items() if k in FEW}
         monkeypatch.setattr(simulation, name, few)
     output = tmp_path / "a" / "picture.png"
-    simulation.main(["--seeds=2", f"--output={output}"])
+    command.main(["--seeds=2", f"--output={output}"])
     assert output.read_bytes().startswith(b"\x89PNG")
     lines = capsys.readouterr().out.splitlines()
     for name in FEW:
@@ -139,5 +141,5 @@ def test_the_command(monkeypatch, tmp_path, capsys):
 
 def test_one_seed_has_no_error(capsys):
     with pytest.raises(SystemExit):
-        simulation.main(["--seeds=1", "--output=x.png"])
+        command.main(["--seeds=1", "--output=x.png"])
     assert "at least 2" in capsys.readouterr().err

@@ -6,22 +6,13 @@ batches. `python -m mass_dpo_jax.data` shows what a data set looks like.
 
 from __future__ import annotations
 
+import importlib
 import logging
 from typing import Any
 
-from mass_dpo_jax.data import hub, jsonl, lastfm, medmcqa, movielens, qasc, splits, synthetic
+from mass_dpo_jax.config import CHOICES
 from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.errors import UserError
-
-_LOADERS = {
-    "jsonl": jsonl.load,
-    "hub": hub.load,
-    "lastfm": lastfm.load,
-    "movielens": movielens.load,
-    "medmcqa": medmcqa.load,
-    "qasc": qasc.load,
-    "synthetic": synthetic.load,
-}
 
 _log = logging.getLogger(__name__)
 
@@ -46,8 +37,11 @@ def load_examples(data: Any, split: str, seed: int) -> list[Example]:
       UserError: names the file, the row and the field, what was found and what is expected. With
         `data.on_bad_row` = "skip" a wrong row is left out instead, and counted in the log.
     """
-    if data.name not in _LOADERS:
-        raise UserError(f"config.data.name={data.name!r}: expected one of {', '.join(_LOADERS)}")
+    from mass_dpo_jax.data import splits
+
+    names = CHOICES["data.name"]
+    if data.name not in names:
+        raise UserError(f"config.data.name={data.name!r}: expected one of {', '.join(names)}")
     if data.name != "synthetic" and not data.path:
         raise UserError(
             f"config.data.path is empty: expected the file, folder or name of the data of "
@@ -60,7 +54,9 @@ def load_examples(data: Any, split: str, seed: int) -> list[Example]:
         )
     if data.num_candidates < 2:
         raise UserError(f"config.data.num_candidates={data.num_candidates}: expected 2 or more")
-    examples = _LOADERS[data.name](data, split, seed)
+    # A reader is the module of its name, imported when it is asked for.
+    reader = importlib.import_module(f"{__name__}.{data.name}")
+    examples = reader.load(data, split, seed)
     most = splits.most(data, split)
     if examples and len(examples) < most:
         _log.info("%s: %d rows, fewer than data.max_%s=%d", split, len(examples), split, most)

@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.models.config import PRODUCTS, DecoderConfig
+from mass_dpo_jax.models.config import DecoderConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,23 +63,3 @@ class Adapters(nnx.Module):
             shape, dims = config.products[name]
             adapter = Adapter(config.num_layers, shape, dims, lora.rank, rngs.params())
             setattr(self, name, adapter)
-
-
-# Hugging Face's names of products, which users and PEFT give -> ours.
-TARGETS = {theirs.rpartition(".")[2]: ours for ours, theirs in PRODUCTS.items()}
-
-
-def parse_targets(text: str) -> tuple[str, ...]:
-    """ "all" or "q_proj,v_proj" -> our names, in the order of `PRODUCTS`.
-
-    Raises:
-      UserError: it names something else.
-    """
-    named = list(TARGETS) if text == "all" else [name.strip() for name in text.split(",")]
-    for name in named:
-        if name not in TARGETS:
-            raise UserError(
-                f"config.model.lora.targets={text!r}: found {name!r}, expected all or some of "
-                + ",".join(TARGETS)
-            )
-    return tuple(ours for theirs, ours in TARGETS.items() if theirs in named)

@@ -1,4 +1,7 @@
-"""What a decoder is made of, read from and written to a Hugging Face `config.json`."""
+"""What a decoder is made of, read from and written to a Hugging Face `config.json`.
+
+It imports no JAX: settings and flags are checked by the names that stand here.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import read_json
 
 MOST_OF_AN_AXIS = 2**31 - 1  # What XLA counts an axis with.
+EXPORT_DTYPES = ("bfloat16", "float32")  # Of weights in a folder that is written.
 MOST_LAYERS = 10_000  # A list of as many names is made before the weights are looked at.
 
 
@@ -58,6 +62,24 @@ PRODUCTS = {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
+# Hugging Face's names of products, which users and PEFT give -> ours.
+TARGETS = {theirs.rpartition(".")[2]: ours for ours, theirs in PRODUCTS.items()}
+
+
+def parse_targets(text: str) -> tuple[str, ...]:
+    """Translates "all" or "q_proj,v_proj" into our names, in the order of `PRODUCTS`.
+
+    Raises:
+      UserError: it names something else.
+    """
+    named = list(TARGETS) if text == "all" else [name.strip() for name in text.split(",")]
+    for name in named:
+        if name not in TARGETS:
+            raise UserError(
+                f"config.model.lora.targets={text!r}: found {name!r}, expected all or some of "
+                + ",".join(TARGETS)
+            )
+    return tuple(ours for theirs, ours in TARGETS.items() if theirs in named)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import qwix
 from jax.typing import DTypeLike
 
-STORED = ("float32", "bfloat16", "int8", "nf4")
 TILE = 64  # Weights that share a scale; fewer where they are no multiple of it.
 
 
@@ -28,8 +27,8 @@ def store(path: Sequence[str], weights: jax.Array, kind: str) -> Any:
     Args:
       path: where they are in `nnx.state(model, nnx.Param)`.
       weights: an array.
-      kind: of `STORED`. Only the weights of layers' products are quantized; embedding and head are
-        bfloat16 then. Norms stay float32, whatever the kind.
+      kind: what `config.model.lora.base` can be. Only the weights of layers' products are
+        quantized; embedding and head are bfloat16 then. Norms stay float32, whatever the kind.
     """
     if kind == "float32" or path[-1] == "scale":
         return weights.astype(jnp.float32)

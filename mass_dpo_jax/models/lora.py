@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import read_json
-from mass_dpo_jax.models.adapters import TARGETS, Lora
-from mass_dpo_jax.models.config import PRODUCTS, DecoderConfig
+from mass_dpo_jax.models.adapters import Lora
+from mass_dpo_jax.models.config import PRODUCTS, TARGETS, DecoderConfig
 from mass_dpo_jax.models.frozen import dense
 from mass_dpo_jax.models.weights import write_tensors
 

@@ -18,10 +18,11 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
-from mass_dpo_jax.curves import ACCURACY, COLOURS, Panel, Series, dress, read_metrics
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.paper.cells import Cell
 from mass_dpo_jax.paper.runs import Run
+from mass_dpo_jax.reports.curves import ACCURACY, COLOURS, Panel, dress
+from mass_dpo_jax.reports.metrics_log import Series, read_metrics
 
 PANELS = (
     Panel("Reward margin over the mean negative", {"eval/rewards/margins": ""}),

@@ -27,11 +27,11 @@ from pathlib import Path
 import numpy as np
 
 from mass_dpo_jax import metrics
-from mass_dpo_jax.compare import read_logps
 from mass_dpo_jax.files import read_array
 from mass_dpo_jax.paper.cells import Cell
 from mass_dpo_jax.paper.runs import Run
 from mass_dpo_jax.paper.tables import Block, Table
+from mass_dpo_jax.reports.comparison import read_logps
 from mass_dpo_jax.training.report import FINAL_LOGPS, START_LOGPS
 
 DRAWS, SEED = 2000, 0

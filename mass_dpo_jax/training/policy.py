@@ -25,8 +25,8 @@ from mass_dpo_jax.data.vocabulary import train_tokenizer
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import check_links
 from mass_dpo_jax.models import lora as lora_lib
-from mass_dpo_jax.models.adapters import Adapters, Lora, parse_targets
-from mass_dpo_jax.models.config import DecoderConfig, load_config
+from mass_dpo_jax.models.adapters import Adapters, Lora
+from mass_dpo_jax.models.config import DecoderConfig, load_config, parse_targets
 from mass_dpo_jax.models.decoder import Decoder, abstract_decoder
 from mass_dpo_jax.models.frozen import store
 from mass_dpo_jax.models.weights import load_hf

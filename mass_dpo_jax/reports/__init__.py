@@ -1,0 +1,1 @@
+"""What is made of runs that exist: pictures of training, tables that compare them."""
