@@ -19,18 +19,15 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from processes import ACCELERATOR, xla_flags
 
 REQUIRE = os.environ.get("MASS_DPO_REQUIRE_DATA") == "1"
-ACCELERATOR = os.environ.get("MASS_DPO_TEST_ACCELERATOR") == "1"
 CACHE = tempfile.mkdtemp(prefix="mass_dpo_jax_tests_")
 
 # JAX and the Hugging Face libraries read these once, when they are first imported.
-FLAGS = ["--xla_force_host_platform_device_count=8"]
 if not ACCELERATOR:
     os.environ["JAX_PLATFORMS"] = "cpu"
-    # Compiling takes most of a test's time, and half of that makes programs fast that run once.
-    FLAGS += ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
-os.environ["XLA_FLAGS"] = " ".join([*FLAGS, os.environ.get("XLA_FLAGS", "")]).strip()
+os.environ["XLA_FLAGS"] = f"{xla_flags(devices=8)} {os.environ.get('XLA_FLAGS', '')}".strip()
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["XDG_CACHE_HOME"] = CACHE
 os.environ.pop("HF_HOME", None)

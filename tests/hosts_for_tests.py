@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import socket
-import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,6 +21,7 @@ import optax
 from flax import nnx
 from helpers import tiny_config
 from models_for_tests import tiny_config as tiny_model
+from processes import ended, environment, free_port, spawn
 
 from mass_dpo_jax import hosts
 from mass_dpo_jax.models.decoder import abstract_decoder, param_dims
@@ -35,46 +33,11 @@ from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.setup import prepare
 from mass_dpo_jax.training.updates import Batches, abstract_state, first_state
 
-ROOT = Path(__file__).parent.parent
 STEPS = 10
 LEARNING = {
     "data.validation_share": 0.0, "beta": 1.0, "model.remat": "dots",
     "train.learning_rate": 3e-4,
 }  # fmt: skip
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
-def environment(devices: int, **more: str) -> dict[str, str]:
-    """Of a process with some simulated devices of its own. Compiling is most of its time."""
-    flags = (
-        f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0 "
-        "--xla_llvm_disable_expensive_passes=true"
-    )
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    return {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": path, **more}
-
-
-def spawn(command: Sequence[str], **kwargs: Any) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, *command], text=True, cwd=ROOT, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, **kwargs,
-    )  # fmt: skip
-
-
-def ended(processes: Iterable[subprocess.Popen[str]], seconds: int) -> list[tuple[int, str, str]]:
-    """Exit status, standard output and standard error of each; none of them lives on."""
-    processes = list(processes)
-    try:
-        found = [(p, p.communicate(timeout=seconds)) for p in processes]
-    finally:
-        for p in processes:
-            p.kill()
-    return [(p.returncode, out, err) for p, (out, err) in found]
 
 
 def together(processes: int, devices: int, folder: Path, job: Mapping[str, Any]) -> dict[str, Any]:

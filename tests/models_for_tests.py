@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -13,6 +15,7 @@ from safetensors.numpy import save_file
 
 from mass_dpo_jax.models.config import DecoderConfig
 from mass_dpo_jax.models.decoder import Decoder, abstract_decoder
+from mass_dpo_jax.models.shared_prefix import Scored, score
 from mass_dpo_jax.models.weights import table
 
 VOCABULARY = 101
@@ -57,18 +60,16 @@ def tiny_config(model_type: str = "llama", **changes: Any) -> DecoderConfig:
 
 
 def random_decoder(config: DecoderConfig, seed: int = 0, **settings: Any) -> Decoder:
-    """A decoder whose every parameter is random, norms too, and whose logits differ widely."""
-    decoder = Decoder(config, rngs=nnx.Rngs(seed), **settings)
+    """Makes a decoder with random parameters, norms too, and logits that differ widely."""
+    graphdef, shapes = nnx.split(abstract_decoder(config, **settings))
     rng = np.random.default_rng(seed)
 
-    def draw(path: Any, value: jax.Array) -> jax.Array:
+    def draw(path: Any, value: Any) -> jax.Array:
         is_norm = "scale" in jax.tree_util.keystr(path)
         noise = rng.normal(0.0, 0.2, value.shape).astype(np.float32)
-        return jax.numpy.asarray(1.0 + noise if is_norm else noise)
+        return jnp.asarray(1.0 + noise if is_norm else noise)
 
-    params = nnx.state(decoder, nnx.Param)
-    nnx.update(decoder, jax.tree.map_with_path(draw, params))
-    return decoder
+    return nnx.merge(graphdef, jax.tree.map_with_path(draw, shapes))
 
 
 class Candidates(NamedTuple):
@@ -107,6 +108,18 @@ def random_candidates(
         rng.integers(3, VOCABULARY, (batch, size)).astype(np.int32),
         lengths.astype(np.int32),
     )
+
+
+def scored(model: Decoder, pool: Candidates, **settings: Any) -> Scored:
+    """Calls `shared_prefix.score`, compiled once for all models of an architecture."""
+    graphdef, params = nnx.split(model)
+    arrays = tuple(map(jnp.asarray, pool))
+    return _scored(graphdef, params, arrays, tuple(sorted(settings.items())))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _scored(graphdef: Any, params: Any, pool: Any, settings: Any) -> Scored:
+    return score(nnx.merge(graphdef, params), *pool, **dict(settings))
 
 
 def random_tensors(config: DecoderConfig, seed: int = 0) -> dict[str, np.ndarray]:

@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 from helpers import WORDS, tiny_config, write_jsonl
 from models_for_tests import hf_config, pretend_a_gpu
-from test_commands import command, refused
+from processes import command, refused
 
 from benchmarks import cost
 from benchmarks.memory import account_of, compiled_bytes

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import subprocess
-import sys
 import typing
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +17,7 @@ import pytest
 from helpers import WORDS, log_lines, tiny_config, write_jsonl
 from ml_collections import ConfigDict
 from models_for_tests import hf_config
+from processes import python
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import mass_dpo_jax as mdj
@@ -209,7 +208,7 @@ def test_importing_the_package_imports_no_jax() -> None:
         "assert 'load_model' in names and 'jax' not in sys.modules and 'numpy' not in sys.modules;"
         "mdj.UserError; assert 'jax' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    python("-c", code, check=True)
     with pytest.raises(AttributeError, match="has no attribute"):
         mdj.nothing  # noqa: B018
 

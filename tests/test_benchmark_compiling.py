@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_commands import refused
+from processes import refused
 
 from benchmarks import compiling, machine
 from benchmarks.workloads import Case, Workload, trace

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import math
 import runpy
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from models_for_tests import pretend_a_gpu
-from test_commands import refused
+from processes import python, refused
 
 from benchmarks.gpu import command, compiled, job, ours
 from benchmarks.gpu.job import Job, workload
@@ -382,7 +381,7 @@ def test_every_package_that_is_needed_is_asked_for_first() -> None:
         "for name, module in sys.modules.items():\n"
         "    if name.partition('.')[0] in ('benchmarks', 'mass_dpo_jax'): print(module.__file__)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = python("-c", code, check=True)
     found = set()
     for file in done.stdout.split():
         for node in ast.parse(Path(file).read_text()).body:

@@ -6,7 +6,7 @@ import dataclasses
 from types import ModuleType
 
 import pytest
-from test_commands import refused
+from processes import refused
 
 from benchmarks import memory
 from benchmarks.workloads import Case, Workload

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from processes import command, refused
 
 from benchmarks import machine, select
 from mass_dpo_jax import theory
@@ -124,13 +123,8 @@ def _ratios() -> dict[str, Any]:
 def test_the_command(tmp_path: Path) -> None:
     output = tmp_path / "select.json"
     sizes = "--prompts=2 --candidates=5 --width=8 --n=2 --pool=60 --pool_width=4 --pool_n=3"
-    run = [sys.executable, "-m", "benchmarks.select", *sizes.split(), "--rounds=2"]
-    # One device, as most users have, compiles in less time than eight.
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    done = subprocess.run(
-        [*run, "--allow_busy", f"--output={output}"],
-        capture_output=True, text=True, check=True, env=environment,
-    )  # fmt: skip
+    run = ("benchmarks.select", *sizes.split(), "--rounds=2", "--allow_busy")
+    done = command(*run, f"--output={output}", check=True)
     assert "2 x 5 x 8, n = 2" in done.stdout and "60 x 4, n = 3" in done.stdout
     for name in ("numpy inverses (2 prompts, scaled)", "numpy low-rank", "JAX dense", "touched"):
         assert name in done.stdout
@@ -139,5 +133,4 @@ def test_the_command(tmp_path: Path) -> None:
         assert len(figures["large"]["60 x 4, n = 3"]) == len(select.CASES)
     else:
         assert "the machine was busy" in done.stdout
-    wrong = subprocess.run([*run, "--n=5", "--allow_busy"], capture_output=True, text=True)
-    assert wrong.returncode == 2 and "expected at most --candidates - 2 = 3" in wrong.stderr
+    assert "expected at most --candidates - 2 = 3" in refused(*run, "--n=5")

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from helpers import tiny_config, write_jsonl
+from processes import command
 
 from benchmarks.collectives import collective_bytes, of_step, weights_bytes
 from mass_dpo_jax.models import shared_prefix
 from mass_dpo_jax.training.setup import prepare
-
-ROOT = Path(__file__).parent.parent
 
 HLO = """
 HloModule made_up
@@ -86,17 +83,11 @@ def test_a_step_moves_weights_and_gradients_and_little_else(
 
 
 def test_the_command(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "benchmarks.collectives", "--config=configs/tiny.py",
-            "--devices=2", "--tensor=1", "--rows=2", "--config.data.path=plain",
-            "--config.data.max_train=64", "--config.model.scratch.num_layers=1",
-            "--config.model.scratch.hidden_size=32", f"--config.cache_dir={tmp_path}",
-            f"--output={tmp_path / 'found.json'}",
-        ],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
+    done = command(
+        "benchmarks.collectives", "--config=configs/tiny.py", "--devices=2", "--tensor=1",
+        "--rows=2", "--config.data.path=plain", "--config.data.max_train=64",
+        "--config.model.scratch.num_layers=1", "--config.model.scratch.hidden_size=32",
+        f"--config.cache_dir={tmp_path}", f"--output={tmp_path / 'found.json'}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "| 2 | data |" in done.stdout

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 from helpers import WORDS, log_lines, tiny_config, write_jsonl
+from processes import command, environment, python, refused
 from runs_for_tests import SmallFiles
 from safetensors.numpy import load_file, save_file
 
@@ -24,8 +22,6 @@ from mass_dpo_jax.score import score
 from mass_dpo_jax.selection import select_negatives
 from mass_dpo_jax.train import train
 from mass_dpo_jax.training import run_folder
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -128,23 +124,6 @@ def test_a_trained_run_scores_as_it_reported(tmp_path: Path, model: Path) -> Non
         assert line["ref_logps"] == pytest.approx(before["logps"], abs=1e-4)
 
 
-def command(*words: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
-    return subprocess.run(
-        [sys.executable, "-m", *words], cwd=ROOT, env=env, capture_output=True, text=True
-    )
-
-
-def refused(*words: str) -> str:
-    """The one line a command says on standard error when it refuses."""
-    done = command(*words)
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("error: ")
-    return line
-
-
 TRAIN = ("mass_dpo_jax.train", "--config=configs/tiny.py")
 
 
@@ -234,9 +213,7 @@ def test_a_full_disk_leaves_an_output_as_it_was(tmp_path: Path) -> None:
         f"cli.run(lambda: cli.write_lines(pathlib.Path({str(output)!r}), rows))"
     )
     with SmallFiles(10_000):
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
-        )
+        done = python("-c", code)
     assert done.returncode == 2
     assert done.stderr == f"error: {output}: File too large\n"
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("rows.jsonl", "before")]
@@ -272,10 +249,7 @@ def test_too_little_memory_on_the_device() -> None:
         "import jax.numpy as jnp; from mass_dpo_jax import cli\n"
         "cli.run(lambda: jnp.zeros(2**46, jnp.uint8).block_until_ready())"
     )
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", code, "--verbosity=-1"], env=env, capture_output=True, text=True
-    )
+    done = python("-c", code, "--verbosity=-1", env=environment(JAX_PLATFORMS="cpu"))
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: not enough memory on a device: lower config.train.micro_batch_")
@@ -293,8 +267,7 @@ def test_what_an_interruption_left(settings: str, hint: str) -> None:
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"cli.run(lambda: signal.raise_signal(signal.SIGINT){settings})"
     )
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    done = python("-c", code)
     assert done.returncode == 130 and done.stderr.startswith(f"interrupted; {hint}")
 
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from PIL import Image
+from processes import command
 
 from mass_dpo_jax import compare, report, simulation
 from mass_dpo_jax import curves as curves_command
@@ -129,12 +129,10 @@ def test_runs_of_the_same_name_are_told_apart(tmp_path: Path, monkeypatch: pytes
 
 def test_command(tmp_path: Path):
     preference_run(tmp_path / "a")
-    command = [sys.executable, "-m", "mass_dpo_jax.curves", "a", "--output=x.png"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    result = command("mass_dpo_jax.curves", "a", "--output=x.png", cwd=tmp_path)
     assert (result.returncode, result.stdout) == (0, "Curves: x.png\n"), result.stderr
     shape(tmp_path / "x.png")
-    command[3] = "missing"
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    result = command("mass_dpo_jax.curves", "missing", "--output=x.png", cwd=tmp_path)
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: missing")
 

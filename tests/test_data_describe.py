@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers import WORDS, tiny_config
+from processes import command, refused
 
 from mass_dpo_jax.data.describe import describe
 from mass_dpo_jax.data.vocabulary import train_tokenizer
@@ -68,18 +67,12 @@ def test_without_a_tokenizer(tmp_path: Path) -> None:
 
 
 def test_the_command(tmp_path: Path) -> None:
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "mass_dpo_jax.data", *arguments]
-        return subprocess.run(
-            command, capture_output=True, text=True, cwd=Path(__file__).parent.parent
-        )
-
-    done = run("--config=configs/tiny.py", "--show=1")
+    words = ("mass_dpo_jax.data", "--config=configs/tiny.py")
+    done = command(*words, "--show=1")
     assert done.returncode == 0, done.stderr
     assert "train: 8000 rows" in done.stdout and "test: 2000 rows" in done.stdout
     assert done.stdout.count("--- train") == 1 and done.stdout.count("[rejected]") == 19
-    done = run("--config=configs/tiny.py", "--show=-1")
-    assert (done.returncode, done.stderr) == (2, "error: --show=-1: expected 0 or more\n")
+    assert refused(*words, "--show=-1") == "error: --show=-1: expected 0 or more"
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ import pytest
 from flax import nnx
 from helpers import tiny_config as tiny_run
 from helpers import write_jsonl
-from models_for_tests import pretend_a_gpu, random_candidates, random_decoder, tiny_config
+from models_for_tests import pretend_a_gpu, random_candidates, random_decoder, scored, tiny_config
 from test_replay import gradients as recorded_gradients
-from test_shared_prefix import LAYOUTS, RESPONSE, gradients, run
+from test_shared_prefix import LAYOUTS, RESPONSE, gradients
 
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.data.batches import Batch
@@ -55,8 +55,8 @@ def test_scores_equal_plain_attention(layout: str) -> None:
     pool = random_candidates(response=RESPONSE)
     assert pool.prompts.shape[1] % 8 and pool.responses.shape[1] % 8 and RESPONSE % 8
     settings = {"pooling": "all", **LAYOUTS[layout]}
-    expected = run(model, pool, **settings)
-    found = run(model, pool, attention=XLA, **settings)
+    expected = scored(model, pool, **settings)
+    found = scored(model, pool, attention=XLA, **settings)
     np.testing.assert_allclose(found.logps, expected.logps, rtol=1e-5, atol=1e-4)
     np.testing.assert_allclose(found.features, expected.features, rtol=1e-4, atol=1e-5)
     assert np.any(np.asarray(found.logps) != np.asarray(expected.logps))  # Other operations.
@@ -91,8 +91,8 @@ def test_training_from_a_record_equals_plain_attention(layout: str) -> None:
 
 
 def test_an_absent_row_does_not_spoil_gradients() -> None:
-    model = random_decoder(tiny_config())
-    pool = random_candidates(batch=2, response=RESPONSE)
+    model = random_decoder(tiny_config("smollm3"))
+    pool = random_candidates(response=RESPONSE)
     empty = pool._replace(response_lengths=np.zeros_like(pool.response_lengths))
     for layout in ("packed", "rectangle, 2 at a time"):
         for grad in jax.tree.leaves(gradients(model, empty, attention=XLA, **LAYOUTS[layout])):
@@ -305,7 +305,7 @@ def test_the_kernel_in_a_model(layout: str) -> None:
     settings = LAYOUTS[layout]
 
     def values(model: Any, attention: Any) -> list[np.ndarray]:
-        logps = run(model, pool, pooling=None, attention=attention, **settings).logps
+        logps = scored(model, pool, pooling=None, attention=attention, **settings).logps
         grads = gradients(model, pool, attention=attention, **settings)
         return [np.asarray(x) for x in (logps, *jax.tree.leaves(grads))]
 

@@ -5,30 +5,25 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
-import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax import help as help_lib
 
-ROOT = Path(__file__).parent.parent
 CONFIGURED = "train evaluate score select data quickstart".split()
 COMMANDS = [*CONFIGURED, *"export compare report curves simulation".split()]
 FIELDS = dict(config_lib.flat(config_lib.default()))
 
 
-def command(name: str, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    return subprocess.run(
-        [sys.executable, "-m", f"mass_dpo_jax.{name}", *words],
-        cwd=ROOT, env=env, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+def command(name: str, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    env = processes.environment(**variables)
+    return processes.command(f"mass_dpo_jax.{name}", *words, env=env)
 
 
 def docstring(name: str) -> str:
@@ -46,10 +41,7 @@ def entries(text: str) -> dict[str, str]:
 
 
 def test_every_command_is_listed() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "mass_dpo_jax"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    done = processes.command("mass_dpo_jax", check=True)
     listed = dict(re.findall(r"^  (\w+) +(.*)$", done.stdout, re.MULTILINE))
     assert sorted(listed) == sorted(COMMANDS)
     assert listed["train"] == "Trains a policy on preferences with several negatives."

@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 import yaml
 from helpers import losses, tiny_config, write_jsonl
-from hosts_for_tests import ROOT, ended, environment, free_port, replay, spawn, together
+from hosts_for_tests import replay, together
 from models_for_tests import random_tensors, write_weights
 from models_for_tests import tiny_config as tiny_model
+from processes import ROOT, ended, environment, free_port, spawn
 
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax import train as train_lib

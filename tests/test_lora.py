@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
-from models_for_tests import FAMILIES, random_candidates, random_decoder, tiny_config
+from models_for_tests import FAMILIES, random_candidates, random_decoder, scored, tiny_config
 from test_replay import LAYOUTS, RESPONSE, gradients
 
 from mass_dpo_jax.config import CHOICES
@@ -19,7 +19,6 @@ from mass_dpo_jax.models.adapters import Lora
 from mass_dpo_jax.models.config import parse_targets
 from mass_dpo_jax.models.decoder import Decoder, abstract_decoder
 from mass_dpo_jax.models.frozen import dense, store
-from mass_dpo_jax.models.shared_prefix import score
 from mass_dpo_jax.training.mesh import names
 
 ALL = Lora(rank=4, alpha=6.0, targets=parse_targets("all"))
@@ -45,18 +44,18 @@ def test_log_probs_are_those_of_merged_weights(model_type: str, kind: str) -> No
     model = random_decoder(config, lora=lora)
     params = stored(weights_of(model), kind)
     graphdef, plain = (nnx.graphdef(abstract_decoder(config, lora=x)) for x in (lora, None))
-    pool = [jnp.asarray(x) for x in random_candidates(response=RESPONSE)]
+    pool = random_candidates(response=RESPONSE)
 
-    def scored(graphdef: Any) -> Any:
-        return jax.jit(lambda p: score(nnx.merge(graphdef, p), *pool, pooling=None).logps)
+    def logps(graphdef: Any, params: Any) -> Any:
+        return scored(nnx.merge(graphdef, params), pool, pooling=None).logps
 
-    found = scored(graphdef)(params)
+    found = logps(graphdef, params)
     merged = lora_lib.merge(params, lora)
     assert "adapters" not in merged
-    of_merged = scored(plain)
-    np.testing.assert_allclose(found, of_merged(merged), rtol=2e-5, atol=2e-4)
+    np.testing.assert_allclose(found, logps(plain, merged), rtol=2e-5, atol=2e-4)
     zeros = jax.tree.map(jnp.zeros_like, params["adapters"])
-    assert np.abs(found - of_merged(lora_lib.merge({**params, "adapters": zeros}, lora))).max() > 1
+    base = lora_lib.merge({**params, "adapters": zeros}, lora)
+    assert np.abs(found - logps(plain, base)).max() > 1
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from models_for_tests import Candidates, hf_config, random_candidates
+from models_for_tests import Candidates, hf_config, random_candidates, scored
 from tokenizers import Tokenizer
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -19,7 +19,6 @@ from mass_dpo_jax.models import attention
 from mass_dpo_jax.models.config import load_config
 from mass_dpo_jax.models.decoder import Decoder, abstract_decoder
 from mass_dpo_jax.models.rotary import rope_frequencies
-from mass_dpo_jax.models.shared_prefix import Scored, score
 from mass_dpo_jax.models.weights import load_hf
 
 
@@ -61,11 +60,6 @@ def reference(torch: ModuleType, model: Any, pool: Candidates) -> tuple[np.ndarr
     return logps, features
 
 
-def run(model: Decoder, pool: Candidates, **settings: Any) -> Scored:
-    scoring = jax.jit(lambda *args: score(model, *args, **settings))
-    return scoring(*pool)
-
-
 def relative_error(found: Any, expected: np.ndarray) -> float:
     return float(np.max(np.abs(np.asarray(found) - expected) / np.maximum(1.0, np.abs(expected))))
 
@@ -93,7 +87,7 @@ def test_random_models(torch: ModuleType, tmp_path: Path, case: str) -> None:
     assert (ours.head is None) == changes.get("tie_word_embeddings", False)
     pool = random_candidates(seed=1)
     logps, features = reference(torch, theirs, pool)
-    found = run(ours, pool, pooling="response")
+    found = scored(ours, pool, pooling="response")
     assert relative_error(found.logps, logps) < 1e-4
     assert relative_error(found.features, features[0]) < 1e-4
 
@@ -133,11 +127,11 @@ def test_real_model(torch: ModuleType, real_data: Path) -> None:
     pool = story_pool(folder)
     logps, features = reference(torch, theirs, pool)
     for i, pooling in enumerate(("response", "all")):
-        found = run(load(folder), pool, pooling=pooling)
+        found = scored(load(folder), pool, pooling=pooling)
         assert relative_error(found.logps, logps) < 1e-4
         assert relative_error(found.features, features[i]) < 1e-4
     # bfloat16 has 8 significant bits. Measured: 0.33% of a log-prob, PyTorch's own 0.34%.
-    rough = run(load(folder, "bfloat16"), pool, pooling="response")
+    rough = scored(load(folder, "bfloat16"), pool, pooling="response")
     assert rough.logps.dtype == rough.features.dtype == jnp.float32
     error = relative_error(rough.logps, logps)
     assert 0.0 < error < 1e-2

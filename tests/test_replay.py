@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -57,32 +58,35 @@ def gradients(
 ) -> Any:
     """Log-probs of some candidates, and gradients of a loss that weighs each of them, with respect
     to all weights that are not frozen."""
-    numbers, valid = sets(pool)
-    picks = Picks(jnp.asarray(numbers), jnp.asarray(valid), 3 * RESPONSE)
-    weights = np.random.default_rng(1).normal(size=numbers.shape)
-    frozen = frozen or {}
-    whole = {key: value for key, value in layout.items() if key != "candidate_chunk"}
+    arrays = tuple(map(jnp.asarray, pool))
+    static = graphdef, tuple(layout.items()), recorded, pooling
+    return _gradients(*static, params, frozen or {}, arrays, tuple(map(jnp.asarray, sets(pool))))
 
-    @jax.jit
-    def run(params: Any, frozen: Any, *args: jax.Array) -> Any:
-        record = None
-        if recorded:
-            model = nnx.merge(graphdef, {**frozen, **params})
-            record = score(model, *args, pooling=pooling, record=True, **layout).record
 
-        def loss(params: Any) -> tuple[jax.Array, jax.Array]:
-            model = nnx.merge(graphdef, {**frozen, **params})
-            if record is not None:
-                logps = replay(model, record, *args, picks, **whole)
-            else:
-                some = gather_candidates(*args[2:], picks)
-                logps = score(model, *args[:2], *some, pooling=None, **whole).logps
-            return jnp.sum(weights * logps), logps
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _gradients(
+    graphdef: Any, layout: Any, recorded: bool, pooling: str | None, params: Any, frozen: Any,
+    pool: Any, chosen: Any,
+) -> Any:  # fmt: skip
+    picks = Picks(*chosen, 3 * RESPONSE)
+    weights = np.random.default_rng(1).normal(size=picks[0].shape)
+    whole = {key: value for key, value in layout if key != "candidate_chunk"}
+    record = None
+    if recorded:
+        model = nnx.merge(graphdef, {**frozen, **params})
+        record = score(model, *pool, pooling=pooling, record=True, **dict(layout)).record
 
-        (_, logps), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        return logps, grads
+    def loss(params: Any) -> tuple[jax.Array, jax.Array]:
+        model = nnx.merge(graphdef, {**frozen, **params})
+        if record is not None:
+            logps = replay(model, record, *pool, picks, **whole)
+        else:
+            some = gather_candidates(*pool[2:], picks)
+            logps = score(model, *pool[:2], *some, pooling=None, **whole).logps
+        return jnp.sum(weights * logps), logps
 
-    return run(params, frozen, *map(jnp.asarray, pool))
+    (_, logps), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    return logps, grads
 
 
 @pytest.mark.parametrize(
@@ -131,6 +135,7 @@ def test_known_computes_nothing_forward() -> None:
         return x**3 * times
 
     x, wrong = jnp.array([1.0, 2.0]), jnp.array([7.0, 7.0])
+    np.testing.assert_array_equal(known(cube, wrong, x, jnp.array([2, 1])), wrong)
     value, vjp = jax.vjp(lambda x: known(cube, wrong, x, jnp.array([2, 1])), x)
     np.testing.assert_array_equal(value, wrong)
     np.testing.assert_array_equal(vjp(jnp.ones(2))[0], [6.0, 12.0])

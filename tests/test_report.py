@@ -7,12 +7,12 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from processes import command, environment
 
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax import evaluation, metrics
@@ -139,10 +139,10 @@ def test_tables(folder: Path, tmp_path: Path):
 def test_same_runs_same_bytes(folder: Path, tmp_path: Path):
     make_report([folder], tmp_path / "one")
     # Another order of arguments, a folder inside another, another process with other hashes.
-    command = [sys.executable, "-m", "mass_dpo_jax.report", str(folder / "table2"), str(folder)]
-    command.append(f"--output={tmp_path / 'two'}")
-    environment = {**os.environ, "PYTHONHASHSEED": "5"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    result = command(
+        "mass_dpo_jax.report", str(folder / "table2"), str(folder),
+        f"--output={tmp_path / 'two'}", env=environment(PYTHONHASHSEED="5"),
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
     names = sorted(p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("*.*"))
     assert len(names) == 12

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import pickle
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 from helpers import write_jsonl
 from models_for_tests import hf_config
+from processes import environment, python
 from tokenizers_for_tests import small
 
 from mass_dpo_jax.config import default
@@ -81,13 +79,9 @@ def audited(folder: Path, module: str, *words: str) -> list[str]:
     report.unlink(missing_ok=True)
     home = {name: str(folder / "home") for name in ("HOME", "XDG_CACHE_HOME", "HF_HOME", "TMPDIR")}
     (folder / "home").mkdir(exist_ok=True)
-    environment = {**os.environ, **home, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    for name in ("HF_HUB_OFFLINE", "XLA_FLAGS"):
-        environment.pop(name, None)
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "audited.py", report, folder, module, *words],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    variables = environment(**home, JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT))
+    variables.pop("HF_HUB_OFFLINE")
+    done = python(ROOT / "tests" / "audited.py", report, folder, module, *words, env=variables)
     assert done.returncode == 0, done.stderr
     return report.read_text().splitlines()
 
@@ -110,8 +104,7 @@ def test_the_hook_sees_what_it_watches(tmp_path: Path) -> None:
         f"audited.watch(audited.Path({str(tmp_path / 'report')!r}), [{str(inside)!r}]);"
         f"runpy.run_path({str(program)!r})"
     )
-    environment = {**os.environ, "TMPDIR": str(inside)}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    python("-c", code, check=True, env=environment(TMPDIR=str(inside)))
     found = (tmp_path / "report").read_text()
     for words in ("pickle.find_class", "socket.connect", "read to read", "written to write"):
         assert words in found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from models_for_tests import (
     Candidates,
     random_candidates,
     random_decoder,
+    scored,
     tiny_config,
 )
 
@@ -45,10 +47,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-def run(model: Decoder, pool: Candidates, **settings: Any) -> Scored:
-    return jax.jit(lambda *args: score(model, *args, **settings))(*map(jnp.asarray, pool))
-
-
 def alone(model: Decoder, pool: Candidates, pooling: str) -> Scored:
     """One row a response: no packing, no sharing, no padding in common."""
     batch, candidates = pool.response_lengths.shape
@@ -62,7 +60,7 @@ def alone(model: Decoder, pool: Candidates, pooling: str) -> Scored:
         responses,
         pool.response_lengths.reshape(-1, 1),
     )
-    found = run(model, single, pooling=pooling)
+    found = scored(model, single, pooling=pooling)
     return jax.tree.map(lambda x: x.reshape(batch, candidates, *x.shape[2:]), found)
 
 
@@ -72,7 +70,7 @@ def test_all_layouts_equal_one_row_per_response(model_type: str) -> None:
     pool = random_candidates(response=RESPONSE)
     expected = alone(model, pool, "response")
     for name, layout in LAYOUTS.items():
-        found = run(model, pool, pooling="response", **layout)
+        found = scored(model, pool, pooling="response", **layout)
         np.testing.assert_allclose(found.logps, expected.logps, rtol=1e-5, atol=1e-4, err_msg=name)
         np.testing.assert_allclose(found.features, expected.features, rtol=1e-4, atol=1e-5)
 
@@ -82,33 +80,36 @@ def test_pooling() -> None:
     model = random_decoder(tiny_config("qwen3"))
     pool = random_candidates(response=RESPONSE)
     expected = alone(model, pool, "all")
-    response = run(model, pool, pooling="response")
+    response = scored(model, pool, pooling="response")
     for layout in ("packed", "rectangle", "rectangle, 2 at a time"):
-        found = run(model, pool, pooling="all", **LAYOUTS[layout])
+        found = scored(model, pool, pooling="all", **LAYOUTS[layout])
         np.testing.assert_allclose(found.features, expected.features, rtol=1e-4, atol=1e-5)
     assert not np.allclose(expected.features, response.features, atol=0.1)
-    none = run(model, pool, pooling=None)
+    none = scored(model, pool, pooling=None)
     assert none.features is None
     np.testing.assert_allclose(none.logps, response.logps, rtol=1e-6)
 
 
 def gradients(model: Decoder, pool: Candidates, **settings: Any) -> Any:
-    """Of a loss in which every log-prob and feature has its own weight."""
+    """Differentiates a loss in which every log-prob and feature has its own weight."""
     graphdef, params = nnx.split(model)
-    shape = pool.response_lengths.shape
+    arrays = tuple(map(jnp.asarray, pool))
+    return _gradients(graphdef, params, arrays, tuple(sorted(settings.items())))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _gradients(graphdef: Any, params: Any, pool: Any, settings: Any) -> Any:
     rng = np.random.default_rng(0)
+    shape = pool[-1].shape
     by_logp, by_feature = rng.normal(size=shape), rng.normal(size=(*shape, 1))
 
-    @jax.jit
-    def grad(params: Any, *args: jax.Array) -> Any:
-        def loss(params: Any) -> jax.Array:
-            found = score(nnx.merge(graphdef, params), *args, pooling="response", **settings)
-            assert found.features is not None
-            return jnp.sum(by_logp * found.logps) + jnp.sum(by_feature * found.features)
+    def loss(params: Any) -> jax.Array:
+        model = nnx.merge(graphdef, params)
+        found = score(model, *pool, pooling="response", **dict(settings))
+        assert found.features is not None
+        return jnp.sum(by_logp * found.logps) + jnp.sum(by_feature * found.features)
 
-        return jax.grad(loss)(params)
-
-    return grad(params, *map(jnp.asarray, pool))
+    return jax.grad(loss)(params)
 
 
 def test_all_layouts_have_the_same_gradients() -> None:
@@ -164,7 +165,7 @@ def test_absent_candidates_and_padding(layout: str) -> None:
     """Absent candidates are exact zeros, and what padding holds does not matter."""
     model = random_decoder(tiny_config("qwen3"))
     pool = random_candidates(response=RESPONSE)
-    found = run(model, pool, pooling="all", **LAYOUTS[layout])
+    found = scored(model, pool, pooling="all", **LAYOUTS[layout])
     absent = pool.response_lengths == 0
     assert absent[-1].all() and absent.sum() == 6 and pool.prompt_lengths[-1] == 1
     assert np.all(np.isfinite(found.logps)) and np.all(np.isfinite(found.features))
@@ -176,13 +177,13 @@ def test_absent_candidates_and_padding(layout: str) -> None:
         prompts[row, pool.prompt_lengths[row] :] = 0
         responses[row, pool.response_lengths[row].sum() :] = 0
     cleared = pool._replace(prompts=prompts, responses=responses)
-    again = run(model, cleared, pooling="all", **LAYOUTS[layout])
+    again = scored(model, cleared, pooling="all", **LAYOUTS[layout])
     jax.tree.map(np.testing.assert_array_equal, again, found)
 
 
 def test_an_absent_row_does_not_spoil_gradients() -> None:
-    model = random_decoder(tiny_config())
-    pool = random_candidates(batch=2, response=RESPONSE)
+    model = random_decoder(tiny_config("smollm3"))
+    pool = random_candidates(response=RESPONSE)
     empty = pool._replace(response_lengths=np.zeros_like(pool.response_lengths))
     for layout in ("packed", "rectangle, 2 at a time"):
         for grad in jax.tree.leaves(gradients(model, empty, **LAYOUTS[layout])):
@@ -235,14 +236,14 @@ def test_layouts_and_gathering_move_the_right_tokens(
 def test_gathered_candidates_keep_their_scores() -> None:
     model = random_decoder(tiny_config("smollm3"))
     pool = random_candidates(response=RESPONSE)
-    whole = run(model, pool, pooling=None).logps
+    whole = scored(model, pool, pooling=None).logps
     chosen = jnp.asarray([[0, 4, 2], [0, 2, 3], [0, 1, 2]])
     valid = jnp.asarray([[True, True, False], [True, True, True], [True, True, True]])
     responses, lengths = gather_candidates(
         jnp.asarray(pool.responses), jnp.asarray(pool.response_lengths), Picks(chosen, valid, 24)
     )
     picked = pool._replace(responses=np.asarray(responses), response_lengths=np.asarray(lengths))
-    found = run(model, picked, pooling=None).logps
+    found = scored(model, picked, pooling=None).logps
     expected = jnp.where(valid, jnp.take_along_axis(whole, chosen, axis=1), 0.0)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
 
@@ -250,8 +251,8 @@ def test_gathered_candidates_keep_their_scores() -> None:
 @pytest.mark.parametrize("layout", ["packed", "rectangle, 2 at a time"])
 def test_bfloat16(layout: str) -> None:
     config, pool = tiny_config("llama"), random_candidates(response=RESPONSE)
-    exact = run(random_decoder(config), pool, pooling="response")
-    rough = run(
+    exact = scored(random_decoder(config), pool, pooling="response")
+    rough = scored(
         random_decoder(config, dtype="bfloat16"), pool, pooling="response", **LAYOUTS[layout]
     )
     assert rough.logps.dtype == rough.features.dtype == jnp.float32
@@ -266,7 +267,7 @@ def test_sharded_weights_and_rows(layout: str) -> None:
     config = tiny_config("qwen3", vocab_size=104)
     model = random_decoder(config)
     pool = random_candidates(batch=4, response=RESPONSE)
-    expected = run(model, pool, pooling="response")
+    expected = scored(model, pool, pooling="response")
     grads = gradients(model, pool)
     mesh = jax.make_mesh((4, 2), ("rows", "tensor"), axis_types=(AxisType.Auto,) * 2)
     axes = {"embed": "rows", "vocab": "tensor", "heads": "tensor", "mlp": "tensor"}
@@ -279,7 +280,7 @@ def test_sharded_weights_and_rows(layout: str) -> None:
     is_param = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
     model = nnx.merge(graphdef, jax.tree.map(place, params, is_leaf=is_param))
     pool = jax.device_put(pool, NamedSharding(mesh, P("rows")))
-    found = run(model, pool, pooling="response", **LAYOUTS[layout])
+    found = scored(model, pool, pooling="response", **LAYOUTS[layout])
     np.testing.assert_allclose(found.logps, expected.logps, rtol=1e-5, atol=1e-4)
     np.testing.assert_allclose(found.features, expected.features, rtol=1e-4, atol=1e-4)
     for a, b in zip(
