@@ -3,7 +3,7 @@ r"""Coverage-guided fuzzing of everything that reads files, by atheris. No pytes
     pip install ".[fuzz]"
     python tests/fuzz.py --seconds=600 jsonl lastfm    # or no name: all of fuzz_targets.TARGETS
 
-An input is a file of a target's folder, how it is spoilt, and its new content; `mutations` makes
+An input is a file of a target's folder, how it is spoilt, and its new content; `corruptions` makes
 new ones from those that reached code no other did. Anything but success or a `UserError` that says
 where is printed once for each place in the code that it comes from, with the input that did it;
 the exit status is then 1. Targets run one after the other, in a process each.
@@ -34,7 +34,7 @@ def fuzz(name: str, seconds: float, seed: int) -> None:
     tempfile.tempdir = str(folder)
     with atheris.instrument_imports(include=["mass_dpo_jax"], enable_loader_override=False):
         import fuzz_targets
-    import mutations
+    import corruptions
 
     fuzz_targets.quiet()
     spoiler = fuzz_targets.Spoiler(name, folder)
@@ -75,7 +75,7 @@ def fuzz(name: str, seconds: float, seed: int) -> None:
         number, kind = rng.randrange(256), rng.randrange(256)
         if len(data) < 2 or rng.random() < 0.2:
             data = bytes([number, kind]) + spoiler.whole[number % len(spoiler.files)]
-        return (data[:2] + mutations.mutate(data[2:], rng))[:most]
+        return (data[:2] + corruptions.mutate(data[2:], rng))[:most]
 
     words = ["fuzz", f"-seed={seed}", "-max_len=200000", "-rss_limit_mb=0", "-timeout=120"]
     atheris.Setup([*words, "-verbosity=0", str(corpus)], one, custom_mutator=mutated)

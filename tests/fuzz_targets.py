@@ -31,7 +31,6 @@ from safetensors.numpy import save_file
 from tokenizers_for_tests import settings, small
 
 from mass_dpo_jax import config as config_lib
-from mass_dpo_jax import curves
 from mass_dpo_jax.compare import compare
 from mass_dpo_jax.data import load_examples, token_cache
 from mass_dpo_jax.data.examples import Example
@@ -41,13 +40,16 @@ from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models.config import DecoderConfig, load_config
 from mass_dpo_jax.models.weights import load_hf
 from mass_dpo_jax.report import make_report
-from mass_dpo_jax.select import with_features
-from mass_dpo_jax.train import SPLITS, abstract_state, train
+from mass_dpo_jax.reports.metrics_log import read_metrics
+from mass_dpo_jax.train import train
 from mass_dpo_jax.training import mesh, run_folder, scoring
 from mass_dpo_jax.training.checkpoint import Checkpoints, latest_step
+from mass_dpo_jax.training.loop import SPLITS
 from mass_dpo_jax.training.methods import make_method
+from mass_dpo_jax.training.offline_selection import with_features
 from mass_dpo_jax.training.optimizer import learning_rate, make_optimizer
 from mass_dpo_jax.training.setup import prepare
+from mass_dpo_jax.training.updates import abstract_state
 
 CHATML = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<eos>{% endfor %}"
@@ -313,7 +315,7 @@ def _read_runs(folder: Path) -> Iterator[Callable[[], Any]]:
 
     yield again
     yield log
-    yield lambda: curves.read_metrics(run / "metrics.jsonl")
+    yield lambda: read_metrics(run / "metrics.jsonl")
     yield lambda: compare([folder / "first", run])
 
 

@@ -1,151 +1,207 @@
-"""Files gone wrong: a valid file's bytes, changed by a random number generator.
+"""Runs the tests on deliberate faults of the package: do they notice each? No pytest.
 
-A change is one of bytes (flipped, cut, repeated, hostile ones put in), of lines, or of a value
-somewhere in JSON: a whole document, one of many lines, or the header of a safetensors file.
+    python tests/mutations.py
+    python tests/mutations.py --only=losses --jobs=2
+    python tests/mutations.py --tree=../before --quick --output=results.json
+
+Each fault of `mutation_list` is put into a copy of the tree, and the tests that it names run there.
+It is caught if one of them fails; any other end of pytest than success or failures (tests that are
+not there or cannot be collected, a timeout) is an error and never counts as caught. The exit
+status is 1 unless all are caught.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import random
-import struct
-from collections.abc import Callable, Iterator
-from typing import Any
+import os
+import queue
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
 
-BYTES = (
-    b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"\r\n", b"\n\n", b"\r", b" ", b"\t", b"{", b"}", b"[",
-    b"]", b'"', b"\\", b"\\ud800", b"\xed\xa0\x80", b"::", b"|", b",", b":", b"-1", b"0", b"NaN",
-    b"Infinity", b"1e999", b"9" * 5000, b"9" * 30, b"null", b"true", b"../x", b"/etc/passwd",
-    b"{{", b"}}", b"{%", b"%}", b"[" * 100_000, b'{"a":' * 50_000, b"x" * 100_000, b"\xc2\x85",
-    b"\xe2\x80\xa8", b"\x7f", b"\x93NUMPY", b"cos\nsystem\n(S'true'\ntR.", b"\x80\x04\x95",
-)  # fmt: skip
+from mutation_list import MUTATIONS, PACKAGE, Mutation, locate
 
-# What json.dumps cannot write stands behind a name and is put into the text.
-RAW = {
-    "<deep list>": "[" * 100_000 + "]" * 100_000,
-    "<deep object>": '{"a":' * 50_000 + "1" + "}" * 50_000,
-    "<long number>": "9" * 5000,
-    "<1e999>": "1e999",
-    "<same key>": '{"a": 1, "a": 2}',
-}
-VALUES: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 2, 3, 7, 2**31, 2**53 + 1, 10**30, -(10**30), 10**400, 0.5, 1e308,
-    float("nan"), float("inf"), "", " ", "a", "0", "x" * 5000, "\ud800", "a\nb", "\x00", "\x1b[31m",
-    "../x", "../../x", "/etc/passwd", "C:\\x", "a/b", "none", "null", "٣", "9" * 5000, [], {}, [[]],
-    [{}], [None], [1, "a"], {"a": 1}, {"": None}, {"\ud800": 1}, {"a\nb": 1}, ["a", "a"], *RAW,
-)  # fmt: skip
+ROOT = Path(__file__).parent.parent
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header"]
+QUICK = ["-m", "not slow"]
+WHOLE = ["-x", "--numprocesses=auto", "--dist=loadfile"]
+PASSED, FAILED, NONE_COLLECTED = 0, 1, 5  # Exit statuses of pytest.
 
 
-def mutate(data: bytes, rng: random.Random) -> bytes:
-    """The bytes with one to three changes."""
-    for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        data = rng.choice((_in_json, _in_json, _in_lines, _in_bytes))(data, rng)
-    return data[:1_000_000]
+class Outcome(NamedTuple):
+    """What became of a mutation.
+
+    verdict: "caught", "survived" or "error".
+    by: the first test that failed; of an error, what pytest said last.
+    seconds: of the clock.
+    """
+
+    verdict: str
+    by: str
+    seconds: float
 
 
-def _in_bytes(data: bytes, rng: random.Random) -> bytes:
-    at, size = rng.randint(0, len(data)), rng.choice((1, 2, 4, 8, 50))
-    new = rng.choice(BYTES)
-    return rng.choice(
-        (
-            lambda: data[:at],
-            lambda: data[at:],
-            lambda: data[:at] + data[at + size :],
-            lambda: data[:at] + data[at : at + size] * 2 + data[at + size :],
-            lambda: data[:at] + bytes([rng.randrange(256)]) + data[at + 1 :],
-            lambda: data[:at] + new + data[at:],
-            lambda: data[:at] + new + data[at + len(new) :],
-            lambda: new,
+class Copy:
+    """A copy of a tree, for one mutation at a time."""
+
+    def __init__(self, tree: Path, folder: Path):
+        listed = subprocess.run(
+            ["git", "ls-files", "-zco", "--exclude-standard"],
+            cwd=tree, check=True, capture_output=True, text=True,
+        )  # fmt: skip
+        for name in filter(None, listed.stdout.split("\0")):
+            if (tree / name).is_file():  # A file that was deleted is still listed.
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(tree / name, folder / name)
+        self.folder = folder
+        self.environment = {**os.environ, "PYTHONPATH": str(folder)}
+        # An installed package must not hide the copy, in which case all would survive.
+        code = f"import {PACKAGE}; print({PACKAGE}.__file__)"
+        found = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd="/", env=self.environment, check=True, capture_output=True, text=True,
+        )  # fmt: skip
+        if not Path(found.stdout.strip()).is_relative_to(folder):
+            raise SystemExit(f"{PACKAGE} is imported from {found.stdout.strip()}, not {folder}")
+
+    def run(self, arguments: Sequence[str], timeout: float) -> tuple[int | None, str]:
+        """Pytest's exit status, None after the timeout, and its output."""
+        process = subprocess.Popen(
+            [*PYTEST, *arguments],
+            cwd=self.folder,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
         )
-    )()
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)  # With the commands that a test has started.
+            return None, process.communicate()[0]
+        return process.returncode, output
+
+    def test(self, mutation: Mutation, arguments: argparse.Namespace) -> Outcome:
+        """Runs a mutation's tests, and the whole suite if they pass and that is asked for."""
+        path = locate(mutation.old, self.folder)
+        source = path.read_text()
+        began = time.monotonic()
+        quick = QUICK if arguments.quick else []
+        try:
+            self._write(path, source.replace(mutation.old, mutation.new))
+            verdict, by = self._verdict(["-x", *quick, *mutation.tests], arguments)
+            if verdict == "survived" and arguments.whole:
+                verdict, by = self._verdict([*WHOLE, *quick], arguments)
+        finally:
+            self._write(path, source)
+            # Hypothesis tries the failures of the mutation before first.
+            shutil.rmtree(self.folder / ".hypothesis", ignore_errors=True)
+        return Outcome(verdict, by, round(time.monotonic() - began, 1))
+
+    def _verdict(self, words: list[str], arguments: argparse.Namespace) -> tuple[str, str]:
+        status, output = self.run(words, arguments.timeout)
+        failures = re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+        if status == FAILED and failures:
+            return "caught", failures[0]
+        if status == PASSED or (status == NONE_COLLECTED and arguments.quick):
+            return "survived", ""
+        last = (output.strip().splitlines() or [""])[-1]
+        return "error", f"timeout: {last}" if status is None else f"status {status}: {last}"
+
+    def _write(self, path: Path, source: str) -> None:
+        path.write_text(source)
+        # Python takes a compiled file for current by size and second of the source.
+        for compiled in (path.parent / "__pycache__").glob(f"{path.stem}.*.pyc"):
+            compiled.unlink()
 
 
-def _in_lines(data: bytes, rng: random.Random) -> bytes:
-    lines = data.split(b"\n")
-    i, j = rng.randrange(len(lines)), rng.randrange(len(lines))
-    return rng.choice(
-        (
-            lambda: b"\n".join([*lines[:i], *lines[i + 1 :]]),
-            lambda: b"\n".join([*lines[:i], lines[j], *lines[i:]]),
-            lambda: b"\n".join([*lines[:i], _in_bytes(lines[i], rng), *lines[i + 1 :]]),
-            lambda: data.replace(b"\n", b"\r\n"),
-            lambda: data.replace(b"\n", b"\r"),
-            lambda: data.replace(b"\n", b""),
-            lambda: b"\xef\xbb\xbf" + data,
-            lambda: data.decode("utf-8", "replace").encode("utf-16"),
-        )
-    )()
+def check_unmutated(copy: Copy, chosen: Iterable[Mutation], arguments: argparse.Namespace) -> None:
+    """Ends the program unless all tests that are named pass without a mutation."""
+    tests = sorted({test for mutation in chosen for test in mutation.tests})
+    quick = QUICK if arguments.quick else []
+    status, output = copy.run([*quick, *tests], 10 * arguments.timeout)
+    if status != PASSED and not (status == NONE_COLLECTED and arguments.quick):
+        raise SystemExit(f"{output}\nwithout a mutation: pytest ended with status {status}")
 
 
-def _in_json(data: bytes, rng: random.Random) -> bytes:
-    for part in (_header, _document, _line):
-        found = part(data, rng)
-        if found is not None:
-            return found
-    return _in_bytes(data, rng)
+def run(arguments: argparse.Namespace) -> dict[str, Outcome]:
+    """Tests the chosen mutations and prints a line for each."""
+    chosen = [mutation for mutation in MUTATIONS if arguments.only in mutation.name]
+    outcomes: dict[str, Outcome] = {}
+    with tempfile.TemporaryDirectory(prefix="mutations_") as name:
+        copies: queue.Queue[Copy] = queue.Queue()
+        for i in range(arguments.jobs):
+            copies.put(Copy(arguments.tree, Path(name).resolve() / str(i)))
+        if arguments.baseline:
+            copy = copies.get()
+            check_unmutated(copy, chosen, arguments)
+            copies.put(copy)
+
+        def test(mutation: Mutation) -> None:
+            copy = copies.get()
+            try:
+                outcome = copy.test(mutation, arguments)
+            finally:
+                copies.put(copy)
+            outcomes[mutation.name] = outcome
+            words = f"{outcome.verdict:8} {outcome.seconds:6.1f} s  {mutation.name}"
+            print(f"{words}  [{outcome.by}]" if outcome.by else words, flush=True)
+
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            list(pool.map(test, chosen))  # Raises what a mutation raised.
+    return outcomes
 
 
-def _header(data: bytes, rng: random.Random) -> bytes | None:
-    """A change in the header of a safetensors file, whose length is made to fit."""
-    if len(data) < 10 or data[8:9] != b"{":
-        return None
-    (size,) = struct.unpack("<Q", data[:8])
-    changed = _document(data[8 : 8 + size], rng)
-    return None if changed is None else struct.pack("<Q", len(changed)) + changed + data[8 + size :]
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tree", type=Path, default=ROOT, help="the git checkout to test")
+    parser.add_argument("--only", default="", help="mutations whose name contains this")
+    parser.add_argument("--jobs", type=int, default=1, help="how many at a time")
+    parser.add_argument("--quick", action="store_true", help="leave out tests marked as slow")
+    parser.add_argument("--whole", action="store_true", help="all tests, for what survives its own")
+    parser.add_argument("--timeout", type=float, default=1800.0, help="seconds for a mutation")
+    parser.add_argument("--output", type=Path, help="a JSON file to write")
+    parser.add_argument(
+        "--no-baseline", dest="baseline", action="store_false",
+        help="do not run the tests without a mutation first",
+    )  # fmt: skip
+    return parser.parse_args()
 
 
-def _line(data: bytes, rng: random.Random) -> bytes | None:
-    lines = data.split(b"\n")
-    i = rng.randrange(len(lines))
-    changed = _document(lines[i], rng)
-    return None if changed is None else b"\n".join([*lines[:i], changed, *lines[i + 1 :]])
+def main() -> int:
+    arguments = parse()
+    for mutation in MUTATIONS:
+        locate(mutation.old, arguments.tree)  # Before anything runs: is each text there once?
+    began = time.monotonic()
+    outcomes = run(arguments)
+    counts = Counter(outcome.verdict for outcome in outcomes.values())
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    summary = {
+        **{verdict: counts[verdict] for verdict in ("caught", "survived", "error")},
+        "seconds": round(time.monotonic() - began),
+        "cpu_seconds": round(used.ru_utime + used.ru_stime),
+    }
+    if arguments.output:
+        found = {name: outcome._asdict() for name, outcome in outcomes.items()}
+        arguments.output.write_text(json.dumps({**summary, "mutations": found}, indent=2) + "\n")
+    print(", ".join(f"{name} {value}" for name, value in summary.items()))
+    return 0 if counts["caught"] == len(outcomes) else 1
 
 
-def _document(data: bytes, rng: random.Random) -> bytes | None:
-    try:
-        document = json.loads(data)
-    except (ValueError, RecursionError):
-        return None
-    places = list(_places([document]))
-    holder, key = rng.choice(places)
-    _change(holder, key, rng, places)
-    text = json.dumps(places[0][0][0])
-    for name, raw in RAW.items():
-        text = text.replace(json.dumps(name), raw)
-    return text.encode()
-
-
-def _places(node: Any) -> Iterator[tuple[Any, Any]]:
-    """Every (holder, key or index) in a document."""
-    for key in list(node) if isinstance(node, dict) else range(len(node)):
-        yield node, key
-        if isinstance(node[key], (dict, list)):
-            yield from _places(node[key])
-
-
-def _change(holder: Any, key: Any, rng: random.Random, places: list[tuple[Any, Any]]) -> None:
-    value = rng.choice(VALUES)
-    other, other_key = rng.choice(places)
-    inner = holder[key]
-    changes: list[Callable[[], Any]] = [
-        lambda: holder.__setitem__(key, value),
-        lambda: holder.__setitem__(key, [inner]),
-        lambda: holder.__setitem__(key, {"a": inner}),
-        lambda: holder.__setitem__(key, str(inner)),
-        lambda: holder.__setitem__(key, json.loads(json.dumps(other[other_key]))),
-    ]
-    if isinstance(inner, list) and inner:
-        changes += [
-            lambda: inner.append(value),
-            lambda: inner.extend(list(inner)),
-            lambda: inner.pop(rng.randrange(len(inner))),
-        ]
-    if isinstance(inner, dict) and inner:
-        name = rng.choice(list(inner))
-        changes += [
-            lambda: inner.pop(name),
-            lambda: inner.__setitem__(str(value)[:40], inner.pop(name)),
-        ]
-    if isinstance(inner, (int, float)) and not isinstance(inner, bool):
-        changes += [lambda: holder.__setitem__(key, inner + rng.choice((-1, 1, -inner, 1000)))]
-    rng.choice(changes)()
+if __name__ == "__main__":
+    sys.exit(main())

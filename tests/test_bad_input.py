@@ -16,7 +16,6 @@ from models_for_tests import hf_config
 from tokenizers_for_tests import settings, small
 
 from mass_dpo_jax import config as config_lib
-from mass_dpo_jax.compare import read_logps
 from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.data.render import make_renderer
 from mass_dpo_jax.data.tokens import load_tokenizer, tokenize
@@ -25,6 +24,7 @@ from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import parse_json, read_array
 from mass_dpo_jax.models.config import DecoderConfig, load_config
 from mass_dpo_jax.paper import runs
+from mass_dpo_jax.reports.comparison import read_logps
 from mass_dpo_jax.training import run_folder
 from mass_dpo_jax.training.checkpoint import Checkpoints
 from mass_dpo_jax.training.scoring import cached
@@ -115,6 +115,26 @@ def test_settings_of_a_run(tmp_path: Path, name: str, value: Any) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=f"config.json: config.{name}="):
         config_lib.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("train.micro_batch_size", 48, "batch_size=128 is no multiple of .*micro_batch_size=48"),
+        ("train.micro_batch_size", 0, "micro_batch_size=0: expected a number above 0"),
+        ("train.epochs", 0, "nothing to train"),
+        ("train.eval_every", -1, "eval_every=-1: expected 0 or more"),
+        ("data.validation_share", 1.0, "validation_share=1.0: expected 0 to 1"),
+        ("selection.refresh", "0", "refresh='0': expected step, epoch, once or a number"),
+        ("model.lora.rank", 8, "model.path is missing"),
+    ],
+)
+def test_settings_that_no_run_could_use(name: str, value: Any, message: str) -> None:
+    config = config_lib.default()
+    config_lib.check(config)
+    config.update_from_flattened_dict({name: value})
+    with pytest.raises(UserError, match=message):
+        config_lib.check(config)
 
 
 def test_remat_none_of_before_is_dots(tmp_path: Path) -> None:

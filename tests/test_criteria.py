@@ -120,6 +120,29 @@ def test_greedy_is_not_optimal_and_the_exhaustive_search_is():
     assert values == pytest.approx([-2.851, -2.617], abs=1e-3)
 
 
+@pytest.mark.parametrize("offset", [-200.0, 0.0, 200.0])
+def test_pool_weights_are_a_softmax_wherever_scores_lie(offset):
+    scores = jnp.array([offset + 1.0, 0.0, offset, jnp.nan])
+    weights = selection.pool_weights(scores, jnp.array([True, False, True, False]))
+    share = 1 / (1 + np.exp(-1.0))
+    np.testing.assert_allclose(weights, [share, 0.0, 1 - share, 0.0], rtol=1e-5)
+    assert not selection.pool_weights(scores, jnp.zeros(4, bool)).any()
+
+
+def test_an_exhaustive_search_takes_n_where_fewer_have_a_larger_value():
+    # Copies of the chosen response with larger scores lower the share of the one that differs.
+    features, scores = np.zeros((5, 2), np.float32), np.array([3.0, 0.0, 3.0, 3.0], np.float32)
+    features[2, 0] = 10.0
+    alone, both, copies = (
+        theory.set_logdet(features, scores, s, 0.1) for s in ([1], [0, 1], [0, 2])
+    )
+    assert alone > both > copies
+    how = {"criterion": "set_fisher", "search": "exhaustive"}
+    mask = np.array([True, True, True, False])
+    got = selection.select_negatives(features, scores, mask, n=2, **how)
+    assert got.indices.tolist() == [0, 1] and got.valid.all()
+
+
 @pytest.mark.parametrize("name", ["contrast", "set_fisher", "hardest"])
 @pytest.mark.parametrize("search", designs.SEARCHES)
 def test_what_is_masked_changes_nothing_for_the_other_criteria(name, search):

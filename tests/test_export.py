@@ -251,6 +251,14 @@ def test_steps_and_types(tmp_path: Path, run: Path) -> None:
     with safe_open(tmp_path / "half" / SINGLE, "numpy") as file:
         assert file.metadata() == {"format": "pt"}
         assert file.get_slice("model.norm.weight").get_dtype() == "BF16"
+    # Where no type is given, it is the one that the run computed in.
+    other = shutil.copytree(run, tmp_path / "run in bfloat16")
+    settings = json.loads((other / "config.json").read_text())
+    settings["model"]["dtype"] = "bfloat16"
+    (other / "config.json").write_text(json.dumps(settings))
+    export(other, tmp_path / "same")
+    for name, tensor in tensors_of(tmp_path / "same").items():
+        np.testing.assert_array_equal(tensor, half[name], strict=True)
     # Of another step than the last there are only figures of the validation split.
     assert "weights after update 2" in (tmp_path / "two/README.md").read_text()
     found = next(line for line in log_lines(run) if "eval/policy/mrr" in line and line["step"] == 2)
@@ -366,3 +374,7 @@ def test_every_method_has_its_words(tmp_path: Path, method: str) -> None:
     settings = json.loads(card.content.split("```json\n")[1].split("```")[0])
     assert settings["method"] == method and settings["train.batch_size"] == 128
     assert set(model_card.CRITERIA) | {"sampled"} == set(CRITERIA)
+    assert "supervised term" not in card.content
+    config.sft_weight = 0.5
+    text = model_card.write(tmp_path, config, decoder_config(), 7, "float32", "")
+    assert "A supervised term" in text and "is added with weight 0.5." in text

@@ -7,8 +7,8 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import corruptions
 import fuzz_targets
-import mutations
 import pytest
 
 from mass_dpo_jax.errors import UserError
@@ -35,7 +35,7 @@ def test_spoilt_files_are_read_or_refused(name: str, tmp_path: Path) -> None:
         number = rng.randrange(len(spoiler.files))
         kind = fuzz_targets.KINDS[i % 32 % 4] if i % 32 < 4 else "content"
         try:
-            spoiler.read(number, kind, mutations.mutate(spoiler.whole[number], rng))
+            spoiler.read(number, kind, corruptions.mutate(spoiler.whole[number], rng))
         except Exception as error:
             error.add_note(f"input {i} of {name}: {spoiler.files[number].name}, {kind}")
             raise

@@ -158,8 +158,8 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         ["model.safetensors", "missing", NORM, "[16]"],
     ),
     "extra tensor": (
-        _wrong(lambda tensors: tensors.update({"model.layers.4.extra": np.ones(1)})),
-        ["model.safetensors", "unexpected", "model.layers.4.extra"],
+        _wrong(lambda tensors: tensors.update({"model.layers.4.mlp.up_proj.weight": np.ones(1)})),
+        ["model.safetensors", "unexpected", "model.layers.4.mlp.up_proj.weight"],
     ),
     "shape": (
         _wrong(lambda tensors: tensors.update({NORM: np.ones((4, 4), np.float32)})),

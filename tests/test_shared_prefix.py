@@ -23,6 +23,7 @@ from models_for_tests import (
     tiny_config,
 )
 
+from mass_dpo_jax.models import attention
 from mass_dpo_jax.models.decoder import Decoder
 from mass_dpo_jax.models.shared_prefix import (
     Picks,
@@ -88,6 +89,34 @@ def test_pooling() -> None:
     none = scored(model, pool, pooling=None)
     assert none.features is None
     np.testing.assert_allclose(none.logps, response.logps, rtol=1e-6)
+
+
+def test_a_response_is_scored_as_if_it_were_plain_text() -> None:
+    """Behind its own prompt from position 0 on, causal: what the layouts have in common, too."""
+    model = random_decoder(tiny_config("qwen3"))
+    pool = random_candidates(response=RESPONSE)
+    rows = np.argwhere(pool.response_lengths > 0)
+    prompts = [pool.prompt(row) for row, _ in rows]
+    responses = [pool.response(row, c) for row, c in rows]
+    tokens = np.zeros((len(rows), pool.prompts.shape[1] + RESPONSE), np.int32)
+    for text, prompt, response in zip(tokens, prompts, responses, strict=True):
+        text[: len(prompt) + len(response)] = [*prompt, *response]
+
+    @jax.jit
+    def plain(tokens: jax.Array) -> Any:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        hidden, _ = model(tokens, positions, attention.causal)
+        return hidden, jax.nn.log_softmax(hidden @ model.vocabulary_weights().T)
+
+    hidden, logps = map(np.asarray, plain(tokens))
+    found, of_all = (scored(model, pool, pooling=pooling) for pooling in ("response", "all"))
+    for i, (row, c) in enumerate(rows):
+        start, end = len(prompts[i]), len(prompts[i]) + len(responses[i])
+        expected = logps[i, np.arange(start - 1, end - 1), responses[i]].sum()
+        assert float(found.logps[row, c]) == pytest.approx(expected, rel=1e-4, abs=1e-4)
+        for features, first in ((found.features, start), (of_all.features, 0)):
+            mean = hidden[i, first:end].mean(axis=0)
+            np.testing.assert_allclose(features[row, c], mean, rtol=1e-4, atol=1e-4)
 
 
 def gradients(model: Decoder, pool: Candidates, **settings: Any) -> Any:

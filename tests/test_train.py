@@ -18,9 +18,11 @@ from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.train import train
 from mass_dpo_jax.training import run_folder
 from mass_dpo_jax.training.methods import KINDS
+from mass_dpo_jax.training.optimizer import make_optimizer
+from mass_dpo_jax.training.refresh import Sets
 from mass_dpo_jax.training.setup import Reference, prepare
-from mass_dpo_jax.training.step import Choice
-from mass_dpo_jax.training.updates import Batches
+from mass_dpo_jax.training.step import Choice, Program, TrainState
+from mass_dpo_jax.training.updates import Batches, TrainStep
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -246,6 +248,59 @@ def test_sets_are_kept_within_a_window(tmp_path: Path, data: Path) -> None:
     assert runs["once"][:3] == pytest.approx(runs["3"][:3], abs=1e-6)
     assert runs["once"] != pytest.approx(runs["step"], abs=1e-6)
     assert runs["once"] != pytest.approx(runs["3"], abs=1e-6)
+
+
+def test_random_sets_are_each_prompts_own_and_last_a_window(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"train.batch_size": 22, "train.micro_batch_size": 22, "train.steps": 3}
+    config = tiny_config(data, method="sdpo", **changes, **{"selection.refresh": "2"})
+    setup = prepare(config, tmp_path / "run", ("train",))
+    batches = Batches(setup, Reference({}))
+    sets = np.zeros((3, 22, 3), np.int32)
+
+    def choose(self: Program, _: Any, state: Any, arrays: Any, given: Any, key: Any, *rest: Any):
+        assert given is None  # They are chosen inside of the step.
+        micro_batch = jax.tree.map(lambda x: x[0], arrays)
+        return self.choose_batch(state.params, micro_batch, key)[0].numbers
+
+    monkeypatch.setattr(Program, "train_step", choose)  # Its choice without its gradient.
+    step = TrainStep(batches, make_optimizer(config.train, 3), {})
+    for batch in batches:
+        sets[batch.step, batch.rows] = step.update(TrainState(batch.step, {}, None), batch)
+    np.testing.assert_array_equal(sets[0], sets[1])
+    assert (sets[1] != sets[2]).any(-1).mean() > 0.5
+    pools = (setup.tokens["train"].response_lengths[:, 1:] > 0).sum(1)
+    for size in (4, 5, 6):
+        of_size = sets[0, pools == size]
+        assert len({tuple(row) for row in of_size.tolist()}) > 1, of_size
+
+
+def test_a_window_chooses_for_every_row_it_trains_on_with_the_policy_at_its_start(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(data, **{"train.steps": 5, "selection.refresh": "2"})
+    setup = prepare(config, tmp_path / "run", ("train",))
+    order = Batches(setup, Reference({})).order
+
+    def choose(self: Program, policy: int, batch: Any, key: Any) -> Any:
+        return Choice(np.full((len(batch.index), 3), policy)), {}
+
+    monkeypatch.setattr(Program, "choose_batch", choose)
+    sets = Sets(setup, order, 5, Reference({}), None)
+    for step, start in enumerate((10, 10, 12, 12, 14)):
+        found = sets.at(step, 10 + step)  # A number in the place of weights.
+        assert found is not None and (found[order(step)[0]] == start).all()
+
+
+def test_a_set_in_another_order_has_not_changed(tmp_path: Path, data: Path) -> None:
+    setup = prepare(tiny_config(data), tmp_path / "run", ("train",))
+    sets = Sets(setup, Batches(setup, Reference({})).order, 4, Reference({}), None)
+    shares = []
+    for numbers in ([[1, 2, 3], [4, 5, 6]], [[3, 1, 2], [4, 5, 1]]):
+        changed = sets.changed(np.array([7, 2]), np.array([numbers]))
+        shares.append(changed() if callable(changed) else changed)
+    assert shares == [None, 0.5]
 
 
 def test_micro_batches_change_nothing_but_memory(tmp_path: Path, data: Path) -> None:
