@@ -1,5 +1,8 @@
 #!/usr/bin/env bash
-# Runs every check: ruff, mypy, pytest. Arguments go on to pytest: bash launch/test.sh tests/test_losses.py
+# Checks the project: ruff, mypy, pytest.
+#   bash launch/test.sh          all but the tests marked as slow: minutes
+#   bash launch/test.sh --all    every test
+#   bash launch/test.sh WORDS    pytest WORDS, as in: bash launch/test.sh tests/test_losses.py -k odpo
 #   MASS_DPO_TEST_DATA  folder with the real data sets; tests that need them skip without it
 #   MASS_DPO_TORCH      what to install as PyTorch, which only the tests use. On Linux, PyPI's wheel brings
 #                       gigabytes of CUDA libraries along; the smaller one without them:
@@ -19,5 +22,9 @@ say "ruff"
 say "mypy"
 "$venv/bin/mypy"
 say "pytest"
+case "${1:-}" in
+  "") set -- -m "not slow" ;;
+  --all) shift ;;
+esac
 # A file's tests stay in one process, where they share what was compiled for the first of them.
 exec "$venv/bin/python" -m pytest --numprocesses=auto --dist=loadfile "$@"

@@ -85,9 +85,10 @@ class _Part:
         return features
 
     def vectors(self, features: jax.Array, roots: jax.Array) -> jax.Array:
-        """Design vectors over the ridge's root, of features [..., D]; 0 without weight."""
-        roots = roots[..., None]
-        return jnp.where(roots > 0, roots * (self.read(features) - self.origin - self.mean), 0.0)
+        """Design vectors over the ridge's root, of features [m, D]; 0 without weight."""
+        roots = roots[:, None]
+        centred = self.read(features) - self.origin[None] - self.mean[None]
+        return jnp.where(roots > 0, roots * centred, 0.0)
 
     def anyone(self, place: jax.Array, make: Callable[[jax.Array], jax.Array]) -> jax.Array:
         """`make` of a place on the device that has it, on every device: [D]."""
@@ -209,7 +210,7 @@ def _finite(
     features: jax.Array, scores: jax.Array, mask: jax.Array, origin: jax.Array
 ) -> jax.Array:
     """Whether scores and squared norms are numbers in float32, of all that may be chosen."""
-    squares = jnp.sum((features.astype(jnp.float32) - origin) ** 2, axis=1)
+    squares = jnp.sum((features.astype(jnp.float32) - origin[None]) ** 2, axis=1)
     return ((jnp.isfinite(squares) & jnp.isfinite(scores)) | ~mask).all()
 
 
@@ -434,7 +435,7 @@ def _take(
     k, chosen, inverse = choices
     valid = gain >= 0
     gain = jnp.where(valid, gain, 0.0)
-    v = part.anyone(place, lambda i: part.vectors(part.features[i], part.roots[i]))
+    v = part.anyone(place, lambda i: part.vectors(part.features[i, None], part.roots[i, None])[0])
     w = (v - _product(_product(inverse, v), inverse)) / jnp.sqrt(1 + gain)
     w = jnp.where(gain > 0, w, 0.0)
     chosen = designs._add(chosen, k, place, valid, gain)

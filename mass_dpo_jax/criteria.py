@@ -162,7 +162,7 @@ def fisher_factor(scores: jax.Array, mask: jax.Array, beta: float) -> jax.Array:
 def _scaled(products: jax.Array, pool: Pool, settings: Settings) -> jax.Array:
     """G of an additive design, 0 where masked."""
     assert pool.scores is not None
-    gram = jnp.where(pool.mask[:, None] & pool.mask, products / settings.ridge, 0.0)
+    gram = jnp.where(pool.mask[:, None] & pool.mask[None, :], products / settings.ridge, 0.0)
     if settings.fisher_scale:
         gram *= fisher_factor(pool.scores, pool.mask, settings.beta)
     return gram

@@ -93,11 +93,11 @@ def gram_matrix(features: jax.Array, mask: jax.Array, feature_norm: str) -> jax.
         norms = jnp.where(jnp.isinf(norms), jnp.nan, norms)  # Not a direction that is 0.
         features = features / jnp.where(norms == 0, 1.0, norms)
     present = jnp.pad(mask, (1, 0), constant_values=True)[:, None]
-    features = jnp.where(present, features - features[1 + jnp.argmax(mask)], 0.0)
+    features = jnp.where(present, features - features[1 + jnp.argmax(mask)][None], 0.0)
     # A product, since XLA sums over rows on a CPU much more slowly than it multiplies.
     shares = jnp.pad(mask, (1, 0)) / jnp.maximum(jnp.sum(mask), 1)
     mean = jnp.matmul(shares, features, precision=lax.Precision.HIGHEST)
-    features = jnp.where(present, features - mean, 0.0)
+    features = jnp.where(present, features - mean[None], 0.0)
     # In full float32: by default a GPU or TPU rounds the factors.
     return jnp.einsum("id,jd->ij", features, features, precision=lax.Precision.HIGHEST)
 
@@ -211,7 +211,7 @@ def _add(
 
 def _block(gram: jax.Array, indices: jax.Array, valid: jax.Array) -> jax.Array:
     """G_SS, 0 where not valid."""
-    return jnp.where(valid[:, None] & valid, gram[indices[:, None], indices], 0.0)
+    return jnp.where(valid[:, None] & valid[None, :], gram[indices[:, None], indices], 0.0)
 
 
 def _comparable(values: jax.Array, allowed: jax.Array) -> jax.Array:
@@ -258,7 +258,7 @@ def _exchange(value: Value, chosen: Selection, mask: jax.Array) -> Selection:
             lambda k: jax.vmap(lambda j: value(indices.at[k].set(j), valid))(candidates)
         )(jnp.arange(n))
         free = mask & ~jnp.zeros(size, bool).at[indices].max(valid)
-        return _comparable(rows, valid[:, None] & free).ravel()
+        return _comparable(rows, valid[:, None] & free[None, :]).ravel()
 
     def step(state: tuple) -> tuple:
         indices, before, _ = state

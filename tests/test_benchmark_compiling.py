@@ -30,6 +30,7 @@ def test_a_deep_model_is_the_same_program() -> None:
     assert lines(2) == lines(9)
 
 
+@pytest.mark.slow(reason="measures compiling: nothing else makes it quick")
 def test_measures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
     monkeypatch.setattr(machine, "busy_cores", lambda: 0.0)
     output = tmp_path / "found.json"

@@ -59,6 +59,7 @@ def tiny(name: str, side: str, folder: Path, **fields: Any) -> Job:
 # ---------------------------------------------------------------- both sides
 
 
+@pytest.mark.slow(reason="the whole benchmark, PyTorch included, on a tiny shape")
 def test_both_sides_of_a_rectangle(tmp_path: Path) -> None:
     """In this process; the packed workload is below."""
     from benchmarks.gpu import peers
@@ -281,6 +282,7 @@ def test_useful_operations_are_those_of_the_account(name: str) -> None:
 # ---------------------------------------------------------------- the command
 
 
+@pytest.mark.slow(reason="the whole benchmark in processes of its own, on a tiny shape")
 def test_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Processes as on a card: figures, the table and the file."""
     output = tmp_path / "gpu.json"

@@ -17,6 +17,7 @@ TINY = Workload(
 )  # fmt: skip
 
 
+@pytest.mark.slow(reason="compiles both sides of a benchmark")
 def test_figures_of_a_tiny_shape() -> None:
     (row,) = memory.small(TINY, ["dots"])
     for name in ("ours", "unshared"):
@@ -28,6 +29,7 @@ def test_figures_of_a_tiny_shape() -> None:
     assert table.splitlines()[-1].startswith("| 48, 8, 5, 2, 2 | packed | dots | ")
 
 
+@pytest.mark.slow(reason="four training steps of PyTorch")
 def test_what_pytorch_saves_grows_with_rows_and_layers(torch: ModuleType) -> None:
     """A layer's inputs of products alone are (D + H K + 2 D + F) float32 a token: a lower bound."""
     found = {}

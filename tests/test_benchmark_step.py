@@ -193,6 +193,7 @@ def test_counting() -> None:
 # ---------------------------------------------------------------- the commands
 
 
+@pytest.mark.slow(reason="the whole benchmark, PyTorch included, on a tiny shape")
 def test_step_measures(torch: ModuleType, tmp_path: Path, capsys: Any) -> None:
     """On LastFM's rows; figures are written when the machine is quiet."""
     data, tokenizer = lastfm(tmp_path)
@@ -219,6 +220,7 @@ def test_step_without_data_skips_lastfm(capsys: Any) -> None:
     assert "W2: skipped: give --data=" in capsys.readouterr().out
 
 
+@pytest.mark.slow(reason="the whole benchmark, PyTorch included, on a tiny shape")
 def test_scaling_measures(tmp_path: Path, capsys: Any) -> None:
     output, plot = tmp_path / "scaling.json", tmp_path / "scaling.png"
     sizes = {"pool": (1, 6), "response": (5,)}  # A pool of 1 has no set of 2.

@@ -82,6 +82,7 @@ def test_a_step_moves_weights_and_gradients_and_little_else(
     assert 0.9 < found["fsdp"]["all-reduce"] / weights["fsdp"] < 1.5
 
 
+@pytest.mark.slow(reason="compiles for two devices in a process of its own")
 def test_the_command(tmp_path: Path) -> None:
     done = command(
         "benchmarks.collectives", "--config=configs/tiny.py", "--devices=2", "--tensor=1",

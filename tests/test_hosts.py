@@ -91,6 +91,7 @@ def test_two_processes(shared: Path, tmp_path: Path) -> None:
     assert [found[name]["rows"] for name in meshes] == [32, 64, 32]
 
 
+@pytest.mark.slow(reason="four processes; the quick tests have two")
 def test_four_processes(shared: Path, tmp_path: Path) -> None:
     meshes = {"all": ALL}
     job = {"data": str(shared / "data.jsonl"), "sets": str(shared / "sets.json"), "meshes": meshes}
@@ -120,6 +121,7 @@ def flags(workdir: Path, data: Path, cache: Path) -> list[str]:
     return [f"--config={config}", f"--workdir={workdir}", f"--config.cache_dir={cache}"]
 
 
+@pytest.mark.slow(reason="waits for a peer's timeout, and trains twice")
 def test_a_dead_process_ends_the_others_and_fewer_go_on(tmp_path: Path) -> None:
     """Two processes; one is killed; one process goes on with other devices, as if nothing was."""
     data = write_jsonl(tmp_path / "data.jsonl")

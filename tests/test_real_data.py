@@ -56,6 +56,7 @@ def few_rows(source: Path, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow(reason="vocabularies of 128,000 tokens and more")
 @pytest.mark.usefixtures("one_device")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lastfm_through_the_whole_pipeline(

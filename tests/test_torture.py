@@ -6,10 +6,12 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
 from helpers import write_jsonl
 from torture import EVERY, Run, compare
 
 
+@pytest.mark.slow(reason="starts a run five times")
 def test_a_run_that_is_killed_is_the_run_that_is_not(tmp_path: Path) -> None:
     found = compare(tmp_path, kills=3, steps=80, seed=0)
     assert sum(found.kills.values()) >= 2 and found.starts >= 3
@@ -17,6 +19,7 @@ def test_a_run_that_is_killed_is_the_run_that_is_not(tmp_path: Path) -> None:
     assert max(found.lost) <= 4 * EVERY
 
 
+@pytest.mark.slow(reason="two processes that train for long")
 def test_sigterm_to_one_process_ends_both_with_the_state_saved(tmp_path: Path) -> None:
     run = Run(tmp_path / "run", write_jsonl(tmp_path / "data.jsonl", examples=40), 5000)
     started = run.start((2, {"data": 2}))

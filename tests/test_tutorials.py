@@ -14,6 +14,7 @@ PAGES = sorted((ROOT / "docs/tutorials").glob("*.md"))
 pytestmark = pytest.mark.usefixtures("torch")
 
 
+@pytest.mark.slow(reason="runs a page of the documentation as its reader does")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_a_tutorial_prints_what_it_says(page: Path) -> None:
     words = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import pytest
 from packages_for_tests import ROOT, build, install
 
 from mass_dpo_jax.data.vocabulary import train_tokenizer
@@ -90,6 +91,7 @@ def masked(page: str) -> str:
     return re.sub(r"-?\d+(\.\d+)?(e-\d+)?", "#", page)
 
 
+@pytest.mark.slow(reason="installs the wheel and runs a page")
 def test_the_commands_of_the_page_print_what_it_says(tmp_path: Path, torch: ModuleType) -> None:
     page = PAGE.read_text()
     now = perform(page, tmp_path)

@@ -66,12 +66,12 @@ def behind_prompt(prompt_lengths: jax.Array, segments: jax.Array) -> Attend:
         q, k, v = _heads_first(query, key, value, groups)
 
         to_prompt = einsum_f32("bkgmld,bkpd->bkgmlp", q, prompt_key)
-        real = jnp.arange(prompt_key.shape[2]) < prompt_lengths[:, None]  # [B, P]
+        real = jnp.arange(prompt_key.shape[2])[None] < prompt_lengths[:, None]  # [B, P]
         to_prompt = jnp.where(real[:, None, None, None, None, :], to_prompt, MASKED)
 
         to_own = einsum_f32("bkgmld,bkgsd->bkgmls", q, k)
         same = segments[..., :, None] == segments[..., None, :]  # [B, G, L, L]
-        same &= jnp.tri(group_length, dtype=bool)
+        same &= jnp.tri(group_length, dtype=bool)[None, None]
         to_own = jnp.where(same[:, None, :, None], to_own, MASKED)
 
         seen = _attend(

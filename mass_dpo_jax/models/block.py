@@ -33,7 +33,8 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.float32)
         inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (wide * inverse * self.scale[...]).astype(x.dtype)
+        scale = jnp.expand_dims(self.scale[...], range(x.ndim - 1))
+        return (wide * inverse * scale).astype(x.dtype)
 
 
 class Linear(nnx.Module):

@@ -318,7 +318,7 @@ class Decoder(nnx.Module):
         products, extra) -> (x, what `attend` keeps, products)."""
         if ends is not None:
             attend = ends.attend
-        angles = positions[..., None] * rope_frequencies(self.config)
+        angles = positions[..., None] * rope_frequencies(self.config)[None, None]
         cos, sin = jnp.cos(angles), jnp.sin(angles)
         definition, _ = nnx.split(self.blocks)
 

@@ -161,10 +161,10 @@ def _visible(prompt_size: int, prompt_lengths: jax.Array, segments: jax.Array) -
     """Which of the prompt's and its own group's keys a response's token sees: bool
     [B * G, L, P + L], never none, since a token sees itself."""
     batch, groups, length = segments.shape
-    real = jnp.arange(prompt_size) < prompt_lengths[:, None]  # [B, P]
+    real = jnp.arange(prompt_size)[None] < prompt_lengths[:, None]  # [B, P]
     real = jnp.broadcast_to(real[:, None, None], (batch, groups, length, prompt_size))
     own = segments[..., :, None] == segments[..., None, :]  # [B, G, L, L]
-    own &= jnp.tri(length, dtype=bool)
+    own &= jnp.tri(length, dtype=bool)[None, None]
     return jnp.concatenate([real, own], axis=-1).reshape(batch * groups, length, -1)
 
 

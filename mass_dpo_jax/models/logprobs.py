@@ -81,7 +81,7 @@ def _token_logps(
         shifted = logits - highest
         # A comparison and a sum, not a gather: it stays local where V is sharded, and its
         # gradient is no scatter.
-        is_target = jnp.arange(weights.shape[0]) == targets[..., None]
+        is_target = jnp.arange(weights.shape[0])[None, None] == targets[..., None]
         target = jnp.where(is_target, shifted, 0.0).sum(axis=-1)
         return target - jnp.log(jnp.exp(shifted).sum(axis=-1))
 

@@ -135,7 +135,7 @@ def score(
         return jnp.moveaxis(x.reshape(batch, chunks, candidate_chunk, *x.shape[2:]), 1, 0)
 
     # Within a chunk candidates count from 0; padding is whatever is not below candidate_chunk.
-    first = jnp.arange(num_candidates)[:, None] // candidate_chunk * candidate_chunk
+    first = jnp.arange(num_candidates)[None, :, None] // candidate_chunk * candidate_chunk
     local = jnp.where(groups.segments < num_candidates, groups.segments - first, candidate_chunk)
     stacked = Groups(cut(groups.tokens, 0), cut(local, candidate_chunk), cut(groups.offsets, 0))
     scored, layers, logps = jax.lax.map(score_chunk, (stacked, cut(response_lengths, 0)))
@@ -303,7 +303,7 @@ def pack(responses: jax.Array, response_lengths: jax.Array) -> Groups:
 def rectangle(responses: jax.Array, response_lengths: jax.Array, max_response: int) -> Groups:
     """One group a response: [B, S] -> [B, C, R]."""
     batch, num_candidates = response_lengths.shape
-    offsets = jnp.arange(max_response)
+    offsets = jnp.arange(max_response)[None, None]
     sources = _starts(response_lengths)[..., None] + offsets
     real = offsets < response_lengths[..., None]
     flat = sources.reshape(batch, -1)
@@ -323,9 +323,9 @@ def _starts(lengths: jax.Array) -> jax.Array:
 def _segments(lengths: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
     """Of `size` places in which pieces of `lengths` [B, K] lie end to end: the piece at each place
     (K behind the last one) and the offset within it, both int32 [B, size]."""
-    places = jnp.arange(size)
+    places = jnp.arange(size)[None]
     ends = jnp.cumsum(lengths, axis=1)
-    segments = jnp.sum(places[:, None] >= ends[:, None, :], axis=-1)
+    segments = jnp.sum(places[..., None] >= ends[:, None, :], axis=-1)
     return segments, places - _at(_starts(lengths), segments)
 
 
@@ -379,7 +379,7 @@ def _per_candidate(
     )
     of_tokens = compute(*args) if found is None else known(compute, found, *args)
     # [B, G * L, C]: which tokens are whose.
-    owner = groups.segments.reshape(batch, -1, 1) == jnp.arange(num_candidates)
+    owner = groups.segments.reshape(batch, -1, 1) == jnp.arange(num_candidates)[None, None]
     logps = jnp.where(owner, of_tokens[..., None], 0.0).sum(axis=1)
     if pooling is None:
         return Scored(logps), of_tokens
@@ -391,7 +391,7 @@ def _per_candidate(
 
     features, count = total(owner, hidden), response_lengths
     if pooling == "all":
-        real = jnp.arange(prompt.hidden.shape[1]) < prompt.lengths[:, None]
+        real = jnp.arange(prompt.hidden.shape[1])[None] < prompt.lengths[:, None]
         features += total(real[..., None], prompt.hidden)
         count = count + prompt.lengths[:, None]
     present = response_lengths > 0
