@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import tokenize
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,6 +19,13 @@ if TYPE_CHECKING:
 DEEPEST = 100  # Python itself follows about 1000 levels, fewer where much has been called already.
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # Errors that come without a file's name.
+
+
+def cache_folder(setting: str) -> Path:
+    """Returns `setting` or, where that is empty, mass_dpo_jax in the user's cache folder."""
+    if setting:
+        return Path(setting)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mass_dpo_jax"
 
 
 def write_whole(path: Path, parts: Iterable[str]) -> None:

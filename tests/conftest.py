@@ -84,34 +84,42 @@ def real_data() -> Path:
     return Path(folder)
 
 
-def _forget_compiled() -> None:
-    """Compiled programs hold memory mappings, of which Linux grants a process 65,530: the whole
-    suite in one process ran out of them and crashed in the compiler."""
-    import gc
-
-    import jax
-
-    jax.clear_caches()
-    gc.collect()
+# Compiled programs hold memory mappings, of which Linux grants a process 65,530: the whole suite in
+# one process ran out of them and crashed in the compiler.
+MOST_MAPPINGS = 20_000
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _free_after_each_file() -> Iterator[None]:
+def _few_mappings() -> Iterator[None]:
+    """Forgets compiled programs after a file where there are many. Else the next file uses them."""
     yield
-    _forget_compiled()
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_text().count("\n") > MOST_MAPPINGS:
+        import gc
+
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
-def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def one_device() -> Iterator[None]:
     """Runs see one of the simulated devices: faster, and what most users have."""
+    from runs_for_tests import on_one_device
+
+    with on_one_device():
+        yield
+
+
+@pytest.fixture
+def strict_jax() -> Iterator[None]:
+    """Forbids arrays to be given dimensions that the code does not write out: `[B] - [B, B]`, where
+    `[B, 1] - [B, B]` was meant, is a wrong number without a word."""
     import jax
 
-    from mass_dpo_jax.training import mesh
-
-    make_mesh = mesh.make_mesh
-    monkeypatch.setattr(
-        mesh, "make_mesh", lambda config: make_mesh(config, devices=jax.devices()[:1])
-    )
+    with jax.numpy_rank_promotion("raise"):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from ml_collections import ConfigDict
 
 from mass_dpo_jax import config as config_lib
@@ -59,6 +60,12 @@ def tiny_config(data: Path, **changes: Any) -> ConfigDict:
     config.log.report = False  # It selects in the test split too, which takes seconds to compile.
     config.update_from_flattened_dict(changes)
     return config
+
+
+def slow(*values: Any) -> Any:
+    """Returns parameters of a test that only --all runs, beside others that the quick tests run."""
+    reason = "other values of what a quick one covers"
+    return pytest.param(*values, marks=pytest.mark.slow(reason=reason))
 
 
 def log_lines(workdir: Path) -> list[dict[str, Any]]:

@@ -163,12 +163,13 @@ def main() -> None:
     folder = Path(name)
     job = json.loads((folder / "job.json").read_text())
     found: dict[str, Any] = {}
-    for case, mesh in job.get("meshes", {}).items():
+    if "mesh" in job:
         sets = np.array(json.loads(Path(job["sets"]).read_text()), np.int32)
-        found[case] = replay(
-            Path(job["data"]), folder / "work", mesh, sets, count_flips=case == "all"
-        )
-        found[case].pop("sets")
+        # To choose is another program to compile: on the mesh of all axes only.
+        of_all_axes = all(size > 1 for size in job["mesh"].values())
+        replayed = replay(Path(job["data"]), folder / "work", job["mesh"], sets, of_all_axes)
+        replayed.pop("sets")
+        found["mesh"] = replayed
     if "run" in job:
         from mass_dpo_jax import config as config_lib
 

@@ -2,8 +2,7 @@
 
 Compiling takes most of a test's time, and nearly all of it makes programs fast that run once. So
 LLVM does not optimize, and XLA leaves a loop's body to LLVM instead of building it by a pipeline of
-MLIR of its own, which takes half of the time. Programs as users get them are compiled by the slow
-tests: tutorials, walk-through, torture and real data start processes with XLA's own settings.
+MLIR of its own, which takes half of the time. The tutorials run with XLA's own settings.
 """
 
 from __future__ import annotations
@@ -36,13 +35,6 @@ def environment(devices: int = 1, **changes: str) -> dict[str, str]:
     """Returns the variables of a child process that finds the package and the tests' modules."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     return {**os.environ, "XLA_FLAGS": xla_flags(devices), "PYTHONPATH": path, **changes}
-
-
-def as_users_run_it(**changes: str) -> dict[str, str]:
-    """Returns the same, with what XLA does without any flag."""
-    variables = environment(**changes)
-    del variables["XLA_FLAGS"]
-    return variables
 
 
 def python(*words: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:

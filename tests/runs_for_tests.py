@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
 from helpers import log_lines
 
-from mass_dpo_jax.training import checkpoint
+from mass_dpo_jax.training import checkpoint, mesh
 from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.setup import prepare
 from mass_dpo_jax.training.updates import abstract_state
@@ -40,6 +43,16 @@ def assert_same_run(config: Any, one: Path, other: Path) -> None:
         ]
 
     assert figures(one) == figures(other)
+
+
+@contextlib.contextmanager
+def on_one_device() -> Iterator[None]:
+    """Lets runs see the first device only; for fixtures of a module, tests have `one_device`."""
+    make_mesh = mesh.make_mesh
+    with mock.patch.object(
+        mesh, "make_mesh", lambda config: make_mesh(config, devices=jax.devices()[:1])
+    ):
+        yield
 
 
 class SmallFiles:

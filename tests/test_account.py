@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import WORDS, tiny_config, write_jsonl
+from helpers import WORDS, slow, tiny_config, write_jsonl
 from models_for_tests import hf_config, pretend_a_gpu
 from processes import command, refused
 
@@ -233,9 +233,9 @@ WORKLOAD = Workload(
 @pytest.mark.parametrize(
     ("remat", "changes"),
     [
-        ("full", {}),
+        slow("full", {}),
         ("dots", {}),
-        ("full", {"layout": "rectangle", "response": 48, "pool": 5, "prompt": 48}),
+        slow("full", {"layout": "rectangle", "response": 48, "pool": 5, "prompt": 48}),
     ],
 )
 def test_temporaries_are_near_those_of_xla(remat: str, changes: dict[str, Any]) -> None:

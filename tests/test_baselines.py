@@ -55,6 +55,7 @@ def test_responses_may_be_messages():
         np.testing.assert_array_equal(baseline(TRAIN, test), baseline(TRAIN, as_strings))
 
 
+@pytest.mark.slow(reason="reads all of the real LastFM")
 def test_lastfm(real_data: Path):
     """The accuracies on all test rows that a trained model has to beat; ties count as errors."""
     c = config.default()

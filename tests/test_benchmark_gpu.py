@@ -156,6 +156,7 @@ def test_words_for_out_of_memory(torch: ModuleType) -> None:
     assert not job.out_of_memory(RuntimeError("INTERNAL: no engine"))
 
 
+@pytest.mark.slow(reason="the benchmark's search, step by step")
 def test_out_of_memory_means_more_parts(
     tmp_path: Path, torch: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,6 +219,7 @@ def test_the_plan_for_a_card_of_80_gb(tmp_path: Path) -> None:
         assert ours.plan(dataclasses.replace(big, memory=int(1e9)), Fused()) == (1, "full", False)
 
 
+@pytest.mark.slow(reason="the benchmark's search, step by step")
 def test_a_step_that_does_not_fit_or_run_is_tried_otherwise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -70,6 +70,7 @@ def lastfm(folder: Path) -> tuple[str, str]:
 # ---------------------------------------------------------------- everybody computes the same
 
 
+@pytest.mark.slow(reason="the whole benchmark's programs, PyTorch's included")
 def test_agreement_and_its_failure(torch: ModuleType) -> None:
     """A rectangle; LastFM's rows below are packed."""
     bench = step.Bench(Case.make(RECTANGLE))
@@ -124,8 +125,10 @@ def products(case: Case, method: str, remat: str, shared: bool = True, reuse: bo
     return cost.counted(jax.make_jaxpr(lambda: ours.step(0))().jaxpr)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
-@pytest.mark.parametrize(("shared", "reuse"), [(True, True), (True, False), (False, False)])
+@pytest.mark.parametrize(
+    ("remat", "shared", "reuse"),
+    [("dots", True, True), ("full", True, True), ("full", True, False), ("dots", False, False)],
+)
 def test_flops_are_those_of_the_step(wide: Case, remat: str, shared: bool, reuse: bool) -> None:
     whole, some = wide.passes(wide.shapes[0], shared)
     train = cost.train_ours(wide.model, some, remat, recorded=reuse)

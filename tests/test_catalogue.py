@@ -17,6 +17,8 @@ from mass_dpo_jax.catalogue import select_from_catalogue
 from mass_dpo_jax.designs import TIE
 from mass_dpo_jax.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("strict_jax")
+
 SIZE, WIDTH, N = 603, 24, 12  # One shape for most tests, so that little is compiled.
 
 

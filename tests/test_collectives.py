@@ -54,6 +54,7 @@ def test_a_loop_of_unknown_length_is_an_error() -> None:
         collective_bytes(HLO.replace('{"n":"5"}', "{}"))
 
 
+@pytest.mark.slow(reason="two steps compiled for eight devices")
 def test_a_step_moves_weights_and_gradients_and_little_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

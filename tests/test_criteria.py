@@ -18,6 +18,8 @@ from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.selection import Settings
 from mass_dpo_jax.training.methods import make_method
 
+pytestmark = pytest.mark.usefixtures("strict_jax")
+
 DESIGNS = ["pool_fisher", "contrast", "set_fisher"]
 
 

@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import WORDS, log_lines, tiny_config, write_jsonl
+from helpers import WORDS, log_lines, slow, tiny_config, write_jsonl
 from huggingface_hub import ModelCard
 from ml_collections import ConfigDict
 from models_for_tests import hf_config, random_tensors
@@ -148,7 +148,7 @@ def test_logits_and_weights_of_an_untrained_run(
 
 
 @pytest.mark.usefixtures("one_device")
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "smollm3"])
+@pytest.mark.parametrize("model_type", [slow("llama"), slow("qwen3"), "smollm3"])
 def test_a_trained_run(tmp_path: Path, torch: ModuleType, model_type: str) -> None:
     model_folder(torch, tmp_path / "model", model_type, tie_word_embeddings=model_type == "llama")
     (tmp_path / "model/generation_config.json").write_text(

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import slow, write_jsonl
 from helpers import tiny_config as tiny_run
-from helpers import write_jsonl
 from models_for_tests import pretend_a_gpu, random_candidates, random_decoder, scored, tiny_config
 from test_replay import gradients as recorded_gradients
 from test_shared_prefix import LAYOUTS, RESPONSE, gradients
@@ -36,6 +36,8 @@ from mass_dpo_jax.training.methods import make_method
 from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.setup import prepare
 from mass_dpo_jax.training.step import Program, Scorer, TrainState
+
+pytestmark = pytest.mark.usefixtures("strict_jax")
 
 XLA = Fused("xla")
 
@@ -64,7 +66,12 @@ def test_scores_equal_plain_attention(layout: str) -> None:
 
 @pytest.mark.parametrize(
     ("layout", "size"),  # The prompt's: with and without padding for the kernel.
-    [("packed", 13), ("packed", 16), ("wide rectangle", 13), ("rectangle, 2 at a time", 16)],
+    [
+        ("packed", 13),
+        slow("packed", 16),
+        slow("wide rectangle", 13),
+        ("rectangle, 2 at a time", 16),
+    ],
 )
 def test_gradients_equal_those_of_plain_attention(layout: str, size: int) -> None:
     model = random_decoder(tiny_config("smollm3"))
@@ -99,7 +106,7 @@ def test_an_absent_row_does_not_spoil_gradients() -> None:
             assert np.all(grad == 0.0)
 
 
-@pytest.mark.parametrize("sizes", [(2, 4, 1), (2, 2, 2), (1, 8, 1)])
+@pytest.mark.parametrize("sizes", [slow((2, 4, 1)), (2, 2, 2), slow((1, 8, 1))])
 def test_devices_agree_with_plain_attention(sizes: tuple[int, int, int]) -> None:
     """Each on its own prompts and heads: outputs and gradients."""
     mesh = jax.make_mesh(sizes, mesh_lib.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
@@ -172,9 +179,15 @@ def train_step(
     return program, optimizer, (state, batch, None, key)
 
 
-@pytest.mark.parametrize("reuse", [True, False])
-@pytest.mark.parametrize("remat", ["dots", "full"])
-@pytest.mark.parametrize("layout", ["packed", "rectangle"])
+@pytest.mark.parametrize(  # Every pair of values.
+    ("layout", "remat", "reuse"),
+    [
+        ("packed", "dots", True),
+        slow("packed", "full", False),
+        slow("rectangle", "dots", False),
+        ("rectangle", "full", True),
+    ],
+)
 def test_the_step_lowers_to_the_kernels(
     layout: str, remat: str, reuse: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

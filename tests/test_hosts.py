@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from helpers import losses, tiny_config, write_jsonl
+from helpers import losses, slow, tiny_config, write_jsonl
 from hosts_for_tests import replay, together
 from models_for_tests import random_tensors, write_weights
 from models_for_tests import tiny_config as tiny_model
@@ -66,9 +66,9 @@ def check(found: dict[str, Any], folder: Path, share: float) -> None:
 @pytest.mark.parametrize(
     ("mesh", "share"),
     [
-        ({"data": 2, "fsdp": 1, "tensor": 1}, 1),
+        slow({"data": 2, "fsdp": 1, "tensor": 1}, 1),
         ({"data": 1, "fsdp": 4, "tensor": 1}, 1 / 4),
-        ({"data": 1, "fsdp": 1, "tensor": 2}, 1 / 2),
+        slow({"data": 1, "fsdp": 1, "tensor": 2}, 1 / 2),
     ],
 )
 def test_one_process(shared: Path, tmp_path: Path, mesh: dict[str, int], share: float) -> None:
@@ -76,29 +76,30 @@ def test_one_process(shared: Path, tmp_path: Path, mesh: dict[str, int], share: 
     check(replay(shared / "data.jsonl", tmp_path, mesh, sets), shared, share)
 
 
-def test_two_processes(shared: Path, tmp_path: Path) -> None:
-    meshes = {
-        "fsdp": {"data": 1, "fsdp": 2, "tensor": 1},
-        "tensor": {"data": 1, "fsdp": 1, "tensor": 4},
-        "all": ALL,
-    }
-    job = {"data": str(shared / "data.jsonl"), "sets": str(shared / "sets.json"), "meshes": meshes}
-    found = together(2, 4, tmp_path / "two", job)
-    check(found["fsdp"], shared, 1 / 2)
-    check(found["tensor"], shared, 1 / 4)
-    check(found["all"], shared, 1 / 4)
-    # Of 64 rows: those of its devices, or all where tensor-parallel ones need the same.
-    assert [found[name]["rows"] for name in meshes] == [32, 64, 32]
+@pytest.mark.parametrize(
+    ("mesh", "share", "rows"),  # Rows of 64: its devices', or all where tensor-parallel ones share.
+    [
+        (ALL, 1 / 4, 32),
+        slow({"data": 1, "fsdp": 2, "tensor": 1}, 1 / 2, 32),
+        slow({"data": 1, "fsdp": 1, "tensor": 4}, 1 / 4, 64),
+    ],
+)
+def test_two_processes(
+    shared: Path, tmp_path: Path, mesh: dict[str, int], share: float, rows: int
+) -> None:
+    files = {"data": str(shared / "data.jsonl"), "sets": str(shared / "sets.json")}
+    found = together(2, 4, tmp_path / "two", {**files, "mesh": mesh})["mesh"]
+    check(found, shared, share)
+    assert found["rows"] == rows
 
 
 @pytest.mark.slow(reason="four processes; the quick tests have two")
 def test_four_processes(shared: Path, tmp_path: Path) -> None:
-    meshes = {"all": ALL}
-    job = {"data": str(shared / "data.jsonl"), "sets": str(shared / "sets.json"), "meshes": meshes}
-    found = together(4, 2, tmp_path / "four", job)
-    check(found["all"], shared, 1 / 4)
+    files = {"data": str(shared / "data.jsonl"), "sets": str(shared / "sets.json")}
+    found = together(4, 2, tmp_path / "four", {**files, "mesh": ALL})["mesh"]
+    check(found, shared, 1 / 4)
     # `tensor` stays inside of a process, `data` and `fsdp` go across.
-    assert found["all"]["rows"] == 16
+    assert found["rows"] == 16
 
 
 # Every example's set is chosen once, at step 0, and is in the checkpoints.
@@ -164,6 +165,7 @@ def test_a_dead_process_ends_the_others_and_fewer_go_on(tmp_path: Path) -> None:
     assert not list(workdir.glob("*.tmp"))
 
 
+@pytest.mark.slow(reason="a pair of processes; another one trains")
 def test_scores_and_choices_of_two_processes(tmp_path: Path) -> None:
     """Without a file system for their caches in common, and from a Hugging Face folder of which
     each reads its part."""

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import slow
 from jax.extend.core import jaxprs_in_params
 from models_for_tests import FAMILIES, random_candidates, random_decoder, scored, tiny_config
 from test_replay import LAYOUTS, RESPONSE, gradients
@@ -20,6 +21,8 @@ from mass_dpo_jax.models.config import parse_targets
 from mass_dpo_jax.models.decoder import Decoder, abstract_decoder
 from mass_dpo_jax.models.frozen import dense, store
 from mass_dpo_jax.training.mesh import names
+
+pytestmark = pytest.mark.usefixtures("strict_jax")
 
 ALL = Lora(rank=4, alpha=6.0, targets=parse_targets("all"))
 SOME = Lora(rank=3, alpha=3.0, targets=parse_targets("q_proj, v_proj,down_proj"))
@@ -64,9 +67,9 @@ def test_log_probs_are_those_of_merged_weights(model_type: str, kind: str) -> No
         ("llama", "full", "packed", "nf4"),
         ("qwen3", "dots", "rectangle, 2 at a time", "float32"),
         ("smollm3", "dots", "packed, few logits", "int8"),
-        ("smollm3", "dots", "packed", "nf4"),
-        ("llama", "dots", "rectangle", "bfloat16"),
-        ("qwen3", "full", "rectangle", "int8"),
+        slow("smollm3", "dots", "packed", "nf4"),
+        slow("llama", "dots", "rectangle", "bfloat16"),
+        slow("qwen3", "full", "rectangle", "int8"),
     ],
 )
 def test_gradients_follow_from_those_of_merged_weights(

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import slow
 from models_for_tests import hf_config
 from test_account import MODEL, WORKLOAD, Batch, arguments, layouts, loss, numbers, program
 
@@ -99,7 +100,7 @@ def test_models_of_billions_of_weights_fit_a_card_of_24_gb(
 
 
 @pytest.mark.parametrize(
-    ("remat", "base"), [("full", "float32"), ("dots", "bfloat16"), ("full", "nf4")]
+    ("remat", "base"), [slow("full", "float32"), slow("dots", "bfloat16"), ("full", "nf4")]
 )
 def test_temporaries_are_near_those_of_xla(remat: str, base: str) -> None:
     """Of the whole train step in float32, where activations are most of it."""

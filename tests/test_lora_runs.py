@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import WORDS, log_lines, losses, tiny_config, write_jsonl
+from helpers import WORDS, log_lines, losses, slow, tiny_config, write_jsonl
 from models_for_tests import hf_config, random_tensors, write_weights
 from safetensors import SafetensorError
 
@@ -107,10 +107,10 @@ def test_a_run(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     ("changes", "names"),
     [
         ({"model.lora.rank": 0, "model.lora.base": "bfloat16"}, "reference"),
-        ({"model.lora.base": "bfloat16"}, "base and reference"),
-        ({"model.lora.base": "float32", "method": "sft"}, "base"),
+        slow({"model.lora.base": "bfloat16"}, "base and reference"),
+        slow({"model.lora.base": "float32", "method": "sft"}, "base"),
         ({"model.lora.base": "nf4"}, ""),  # Another machine may round otherwise.
-        ({"model.lora.rank": 0, "method": "sft"}, ""),  # What it began with is no longer read.
+        slow({"model.lora.rank": 0, "method": "sft"}, ""),  # What it began with is no longer read.
     ],
 )
 @pytest.mark.usefixtures("one_device")
@@ -200,7 +200,7 @@ def test_the_reference_does_not_depend_on_what_was_drawn(base: Path, tmp_path: P
     assert float(jnp.abs(policy.weights(str(base), 0)["adapters"]["query"]["a"]).max()) > 0
 
 
-@pytest.mark.parametrize("kind", ["nf4", "bfloat16"])
+@pytest.mark.parametrize("kind", ["nf4", slow("bfloat16")])
 def test_eight_devices_equal_one(
     base: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

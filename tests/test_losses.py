@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from mass_dpo_jax import losses, selection
 
+pytestmark = pytest.mark.usefixtures("strict_jax")
+
 GARBAGE = (np.nan, np.inf, -np.inf, 3e38)
 
 

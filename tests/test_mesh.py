@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from helpers import tiny_config, write_jsonl
+from helpers import slow, tiny_config, write_jsonl
 
 from mass_dpo_jax import train as train_lib
 from mass_dpo_jax.errors import UserError
@@ -32,7 +32,7 @@ def start(config: Any, workdir: Path) -> tuple[Setup, Any, TrainState, Reference
     return setup, optimizer, first_state(like, optimizer, params), setup.reference(params)
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("fused", [False, slow(True)])
 def test_eight_devices_equal_one(
     fused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

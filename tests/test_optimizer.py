@@ -96,6 +96,7 @@ def test_bfloat16_moments_are_float32s_on_average() -> None:
     assert np.asarray(state, np.float64).mean() == 1.0 and nearest < 0.07
 
 
+@pytest.mark.slow(reason="two runs of forty steps")
 @pytest.mark.usefixtures("one_device")
 def test_bfloat16_moments_train_as_float32_does(tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "data.jsonl")

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import log_lines, tiny_config, write_jsonl
+from helpers import log_lines, slow, tiny_config, write_jsonl
 from runs_for_tests import SAVED_ALL, SmallFiles, assert_same_run, final_state
 
 from mass_dpo_jax.data.batches import Batch
@@ -251,7 +251,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, float],
     yield poison
 
 
-@pytest.mark.parametrize("micro", [8, 4])
+@pytest.mark.parametrize("micro", [slow(8), 4])
 def test_an_update_with_nan_is_skipped(
     tmp_path: Path,
     data: Path,

@@ -23,6 +23,8 @@ from mass_dpo_jax.training.setup import Reference, prepare
 from mass_dpo_jax.training.step import TrainState
 from mass_dpo_jax.training.updates import Batches
 
+pytestmark = pytest.mark.usefixtures("strict_jax")
+
 RESPONSE = 7
 LAYOUTS: dict[str, dict[str, Any]] = {
     "packed": {"layout": "packed"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -100,8 +101,13 @@ def features_of(setup: Any, params: Any, row: int) -> np.ndarray:
     tokens = setup.tokens["all"]
     rows = np.full(jax.device_count(), row)  # Rows split evenly over devices.
     batch = make_batch(tokens, rows, setup.buckets["all"].shapes[-1], None)
-    found = setup.program.scorer(params, jax.tree.map(np.asarray, batch), features=True)
+    found = scored(setup.program.scorer, params, jax.tree.map(np.asarray, batch))
     return np.asarray(found.features[0, tokens.response_lengths[row] > 0], np.float64)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def scored(scorer: Any, params: Any, batch: Any) -> Any:
+    return scorer(params, batch, features=True)
 
 
 @pytest.mark.parametrize("criterion", ["pool_fisher", "hardest"])

@@ -17,6 +17,8 @@ from mass_dpo_jax import criteria, registry, selection, theory
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.selection import Settings
 
+pytestmark = pytest.mark.usefixtures("strict_jax")
+
 
 def design(pool, ridge=0.1, feature_norm="none"):
     """Design vectors over sqrt(ridge) of the one pool in a batch, float64, masked rows left out;

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
@@ -33,6 +34,8 @@ from mass_dpo_jax.models.shared_prefix import (
     rectangle,
     score,
 )
+
+pytestmark = pytest.mark.usefixtures("strict_jax")
 
 RESPONSE = 7
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -290,7 +293,7 @@ def test_bfloat16(layout: str) -> None:
     np.testing.assert_allclose(rough.features, exact.features, atol=0.2)
 
 
-@pytest.mark.parametrize("layout", ["packed", "rectangle, 2 at a time"])
+@pytest.mark.parametrize("layout", ["packed", slow("rectangle, 2 at a time")])
 def test_sharded_weights_and_rows(layout: str) -> None:
     """Rows over one axis, weights over both: left to the compiler, and the same numbers."""
     config = tiny_config("qwen3", vocab_size=104)

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import log_lines, losses, tiny_config, write_jsonl
+from helpers import log_lines, losses, slow, tiny_config, write_jsonl
+from runs_for_tests import on_one_device
 
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.train import train
@@ -24,7 +25,7 @@ from mass_dpo_jax.training.setup import Reference, prepare
 from mass_dpo_jax.training.step import Choice, Program, TrainState
 from mass_dpo_jax.training.updates import Batches, TrainStep
 
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = pytest.mark.usefixtures("one_device", "strict_jax")
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def data(tmp_path: Path) -> Path:
     return write_jsonl(tmp_path / "data.jsonl")
 
 
-@pytest.mark.parametrize("n", [1, 3, 5])
+@pytest.mark.parametrize("n", [slow(1), 3, slow(5)])
 def test_loss_is_log_of_one_plus_n_at_the_reference(tmp_path: Path, n: int) -> None:
     # Policy = reference: every log-ratio is 0, whatever the data. Pools here hold at least n.
     data = write_jsonl(tmp_path / "data.jsonl")
@@ -55,7 +56,7 @@ def test_pools_smaller_than_n_use_what_they_have(tmp_path: Path, data: Path, cha
     assert losses(tmp_path / "run")[0] == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("method", list(KINDS))
+@pytest.mark.parametrize("method", [name if name == "mass_dpo" else slow(name) for name in KINDS])
 def test_every_method_lowers_its_loss(tmp_path: Path, data: Path, method: str) -> None:
     changes = {"train.steps": 24, "train.eval_every": 0, "train.clip": 1.0, "beta": 1.0}
     done = train(tiny_config(data, method=method, **changes), tmp_path / "run")
@@ -137,7 +138,7 @@ def test_pl_sampled_draws_at_every_step(tmp_path: Path, data: Path) -> None:
         train(config, tmp_path / "run")
 
 
-@pytest.mark.parametrize("criterion", ["contrast", "hardest"])
+@pytest.mark.parametrize("criterion", ["contrast", slow("hardest")])
 def test_frozen_features_are_those_of_the_reference(
     tmp_path: Path, data: Path, criterion: str
 ) -> None:
@@ -165,23 +166,48 @@ def test_frozen_features_are_those_of_the_reference(
     assert logdets[0][-1] != pytest.approx(logdets[1][-1], rel=1e-3)
 
 
-def test_the_log_says_how_many_sets_changed(tmp_path: Path, data: Path) -> None:
+@pytest.fixture(scope="module")
+def windows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """Makes a run for each `refresh`, and returns what it logged of its six steps.
+
+    A batch is an epoch, so that every step sees every example.
+    """
+    folder = tmp_path_factory.mktemp("windows")
     changes = {
         "train.batch_size": 22, "train.micro_batch_size": 22, "train.steps": 6, "beta": 1.0,
         "train.learning_rate": 3e-2, "train.clip": 10.0, "train.eval_every": 0,
         "num_negatives": 2,
     }  # fmt: skip
-    changed = {}
+    found = {}
     for refresh in ("step", "once", "3"):
-        config = tiny_config(data, **changes, **{"selection.refresh": refresh})
-        train(config, tmp_path / refresh)
-        changed[refresh] = [line.get("selection/changed") for line in log_lines(tmp_path / refresh)
-                            if "loss" in line]  # fmt: skip
+        config = tiny_config(write_jsonl(folder / "data.jsonl"), **changes)
+        config.selection.refresh = refresh
+        with on_one_device():
+            train(config, folder / refresh)
+        found[refresh] = [line for line in log_lines(folder / refresh) if "loss" in line]
+    return found
+
+
+def test_the_log_says_how_many_sets_changed(windows: dict[str, list[dict[str, Any]]]) -> None:
+    changed = {
+        refresh: [line.get("selection/changed") for line in lines]
+        for refresh, lines in windows.items()
+    }
     step = changed["step"]
     assert step[0] is None and all(0 <= share <= 1 for share in step[1:]) and max(step[1:]) > 0
     assert changed["once"] == [None] * 6
     assert [share is None for share in changed["3"]] == [True] * 3 + [False] + [True] * 2
     assert changed["3"][3] > 0
+
+
+def test_sets_are_kept_within_a_window(windows: dict[str, list[dict[str, Any]]]) -> None:
+    """`once` trains on the same sets throughout while `step` moves on: their first losses agree,
+    later ones do not."""
+    losses = {refresh: [line["loss"] for line in lines] for refresh, lines in windows.items()}
+    assert losses["once"][0] == pytest.approx(losses["step"][0], abs=1e-6)
+    assert losses["once"][:3] == pytest.approx(losses["3"][:3], abs=1e-6)
+    assert losses["once"] != pytest.approx(losses["step"], abs=1e-6)
+    assert losses["once"] != pytest.approx(losses["3"], abs=1e-6)
 
 
 class Stop(Exception):
@@ -190,8 +216,8 @@ class Stop(Exception):
 
 @pytest.mark.parametrize(
     ("refresh", "criterion"),
-    [("step", "pool_fisher"), ("3", "pool_fisher"), ("epoch", "pool_fisher"),
-     ("once", "pool_fisher"), ("2", "random"), ("step", "sampled"), ("once", "frozen")],
+    [("step", "pool_fisher"), slow("3", "pool_fisher"), slow("epoch", "pool_fisher"),
+     slow("once", "pool_fisher"), ("2", "random"), slow("step", "sampled"), ("once", "frozen")],
 )  # fmt: skip
 def test_interrupted_run_goes_on_bit_for_bit(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, refresh: str, criterion: str
@@ -234,22 +260,6 @@ def test_interrupted_run_goes_on_bit_for_bit(
     assert np.array_equal(np.load(parts / "logps-final.npy"), np.load(whole / "logps-final.npy"))
 
 
-def test_sets_are_kept_within_a_window(tmp_path: Path, data: Path) -> None:
-    # With one batch an epoch, every step of a run sees every example; `once` must train on the
-    # same sets throughout while `step` moves on: their first losses agree, later ones do not.
-    changes = {"train.batch_size": 24, "train.micro_batch_size": 8, "train.steps": 6,
-               "train.learning_rate": 3e-2, "beta": 1.0, "train.clip": 10.0}  # fmt: skip
-    runs = {}
-    for refresh in ("step", "once", "3"):
-        config = tiny_config(data, num_negatives=2, **changes, **{"selection.refresh": refresh})
-        train(config, tmp_path / refresh)
-        runs[refresh] = losses(tmp_path / refresh)
-    assert runs["once"][0] == pytest.approx(runs["step"][0], abs=1e-6)
-    assert runs["once"][:3] == pytest.approx(runs["3"][:3], abs=1e-6)
-    assert runs["once"] != pytest.approx(runs["step"], abs=1e-6)
-    assert runs["once"] != pytest.approx(runs["3"], abs=1e-6)
-
-
 def test_random_sets_are_each_prompts_own_and_last_a_window(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,6 +284,34 @@ def test_random_sets_are_each_prompts_own_and_last_a_window(
     for size in (4, 5, 6):
         of_size = sets[0, pools == size]
         assert len({tuple(row) for row in of_size.tolist()}) > 1, of_size
+
+
+def test_a_step_moves_nothing_between_host_and_device(tmp_path: Path, data: Path) -> None:
+    """All that it takes lies on the device already. A transfer that nobody wrote would wait for the
+    device at every step."""
+    config = tiny_config(data)
+    setup = prepare(config, tmp_path / "run", ("train",))
+    logps = np.zeros(setup.tokens["train"].response_lengths.shape, np.float32)
+    batches, optimizer = (
+        Batches(setup, Reference({"train": logps})),
+        make_optimizer(config.train, 4),
+    )
+    state = TrainStep(batches, optimizer, {}).init(setup.policy.weights("", 0))
+    batch, key = batches[0], setup.key(0)
+    for guard in ("allow", "disallow"):  # Compiled at the first call.
+        with jax.transfer_guard(guard):
+            state, *_ = setup.program.train_step(
+                optimizer, state, batch.arrays, None, key, batch.size, {}
+            )
+    assert int(state.step) == 2
+    # The guard works on this device, too.
+    with (
+        jax.transfer_guard("disallow"),
+        pytest.raises(RuntimeError, match="Disallowed host-to-dev"),
+    ):
+        setup.program.scorer.logps(
+            state.params, jax.tree.map(lambda x: np.asarray(x[0]), batch.arrays)
+        )
 
 
 def test_a_window_chooses_for_every_row_it_trains_on_with_the_policy_at_its_start(
@@ -304,16 +342,14 @@ def test_a_set_in_another_order_has_not_changed(tmp_path: Path, data: Path) -> N
 
 
 def test_micro_batches_change_nothing_but_memory(tmp_path: Path, data: Path) -> None:
-    one = tiny_config(data, **{"train.micro_batch_size": 8, "train.steps": 3})
-    four = tiny_config(data, **{"train.micro_batch_size": 2, "train.steps": 3})
-    train(one, tmp_path / "one")
-    train(four, tmp_path / "four")
+    train(tiny_config(data, **{"train.micro_batch_size": 8}), tmp_path / "one")
+    train(tiny_config(data, **{"train.micro_batch_size": 2}), tmp_path / "four")
     assert losses(tmp_path / "four") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
 
 
 def test_rectangle_trains_as_packed(tmp_path: Path, data: Path) -> None:
     for layout in ("packed", "rectangle"):
-        train(tiny_config(data, **{"model.layout": layout, "train.steps": 3}), tmp_path / layout)
+        train(tiny_config(data, **{"model.layout": layout}), tmp_path / layout)
     assert losses(tmp_path / "rectangle") == pytest.approx(losses(tmp_path / "packed"), abs=1e-5)
 
 
@@ -325,9 +361,9 @@ def test_reference_is_read_again_and_only_while_nothing_changed(
     def runs(name: str, **changes: object) -> bool:
         """Does a run read its reference from the cache?"""
         config = tiny_config(data, cache_dir=str(tmp_path / "cache"), **changes)
-        config.train.steps = 1
         caplog.clear()
-        train(config, tmp_path / name)
+        setup = prepare(config, tmp_path / name, ("train", "validation", "test"))
+        setup.reference(setup.policy.weights("", config.seed))
         # Validation and test are the same rows here, so the one always reads the other's.
         return caplog.text.count("reference: read") == 3
 

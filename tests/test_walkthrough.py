@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import processes
 import pytest
 from packages_for_tests import ROOT, build, install
 
@@ -44,7 +45,7 @@ def make_model(folder: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def perform(page: str, folder: Path) -> str:
+def perform(page: str, folder: Path, xla_flags: str = "") -> str:
     """The page with what its commands print now, having been run in the empty `folder`/here."""
     here, site = folder / "here", folder / "site"
     for path in (here, site, folder / "built"):
@@ -54,7 +55,7 @@ def perform(page: str, folder: Path) -> str:
     for name, program in re.findall(r"^`(\w+\.py)` .*?^```python\n(.*?)^```$", page, re.S | re.M):
         (here / name).write_text(program)
     env = {
-        **os.environ, "PYTHONPATH": str(site), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "",
+        **os.environ, "PYTHONPATH": str(site), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags,
         "HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(folder / "cache"), "LC_ALL": "C",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }  # fmt: skip
@@ -94,7 +95,7 @@ def masked(page: str) -> str:
 @pytest.mark.slow(reason="installs the wheel and runs a page")
 def test_the_commands_of_the_page_print_what_it_says(tmp_path: Path, torch: ModuleType) -> None:
     page = PAGE.read_text()
-    now = perform(page, tmp_path)
+    now = perform(page, tmp_path, processes.xla_flags(1))
     assert masked(now) == masked(page)
     assert "the same ranking in 50 of 50 rows\nlog-probabilities equal to 1e-3\n" in now
     (events,) = (tmp_path / "here/runs/first/tensorboard").iterdir()

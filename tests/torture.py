@@ -31,7 +31,6 @@ import math
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -42,8 +41,8 @@ from pathlib import Path
 from typing import Any
 
 from helpers import write_jsonl
+from processes import ROOT, environment, free_port
 
-ROOT = Path(__file__).parent.parent
 EVERY = 5  # Steps between checkpoints.
 SETTINGS = {
     "train.eval_every": 20, "train.checkpoint_every": EVERY, "train.keep_checkpoints": 2,
@@ -99,13 +98,7 @@ class Run:
     def start(self, way: Way = (1, {"data": 1})) -> list[subprocess.Popen]:
         processes, mesh = way
         each = math.prod(mesh.values()) // processes
-        environment = os.environ | {
-            "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={each}",
-        }  # fmt: skip
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{free.getsockname()[1]}"
+        address = f"127.0.0.1:{free_port()}"
         group = [f"--coordinator_address={address}", f"--num_processes={processes}"]
         log = (self.workdir.parent / f"{self.workdir.name}.log").open("a")
         return [
@@ -115,7 +108,7 @@ class Run:
                     *(f"--config.mesh.{axis}={size}" for axis, size in mesh.items()),
                     *([*group, f"--process_id={i}"] if processes > 1 else []),
                 ],
-                env=environment,
+                env=environment(each, JAX_PLATFORMS="cpu"),
                 stdout=log,
                 stderr=log,
                 cwd=self.workdir.parent,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from mass_dpo_jax.training.scoring import cache_folder
+from mass_dpo_jax.files import cache_folder
 
 MOST_BYTES = 2**31  # What was used longest ago goes first.
 _log = logging.getLogger(__name__)

@@ -31,7 +31,7 @@ from mass_dpo_jax.models.config import EXPORT_DTYPES, DecoderConfig, load_config
 from mass_dpo_jax.models.decoder import abstract_decoder
 from mass_dpo_jax.models.weights import save_hf
 from mass_dpo_jax.training import checkpoint
-from mass_dpo_jax.training.mesh import make_mesh
+from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training.policy import (
     GENERATION,
     Policy,
@@ -213,7 +213,7 @@ def _merging(
     """As `read`; of a run with LoRA, its base with the adapters added."""
     if not uses_lora(config.model.lora):
         return read
-    mesh = make_mesh(config_lib.default().mesh, devices=jax.local_devices()[:1])
+    mesh = mesh_lib.make_mesh(config_lib.default().mesh, devices=jax.local_devices()[:1])
     lora = read_lora(config.model.lora)
     assert lora is not None
     graphdef = nnx.graphdef(abstract_decoder(decoder))

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -106,8 +107,9 @@ class StepLog:
             return
         step, figures, ids, bad = self._waiting
         found = {name: value() if callable(value) else value for name, value in figures.items()}
-        # Waits for the device.
-        figures = {name: float(value) for name, value in found.items() if value is not None}
+        # Waits for the device; all figures come from it together.
+        values = jax.device_get(list(found.values()))
+        figures = {name: float(x) for name, x in zip(found, values, strict=True) if x is not None}
         now = time.perf_counter()
         figures["examples_per_second"] = self._batch_size / (now - self._clock)
         self._log.write(step, figures)

@@ -6,7 +6,6 @@ import functools
 import hashlib
 import io
 import logging
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -149,13 +148,6 @@ def _sums(params: Any) -> Any:
         return jnp.stack([mixed.sum(dtype=jnp.uint32), (mixed * bits).sum(dtype=jnp.uint32)])
 
     return jax.tree.map(sums, params)
-
-
-def cache_folder(setting: str) -> Path:
-    """`setting`, or mass_dpo_jax in the user's cache folder."""
-    if setting:
-        return Path(setting)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mass_dpo_jax"
 
 
 def cached(folder: Path, name: str, key: str, compute: Callable[[], np.ndarray]) -> np.ndarray:

@@ -23,6 +23,7 @@ from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.data.token_cache import tokenize_once
 from mass_dpo_jax.data.tokens import Tokens
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.files import cache_folder
 from mass_dpo_jax.models import fused_attention
 from mass_dpo_jax.models import lora as lora_lib
 from mass_dpo_jax.models.logprobs import max_logits_of
@@ -87,7 +88,7 @@ class Setup:
 
     def reference(self, params: Any) -> Reference:
         """What is needed of the reference's weights, computed once and kept in the cache."""
-        folder = scoring.cache_folder(self.config.cache_dir)
+        folder = cache_folder(self.config.cache_dir)
         if self.policy.lora is not None:
             params = lora_lib.without_idle(params)
         fingerprint = scoring.fingerprint(params)
@@ -193,7 +194,7 @@ def _check_sizes(config: ConfigDict, mesh: Mesh) -> None:
 def _tokenize(
     config: ConfigDict, policy: Policy, examples: dict[str, list[Example]]
 ) -> dict[str, Tokens]:
-    cache = scoring.cache_folder(config.cache_dir)
+    cache = cache_folder(config.cache_dir)
     return {
         split: tokenize_once(cache, rows, policy.tokenizer, config.data, progress=True)
         for split, rows in examples.items()
