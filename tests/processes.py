@@ -7,6 +7,9 @@ MLIR of its own, which takes half of the time. The tutorials run with XLA's own 
 
 from __future__ import annotations
 
+import atexit
+import functools
+import json
 import os
 import socket
 import subprocess
@@ -46,8 +49,31 @@ def python(*words: str | Path, **options: Any) -> subprocess.CompletedProcess[st
 
 
 def command(module: str, *words: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Runs `python -m module words...`."""
-    return python("-m", module, *words, **options)
+    """Runs `python -m module words...`; with options that subprocess.run has, as a process of its
+    own, and without them in a fork of one that has imported most of what a command needs."""
+    if options:
+        return python("-m", module, *words, **options)
+    server = _command_server()
+    assert server.stdin and server.stdout
+    server.stdin.write(json.dumps([module, words, str(ROOT)]) + "\n")
+    server.stdin.flush()
+    return subprocess.CompletedProcess([module, *words], *json.loads(server.stdout.readline()))
+
+
+@functools.cache
+def _command_server() -> subprocess.Popen[str]:
+    server = subprocess.Popen(
+        [sys.executable, "-W", "ignore", ROOT / "tests" / "command_server.py"], text=True, cwd=ROOT,
+        env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+
+    def end() -> None:
+        assert server.stdin
+        server.stdin.close()
+        server.wait()
+
+    atexit.register(end)
+    return server
 
 
 def refused(module: str, *words: str) -> str:

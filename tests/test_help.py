@@ -22,8 +22,8 @@ FIELDS = dict(config_lib.flat(config_lib.default()))
 
 
 def command(name: str, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    env = processes.environment(**variables)
-    return processes.command(f"mass_dpo_jax.{name}", *words, env=env)
+    options = {"env": processes.environment(**variables)} if variables else {}
+    return processes.command(f"mass_dpo_jax.{name}", *words, **options)
 
 
 def docstring(name: str) -> str:
