@@ -49,9 +49,11 @@ def assert_same_run(config: Any, one: Path, other: Path) -> None:
 def on_one_device() -> Iterator[None]:
     """Lets runs see the first device only; for fixtures of a module, tests have `one_device`."""
     make_mesh = mesh.make_mesh
-    with mock.patch.object(
-        mesh, "make_mesh", lambda config: make_mesh(config, devices=jax.devices()[:1])
-    ):
+
+    def of_one(config: Any, devices: Any = None) -> Any:
+        return make_mesh(config, devices=devices or jax.devices()[:1])
+
+    with mock.patch.object(mesh, "make_mesh", of_one):
         yield
 
 

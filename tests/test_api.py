@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import WORDS, log_lines, tiny_config, write_jsonl
+from helpers import WORDS, log_lines, slow, tiny_config, write_jsonl
 from ml_collections import ConfigDict
 from models_for_tests import hf_config
 from processes import python
@@ -92,7 +92,7 @@ def test_scores_are_those_of_transformers_and_of_the_command(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"selection.criterion": "contrast"},
+        slow({"selection.criterion": "contrast"}),
         {**LORA, "selection.refresh": "2", "train.micro_batch_size": 4, "beta": 1.0},
     ],
     ids=["all weights", "LoRA, windows"],

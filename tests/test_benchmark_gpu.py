@@ -87,6 +87,7 @@ def workload_of(folder: Path) -> job.Llama:
     return tiny("G2", "ours", folder).workload
 
 
+@pytest.mark.slow(reason="the benchmark's table, with PyTorch")
 def test_peers_that_compute_something_else_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,6 +129,7 @@ def test_autocast_keeps_weights_and_rotary_angles_in_float32(
     assert not torch.equal(before, model.lm_head.weight)
 
 
+@pytest.mark.slow(reason="the benchmark's table, with PyTorch")
 def test_a_peer_that_fails_leaves_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,6 +200,7 @@ def test_out_of_memory_means_more_parts(
 # ---------------------------------------------------------------- what fits
 
 
+@pytest.mark.slow(reason="the benchmark's search, step by step")
 def test_the_plan_for_a_card_of_80_gb(tmp_path: Path) -> None:
     for name in job.SHAPES:
         big = Job(workload(name, "3b"), "ours", "cuda", "bfloat16", 7, 0.0, "", memory=int(78.6e9))
@@ -308,6 +311,7 @@ def test_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert "largest differences in float32 on a tiny model: {'picks': 0.0" in capfd.readouterr().out
 
 
+@pytest.mark.slow(reason="the benchmark in a process of its own")
 def test_what_did_not_run_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     some = tiny("G1", "ours", tmp_path)
     assert command.start_job(some, tmp_path / "job", 0.0) == {"not_run": "out of time"}

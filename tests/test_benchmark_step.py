@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from data_for_tests import write_lines
+from helpers import slow
 from processes import refused
 from tokenizers_for_tests import small
 
@@ -127,7 +128,12 @@ def products(case: Case, method: str, remat: str, shared: bool = True, reuse: bo
 
 @pytest.mark.parametrize(
     ("remat", "shared", "reuse"),
-    [("dots", True, True), ("full", True, True), ("full", True, False), ("dots", False, False)],
+    [
+        ("dots", True, True),
+        ("full", True, True),
+        slow("full", True, False),
+        slow("dots", False, False),
+    ],
 )
 def test_flops_are_those_of_the_step(wide: Case, remat: str, shared: bool, reuse: bool) -> None:
     whole, some = wide.passes(wide.shapes[0], shared)

@@ -301,6 +301,7 @@ def test_the_best_by_what_no_evaluation_gives(
     assert not (tmp_path / "run" / "config.json").exists()
 
 
+@pytest.mark.slow(reason="a run for each metric")
 def test_every_metric_of_an_evaluation_can_be_the_best(tmp_path: Path, data: Path) -> None:
     for method in ("dpo", "sft"):
         config = tiny_config(data, method=method, **{"train.steps": 1})

@@ -10,7 +10,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 from helpers import WORDS, log_lines, tiny_config, write_jsonl
-from processes import command, environment, python, refused
+from processes import ROOT, command, environment, python, refused
 from runs_for_tests import SmallFiles
 from safetensors.numpy import load_file, save_file
 
@@ -122,6 +122,47 @@ def test_a_trained_run_scores_as_it_reported(tmp_path: Path, model: Path) -> Non
     assert len(lines) == 30
     for line, before in zip(lines, started, strict=True):
         assert line["ref_logps"] == pytest.approx(before["logps"], abs=1e-4)
+
+
+def test_commands_one_after_the_other(tmp_path: Path) -> None:
+    """As a user types them: a run, and what the others make of it."""
+    data = write_jsonl(tmp_path / "data.jsonl", examples=40)
+    settings = {
+        "data.name": "jsonl", "data.path": data, "data.chat_template": "none",
+        "model.scratch.hidden_size": 32, "model.scratch.intermediate_size": 48,
+        "model.scratch.num_layers": 1, "model.scratch.vocab_size": 300, "train.batch_size": 8,
+        "train.micro_batch_size": 8, "train.steps": 2, "train.eval_every": 1, "eval.batch_size": 8,
+        "log.report": False,
+    }  # fmt: skip
+    words = [f"--config.{name}={value}" for name, value in settings.items()]
+    run = tmp_path / "run"
+
+    def said(name: str, *words: str) -> str:
+        done = command(f"mass_dpo_jax.{name}", *words)
+        assert (done.returncode, done.stderr) == (0, ""), done
+        return done.stdout
+
+    defaults = ROOT / "mass_dpo_jax" / "config.py"
+    assert f"written to {run}" in said("train", f"--config={defaults}", f"--workdir={run}", *words)
+    done = json.loads((run / "metrics.json").read_text())
+    assert done["step"] == 2 and "policy/mrr" in done["final"]
+    assert "nothing to do" in said("train", f"--workdir={run}")
+
+    for name in ("score", "select"):
+        said(name, f"--workdir={run}", f"--output={tmp_path / name}")
+        lines = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        assert [line["id"] for line in lines] == [f"row{i}" for i in range(40)]
+    found = tmp_path / "metrics.json"
+    said("evaluate", f"--workdir={run}", "--split=validation", f"--output={found}")
+    assert json.loads(found.read_text())["policy/mrr"] == pytest.approx(
+        done["final"]["policy/mrr"], abs=1e-6
+    )
+    said("export", f"--workdir={run}", f"--output={tmp_path / 'exported'}")
+    assert (tmp_path / "exported" / "model.safetensors").is_file()
+    assert str(run.name) in said("compare", str(run))
+    said("curves", str(run), f"--output={tmp_path / 'curves.png'}")
+    said("report", str(run), f"--output={tmp_path / 'report'}")
+    assert list((tmp_path / "report").glob("*.html"))
 
 
 TRAIN = ("mass_dpo_jax.train", "--config=configs/tiny.py")

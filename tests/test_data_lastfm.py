@@ -105,6 +105,7 @@ def test_folder(tmp_path: Path) -> None:
         load(tmp_path, "train")
 
 
+@pytest.mark.slow(reason="reads all of the real LastFM")
 def test_the_real_files(real_data: Path) -> None:
     for split, rows in (("train", 47872), ("validation", 2767), ("test", 2495)):
         examples = load(real_data / "lastfm", split)

@@ -304,6 +304,7 @@ def test_data_goes_across_hosts_before_fsdp_and_tensor(
     assert tuple(x * y for x, y in zip(across, inside.values(), strict=True)) == sizes
 
 
+@pytest.mark.slow(reason="starts processes to be refused, as flags' tests do")
 def test_local_sh_says_a_mistake_of_all_once(tmp_path: Path) -> None:
     """The script ends with the command's exit status."""
     data = write_jsonl(tmp_path / "data.jsonl")
@@ -357,6 +358,7 @@ def test_launch_files(tmp_path: Path) -> None:
     assert remote[-3:] == ["--distributed", "--config=configs/llama3.py", "--config.data.path=a b"]
 
 
+@pytest.mark.slow(reason="starts processes to be refused, as the other launchers' tests do")
 def test_slurm_script(tmp_path: Path) -> None:
     """With a `srun` that starts its command with SLURM's variables, once a task."""
     srun = tmp_path / "srun"

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import losses, tiny_config, write_jsonl
+from helpers import losses, slow, tiny_config, write_jsonl
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -119,7 +119,7 @@ class Stop(Exception):
 
 
 @pytest.mark.usefixtures("one_device")
-@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("offload", [slow(False), True])
 def test_a_run_with_small_moments_goes_on_bit_for_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offload: bool
 ) -> None:

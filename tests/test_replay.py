@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import slow, write_jsonl
 from helpers import tiny_config as run_config
-from helpers import write_jsonl
 from models_for_tests import VOCABULARY, Candidates, random_candidates, random_decoder, tiny_config
 
 from mass_dpo_jax.models.known import known
@@ -146,8 +146,8 @@ def test_known_computes_nothing_forward() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"selection.criterion": "contrast"},
-        {"method": "pl_sampled", "selection.replacement": True, "model.layout": "rectangle"},
+        slow({"selection.criterion": "contrast"}),
+        slow({"method": "pl_sampled", "selection.replacement": True, "model.layout": "rectangle"}),
         {"train.batch_size": 8, "train.micro_batch_size": 4, "model.remat": "dots"},
     ],
 )

@@ -110,6 +110,7 @@ def test_the_hook_sees_what_it_watches(tmp_path: Path) -> None:
         assert words in found
 
 
+@pytest.mark.slow(reason="three processes under an audit hook")
 def test_a_run_unpickles_nothing_and_stays_in_its_folders(tmp_path: Path) -> None:
     """Trains with a checkpoint, goes on from it, evaluates: orbax, too, unpickles nothing.
 

@@ -120,6 +120,7 @@ def test_the_table_pairs_seeds():
     ]
 
 
+@pytest.mark.slow(reason="the whole simulation, small")
 def test_the_command(monkeypatch, tmp_path, capsys):
     for name, value in {
         "PROMPTS": 30, "STEPS": 5, "SIZES": (1, 19), "DIMENSION": 4, "DIMENSIONS": (4,),
@@ -139,6 +140,7 @@ def test_the_command(monkeypatch, tmp_path, capsys):
     assert last[0].endswith("(+0.0 ± 0.0) ")  # With n = N everybody trains on all.
 
 
+@pytest.mark.slow(reason="the whole simulation, small")
 def test_one_seed_has_no_error(capsys):
     with pytest.raises(SystemExit):
         command.main(["--seeds=1", "--output=x.png"])
