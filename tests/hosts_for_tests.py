@@ -163,13 +163,12 @@ def main() -> None:
     folder = Path(name)
     job = json.loads((folder / "job.json").read_text())
     found: dict[str, Any] = {}
-    if "mesh" in job:
+    for case, mesh in job.get("meshes", {}).items():
         sets = np.array(json.loads(Path(job["sets"]).read_text()), np.int32)
         # To choose is another program to compile: on the mesh of all axes only.
-        of_all_axes = all(size > 1 for size in job["mesh"].values())
-        replayed = replay(Path(job["data"]), folder / "work", job["mesh"], sets, of_all_axes)
-        replayed.pop("sets")
-        found["mesh"] = replayed
+        flips = case == "all"
+        found[case] = replay(Path(job["data"]), folder / "work", mesh, sets, count_flips=flips)
+        found[case].pop("sets")
     if "run" in job:
         from mass_dpo_jax import config as config_lib
 

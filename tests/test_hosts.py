@@ -76,30 +76,38 @@ def test_one_process(shared: Path, tmp_path: Path, mesh: dict[str, int], share: 
     check(replay(shared / "data.jsonl", tmp_path, mesh, sets), shared, share)
 
 
-@pytest.mark.parametrize(
-    ("mesh", "share", "rows"),  # Rows of 64: its devices', or all where tensor-parallel ones share.
-    [
-        (ALL, 1 / 4, 32),
-        slow({"data": 1, "fsdp": 2, "tensor": 1}, 1 / 2, 32),
-        slow({"data": 1, "fsdp": 1, "tensor": 4}, 1 / 4, 64),
-    ],
-)
-def test_two_processes(
-    shared: Path, tmp_path: Path, mesh: dict[str, int], share: float, rows: int
+def check_processes(
+    count: int, shared: Path, folder: Path, meshes: dict[str, tuple[dict[str, int], float, int]]
 ) -> None:
-    files = {"data": str(shared / "data.jsonl"), "sets": str(shared / "sets.json")}
-    found = together(2, 4, tmp_path / "two", {**files, "mesh": mesh})["mesh"]
-    check(found, shared, share)
-    assert found["rows"] == rows
+    """Trains on meshes over some processes with eight devices; of each a size, the share of the
+    state on a device, and how many rows of 64 a process makes."""
+    job = {
+        "data": str(shared / "data.jsonl"), "sets": str(shared / "sets.json"),
+        "meshes": {name: mesh for name, (mesh, _, _) in meshes.items()},
+    }  # fmt: skip
+    found = together(count, 8 // count, folder, job)
+    for name, (_, share, rows) in meshes.items():
+        check(found[name], shared, share)
+        assert found[name]["rows"] == rows, name
+
+
+def test_two_processes(shared: Path, tmp_path: Path) -> None:
+    check_processes(2, shared, tmp_path / "two", {"all": (ALL, 1 / 4, 32)})
+
+
+@pytest.mark.slow(reason="other values of what a quick one covers")
+def test_two_processes_on_other_meshes(shared: Path, tmp_path: Path) -> None:
+    meshes = {
+        "fsdp": ({"data": 1, "fsdp": 2, "tensor": 1}, 1 / 2, 32),
+        "tensor": ({"data": 1, "fsdp": 1, "tensor": 4}, 1 / 4, 64),  # They need the same rows.
+    }
+    check_processes(2, shared, tmp_path / "two", meshes)
 
 
 @pytest.mark.slow(reason="four processes; the quick tests have two")
 def test_four_processes(shared: Path, tmp_path: Path) -> None:
-    files = {"data": str(shared / "data.jsonl"), "sets": str(shared / "sets.json")}
-    found = together(4, 2, tmp_path / "four", {**files, "mesh": ALL})["mesh"]
-    check(found, shared, 1 / 4)
-    # `tensor` stays inside of a process, `data` and `fsdp` go across.
-    assert found["rows"] == 16
+    """`tensor` stays inside of a process, `data` and `fsdp` go across."""
+    check_processes(4, shared, tmp_path / "four", {"all": (ALL, 1 / 4, 16)})
 
 
 # Every example's set is chosen once, at step 0, and is in the checkpoints.
