@@ -161,7 +161,7 @@ MUTATIONS = (
         "selection: rounding decides between ties",
         "best = jnp.argmax(free & (diagonal >= most * (1 - TIE)))",
         "best = jnp.argmax(free & (diagonal >= most))",
-        "test_selection.py::test_of_identical_candidates_the_first_is_taken_and_one_is_enough",
+        "test_selection.py::test_what_rounding_adds_to_a_gain_decides_nothing",
     ),
     Mutation(
         "selection: masked features reach the Gram matrix",

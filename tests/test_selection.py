@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pools_for_tests import SIZE, make_pool, picks, run, to_select
 
-from mass_dpo_jax import criteria, registry, selection, theory
+from mass_dpo_jax import criteria, designs, registry, selection, theory
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.selection import Settings
 
@@ -155,6 +155,16 @@ def test_a_copy_is_not_taken_while_something_different_adds_more():
     pool.features[0, [2, 3, 4], 0] = 10.0  # candidates 1, 2, 3 are one response, the longest
     pool.features[0, 6, 1] = 3.0  # candidate 5 is another, shorter one
     assert picks(pool, 2)[0] == [1, 5]
+
+
+def test_what_rounding_adds_to_a_gain_decides_nothing():
+    """The first of two that differ by the last digit of a float32, and not the larger one."""
+    for larger in (1 + 2**-23, 1 + 2**-20):
+        gram = jnp.diag(jnp.array([0.5, 1.0, larger, 0.9], jnp.float32))
+        chosen = designs.greedy(gram, jnp.ones(4, bool), 2)
+        assert chosen.indices.tolist() == [1, 2]
+    gram = jnp.diag(jnp.array([1.0, 1.001], jnp.float32))
+    assert designs.greedy(gram, jnp.ones(2, bool), 1).indices.tolist() == [1]
 
 
 def test_ties_go_to_the_lowest_index():
