@@ -133,6 +133,7 @@ def products(case: Case, method: str, remat: str, shared: bool = True, reuse: bo
         ("full", True, True),
         slow("full", True, False),
         slow("dots", False, False),
+        slow("full", False, False),
     ],
 )
 def test_flops_are_those_of_the_step(wide: Case, remat: str, shared: bool, reuse: bool) -> None:
