@@ -17,7 +17,8 @@ from benchmarks import cost
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.data import load_examples
 from mass_dpo_jax.data.batches import Batch, Order, Shape, make_batch, make_buckets
-from mass_dpo_jax.data.tokens import Tokens, load_tokenizer, tokenize
+from mass_dpo_jax.data.tokenizer import load_tokenizer
+from mass_dpo_jax.data.tokens import Tokens, tokenize
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models import attention, shared_prefix
 from mass_dpo_jax.models.attention import Attention

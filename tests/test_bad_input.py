@@ -18,7 +18,8 @@ from tokenizers_for_tests import settings, small
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.data.render import make_renderer
-from mass_dpo_jax.data.tokens import load_tokenizer, tokenize
+from mass_dpo_jax.data.tokenizer import load_tokenizer
+from mass_dpo_jax.data.tokens import tokenize
 from mass_dpo_jax.data.vocabulary import train_tokenizer
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import parse_json, read_array

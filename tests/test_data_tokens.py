@@ -15,7 +15,8 @@ from tokenizers_for_tests import real, settings, small
 from mass_dpo_jax.config import default
 from mass_dpo_jax.data import load_examples
 from mass_dpo_jax.data.examples import Example, History
-from mass_dpo_jax.data.tokens import Tokens, load_tokenizer, tokenize
+from mass_dpo_jax.data.tokenizer import load_tokenizer
+from mass_dpo_jax.data.tokens import Tokens, tokenize
 from mass_dpo_jax.data.vocabulary import train_tokenizer
 from mass_dpo_jax.errors import UserError
 

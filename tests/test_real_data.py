@@ -76,7 +76,7 @@ def test_lastfm_through_the_whole_pipeline(
     from transformers import AutoModelForCausalLM
 
     from mass_dpo_jax.data import load_examples
-    from mass_dpo_jax.data.tokens import load_tokenizer
+    from mass_dpo_jax.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(model)
     net = AutoModelForCausalLM.from_pretrained(model, torch_dtype=torch.float32).eval()

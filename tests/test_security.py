@@ -20,7 +20,7 @@ from tokenizers_for_tests import small
 
 from mass_dpo_jax.config import default
 from mass_dpo_jax.data import load_examples
-from mass_dpo_jax.data.tokens import load_tokenizer
+from mass_dpo_jax.data.tokenizer import load_tokenizer
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import read_array
 from mass_dpo_jax.models.config import load_config

@@ -13,7 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mass_dpo_jax.config import default
-from mass_dpo_jax.data.tokens import load_tokenizer
+from mass_dpo_jax.data.tokenizer import load_tokenizer
 from mass_dpo_jax.data.vocabulary import train_tokenizer
 
 CONFIGS = {

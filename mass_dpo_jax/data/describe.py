@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.data import load_examples, splits
 from mass_dpo_jax.data.examples import Example, History, Text
-from mass_dpo_jax.data.tokens import Tokens, load_tokenizer, tokenize
+from mass_dpo_jax.data.tokenizer import load_tokenizer
+from mass_dpo_jax.data.tokens import Tokens, tokenize
 from mass_dpo_jax.training.policy import description_folder
 
 

@@ -22,7 +22,7 @@ from mass_dpo_jax import config as config_lib
 from mass_dpo_jax import model_card
 from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.data.render import make_renderer
-from mass_dpo_jax.data.tokens import load_tokenizer
+from mass_dpo_jax.data.tokenizer import load_tokenizer
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import read_json
 from mass_dpo_jax.models import lora as lora_lib
