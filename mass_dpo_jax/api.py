@@ -20,6 +20,7 @@ from mass_dpo_jax.data.bad_rows import BadRows
 from mass_dpo_jax.data.examples import Example, from_row
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models.config import DecoderConfig
+from mass_dpo_jax.training import origin
 from mass_dpo_jax.training.hf_folder import save_model
 from mass_dpo_jax.training.optimizer import make_optimizer, unless_bad
 from mass_dpo_jax.training.policy import Policy, open_policy, run_of
@@ -135,8 +136,10 @@ def load_model(path: str | Path, config: ConfigDict | None = None) -> Model:
     path = Path(path)
     if config is None:
         run = run_of(path)
-        config = config_lib.default() if run is None else config_lib.load(run[0])
-        config.model.lora = config_lib.default().model.lora
+        config = config_lib.default()
+        if run is not None:
+            config = origin.with_own_files(config_lib.load(run[0]), run[0])
+            config.model.lora = config_lib.default().model.lora
     config = _copy(config)
     config.model.path = str(path)
     mesh = open_mesh(config)

@@ -152,7 +152,11 @@ def paper() -> ConfigDict:
 
 def get_config(workdir: str = "") -> ConfigDict:
     """The defaults or, for `--config=.../config.py:DIR`, the configuration of the run in DIR."""
-    return load(Path(workdir)) if workdir else default()
+    if not workdir:
+        return default()
+    from mass_dpo_jax.training import origin
+
+    return origin.find_files(load(Path(workdir)), Path(workdir))
 
 
 def load(workdir: Path) -> ConfigDict:

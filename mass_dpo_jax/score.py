@@ -34,6 +34,7 @@ def score(config: ConfigDict, workdir: Path | None, split: str | None) -> Iterat
     from mass_dpo_jax.training import scoring
     from mass_dpo_jax.training.setup import prepare_scoring
 
+    config = config.copy_and_resolve_references()
     config.data.update(max_train=0, max_validation=0, max_test=0)
     setup, split, params, refs = prepare_scoring(config, workdir, split)
     tokens = setup.tokens[split]

@@ -400,6 +400,9 @@ def test_a_reference_with_other_special_tokens(tmp_path: Path, data: Path) -> No
     train(tiny_config(data, num_negatives=1, **models), tmp_path / "run")
     assert losses(tmp_path / "run")[0] == pytest.approx(math.log(2), abs=1e-5)
     path.write_text(json.dumps(described | {"rms_norm_eps": 0.1}))
+    with pytest.raises(UserError, match=f"{path}: not what the run began with"):
+        train(tiny_config(data, **models), tmp_path / "run2")
+    (other / "origin.json").unlink()  # As of a version that did not keep it.
     with pytest.raises(UserError, match=f"{other}: its architecture .*policy's: rms_norm_eps$"):
         train(tiny_config(data, **models), tmp_path / "refused")
 

@@ -92,6 +92,10 @@ class Llama3Scaling:
     original_max_positions: int
 
 
+# Fields of a description in which a model and the one that was tuned from it often differ.
+NOT_COMPUTED = ("initializer_range", "max_positions", "bos_token_id", "eos_token_ids")
+
+
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """The shape of a decoder: sizes, rotary positions, and which family's details it has."""
@@ -114,6 +118,12 @@ class DecoderConfig:
     max_positions: int
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+
+    def computed(self) -> dict[str, Any]:
+        """Returns the fields that change what is computed: two models that are equal in these are
+        the same function of their weights."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in fields.items() if name not in NOT_COMPUTED}
 
     @property
     def products(self) -> dict[str, tuple[tuple[int, int], tuple[str, str]]]:

@@ -46,7 +46,7 @@ def with_model(config: ConfigDict, workdir: Path | None, split: str | None) -> I
     Raises:
       UserError: something in the configuration, the data or the model folder is wrong.
     """
-    _unlimited(config)
+    config = _unlimited(config)
     split = split or _every_row(config)
     setup, split, params, refs = prepare_scoring(config, workdir, split)
     if setup.method.supervised:
@@ -108,7 +108,7 @@ def with_features(config: ConfigDict, path: Path, split: str | None) -> Iterator
     examples: Sequence[Example | None] = [None] * rows
     mask = arrays.get("mask", np.ones((rows, negatives), bool)).astype(bool)
     if config.data.path:
-        _unlimited(config)
+        config = _unlimited(config)
         examples = load_examples(config.data, split or _every_row(config), config.seed)
         if len(examples) != rows:
             raise UserError(
@@ -185,8 +185,11 @@ def _with_texts(example: Example, choice: Row) -> Row:
     }
 
 
-def _unlimited(config: ConfigDict) -> None:
-    config.data.update(max_train=0, max_validation=0, max_test=0, validation_share=0.0)
+def _unlimited(config: ConfigDict) -> ConfigDict:
+    """Every row of a split; the caller's configuration stays as it is."""
+    found = config.copy_and_resolve_references()
+    found.data.update(max_train=0, max_validation=0, max_test=0, validation_share=0.0)
+    return found
 
 
 def _every_row(config: ConfigDict) -> str:

@@ -132,6 +132,12 @@ def sums_of_part(part: np.ndarray, start: int) -> np.ndarray:
     return np.stack([mixed.sum(dtype=np.uint32), (mixed * bits).sum(dtype=np.uint32)])
 
 
+def sums_of(array: jax.Array) -> jax.Array:
+    """What `digest_of` takes of an array, uint32 [2]; it stays on the array's devices."""
+    found: jax.Array = _sums(array)
+    return found
+
+
 @jax.jit
 def _sums(params: Any) -> Any:
     """Two integers [2] for each array. Sums modulo 2^32 are the same in any order, so no array

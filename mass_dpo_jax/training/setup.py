@@ -27,8 +27,8 @@ from mass_dpo_jax.files import cache_folder
 from mass_dpo_jax.models import fused_attention
 from mass_dpo_jax.models import lora as lora_lib
 from mass_dpo_jax.models.logprobs import max_logits_of
+from mass_dpo_jax.training import checkpoint, origin, scoring
 from mass_dpo_jax.training import mesh as mesh_lib
-from mass_dpo_jax.training import scoring
 from mass_dpo_jax.training.methods import Method, make_method, uses_reference
 from mass_dpo_jax.training.policy import Policy, open_policy, uses_lora
 from mass_dpo_jax.training.step import Program, Scorer
@@ -89,9 +89,12 @@ class Setup:
     def reference(self, params: Any) -> Reference:
         """What is needed of the reference's weights, computed once and kept in the cache."""
         folder = cache_folder(self.config.cache_dir)
-        if self.policy.lora is not None:
-            params = lora_lib.without_idle(params)
-        fingerprint = scoring.fingerprint(params)
+        lora = self.policy.lora
+        if lora is None:
+            fingerprint = scoring.fingerprint(params)
+        else:  # What is added: the same A and B add something else under another alpha.
+            added = {**params, "adapters": lora.scaled(params["adapters"])}
+            fingerprint = scoring.fingerprint(lora_lib.without_idle(added))
         key = f"{self.policy.config} {self.config.model.dtype} {fingerprint}"
         if isinstance(self.program.scorer.attention, fused_attention.Fused):
             key += " fused"  # In 16 bits its roundings are not the other's.
@@ -134,6 +137,7 @@ def prepare(config: ConfigDict, workdir: Path | None, splits: Sequence[str]) -> 
     """Loads and checks everything but weights; writes at most a tokenizer made from scratch.
 
     Args:
+      workdir: a run that begins or, once it has saved something, goes on or is scored.
       splits: those to load; the first must have rows.
 
     Raises:
@@ -253,41 +257,88 @@ def prepare_scoring(
       `[M, C]` or None.
 
     Raises:
-      UserError: as `prepare`; or a run and another model are given.
+      UserError: as `prepare`; a run and another model are given; or what a run needs of its start
+        is not what it was.
     """
     config = config.copy_and_resolve_references()  # The caller's may serve for another run.
     if split is None:
         split = "all" if Path(config.data.path).is_file() else "test"
-    reference = config.model.reference_path or None
-    adapters = ""  # The reference's.
     if workdir is not None:
-        own = config_lib.load(workdir)
-        if reference is None and uses_reference(own.method):
-            reference = own.model.reference_path or own.model.path
-            adapters = "" if own.model.reference_path else own.model.lora.path
-        _check_own("path", config.model.path, own.model.path, workdir)
-        config.model.path = str(workdir)
-        if uses_lora(own.model.lora):  # Beside their base, as they were trained.
-            _check_own("lora.path", config.model.lora.path, own.model.lora.path, workdir)
-            config.model.path = own.model.path
-            config.model.lora.update(own.model.lora)
-            config.model.lora.path = str(workdir)
+        return _prepare_run(config, workdir, split)
     if not config.model.path:
         raise UserError("no model: give --workdir=RUN, or --config.model.path=FOLDER")
     setup = prepare(config, None, (split,))
     refs = None
-    if reference is not None:
-        params = setup.policy.weights(reference, config.seed, adapters)
+    if config.model.reference_path:
+        params = setup.policy.weights(config.model.reference_path, config.seed)
         refs = setup.reference(params).logps[split]
     params = setup.policy.weights(config.model.path, config.seed, config.model.lora.path)
     return setup, split, params, refs
 
 
-def _check_own(name: str, given: str, own: str, workdir: Path) -> None:
+def _prepare_run(
+    config: ConfigDict, workdir: Path, split: str
+) -> tuple[Setup, str, Any, np.ndarray | None]:
+    """`prepare_scoring` of a run's newest checkpoint.
+
+    `config.model.path` may say where the model that it began from lies now.
+    """
+    if checkpoint.latest_step(workdir) is None:
+        raise UserError(f"{workdir}: {checkpoint.NONE_YET}")
+    own = origin.find_files(config_lib.load(workdir), workdir)
+    lora = uses_lora(own.model.lora)
+    base = own.model.path
+    other = config.model.reference_path or own.model.reference_path
+    read_again = lora or (uses_reference(own.method) and not other)
+    if read_again and "model.path" in origin.read(workdir)["weights"]:
+        if config.model.path not in ("", str(workdir)):
+            base = config.model.path
+    else:
+        _check_own("model.path", config, own, workdir)
+    _check_own("model.lora.path", config, own, workdir)
+    if origin.has_own(config, workdir, "data.chat_template"):
+        config.data.chat_template = "tokenizer"
+    reference, adapters = (other, "") if other else (base, own.model.lora.path)
+    config.model.path = base
+    config.model.lora.update(own.model.lora)
+    if lora:  # Beside their base, as they were trained.
+        config.model.lora.path = str(workdir)
+    setup = prepare(config, workdir, (split,))
+    refs = None
+    if uses_reference(own.method) or config.model.reference_path:
+        params, digest = setup.policy.read(reference, own.seed, adapters)
+        _check_reference(config, own, workdir, reference, digest)
+        refs = setup.reference(params).logps[split]
+        del params
+    params, digest = setup.policy.read(
+        base if lora else str(workdir), own.seed, config.model.lora.path
+    )
+    if lora:
+        origin.check_weights(workdir, {"model.path": digest})
+    return setup, split, params, refs
+
+
+def _check_reference(
+    config: ConfigDict, own: ConfigDict, workdir: Path, reference: str, digest: str
+) -> None:
+    """Raises UserError where a run's reference is not what it was; one that was asked for may
+    differ, which is said."""
+    name = "model.reference_path" if own.model.reference_path else "model.path"
+    try:
+        origin.check_weights(workdir, {name: digest})
+    except UserError:
+        if not config.model.reference_path:
+            raise
+        _log.warning(f"rewards are against {reference}, which the run was not trained against")
+
+
+def _check_own(name: str, config: ConfigDict, own: ConfigDict, workdir: Path) -> None:
     """A run is scored with its own weights: others beside it would be ignored."""
-    if given not in ("", own, str(workdir)):
+    given, known = (dict(config_lib.flat(c))[name] for c in (config, own))
+    same = {Path(path).absolute() for path in (known, workdir) if path}
+    if given and Path(given).absolute() not in same and not origin.has_own(config, workdir, name):
         raise UserError(
-            f"config.model.{name}={given}: the model is that of the run in --workdir={workdir}; "
+            f"config.{name}={given}: the model is that of the run in --workdir={workdir}; "
             "expected one of them, not both"
         )
 
