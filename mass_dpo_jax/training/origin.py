@@ -9,6 +9,7 @@ are kept in, and of the files.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -103,13 +104,19 @@ def find_files(config: ConfigDict, workdir: Path) -> ConfigDict:
         typed = fields.get(name)
         if not typed or name not in PATHS:
             continue
-        if not Path(path).exists() and Path(typed).exists():
-            _log.warning(f"config.{name}: {path} is gone; taking {Path(typed).absolute()}")
+        if not Path(path).exists() and Path(typed).exists() and name != "data.chat_template":
+            _say_once(f"config.{name}: {path} is gone; taking {Path(typed).absolute()}")
             path = typed
         found.update_from_flattened_dict({name: path})
     if (workdir / ADAPTERS).is_dir():
         found.model.lora.path = str(workdir / ADAPTERS)
     return found
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    """A command looks for a run's files more than once."""
+    _log.warning(message)
 
 
 def typed(config: ConfigDict, workdir: Path) -> ConfigDict:

@@ -61,7 +61,8 @@ def description_folder(path: Path) -> Path:
     if not path.is_dir():
         raise UserError(
             f"model folder {path}: no such folder; expected a run, or what `hf download NAME "
-            "--local-dir FOLDER` leaves of a model on the Hugging Face hub"
+            "--local-dir FOLDER` leaves of a model on the Hugging Face hub; if it has moved, "
+            "--config.model.path=FOLDER says so"
         )
     run = run_of(path)
     if run is not None:
