@@ -148,7 +148,7 @@ def array_from_first(array: np.ndarray | None) -> np.ndarray | None:
     about = first_decides(lambda: None if array is None else [array.dtype.str, array.shape])
     if about is None:
         return None
-    found = np.ascontiguousarray(array) if first() else np.empty(about[1], about[0])
+    found = np.asarray(array, order="C") if first() else np.empty(about[1], about[0])
     content = found.reshape(-1).view(np.uint8)
     for start in range(0, content.size, PIECE):
         part = content[start : start + PIECE]
