@@ -85,6 +85,12 @@ def define_hosts() -> None:
     )
 
 
+HOSTS = (
+    "distributed", "coordinator_address", "num_processes", "process_id", "start_timeout",
+    "peer_timeout",
+)  # fmt: skip
+
+
 def required(holder: flags.FlagHolder[ConfigDict]) -> ConfigDict:
     """The parsed configuration, which also says where compiled programs are kept.
 
@@ -207,10 +213,25 @@ def _join() -> bool:
     from mass_dpo_jax import hosts
 
     hosts.start(group)
+    try:
+        hosts.check_same(_settings())
+    except UserError as error:
+        hosts.fail(str(error), 2)
     if not hosts.first():  # One of them speaks.
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
         logging.getLogger("mass_dpo_jax").setLevel(logging.WARNING)
     return True
+
+
+def _settings() -> dict[str, Any]:
+    """The values of our own flags and settings, but for what may differ between processes."""
+    own = {flag.name for flag in _our_flags()} - {*HOSTS, "config"}
+    values = {name: flags.FLAGS[name].value for name in own}
+    config = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
+    for name, value in config_lib.flat(config or ConfigDict()):
+        if name != "cache_dir":
+            values[f"config.{name}"] = value
+    return values
 
 
 def _together(main: Callable[[], None], interrupted: str) -> None:
@@ -300,15 +321,7 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _help() -> str:
-    """Of the flags those that the package, or the command's own, defines."""
-    packages = ("mass_dpo_jax", (sys.modules["__main__"].__package__ or "mass_dpo_jax"))
-    ours = [
-        flag
-        for module, defined in flags.FLAGS.flags_by_module_dict().items()
-        if module == sys.argv[0] or module.startswith(packages)
-        for flag in defined
-        if not flag.name.startswith("config.")
-    ]
+    ours = _our_flags()
     if "config" not in flags.FLAGS:
         return help_lib.describe(_doc(), ours, None, "")
     path = _value(sys.argv, "config")
@@ -316,6 +329,18 @@ def _help() -> str:
     return help_lib.describe(
         _doc(), ours, flags.FLAGS["config"].value or config_lib.default(), place
     )
+
+
+def _our_flags() -> list[flags.Flag]:
+    """Those that the package, or the command's own, defines, without fields of --config."""
+    packages = ("mass_dpo_jax", (sys.modules["__main__"].__package__ or "mass_dpo_jax"))
+    return [
+        flag
+        for module, defined in flags.FLAGS.flags_by_module_dict().items()
+        if module == sys.argv[0] or module.startswith(packages)
+        for flag in defined
+        if not flag.name.startswith("config.")
+    ]
 
 
 def _value(argv: Sequence[str], flag: str) -> str | None:

@@ -29,25 +29,27 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
 def _train(config: ConfigDict, workdir: Path, lock: run_folder.Lock) -> dict[str, Any]:
     hosts.check_shared(workdir, "--workdir")
-    run_folder.check(workdir, config)
+    hosts.first_decides(lambda: run_folder.check(workdir, config))
     loggers.check(config)
     if workdir.exists():  # Else it is made when everything has been found in order.
         lock.take()
-    done = hosts.from_first(run_folder.read_metrics(workdir))
-    if done and done["finished"] and checkpoint.latest_step(workdir) == done["step"]:
+    done = hosts.first_decides(lambda: run_folder.finished(workdir))
+    if done is not None:
         _log.info(f"{workdir}: finished at step {done['step']}; nothing to do")
         return done
     check_best(config, SPLITS)
-    begun = hosts.from_first(checkpoint.latest_step(workdir)) is not None
+    begun = hosts.first_decides(lambda: checkpoint.latest_step(workdir)) is not None
     setup = prepare(origin.with_own_files(config, workdir) if begun else config, workdir, SPLITS)
     check_best(config, setup.tokens)
     digests = setup.digests()
-    run_folder.check_data(workdir, digests)
+    hosts.first_decides(lambda: run_folder.check_data(workdir, digests))
     params, reference_params, weights = _read_weights(setup, begun)
     if begun:
-        origin.check_weights(workdir, weights)
+        hosts.first_decides(lambda: origin.check_weights(workdir, weights))
     lock.take()
-    run_folder.check(workdir, config)  # Again: another training may have come and gone.
+    hosts.first_decides(
+        lambda: run_folder.check(workdir, config)
+    )  # Another may have come and gone.
     if begun:
         run_folder.say_changed(workdir, config)
         config = origin.typed(config, workdir)
@@ -69,7 +71,7 @@ def _train(config: ConfigDict, workdir: Path, lock: run_folder.Lock) -> dict[str
     optimizer = make_optimizer(config.train, total)
     like = abstract_state(setup, optimizer)
     best = f"eval/{config.train.keep_best}"
-    values = dict(hosts.from_first(list(run_folder.by_step(workdir, best).items())))
+    values = dict(hosts.first_decides(lambda: list(run_folder.by_step(workdir, best).items())))
     saved = checkpoint.Checkpoints(workdir, config.train.keep_checkpoints, values)
     negatives = None
     if saved.latest() is None:
@@ -80,7 +82,7 @@ def _train(config: ConfigDict, workdir: Path, lock: run_folder.Lock) -> dict[str
         _log.info(f"{workdir}: going on from step {int(state.step)} of {total}")
 
     start = int(state.step)
-    evaluated = hosts.from_first(sorted(run_folder.evaluated(workdir)))
+    evaluated = hosts.first_decides(lambda: sorted(run_folder.evaluated(workdir)))
     log = loggers.Logs(config, workdir, start)
     report = Report(setup, reference.logps, workdir, log)
     rate = learning_rate(config.train, total)

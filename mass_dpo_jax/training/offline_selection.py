@@ -69,6 +69,8 @@ def with_model(config: ConfigDict, workdir: Path | None, split: str | None) -> I
         names = [f"{workdir or config.model.path}: example {tokens.ids[row]!r}" for row in rows]
         selection.check(picks, beyond, setup.method.selection, names)
         chosen |= zip(rows, _rows(picks, setup.method.sampled), strict=True)
+    if not hosts.first():  # It has no texts, and writes nothing.
+        return
     by_id = {example.id: example for example in setup.examples[split]}
     for row, example_id in enumerate(tokens.ids):
         # Candidates that were too long are gone from the tokens.

@@ -217,6 +217,13 @@ def read_metrics(workdir: Path) -> dict[str, Any] | None:
     return found
 
 
+def finished(workdir: Path) -> dict[str, Any] | None:
+    """The metrics of a run that is through, its last checkpoint there; None of any other."""
+    found = read_metrics(workdir)
+    done = found and found["finished"] and latest_step(workdir) == found["step"]
+    return found if done else None
+
+
 _METRICS: Mapping[str, tuple[Any, str]] = {
     "finished": (bool, "true or false"),
     "step": (int, "an integer"),

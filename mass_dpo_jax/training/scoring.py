@@ -167,7 +167,7 @@ def cached(folder: Path, name: str, key: str, compute: Callable[[], np.ndarray])
     """
     digest = hashlib.sha256(f"{key} {mass_dpo_jax.__version__}".encode()).hexdigest()[:32]
     path = folder / f"{name}-{digest}.npy"
-    found = hosts.table_from_first(_read(path) if hosts.first() else None)
+    found = hosts.array_from_first(_read(path) if hosts.first() else None)
     if found is None:
         found = compute()
         if hosts.first():

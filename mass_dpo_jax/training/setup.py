@@ -54,7 +54,7 @@ class Setup:
     """What a configuration means: data in tokens, a decoder without weights, a method.
 
     Attributes:
-      examples: by split, as text.
+      examples: by split, as text; of several processes, the first one's alone.
       tokens: by split.
       buckets: by split.
     """
@@ -144,18 +144,31 @@ def prepare(config: ConfigDict, workdir: Path | None, splits: Sequence[str]) -> 
       UserError: the configuration, the data or the model folder is not what it should be.
     """
     mesh = open_mesh(config)
-    with hosts.first_goes_ahead("data"):
-        found = {split: load_examples(config.data, split, config.seed) for split in splits}
-        examples = {split: rows for split, rows in found.items() if rows}
-        if splits[0] not in examples:
-            raise UserError(
-                f"{config.data.path or config.data.name}: split {splits[0]!r} has no rows of its "
-                f"own, and with config.data.validation_share={config.data.validation_share} none "
-                "are held out for it; expected another --split"
-            )
+    examples: dict[str, list[Example]] = {}
+    tokens: dict[str, Tokens] = {}
+    if hosts.first():
+        examples = _load(config, splits)
         policy = open_policy(config, mesh, workdir, examples.get("train", ()))
         tokens = _tokenize(config, policy, examples)
+    there = hosts.first_decides(lambda: list(tokens))
+    if not hosts.first():  # What is trained on comes from the first one, so that it is the same.
+        policy = open_policy(config, mesh, workdir, ())
+    hosts.check_same({"config.model.path": f"{policy.config} {policy.lora}"})
+    tokens = {split: hosts.fields_from_first(Tokens, tokens.get(split)) for split in there}
     return _of_tokens(config, policy, examples, tokens)
+
+
+def _load(config: ConfigDict, splits: Sequence[str]) -> dict[str, list[Example]]:
+    """By split, those that have rows."""
+    found = {split: load_examples(config.data, split, config.seed) for split in splits}
+    examples = {split: rows for split, rows in found.items() if rows}
+    if splits[0] not in examples:
+        raise UserError(
+            f"{config.data.path or config.data.name}: split {splits[0]!r} has no rows of its "
+            f"own, and with config.data.validation_share={config.data.validation_share} none "
+            "are held out for it; expected another --split"
+        )
+    return examples
 
 
 def prepare_examples(
@@ -283,7 +296,7 @@ def _prepare_run(
 
     `config.model.path` may say where the model that it began from lies now.
     """
-    if checkpoint.latest_step(workdir) is None:
+    if hosts.first_decides(lambda: checkpoint.latest_step(workdir)) is None:
         raise UserError(f"{workdir}: {checkpoint.NONE_YET}")
     own = origin.find_files(config_lib.load(workdir), workdir)
     lora = uses_lora(own.model.lora)
