@@ -247,13 +247,22 @@ def test_wrong_scores(tmp_path: Path, chosen: Any, rejected: Any, message: str) 
         read(tmp_path, row)
 
 
-def test_fewer_rows_than_asked_for_are_said(tmp_path: Path, caplog: Any) -> None:
-    file = write(tmp_path / "file.jsonl", *[GOOD] * 20)
+def test_limits_that_leave_rows_out_are_said_and_no_others(tmp_path: Path, caplog: Any) -> None:
+    rows = [{**GOOD, "prompt": f"p{i}"} for i in range(20)]
+    file = write(tmp_path / "file.jsonl", *rows)
     with caplog.at_level(logging.INFO, "mass_dpo_jax.data"):
-        for most in (0, 18, 19):
+        for most in (0, 1, 17, 18, 19):
             load_examples(settings(file, max_train=most), "train", seed=0)
-    said = [r.getMessage() for r in caplog.records if "fewer than" in r.getMessage()]
-    assert said == ["train: 18 rows, fewer than data.max_train=19"]
+        load_examples(settings(file, max_test=1), "test", seed=0)
+        load_examples(settings(file, max_validation=1), "validation", seed=0)
+        load_examples(settings(file, max_train=1, max_validation=1, max_test=1), "all", seed=0)
+    said = [r.getMessage() for r in caplog.records if "max_" in r.getMessage()]
+    assert said == [
+        "train: 1 of 18 rows are used (config.data.max_train)",
+        "train: 17 of 18 rows are used (config.data.max_train)",
+        "test: 1 of 2 rows are used (config.data.max_test)",
+        "validation: 1 of 2 rows are used (config.data.max_validation)",
+    ]
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
@@ -273,7 +282,10 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert "broken.jsonl.gz:1: cannot be read" in error(tmp_path / "broken.jsonl.gz")
     assert "nowhere: no such file or folder" in error(tmp_path / "nowhere")
     (tmp_path / "folder").mkdir()
-    assert "found none of them, but nothing" in error(tmp_path / "folder")
+    assert error(tmp_path / "folder") == (
+        f"{tmp_path / 'folder'}: expected files train.jsonl, validation.jsonl, test.jsonl (or with "
+        ".jsonl.gz); found nothing"
+    )
     write(tmp_path / "folder" / "test.jsonl", GOOD)
     assert "no split 'train'; found test" in error(tmp_path / "folder")
     write(tmp_path / "folder" / "train.jsonl", GOOD)

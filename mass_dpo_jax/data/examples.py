@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 from mass_dpo_jax.errors import UserError
@@ -54,6 +54,17 @@ class Example:
     rejected: tuple[Text, ...]
     place: str
     scores: tuple[float, ...] | None = None
+
+    @property
+    def question(self) -> Hashable:
+        """Of the prompt, equal for rows that must not be on both sides of a split: its items, or
+        its messages, where one from the user is the same as its text."""
+        if isinstance(self.prompt, History):
+            return self.prompt.items
+        if isinstance(self.prompt, str):
+            return self.prompt.strip()
+        messages = tuple((m["role"], m["content"].strip()) for m in self.prompt)
+        return messages[0][1] if len(messages) == 1 else messages
 
 
 def from_row(row: Any, default_id: str, place: str) -> Example:

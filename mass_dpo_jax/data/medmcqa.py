@@ -67,7 +67,7 @@ def load(data: Any, split: str, seed: int) -> list[Example]:
 
     found = tables.collect(table, make, data, seed)
     examples = []
-    for question in splits.limit(found, splits.most(data, split), seed):
+    for question in splits.limit(found, data, split, seed):
         rng = np.random.default_rng([seed, question.index, 3])
         if enlarge:
             question = _enlarged(question, pools[question.subject], data.num_candidates, rng)

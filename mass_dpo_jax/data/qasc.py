@@ -38,7 +38,7 @@ def load(data: Any, split: str, seed: int) -> list[Example]:
         return _question(row, index, f"{table.source.name}-{index}", place)
 
     found = tables.collect(table, make, data, seed)
-    found = splits.limit(found, splits.most(data, split), seed)
+    found = splits.limit(found, data, split, seed)
     return [
         questions.to_example(q, np.random.default_rng([seed, q.index, 3]), data.list_candidates)
         for q in found

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from mass_dpo_jax.data import examples, splits
+from mass_dpo_jax.data import examples, lines, splits
 from mass_dpo_jax.data.bad_rows import BadRows
 from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.errors import UserError
@@ -24,12 +24,16 @@ class Table(NamedTuple):
     rows: Iterable[tuple[str, Any]]
 
 
-class Named(Protocol):
+class Row(Protocol):
     @property
     def id(self) -> str: ...
 
+    @property
+    def question(self) -> Hashable:
+        """Equal for rows that must not be on both sides of a split."""
 
-Item = TypeVar("Item", bound=Named)
+
+Item = TypeVar("Item", bound=Row)
 
 
 def open_files(
@@ -37,6 +41,7 @@ def open_files(
 ) -> Table:
     """JSON lines of a file or folder; see `splits.find_file`. Blank lines are no rows."""
     file, source = splits.find_file(path, split, patterns, without)
+    lines.check_json_lines(file)
     return Table(str(file), source, _objects(file))
 
 
@@ -102,16 +107,17 @@ def collect(
             rows.check_id(item.id, place)
             found.append(item)
     rows.done()
-    return splits.take(found, table.source.part, data.validation_share, seed, table.name)
+    questions = [item.question for item in found]
+    return splits.take(found, questions, table.source.part, data.validation_share, seed, table.name)
 
 
 def _objects(file: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in splits.read_lines(file):
+    for number, line in lines.read_lines(file):
         if not line.strip():
             continue
         place = f"{file}:{number}"
         try:
-            row = parse_json(line, file, number)
+            row = parse_json(lines.decode(line, place), file, number)
         except UserError as error:
             row = error
         yield place, row
