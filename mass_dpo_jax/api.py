@@ -16,8 +16,8 @@ from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
 from mass_dpo_jax import config as config_lib
-from mass_dpo_jax.data.bad_rows import BadRows
-from mass_dpo_jax.data.examples import Example, from_row
+from mass_dpo_jax.data import splits, tables
+from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models.config import DecoderConfig
 from mass_dpo_jax.training import origin
@@ -92,7 +92,7 @@ class Model:
             UserError: a row is not what it should be (unless `data.on_bad_row` is "skip"), or too
                 long.
         """
-        rows = _examples(examples, self.config.data.on_bad_row)
+        rows = _examples(examples, self.config.data)
         setup = prepare_examples(self.config, self.policy, {"all": rows})
         tokens, scorer = setup.tokens["all"], setup.program.scorer
         compute = scorer.logps_and_features if features else scorer.logps
@@ -174,9 +174,7 @@ def batches(
     """
     config = _copy(model.config if config is None else config)
     config.model = model.config.model
-    setup = prepare_examples(
-        config, model.policy, {"train": _examples(examples, config.data.on_bad_row)}
-    )
+    setup = prepare_examples(config, model.policy, {"train": _examples(examples, config.data)})
     reference = model if reference is None else reference
     model.policy.check_like(reference.architecture, "reference")
     if reference.policy.lora != model.policy.lora:
@@ -233,15 +231,8 @@ def _check_container(rows: Any) -> None:
         raise UserError(f"examples: expected rows, found {advice}")
 
 
-def _examples(rows: Rows, on_bad_row: str) -> list[Example]:
+def _examples(rows: Rows, data: Any) -> list[Example]:
     _check_container(rows)
-    read = BadRows("examples", on_bad_row)
-    found = []
-    for i, row in enumerate(rows):
-        with read:
-            place = f"examples[{i}]"
-            example = row if isinstance(row, Example) else from_row(row, str(i), place)
-            read.check_id(example.id, place, "; several rows of one prompt? Leave the ids out")
-            found.append(example)
-    read.done()
-    return found
+    places = ((f"examples[{i}]", row) for i, row in enumerate(rows))
+    table = tables.Table("examples", splits.Source("examples", "all"), places)
+    return tables.read_preferences(table, "", data)

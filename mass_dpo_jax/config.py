@@ -69,7 +69,8 @@ def default() -> ConfigDict:
     c.data.date = "26 Jul 2024"  # What templates that print today's date print instead.
     # More that the chat template is given, a JSON object, e.g. {"enable_thinking": true}.
     c.data.chat_template_kwargs = ""
-    # Other names of jsonl's and hub's columns, e.g. prompt=question,rejected=wrong_answers.
+    # Other names of jsonl's and hub's columns, e.g. prompt=question,rejected=wrong_answers; id= :
+    # ids are not read, and rows numbered.
     c.data.columns = ""
     c.data.max_prompt_length = 1024  # Tokens; the oldest history goes first, then the left side.
     c.data.max_response_length = 256  # Tokens, end of sequence included.

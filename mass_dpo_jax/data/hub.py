@@ -44,7 +44,7 @@ def open_dataset(path: str, split: str, without: Collection[str] = ()) -> tables
         splits.say_not_read(path, tuple(name for name in data if name not in names.values()))
         source = splits.resolve(split, [name for name in names if name not in without], path)
         rows = data[names[source.name]]
-    name = f"{path} {source.name}"
+    name = path if isinstance(data, Dataset) else f"{path} {source.name}"
     places = (f"{name} row {i}" for i in range(len(rows)))
     return tables.Table(name, source, zip(places, rows.with_format(None), strict=True))
 

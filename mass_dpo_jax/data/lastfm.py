@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from mass_dpo_jax.data import hetrec, lines, splits, tables
-from mass_dpo_jax.data.examples import Example, check_string
+from mass_dpo_jax.data.checks import check_string
+from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import parse_json
 

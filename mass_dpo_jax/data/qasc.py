@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from mass_dpo_jax.data import questions, splits, tables
-from mass_dpo_jax.data.examples import Example, check_id, kind
+from mass_dpo_jax.data.checks import check_id, kind
+from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.data.questions import Question, check_text
 from mass_dpo_jax.errors import UserError
 

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from mass_dpo_jax.data import hub, splits, tables
-from mass_dpo_jax.data.examples import Example, check_string, kind
+from mass_dpo_jax.data.checks import check_string, kind
+from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.errors import UserError
 
 LISTED = "{}\n\nOne of these is the answer:\n{}\n\nAnswer:\n"

@@ -22,7 +22,8 @@ import numpy as np
 
 from mass_dpo_jax.data import lines, splits
 from mass_dpo_jax.data.bad_rows import BadRows
-from mass_dpo_jax.data.examples import Example, History, check_string
+from mass_dpo_jax.data.checks import check_string
+from mass_dpo_jax.data.examples import Example, History
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import shorten
 
