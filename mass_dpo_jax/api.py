@@ -16,8 +16,8 @@ from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
 from mass_dpo_jax import config as config_lib
-from mass_dpo_jax.data.bad_rows import BadRows
-from mass_dpo_jax.data.examples import Example, from_row
+from mass_dpo_jax.data import splits, tables
+from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models.config import DecoderConfig
 from mass_dpo_jax.training import origin
@@ -89,9 +89,10 @@ class Model:
             features: hidden states too.
 
         Raises:
-            UserError: a row is not what it should be, or too long.
+            UserError: a row is not what it should be (unless `data.on_bad_row` is "skip"), or too
+                long.
         """
-        rows = _examples(examples)
+        rows = _examples(examples, self.config.data)
         setup = prepare_examples(self.config, self.policy, {"all": rows})
         tokens, scorer = setup.tokens["all"], setup.program.scorer
         compute = scorer.logps_and_features if features else scorer.logps
@@ -169,11 +170,11 @@ def batches(
         A sequence of `StepBatch`: `len(...)` updates, `for batch in ...`, `...[step]`.
 
     Raises:
-        UserError: a row or a setting is not what it should be.
+        UserError: a setting is not what it should be, or a row, unless `data.on_bad_row` is "skip".
     """
     config = _copy(model.config if config is None else config)
     config.model = model.config.model
-    setup = prepare_examples(config, model.policy, {"train": _examples(examples)})
+    setup = prepare_examples(config, model.policy, {"train": _examples(examples, config.data)})
     reference = model if reference is None else reference
     model.policy.check_like(reference.architecture, "reference")
     if reference.policy.lora != model.policy.lora:
@@ -210,14 +211,28 @@ def _copy(config: ConfigDict) -> ConfigDict:
     return config.copy_and_resolve_references()
 
 
-def _examples(rows: Rows) -> list[Example]:
-    read = BadRows("examples", None)
-    found = []
-    for i, row in enumerate(rows):
-        with read:
-            place = f"examples[{i}]"
-            example = row if isinstance(row, Example) else from_row(row, str(i), place)
-            read.check_id(example.id, place)
-            found.append(example)
-    read.done()
-    return found
+def _check_container(rows: Any) -> None:
+    """Raises UserError for what holds rows and is no sequence of them, and says how to get them."""
+    advice = ""
+    if isinstance(rows, (str, Path)):
+        advice = "a path: load_examples reads files, as config.data.path"
+    elif type(rows).__name__ in ("DatasetDict", "IterableDatasetDict"):
+        advice = f"all splits of a dataset: give one, as in dataset[{next(iter(rows), 'train')!r}]"
+    elif hasattr(rows, "to_dict") and hasattr(rows, "columns"):
+        advice = "a table: give its rows, df.to_dict('records')"
+    elif isinstance(rows, Mapping):
+        if any(isinstance(value, (str, Mapping)) for value in rows.values()):
+            advice = "one row: give a list of it, [row]"
+        else:
+            advice = "columns: give rows, [dict(zip(x, values)) for values in zip(*x.values())]"
+    elif not isinstance(rows, Iterable):
+        advice = f"{type(rows).__name__}"
+    if advice:
+        raise UserError(f"examples: expected rows, found {advice}")
+
+
+def _examples(rows: Rows, data: Any) -> list[Example]:
+    _check_container(rows)
+    places = ((f"examples[{i}]", row) for i, row in enumerate(rows))
+    table = tables.Table("examples", splits.Source("examples", "all"), places)
+    return tables.read_preferences(table, "", data)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.formats import HEAD, name_binary
 
 if TYPE_CHECKING:
     import numpy as np
@@ -96,9 +97,13 @@ def read_text(path: Path) -> str:
       UserError: there is no such file, or it is something else.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    if what := name_binary(content[:HEAD], path):
+        raise UserError(f"{path}: {what}")
+    try:
+        return content.decode()
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import typing
@@ -14,9 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from datasets import Dataset, DatasetDict
 from helpers import WORDS, log_lines, slow, tiny_config, write_jsonl
 from ml_collections import ConfigDict
 from models_for_tests import hf_config
+from pandas import DataFrame
 from processes import python
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -178,9 +181,23 @@ def test_mistakes(tmp_path: Path, folder: Path) -> None:
         mdj.load_model(tmp_path / "none")
     model = mdj.load_model(folder, config)
     row = {"prompt": "a", "chosen": "b", "rejected": ["c", "d", "e"]}
-    # Without advice: config.data.on_bad_row has no effect here.
-    with pytest.raises(mdj.UserError, match=r"examples\[1\]: field 'chosen' is missing.*prompt$"):
+    with pytest.raises(mdj.UserError, match=r"examples\[1\]: field 'chosen' is missing.*skip leav"):
         model.score([row, {"prompt": "a"}])
+    containers = [
+        (DataFrame([row]), r"a table: give its rows, df.to_dict\('records'\)"),
+        (DatasetDict(train=Dataset.from_list([row])), r"give one, as in dataset\['train'\]"),
+        ("rows.jsonl", "a path: load_examples reads files"),
+        (tmp_path, "a path: load_examples reads files"),
+        (row, "one row: give a list of it"),
+        ({name: [value] for name, value in row.items()}, "columns: give rows"),
+        (3, "int$"),
+    ]
+    for container, message in containers:
+        with pytest.raises(mdj.UserError, match=f"examples: expected rows, found .*{message}"):
+            model.score(container)  # type: ignore[arg-type]
+    skipping = dataclasses.replace(model, config=model.config.copy_and_resolve_references())
+    skipping.config.data.on_bad_row = "skip"
+    assert skipping.score([row, {"prompt": "a"}, row, 3]).ids == ["0", "2"]
     with pytest.raises(mdj.UserError, match=r"examples\[1\]: id 'x' is taken by examples\[0\]"):
         model.score([{**row, "id": "x"}, {**row, "id": "x"}])
     with pytest.raises(mdj.UserError, match="examples: is empty"):

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax import hosts
-from mass_dpo_jax.data import load_examples
+from mass_dpo_jax.data import load_examples, warn_of_shared_prompts
 from mass_dpo_jax.data.batches import Batch, Buckets, make_buckets
 from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.data.token_cache import tokenize_once
@@ -162,6 +162,7 @@ def _load(config: ConfigDict, splits: Sequence[str]) -> dict[str, list[Example]]
     """By split, those that have rows."""
     found = {split: load_examples(config.data, split, config.seed) for split in splits}
     examples = {split: rows for split, rows in found.items() if rows}
+    warn_of_shared_prompts(examples)
     if splits[0] not in examples:
         raise UserError(
             f"{config.data.path or config.data.name}: split {splits[0]!r} has no rows of its "
