@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from mass_dpo_jax.train import train
 from mass_dpo_jax.training import run_folder
 from mass_dpo_jax.training.methods import KINDS
 from mass_dpo_jax.training.optimizer import make_optimizer
-from mass_dpo_jax.training.refresh import Sets
+from mass_dpo_jax.training.refresh import NO_SET, Sets
 from mass_dpo_jax.training.setup import Reference, prepare
-from mass_dpo_jax.training.step import Choice, Program, TrainState
+from mass_dpo_jax.training.step import Choice, KeptSets, Program, TrainState
 from mass_dpo_jax.training.updates import Batches, TrainStep
 
 pytestmark = pytest.mark.usefixtures("one_device", "strict_jax")
@@ -272,12 +273,12 @@ def test_random_sets_are_each_prompts_own_and_last_a_window(
     def choose(self: Program, _: Any, state: Any, arrays: Any, given: Any, key: Any, *rest: Any):
         assert given is None  # They are chosen inside of the step.
         micro_batch = jax.tree.map(lambda x: x[0], arrays)
-        return self.choose_batch(state.params, micro_batch, key)[0].numbers
+        return state, self.choose_batch(state.params, micro_batch, key)[0].numbers, {}
 
     monkeypatch.setattr(Program, "train_step", choose)  # Its choice without its gradient.
     step = TrainStep(batches, make_optimizer(config.train, 3), {})
     for batch in batches:
-        sets[batch.step, batch.rows] = step.update(TrainState(batch.step, {}, None), batch)
+        _, sets[batch.step, batch.rows], _ = step.update(TrainState(batch.step, {}, None), batch)
     np.testing.assert_array_equal(sets[0], sets[1])
     assert (sets[1] != sets[2]).any(-1).mean() > 0.5
     pools = (setup.tokens["train"].response_lengths[:, 1:] > 0).sum(1)
@@ -328,7 +329,57 @@ def test_a_window_chooses_for_every_row_it_trains_on_with_the_policy_at_its_star
     sets = Sets(setup, order, 5, Reference({}), None)
     for step, start in enumerate((10, 10, 12, 12, 14)):
         found = sets.at(step, 10 + step)  # A number in the place of weights.
-        assert found is not None and (found[order(step)[0]] == start).all()
+        assert found is not None and (found.numbers[order(step)[0]] == start).all()
+
+
+def test_sets_that_are_not_there_are_chosen_with_a_warning(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, said: Callable[[], str]
+) -> None:
+    config = tiny_config(data, **{"train.steps": 7, "selection.refresh": "3"})
+    setup = prepare(config, tmp_path / "run", ("train",))
+    order = Batches(setup, Reference({})).order
+
+    def choose(self: Program, policy: int, batch: Any, key: Any) -> Any:
+        return Choice(np.full((len(batch.index), 3), policy)), {}
+
+    monkeypatch.setattr(Program, "choose_batch", choose)
+
+    def sets(restored: np.ndarray | None = None) -> Sets:
+        return Sets(setup, order, 7, Reference({}), restored)
+
+    def at(sets: Sets, step: int, policy: int, given: KeptSets | None = None) -> KeptSets:
+        found = sets.at(step, policy, given)  # A number in the place of weights.
+        assert found is not None and found.window == step // 3
+        assert (found.numbers != NO_SET).all(1)[order(step)[0]].all()
+        return found
+
+    def policy_of(found: KeptSets, step: int) -> int:
+        (policy,) = np.unique(found.numbers[order(step)[0]])
+        return int(policy)
+
+    first = at(sets(), 0, 1)
+    before = first.numbers.copy()
+    assert "no sets" not in said()
+    # Handed on: with the state, as arrays of JAX too, or with a checkpoint.
+    for given in (first, jax.tree.map(jnp.asarray, first)):
+        assert policy_of(at(sets(), 1, 2, given), 1) == 1
+    assert policy_of(at(sets(first.numbers), 2, 2), 2) == 1
+    old = np.where(first.numbers == NO_SET, 0, first.numbers)  # As checkpoints once were.
+    assert policy_of(at(sets(old), 2, 2), 2) == 1
+    assert "no sets" not in said()
+    # A window of its own begins: nothing is missing.
+    assert policy_of(at(sets(), 3, 4, first), 3) == 4
+    np.testing.assert_array_equal(first.numbers, before)  # A state is not changed afterwards.
+    assert "no sets" not in said()
+    # Entered in the middle: without sets, with those of another window, with some rows' only.
+    partial = first.numbers.copy()
+    partial[order(2)[0][3]] = NO_SET
+    for step, given in ((1, None), (4, first), (5, first), (2, KeptSets(0, partial))):
+        assert policy_of(at(sets(), step, 9, given), step) == 9
+        assert f"step {step}: the state has no sets of negatives of its window" in said()
+    assert said().count("they are chosen now") == 4
+    with pytest.raises(UserError, match=r"sets of negatives are \[22, 2\], expected \[22, 3\]"):
+        sets().at(1, 1, KeptSets(0, np.ones((22, 2), np.int32)))
 
 
 def test_a_set_in_another_order_has_not_changed(tmp_path: Path, data: Path) -> None:
