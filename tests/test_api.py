@@ -157,7 +157,7 @@ def test_another_step_function_goes_on_inside_a_window(
         state, found = steps[0].init(model.params), []
         for batch in batches:
             state, metrics = steps[batch.step % functions](state, batch)
-            assert 0 < float(metrics["loss"]) and float(metrics["grad_norm"]) > 0
+            assert float(metrics["loss"]) > 0 and float(metrics["grad_norm"]) > 0
             assert np.isfinite(float(metrics["rewards/margins_hard"]))
             found.append(float(metrics["loss"]))
             # All that a state is goes through a file.

@@ -57,6 +57,78 @@ def test_pools_smaller_than_n_use_what_they_have(tmp_path: Path, data: Path, cha
     assert losses(tmp_path / "run")[0] == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("held_out", [5, 8, slow(2)])
+@pytest.mark.parametrize("changes", [{"method": "pl_all"}, {"selection.criterion": "all"}])
+def test_the_whole_pool_is_that_of_the_training_rows(
+    tmp_path: Path, data: Path, changes: dict, held_out: int
+) -> None:
+    """Whatever pools the rows have that it is evaluated on, and whatever config.num_negatives."""
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    more = [f"{word} jetty maple" for word in ("amber", "basil", "cedar", "delta", "ember")]
+    folder = tmp_path / "splits"
+    folder.mkdir()
+    for split, some, size in (("train", rows[:8], 3), ("test", rows[8:12], held_out)):
+        for row in some:
+            row["rejected"] = (row["rejected"] + more)[:size]
+            del row["score_chosen"], row["score_rejected"]
+        text = "".join(json.dumps(row) + "\n" for row in some)
+        (folder / f"{split}.jsonl").write_text(text)
+    some = {"train.steps": 1, "log.report": True, "num_negatives": 99}
+    config = tiny_config(folder, **changes, **some)
+    assert prepare(config, tmp_path / "none", ("train", "test")).method.num_negatives == 3
+    train(config, tmp_path / "run")
+    assert losses(tmp_path / "run")[0] == pytest.approx(math.log(4), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("pools", "message"),
+    [
+        ([1], "the largest has 1 rejected response); set config.num_negatives=1, or config.method"),
+        ([1, 2], "the largest has 2 rejected responses); set config.num_negatives=2 or fewer"),
+    ],
+)
+def test_pools_that_are_all_too_small(
+    tmp_path: Path, data: Path, pools: list[int], message: str
+) -> None:
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    for i, row in enumerate(rows):
+        row["rejected"] = row["rejected"][: pools[i % len(pools)]]
+        del row["score_chosen"], row["score_rejected"]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for method in ("mass_dpo", "pl_sampled", "sdpo", "dmpo"):
+        with pytest.raises(UserError, match="=3: larger than every pool") as error:
+            prepare(tiny_config(data, method=method), tmp_path / "run", ("train",))
+        assert message in str(error.value)
+    # A message that names the setting comes from methods that read it only.
+    for method, n in {"dpo": 1, "pl_all": max(pools), "sft": 0}.items():
+        setup = prepare(tiny_config(data, method=method), tmp_path / "run", ("train",))
+        assert setup.method.num_negatives == n
+
+
+def test_ranks_are_those_of_the_data_where_responses_are_left_out(
+    tmp_path: Path, data: Path
+) -> None:
+    long = "delta " * 40
+    rows = [json.loads(line) for line in data.read_text().splitlines()][:8]
+    pools = [[long, "cedar"], ["cedar", long + "ember", long, "fjord"], ["amber", "ember", long]]
+    for i, row in enumerate(rows):
+        row["rejected"] = pools[i % 3]
+        del row["score_chosen"], row["score_rejected"]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ranks = [[2], [1, 4], [1, 2]]  # Counted from 1, of those that are left.
+    changes = {
+        "data.long_response": "drop", "data.max_response_length": 20, "num_negatives": 2,
+        "method": "odpo", "odpo.offset": "rank", "data.validation_share": 0.0,
+    }  # fmt: skip
+    want = [np.logaddexp(0, np.log(ranks[i % 3])).mean() for i in range(8)]
+    assert first_loss(tmp_path, data, **changes) == pytest.approx(np.mean(want), abs=1e-5)
+    # The data's own scores, where it has any, are not what is asked for.
+    for row in rows:
+        row |= {"score_chosen": 1, "score_rejected": [1] * len(row["rejected"])}
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert first_loss(tmp_path, data, **changes) == pytest.approx(np.mean(want), abs=1e-5)
+
+
 @pytest.mark.parametrize("method", [name if name == "mass_dpo" else slow(name) for name in KINDS])
 def test_every_method_lowers_its_loss(tmp_path: Path, data: Path, method: str) -> None:
     changes = {"train.steps": 24, "train.eval_every": 0, "train.clip": 1.0, "beta": 1.0}

@@ -138,8 +138,7 @@ class Sets:
         wanted = np.unique(np.concatenate([self._order(s)[0] for s in steps]))
         setup = self._setup
         key = setup.key(step // self.window)
-        rows, sets = [], []
-        for indices, batch in scoring.batches(
+        batches = scoring.batches(
             setup.tokens["train"],
             setup.buckets["train"],
             setup.config.eval.batch_size,
@@ -148,8 +147,11 @@ class Sets:
             wanted,
             self._reference.logps.get("train"),
             self._reference.grams,
-        ):
-            choice, _ = setup.program.choose_batch(params, batch, key)
-            rows.append(indices[indices >= 0])
-            sets.append(hosts.whole(choice.numbers)[indices >= 0])
+        )
+        rows, sets = zip(
+            *scoring.computed(
+                lambda batch: setup.program.choose_batch(params, batch, key)[0].numbers, batches
+            ),
+            strict=True,
+        )
         return np.concatenate(rows), np.concatenate(sets)

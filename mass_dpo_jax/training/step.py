@@ -260,7 +260,6 @@ class Program:
             log_ratios=jnp.where(valid, logps - of_chosen(batch.ref_logps), 0.0),
             lengths=lengths,
             valid=valid,
-            candidates=candidates,
             grades=None if batch.grades is None else of_chosen(batch.grades),
             weights=choice.weights,
             pool_loss=choice.pool_loss,
