@@ -32,7 +32,11 @@ Rows = Iterable[Mapping[str, Any] | Example]
 
 
 class Scores(NamedTuple):
-    """What a model says of M examples with at most C responses each, the chosen one first."""
+    """What a model says of M examples with at most C responses each.
+
+    Column 0 is the chosen response, column 1 + k the example's k-th rejected one, counted from 0. A
+    response that is left out as too long (`data.long_response`) keeps its column, without a number.
+    """
 
     ids: list[str]
     """Of the examples: their `id`, or their place as text."""
@@ -98,7 +102,11 @@ class Model:
         compute = scorer.logps_and_features if features else scorer.logps
         found = setup.over_split(lambda batch: compute(self.params, batch), "all", "scoring")
         logps, hidden = found if features else (found, None)
-        return Scores(tokens.ids, logps, tokens.response_lengths, hidden)
+        by_id = {example.id: len(example.rejected) for example in rows}
+        width = 1 + max(by_id[name] for name in tokens.ids)
+        logps, lengths = (tokens.by_number(x, width) for x in (logps, tokens.response_lengths))
+        hidden = None if hidden is None else tokens.by_number(hidden, width)
+        return Scores(tokens.ids, logps, lengths, hidden)
 
     def updated(self, state: TrainState) -> Model:
         """This model with a state's weights: no copy, so the next step on that state, which takes

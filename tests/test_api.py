@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,6 +25,7 @@ from processes import python
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import mass_dpo_jax as mdj
+from mass_dpo_jax import registry
 from mass_dpo_jax.data.vocabulary import train_tokenizer
 from mass_dpo_jax.score import score
 from mass_dpo_jax.train import train
@@ -140,6 +142,69 @@ def test_a_loop_of_ones_own_is_the_command(
     untouched = mdj.load_model(folder, config).score(rows).logps
     np.testing.assert_array_equal(model.score(rows).logps, untouched)
     assert np.abs(untouched - found.logps).max() > 0.2
+
+
+@pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize("refresh", ["3", slow("once"), slow("epoch")])
+def test_another_step_function_goes_on_inside_a_window(
+    tmp_path: Path, folder: Path, refresh: str, said: Callable[[], str]
+) -> None:
+    """As a new process with a saved state would, or two functions that take turns."""
+    changes = {"train.learning_rate": 3e-2, "train.clip": 10.0, "beta": 1.0, "num_negatives": 2}
+    config = config_of(folder, tmp_path, **changes, **{"selection.refresh": refresh})
+    model = mdj.load_model(folder, config)
+    batches = mdj.batches(model, mdj.load_examples(config.data, "train", 0))
+
+    def losses_of(functions: int, keep: bool = True) -> list[float]:
+        steps = [mdj.make_train_step(model, batches) for _ in range(functions)]
+        state, found = steps[0].init(model.params), []
+        for batch in batches:
+            state, metrics = steps[batch.step % functions](state, batch)
+            assert float(metrics["loss"]) > 0 and float(metrics["grad_norm"]) > 0
+            assert np.isfinite(float(metrics["rewards/margins_hard"]))
+            found.append(float(metrics["loss"]))
+            # All that a state is goes through a file.
+            leaves, tree = jax.tree.flatten(state if keep else state._replace(sets=None))
+            state = jax.tree.unflatten(tree, [jnp.asarray(np.asarray(x)) for x in leaves])
+        return found
+
+    whole = losses_of(1)
+    assert losses_of(2) == whole
+    assert "no sets" not in said()
+    assert losses_of(2, keep=False) != whole
+    assert "step 1: the state has no sets of negatives of its window, which began at st" in said()
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_criterion_that_is_registered_again_needs_batches_of_its_own(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "CRITERIA", dict(registry.CRITERIA))
+    changes = {"selection.criterion": "place", "num_negatives": 1}
+
+    def register(place: int) -> None:
+        @mdj.selection.criterion("place", needs_scoring=False)
+        def at_place(pool: Any, n: int, settings: Any) -> Any:
+            order = jnp.argsort(jnp.where(pool.mask, jnp.arange(pool.mask.shape[0]) != place, 2))
+            return mdj.selection.in_order(order, pool.mask, n)
+
+    register(0)
+    config = config_of(folder, tmp_path, **changes)
+    model = mdj.load_model(folder, config)
+    examples = mdj.load_examples(config.data, "train", 0)
+
+    def chosen() -> tuple[Any, Any, Any]:
+        batches = mdj.batches(model, examples)
+        step = mdj.make_train_step(model, batches)
+        state, used, _ = step.update(step.init(model.params), batches[0])
+        return np.unique(used.numbers), step, (state, batches[1])
+
+    found, step, following = chosen()
+    assert found.tolist() == [1]
+    register(1)
+    with pytest.raises(mdj.UserError, match=r"^criterion 'place' was registered again .*: make"):
+        step(*following)
+    assert chosen()[0].tolist() == [2]
 
 
 @pytest.mark.usefixtures("one_device")

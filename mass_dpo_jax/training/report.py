@@ -245,8 +245,10 @@ class Report:
         if method.supervised or method.frozen_features:
             return None
         rows = np.arange(min(len(tokens), MOST_SELECTED))
+        if method.whole_pool:  # Of n of the training split, which pools here may be larger than.
+            return self._valid(split)[rows] & (np.arange(tokens.response_lengths.shape[1]) > 0)
         chosen = np.zeros((len(rows), tokens.response_lengths.shape[1]), bool)
-        for indices, batch in scoring.batches(
+        batches = scoring.batches(
             tokens,
             setup.buckets[split],
             setup.config.eval.batch_size,
@@ -254,10 +256,12 @@ class Report:
             "selecting",
             rows,
             self._refs.get(split),
+        )
+        for some, numbers in scoring.computed(
+            lambda batch: setup.program.choose_batch(params, batch, setup.key(0))[0].numbers,
+            batches,
         ):
-            found, _ = setup.program.choose_batch(params, batch, setup.key(0))
-            real = indices >= 0
-            chosen[indices[real, None], hosts.whole(found.numbers)[real]] = True
+            chosen[some[:, None], numbers] = True
         chosen[:, 0] = False  # Also what stands for no negative.
         return chosen
 

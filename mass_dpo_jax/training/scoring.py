@@ -58,6 +58,29 @@ def batches(
             bar.update(int((indices >= 0).sum()))
 
 
+def computed(
+    compute: Callable[[Batch], Any], batches: Iterable[tuple[np.ndarray, Batch]]
+) -> Iterator[tuple[np.ndarray, Any]]:
+    """What `compute` gives for each batch: its rows, and arrays `[rows, ...]` on every process.
+
+    Rows of padding are left out. Each batch is started before the one before it is waited for, so
+    that the devices compute while the host makes the next.
+    """
+    waiting: tuple[np.ndarray, Any] | None = None
+    for indices, batch in batches:
+        started = indices, compute(batch)
+        if waiting is not None:
+            yield _real(*waiting)
+        waiting = started
+    if waiting is not None:
+        yield _real(*waiting)
+
+
+def _real(indices: np.ndarray, found: Any) -> tuple[np.ndarray, Any]:
+    real = indices >= 0
+    return indices[real], jax.tree.map(lambda x: hosts.whole(x)[real], found)
+
+
 def over_split(
     compute: Callable[[Batch], Any],
     tokens: Tokens,
@@ -69,15 +92,13 @@ def over_split(
     """What `compute` gives for each example of a split, in its order: float32 `[M, ...]` for each
     array `[B, ...]` of its pytree, all of it on every process."""
     tables: Any = None
-    for indices, batch in batches(tokens, buckets, batch_size, mesh, label):
-        real = indices >= 0
-        found = jax.tree.map(hosts.whole, compute(batch))
+    for rows, found in computed(compute, batches(tokens, buckets, batch_size, mesh, label)):
         if tables is None:
             tables = jax.tree.map(
                 lambda x: np.zeros((len(tokens), *x.shape[1:]), np.float32), found
             )
         for table, part in zip(jax.tree.leaves(tables), jax.tree.leaves(found), strict=True):
-            table[indices[real]] = part[real]
+            table[rows] = part
     return tables
 
 

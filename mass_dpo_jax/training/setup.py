@@ -33,14 +33,15 @@ from mass_dpo_jax.training.methods import Method, make_method, uses_reference
 from mass_dpo_jax.training.policy import Policy, open_policy, uses_lora
 from mass_dpo_jax.training.step import Program, Scorer
 
+LEAST_CHUNK = 4  # Candidates of a rectangle at a time: fewer leave a device idle.
 _log = logging.getLogger(__name__)
 
 
 class Reference(NamedTuple):
     """What is kept of the reference's weights.
 
-    logps: float32 `[M, C]` of each split; empty where the method knows no reference.
-    grams: float32 `[M, C, C]` of the training split, where criteria see the reference's features.
+    logps: float32 `[M, C]` of each split; empty where there is no reference.
+    grams: float32 `[M, C, C]` of the split to choose from, where criteria see its features.
     fingerprint: of the weights; empty likewise.
     """
 
@@ -86,8 +87,13 @@ class Setup:
         found: np.ndarray = self.over_split(compute, split, label)
         return found
 
-    def reference(self, params: Any) -> Reference:
-        """What is needed of the reference's weights, computed once and kept in the cache."""
+    def reference(self, params: Any, choosing: str | None = "train") -> Reference:
+        """What is needed of the reference's weights, computed once and kept in the cache.
+
+        Args:
+          params: the weights.
+          choosing: the split that negatives are chosen from, if any.
+        """
         folder = cache_folder(self.config.cache_dir)
         lora = self.policy.lora
         if lora is None:
@@ -106,16 +112,16 @@ class Setup:
                 f"{key} {tokens.digest()}",
                 functools.partial(self.score, params, split, "reference"),
             )
-        if not self.method.frozen_features or "train" not in self.tokens:
+        if not self.method.frozen_features or choosing not in self.tokens:
             return Reference(logps, fingerprint=fingerprint)
-        how, tokens, scorer = self.config.selection, self.tokens["train"], self.program.scorer
+        how, tokens, scorer = self.config.selection, self.tokens[choosing], self.program.scorer
         grams = scoring.cached(
             folder,
             "ref_grams",
             f"{key} {tokens.digest()} {how.pooling} {how.feature_norm}",
             lambda: self.over_split(
                 lambda batch: scorer.grams(params, batch, self.method.selection),
-                "train",
+                choosing,
                 "features",
             ),
         )
@@ -133,12 +139,15 @@ class Setup:
         )
 
 
-def prepare(config: ConfigDict, workdir: Path | None, splits: Sequence[str]) -> Setup:
+def prepare(
+    config: ConfigDict, workdir: Path | None, splits: Sequence[str], training: bool = True
+) -> Setup:
     """Loads and checks everything but weights; writes at most a tokenizer made from scratch.
 
     Args:
       workdir: a run that begins or, once it has saved something, goes on or is scored.
       splits: those to load; the first must have rows.
+      training: the split "train" is trained on, and must have what the method needs.
 
     Raises:
       UserError: the configuration, the data or the model folder is not what it should be.
@@ -155,7 +164,7 @@ def prepare(config: ConfigDict, workdir: Path | None, splits: Sequence[str]) -> 
         policy = open_policy(config, mesh, workdir, ())
     hosts.check_same({"config.model.path": f"{policy.config} {policy.lora}"})
     tokens = {split: hosts.fields_from_first(Tokens, tokens.get(split)) for split in there}
-    return _of_tokens(config, policy, examples, tokens)
+    return _of_tokens(config, policy, examples, tokens, training)
 
 
 def _load(config: ConfigDict, splits: Sequence[str]) -> dict[str, list[Example]]:
@@ -175,14 +184,14 @@ def _load(config: ConfigDict, splits: Sequence[str]) -> dict[str, list[Example]]
 def prepare_examples(
     config: ConfigDict, policy: Policy, examples: dict[str, list[Example]]
 ) -> Setup:
-    """As `prepare`, for a policy and examples that are there already.
+    """As `prepare`, for a policy and examples that are there already; trains on those of "train".
 
     Raises:
       UserError: the configuration or the examples are not what they should be.
     """
     config_lib.check(config)
     _check_sizes(config, policy.mesh)
-    return _of_tokens(config, policy, examples, _tokenize(config, policy, examples))
+    return _of_tokens(config, policy, examples, _tokenize(config, policy, examples), True)
 
 
 def open_mesh(config: ConfigDict) -> Mesh:
@@ -224,24 +233,28 @@ def _of_tokens(
     policy: Policy,
     examples: dict[str, list[Example]],
     tokens: dict[str, Tokens],
+    training: bool,
 ) -> Setup:
     mesh = policy.mesh
     for split, rows in tokens.items():
         _log.info(f"{split}: {_describe(rows)}")
-    width = max(t.response_lengths.shape[1] for t in tokens.values())
+    chosen_from = [tokens["train"]] if "train" in tokens else tokens.values()
+    width = max(t.response_lengths.shape[1] for t in chosen_from)
     method = make_method(config, largest_pool=width - 1)
-    if "train" in tokens:
-        _check_pools(method, tokens["train"])
+    if training and "train" in tokens:
+        check_pools(method, tokens["train"])
         if method.graded:
             _check_grades(tokens["train"])
+        elif method.name == "odpo":
+            tokens["train"] = _graded_by_rank(tokens["train"])
     longest = max(int(t.response_lengths.max()) for t in tokens.values())
     rectangle = config.model.layout == "rectangle"
     scorer = Scorer(
         graphdef=policy.graphdef,
         layout=config.model.layout,
         max_response=-(-longest // 8) * 8,
-        # As large as what training has to hold anyway.
-        chunk=1 + method.num_negatives if rectangle else None,
+        # As large as what training has to hold anyway, and not one by one.
+        chunk=max(1 + method.num_negatives, LEAST_CHUNK) if rectangle else None,
         pooling=config.selection.pooling,
         attention=fused_attention.choose(
             config.model.attention, policy.config, config.model.dtype, mesh
@@ -256,8 +269,8 @@ def _of_tokens(
 
 
 def prepare_scoring(
-    config: ConfigDict, workdir: Path | None, split: str | None
-) -> tuple[Setup, str, Any, np.ndarray | None]:
+    config: ConfigDict, workdir: Path | None, split: str | None, choosing: bool = False
+) -> tuple[Setup, str, Any, Reference]:
     """For commands that only score: a run in `workdir`, or the model at `config.model.path`.
 
     A run's reference is what it was trained against; that of another model is
@@ -265,10 +278,11 @@ def prepare_scoring(
 
     Args:
       split: None is the test split or, of a single file without splits, all of it.
+      choosing: negatives are to be chosen from it.
 
     Returns:
-      The setup with one split, that split's name, the weights, and the reference's log-probs
-      `[M, C]` or None.
+      The setup with one split, that split's name, the weights, and what is needed of the reference,
+      if there is one.
 
     Raises:
       UserError: as `prepare`; a run and another model are given; or what a run needs of its start
@@ -278,21 +292,21 @@ def prepare_scoring(
     if split is None:
         split = "all" if Path(config.data.path).is_file() else "test"
     if workdir is not None:
-        return _prepare_run(config, workdir, split)
+        return _prepare_run(config, workdir, split, split if choosing else None)
     if not config.model.path:
         raise UserError("no model: give --workdir=RUN, or --config.model.path=FOLDER")
-    setup = prepare(config, None, (split,))
-    refs = None
+    setup = prepare(config, None, (split,), training=False)
+    known = Reference({})
     if config.model.reference_path:
         params = setup.policy.weights(config.model.reference_path, config.seed)
-        refs = setup.reference(params).logps[split]
+        known = setup.reference(params, split if choosing else None)
     params = setup.policy.weights(config.model.path, config.seed, config.model.lora.path)
-    return setup, split, params, refs
+    return setup, split, params, known
 
 
 def _prepare_run(
-    config: ConfigDict, workdir: Path, split: str
-) -> tuple[Setup, str, Any, np.ndarray | None]:
+    config: ConfigDict, workdir: Path, split: str, choosing: str | None
+) -> tuple[Setup, str, Any, Reference]:
     """`prepare_scoring` of a run's newest checkpoint.
 
     `config.model.path` may say where the model that it began from lies now.
@@ -317,19 +331,19 @@ def _prepare_run(
     config.model.lora.update(own.model.lora)
     if lora:  # Beside their base, as they were trained.
         config.model.lora.path = str(workdir)
-    setup = prepare(config, workdir, (split,))
-    refs = None
+    setup = prepare(config, workdir, (split,), training=False)
+    known = Reference({})
     if uses_reference(own.method) or config.model.reference_path:
         params, digest = setup.policy.read(reference, own.seed, adapters)
         _check_reference(config, own, workdir, reference, digest)
-        refs = setup.reference(params).logps[split]
+        known = setup.reference(params, choosing)
         del params
     params, digest = setup.policy.read(
         base if lora else str(workdir), own.seed, config.model.lora.path
     )
     if lora:
         origin.check_weights(workdir, {"model.path": digest})
-    return setup, split, params, refs
+    return setup, split, params, known
 
 
 def _check_reference(
@@ -341,7 +355,7 @@ def _check_reference(
     try:
         origin.check_weights(workdir, {name: digest})
     except UserError:
-        if not config.model.reference_path:
+        if config.model.reference_path == own.model.reference_path:
             raise
         _log.warning(f"rewards are against {reference}, which the run was not trained against")
 
@@ -357,13 +371,37 @@ def _check_own(name: str, config: ConfigDict, own: ConfigDict, workdir: Path) ->
         )
 
 
-def _check_pools(method: Method, tokens: Tokens) -> None:
-    largest = int((tokens.response_lengths[:, 1:] > 0).sum(1).max())
-    if method.num_negatives > largest:
+def check_pools(method: Method, tokens: Tokens) -> None:
+    """Says how many pools have fewer negatives than the method takes.
+
+    Raises:
+      UserError: all of them.
+    """
+    sizes, n = (tokens.response_lengths[:, 1:] > 0).sum(1), method.num_negatives
+    largest = int(sizes.max())
+    if n > largest:
+        other = ", or config.method=dpo" if largest == 1 else " or fewer"
         raise UserError(
-            f"config.num_negatives={method.num_negatives}: larger than every pool of the data "
-            f"(the largest has {largest} rejected response(s))"
+            f"config.num_negatives={n}: larger than every pool of the data (the largest has "
+            f"{largest} rejected response{'s' * (largest > 1)}); set config.num_negatives={largest}"
+            f"{other}"
         )
+    if not method.whole_pool:
+        say_small_pools(n, sizes)
+
+
+def say_small_pools(n: int, sizes: np.ndarray) -> None:
+    """Says, where it is so, that some pools, of `sizes` [M], have fewer negatives than n."""
+    if few := int((sizes < n).sum()):
+        _log.info(
+            f"config.num_negatives={n}: {few} of {len(sizes)} pools have fewer (the smallest "
+            f"{sizes.min()}); of those all are taken"
+        )
+
+
+def _graded_by_rank(tokens: Tokens) -> Tokens:
+    """Rejected responses are listed from the best to the worst: those left out keep their rank."""
+    return dataclasses.replace(tokens, scores=-tokens.numbers.astype(np.float32))
 
 
 def _check_grades(tokens: Tokens) -> None:
