@@ -23,18 +23,17 @@ from mass_dpo_jax.data.examples import Example, History
 from mass_dpo_jax.data.tokenizer import load_tokenizer
 from mass_dpo_jax.data.vocabulary import train_tokenizer
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.files import check_links
 from mass_dpo_jax.models import lora as lora_lib
 from mass_dpo_jax.models.adapters import Adapters, Lora
 from mass_dpo_jax.models.config import DecoderConfig, load_config, parse_targets
 from mass_dpo_jax.models.decoder import Decoder, abstract_decoder
+from mass_dpo_jax.models.folder import GENERATION, check_folder
 from mass_dpo_jax.models.frozen import store
-from mass_dpo_jax.models.weights import load_hf
+from mass_dpo_jax.models.weights import check_hf, load_hf
 from mass_dpo_jax.training import checkpoint
 from mass_dpo_jax.training.mesh import hidden_splits, names, param_shapes
 
 MODEL_FOLDER = "model"  # Inside a run folder: config.json and the tokenizer.
-GENERATION = "generation_config.json"
 # Of a decoder's description, what changes no number that it computes: a model and the one that was
 # tuned from it often differ in these.
 NOT_COMPUTED = ("initializer_range", "max_positions", "bos_token_id", "eos_token_ids")
@@ -61,14 +60,9 @@ def run_of(path: Path) -> tuple[Path, int | None] | None:
 
 def description_folder(path: Path) -> Path:
     """Where config.json and tokenizer lie, for a run, its checkpoint or a Hugging Face folder."""
-    if not path.is_dir():
-        raise UserError(
-            f"model folder {path}: no such folder; expected a run, or what `hf download NAME "
-            "--local-dir FOLDER` leaves of a model on the Hugging Face hub"
-        )
     run = run_of(path)
     folder = path if run is None else run[0] / MODEL_FOLDER
-    check_links(folder)
+    check_folder(folder)
     return folder
 
 
@@ -233,6 +227,8 @@ def open_policy(
     if config.model.path:
         folder = description_folder(Path(config.model.path))
         architecture, tokenizer = load_config(folder), load_tokenizer(folder)
+        if run_of(Path(config.model.path)) is None:
+            check_hf(folder, architecture)
     elif workdir is None:
         raise UserError("config.model.path is empty: expected a model folder or a run folder")
     else:
