@@ -269,7 +269,7 @@ def test_folders_of_other_kinds_are_told(folder: Path) -> None:
     weights.rename(folder / "adapter_model.safetensors")
     path = folder / "adapter_config.json"
     path.write_text('{"fine_tune_type": "lora", "lora_parameters": {"rank": 4, "scale": 2.0}}')
-    with pytest.raises(UserError, match=r"not PEFT's format.*found fine_tune_type, lora_parameters"):
+    with pytest.raises(UserError, match=r"not PEFT's format.*found fine_tune_type, lora_"):
         load_peft_settings(folder)
     path.write_text("[]")
     with pytest.raises(UserError, match="found list, expected a JSON object"):

@@ -227,7 +227,8 @@ def _read(
             lengths = [len(range(*s.indices(n))) for s, n in zip(index, shape, strict=True)]
             found = np.empty(lengths, dtype)
             for name, part in zip(layers, found if entry.stacked else [found], strict=True):
-                part[...] = files.read(name, inner, entry.transposed)
+                with np.errstate(over="ignore"):  # What is too large for `dtype` is infinite.
+                    part[...] = files.read(name, inner, entry.transposed)
                 check_finite(part, files.paths[name], name)
             shards[key] = found
         return shards[key]
