@@ -33,6 +33,7 @@ def load_tokenizer(folder: str | Path) -> Any:
         raise UserError(f"{folder}: no such folder, expected one with a tokenizer")
     _check_files(folder)
     named = _object(folder / "special_tokens_map.json") | _object(folder / SETTINGS)
+    config = _object(folder / "config.json")
     with refusals(f"{folder}: the tokenizer cannot be read"):
         if (folder / SETTINGS).is_file():
             tokenizer = _of_settings(folder)
@@ -41,7 +42,7 @@ def load_tokenizer(folder: str | Path) -> Any:
             template = folder / "chat_template.jinja"
             if template.is_file():
                 tokenizer.chat_template = template.read_text(encoding="utf-8")
-        _name_special_tokens(tokenizer, named, _object(folder / "config.json"))
+        _name_special_tokens(tokenizer, named, config)
     tokenizer.name_or_path = str(folder)  # For messages.
     return tokenizer
 
@@ -79,9 +80,9 @@ def _check_files(folder: Path) -> None:
         has_settings and any(importlib.util.find_spec(name) for name in libraries)
     ):
         raise UserError(
-            f"{folder}: no tokenizer.json, only tokenizer.model; take it, and {SETTINGS}, from a "
-            "newer copy of the model, or make them: `pip install sentencepiece protobuf`, "
-            "then AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) of transformers"
+            f"{folder}: no tokenizer.json, only tokenizer.model; take tokenizer.json from a newer "
+            "copy of the model, or make it: `pip install sentencepiece protobuf`, and then "
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) of transformers"
         )
     if not has_settings:
         raise UserError(f"{folder}: no tokenizer.json and no {SETTINGS}, only {', '.join(found)}")

@@ -257,7 +257,10 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
 def _generation(
     folder: Path, decoder: DecoderConfig, tokenizer: Any, config: ConfigDict
 ) -> dict[str, Any]:
-    """The base model's settings of generation, which ends where a response of training did."""
+    """The base model's settings of generation, which ends where a response of training did.
+
+    What they name null stays so, but for the end.
+    """
     path = folder / GENERATION
     settings = read_json(path) if path.is_file() else {}
     if not isinstance(settings, dict):
@@ -265,7 +268,12 @@ def _generation(
     settings.setdefault("bos_token_id", decoder.bos_token_id)
     settings.setdefault("pad_token_id", tokenizer.pad_token_id)
     ends = settings.get("eos_token_id", list(decoder.eos_token_ids))
-    ends = ends if isinstance(ends, list) else [ends]
+    # transformers' generate() fails on null among others, and on ids that name no token.
+    ends = [
+        number
+        for number in (ends if isinstance(ends, list) else [ends])
+        if type(number) is int and 0 <= number < decoder.vocab_size
+    ]
     end = _end_of_response(tokenizer, config)
     settings["eos_token_id"] = ends if end in ends else [*ends, end]
     return settings
