@@ -265,15 +265,18 @@ def _generation(
     settings = read_json(path) if path.is_file() else {}
     if not isinstance(settings, dict):
         raise UserError(f"{path}: expected a JSON object")
-    settings.setdefault("bos_token_id", decoder.bos_token_id)
-    settings.setdefault("pad_token_id", tokenizer.pad_token_id)
-    ends = settings.get("eos_token_id", list(decoder.eos_token_ids))
-    # transformers' generate() fails on null among others, and on ids that name no token.
-    ends = [
-        number
-        for number in (ends if isinstance(ends, list) else [ends])
-        if type(number) is int and 0 <= number < decoder.vocab_size
-    ]
+
+    def known(ids: Any) -> list[int]:
+        """Those that name a token: generate() fails on others, and on null in a list."""
+        ids = ids if isinstance(ids, list) else [ids]
+        return [x for x in ids if type(x) is int and 0 <= x < decoder.vocab_size]
+
+    for field, own in (
+        ("bos_token_id", decoder.bos_token_id),
+        ("pad_token_id", tokenizer.pad_token_id),
+    ):
+        settings[field] = next(iter(known(settings.get(field, own))), None)
+    ends = known(settings.get("eos_token_id", list(decoder.eos_token_ids)))
     end = _end_of_response(tokenizer, config)
     settings["eos_token_id"] = ends if end in ends else [*ends, end]
     return settings
