@@ -217,6 +217,8 @@ def test_values_that_are_none(folder: Path) -> None:
         ({"target_modules": []}, "expected a list of names"),
         ({"r": 0}, "r: found 0, expected a positive integer"),
         ({"r": 4.0}, "r: found 4.0, expected a positive integer"),
+        ({"r": 10**400, "use_rslora": True}, "r: found 1000"),
+        ({"target_modules": ["q_proj", ["v_proj"]]}, r"found \['v_proj'\], expected some of"),
         ({"r": True}, "r: found True, expected a positive integer"),
         ({"lora_alpha": float("nan")}, "lora_alpha: found nan, expected a positive number"),
         ({"lora_alpha": float("inf")}, "lora_alpha: found inf, expected a positive number"),

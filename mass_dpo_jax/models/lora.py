@@ -6,7 +6,6 @@ import functools
 import json
 import math
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import qwix
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import read_json
 from mass_dpo_jax.models.adapters import Lora
-from mass_dpo_jax.models.config import PRODUCTS, TARGETS, DecoderConfig
+from mass_dpo_jax.models.config import MOST_OF_AN_AXIS, PRODUCTS, TARGETS, DecoderConfig
 from mass_dpo_jax.models.folder import warn_once
 from mass_dpo_jax.models.frozen import dense
 from mass_dpo_jax.models.tensors import (
@@ -33,6 +32,7 @@ from mass_dpo_jax.models.tensors import (
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NAME = "base_model.model.model.layers.{layer}.{module}.lora_{part}.weight"
 PARTS = {"a": "A", "b": "B"}
+LARGEST = float(np.finfo(np.float32).max)
 
 # Of PEFT's settings, those that say nothing of what adapters compute or that are read below ...
 NOT_COMPUTED = frozenset(
@@ -153,12 +153,12 @@ def load_peft_settings(folder: Path) -> Lora:
         if field not in NOT_COMPUTED:
             _check_setting(path, field, value)
     rank, alpha = found.get("r"), found.get("lora_alpha")
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 0 < rank <= MOST_OF_AN_AXIS:
         raise UserError(f"{path}: r: found {rank!r}, expected a positive integer")
     if (
         isinstance(alpha, bool)
         or not isinstance(alpha, (int, float))
-        or not 0 < alpha <= sys.float_info.max
+        or not 0 < alpha <= LARGEST
     ):
         raise UserError(f"{path}: lora_alpha: found {alpha!r}, expected a positive number")
     if (root := found.get("use_rslora")) not in (None, False, True):
@@ -171,7 +171,7 @@ def load_peft_settings(folder: Path) -> Lora:
     if not isinstance(named, list) or not named:
         raise UserError(f"{path}: target_modules: found {named!r}, expected a list of names")
     for name in named:
-        if name not in TARGETS:
+        if not isinstance(name, str) or name not in TARGETS:
             known = ", ".join(TARGETS)
             raise UserError(f"{path}: target_modules: found {name!r}, expected some of {known}")
     targets = tuple(ours for theirs, ours in TARGETS.items() if theirs in named)
@@ -241,8 +241,8 @@ def load_peft(folder: str | Path, config: DecoderConfig, like: Any) -> Any:
 
     def read(at: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         module, part = PRODUCTS[at[0].key], PARTS[at[1].key]
-        stack = np.empty(leaf.shape, np.float32)
         expected = list(leaf.shape[:0:-1])
+        layers = []
         for layer in range(config.num_layers):
             name = NAME.format(layer=layer, module=module, part=part)
             if name not in tensors:
@@ -253,9 +253,9 @@ def load_peft(folder: str | Path, config: DecoderConfig, like: Any) -> Any:
                 raise UserError(
                     f"{path}: tensor {name}: found shape {list(found.shape)}, expected {expected}"
                 )
-            stack[layer] = found.T
-            check_finite(stack[layer], path, name)
-        return jax.device_put(stack, leaf.sharding)
+            layers.append(found.T.astype(np.float32))
+            check_finite(layers[-1], path, name)
+        return jax.device_put(np.stack(layers), leaf.sharding)
 
     adapters = jax.tree.map_with_path(read, like)
     if tensors:
