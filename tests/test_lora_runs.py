@@ -22,7 +22,7 @@ from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.evaluate import evaluate
 from mass_dpo_jax.export import export
 from mass_dpo_jax.models import lora as lora_lib
-from mass_dpo_jax.models import weights as weights_lib
+from mass_dpo_jax.models import tensors as tensors_lib
 from mass_dpo_jax.models.config import load_config
 from mass_dpo_jax.score import score
 from mass_dpo_jax.training import mesh as mesh_lib
@@ -151,7 +151,7 @@ def test_what_can_start_from_it(
         raise SafetensorError("I/O error: No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(weights_lib, "save_file", full)
+        patch.setattr(tensors_lib, "save_file", full)
         with pytest.raises(UserError, match=rf"{lora_lib.WEIGHTS}: cannot be written: .*No space"):
             export(run, tmp_path / "peft", adapters=True)
     assert not list(tmp_path.glob("peft*"))

@@ -28,10 +28,10 @@ from mass_dpo_jax.files import read_json
 from mass_dpo_jax.models import lora as lora_lib
 from mass_dpo_jax.models.config import EXPORT_DTYPES, DecoderConfig, load_config
 from mass_dpo_jax.models.decoder import abstract_decoder
+from mass_dpo_jax.models.folder import GENERATION
 from mass_dpo_jax.models.weights import save_hf
 from mass_dpo_jax.training import checkpoint, origin
 from mass_dpo_jax.training import mesh as mesh_lib
-from mass_dpo_jax.training.origin import GENERATION
 from mass_dpo_jax.training.policy import (
     Policy,
     adapters_of,
@@ -257,15 +257,26 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
 def _generation(
     folder: Path, decoder: DecoderConfig, tokenizer: Any, config: ConfigDict
 ) -> dict[str, Any]:
-    """The base model's settings of generation, which ends where a response of training did."""
+    """The base model's settings of generation, which ends where a response of training did.
+
+    What they name null stays so, but for the end.
+    """
     path = folder / GENERATION
     settings = read_json(path) if path.is_file() else {}
     if not isinstance(settings, dict):
         raise UserError(f"{path}: expected a JSON object")
-    settings.setdefault("bos_token_id", decoder.bos_token_id)
-    settings.setdefault("pad_token_id", tokenizer.pad_token_id)
-    ends = settings.get("eos_token_id", list(decoder.eos_token_ids))
-    ends = ends if isinstance(ends, list) else [ends]
+
+    def known(ids: Any) -> list[int]:
+        """Those that name a token: generate() fails on others, and on null in a list."""
+        ids = ids if isinstance(ids, list) else [ids]
+        return [x for x in ids if type(x) is int and 0 <= x < decoder.vocab_size]
+
+    for field, own in (
+        ("bos_token_id", decoder.bos_token_id),
+        ("pad_token_id", tokenizer.pad_token_id),
+    ):
+        settings[field] = next(iter(known(settings.get(field, own))), None)
+    ends = known(settings.get("eos_token_id", list(decoder.eos_token_ids)))
     end = _end_of_response(tokenizer, config)
     settings["eos_token_id"] = ends if end in ends else [*ends, end]
     return settings

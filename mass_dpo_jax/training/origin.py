@@ -9,7 +9,6 @@ are kept in, and of the files.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import logging
@@ -23,13 +22,13 @@ from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import read_json, write_whole
 from mass_dpo_jax.models.config import load_config
+from mass_dpo_jax.models.folder import GENERATION, warn_once
 
 FILE = "origin.json"
 MODEL = "model"  # config.json and the tokenizer.
 ADAPTERS = "adapters"  # Where model.lora.path was set: PEFT's format.
 TEMPLATE = f"{MODEL}/chat_template.jinja"
 PEFT = ("adapter_config.json", "adapter_model.safetensors")
-GENERATION = "generation_config.json"  # Changes nothing that a run computes.
 # Settings that name files of a user's.
 PATHS = ("data.path", "data.chat_template", "model.path", "model.reference_path", "model.lora.path")
 _log = logging.getLogger(__name__)
@@ -105,18 +104,12 @@ def find_files(config: ConfigDict, workdir: Path) -> ConfigDict:
         if not typed or name not in PATHS:
             continue
         if not Path(path).exists() and Path(typed).exists() and name != "data.chat_template":
-            _say_once(f"config.{name}: {path} is gone; taking {Path(typed).absolute()}")
+            warn_once(f"config.{name}: {path} is gone; taking {Path(typed).absolute()}")
             path = typed
         found.update_from_flattened_dict({name: path})
     if (workdir / ADAPTERS).is_dir():
         found.model.lora.path = str(workdir / ADAPTERS)
     return found
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    """A command looks for a run's files more than once."""
-    _log.warning(message)
 
 
 def typed(config: ConfigDict, workdir: Path) -> ConfigDict:
@@ -231,7 +224,7 @@ def _digests(workdir: Path, folders: tuple[str, ...] = (MODEL, ADAPTERS)) -> dic
 def _files(workdir: Path, folders: tuple[str, ...]) -> Iterator[Path]:
     for folder in folders:
         for path in sorted((workdir / folder).rglob("*")):
-            if path.is_file() and path.name != GENERATION:
+            if path.is_file() and path.name != GENERATION:  # It changes no computation.
                 yield path
 
 

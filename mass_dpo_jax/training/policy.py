@@ -25,13 +25,13 @@ from mass_dpo_jax.data.examples import Example, History
 from mass_dpo_jax.data.tokenizer import load_tokenizer
 from mass_dpo_jax.data.vocabulary import train_tokenizer
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.files import check_links
 from mass_dpo_jax.models import lora as lora_lib
 from mass_dpo_jax.models.adapters import Adapters, Lora
 from mass_dpo_jax.models.config import DecoderConfig, load_config, parse_targets
 from mass_dpo_jax.models.decoder import Decoder, abstract_decoder
+from mass_dpo_jax.models.folder import GENERATION, check_folder
 from mass_dpo_jax.models.frozen import store
-from mass_dpo_jax.models.weights import load_hf
+from mass_dpo_jax.models.weights import check_hf, load_hf
 from mass_dpo_jax.training import checkpoint, origin, scoring
 from mass_dpo_jax.training.mesh import hidden_splits, names, param_shapes
 
@@ -58,18 +58,25 @@ def run_of(path: Path) -> tuple[Path, int | None] | None:
 
 def description_folder(path: Path) -> Path:
     """Where config.json and tokenizer lie, for a run, its checkpoint or a Hugging Face folder."""
-    if not path.is_dir():
-        raise UserError(
-            f"model folder {path}: no such folder; expected a run, or what `hf download NAME "
-            "--local-dir FOLDER` leaves of a model on the Hugging Face hub; if it has moved, "
-            "--config.model.path=FOLDER says so"
-        )
     run = run_of(path)
     if run is not None:
         origin.check_files(run[0], origin.MODEL)
         path = run[0] / origin.MODEL
-    check_links(path)
+    check_folder(path)
     return path
+
+
+def check_model(path: Path) -> Path:
+    """Returns `description_folder(path)`.
+
+    Raises:
+      UserError: what lies there is no model, or its weights are not those of its config.json.
+    """
+    folder = description_folder(path)
+    architecture = load_config(folder)
+    if run_of(path) is None:
+        check_hf(folder, architecture)
+    return folder
 
 
 class Weights(NamedTuple):
@@ -271,7 +278,7 @@ def open_policy(
         folder = description_folder(workdir)
         architecture, tokenizer = load_config(folder), load_tokenizer(folder)
     elif config.model.path:
-        folder = description_folder(Path(config.model.path))
+        folder = check_model(Path(config.model.path))
         architecture, tokenizer = load_config(folder), load_tokenizer(folder)
     elif workdir is None:
         raise UserError("config.model.path is empty: expected a model folder or a run folder")
@@ -321,9 +328,9 @@ def save_description(policy: Policy, config: ConfigDict, workdir: Path) -> None:
     text = json.dumps(policy.config.to_hf(), indent=2) + "\n"
     (folder / "config.json").write_text(text)
     if config.model.path:
-        generation = description_folder(Path(config.model.path)) / origin.GENERATION
+        generation = description_folder(Path(config.model.path)) / GENERATION
         if generation.is_file():
-            (folder / origin.GENERATION).write_bytes(generation.read_bytes())
+            (folder / GENERATION).write_bytes(generation.read_bytes())
     shutil.rmtree(workdir / origin.ADAPTERS, ignore_errors=True)
     if config.model.lora.path:
         _copy_adapters(config, Path(config.model.lora.path), workdir / origin.ADAPTERS)

@@ -30,7 +30,7 @@ from mass_dpo_jax.models.logprobs import max_logits_of
 from mass_dpo_jax.training import checkpoint, origin, scoring
 from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training.methods import Method, make_method, uses_reference
-from mass_dpo_jax.training.policy import Policy, open_policy, uses_lora
+from mass_dpo_jax.training.policy import Policy, check_model, open_policy, uses_lora
 from mass_dpo_jax.training.step import Program, Scorer
 
 LEAST_CHUNK = 4  # Candidates of a rectangle at a time: fewer leave a device idle.
@@ -156,6 +156,8 @@ def prepare(
     examples: dict[str, list[Example]] = {}
     tokens: dict[str, Tokens] = {}
     if hosts.first():
+        if config.model.path:  # Reading data can take minutes, looking at a folder none.
+            check_model(Path(config.model.path))
         examples = _load(config, splits)
         policy = open_policy(config, mesh, workdir, examples.get("train", ()))
         tokens = _tokenize(config, policy, examples)
