@@ -10,7 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mass_dpo_jax import hosts
-from mass_dpo_jax.training import checkpoint, interruption, loggers, origin, run_folder
+from mass_dpo_jax.training import checkpoint, interruption, loggers, origin, run_folder, scoring
 from mass_dpo_jax.training.optimizer import learning_rate, make_optimizer
 from mass_dpo_jax.training.policy import save_description
 from mass_dpo_jax.training.report import BadSteps, Report, StepLog, check_best
@@ -60,6 +60,8 @@ def _train(config: ConfigDict, workdir: Path, lock: run_folder.Lock) -> dict[str
         origin.write(workdir, setup.config, None if begun else weights)
     # The reference is a table: its weights are not needed after this.
     reference = Reference({}) if reference_params is None else setup.reference(reference_params)
+    for split, logps in reference.logps.items():
+        scoring.check_finite(logps, setup.tokens[split], "the reference")
     del reference_params
 
     batches = Batches(setup, reference)
