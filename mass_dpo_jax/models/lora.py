@@ -18,7 +18,8 @@ import qwix
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import read_json
 from mass_dpo_jax.models.adapters import Lora
-from mass_dpo_jax.models.config import MOST_OF_AN_AXIS, PRODUCTS, TARGETS, DecoderConfig
+from mass_dpo_jax.models.config import PRODUCTS, TARGETS, DecoderConfig
+from mass_dpo_jax.models.fields import MOST_OF_AN_AXIS
 from mass_dpo_jax.models.folder import warn_once
 from mass_dpo_jax.models.frozen import dense
 from mass_dpo_jax.models.tensors import (
