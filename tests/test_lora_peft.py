@@ -258,8 +258,8 @@ def test_a_dropout_that_training_leaves_out_is_said_once(
 def test_folders_of_other_kinds_are_told(folder: Path) -> None:
     weights = (folder / "adapter_model.safetensors").rename(folder / "weights")
     for name, message in (
-        ("other", "no adapter_model.safetensors .found other, weights.; expected adapters"),
-        ("adapter_model.bin", "found adapter_model.bin, which is a pickle and not read: load it"),
+        ("other", "no adapter_model.safetensors; expected adapters .* found other, weights"),
+        ("adapter_model.bin", "found adapter_model.bin: pickles are not read; load it with PEFT"),
     ):
         (folder / name).touch()
         with pytest.raises(UserError, match=message):
@@ -276,9 +276,34 @@ def test_folders_of_other_kinds_are_told(folder: Path) -> None:
     path.write_text("[]")
     with pytest.raises(UserError, match="found list, expected a JSON object"):
         load_peft_settings(folder)
-    path.unlink()
-    with pytest.raises(UserError, match=r"no adapter_config.json"):
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    with pytest.raises(UserError, match=r"adapter_config.json: a Git LFS pointer"):
         load_peft_settings(folder)
+    path.rename(folder.parent / "secret")
+    path.symlink_to(folder.parent / "secret")
+    with pytest.raises(UserError, match=r"adapter_config.json: a link to .*secret"):
+        load_peft_settings(folder)
+    path.unlink()
+    with pytest.raises(UserError, match=r"no adapter_config.json; expected .* or a run; found a"):
+        load_peft_settings(folder)
+    with pytest.raises(UserError, match=r"nowhere: no such folder"):
+        load_peft_settings(folder / "nowhere")
+
+
+def test_folders_around_adapters_and_of_models_are_told(tmp_path: Path, folder: Path) -> None:
+    outer = tmp_path / "outer"
+    shutil.copytree(folder, outer / "checkpoint-7")
+    with pytest.raises(UserError, match="checkpoint-7 in it has one: give that folder"):
+        load_peft_settings(outer)
+    shutil.copytree(folder, tmp_path / "cache" / "snapshots" / "0a")
+    with pytest.raises(UserError, match=r"files lie in .*snapshots/0a: give that folder"):
+        load_peft_settings(tmp_path / "cache")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"a whole model .*: that is for --config.model.path"):
+        load_peft_settings(tmp_path / "model")
+    with pytest.raises(UserError, match=r"no adapter_config.json; 0a in it has one"):
+        load_peft_settings(tmp_path / "cache" / "snapshots")
 
 
 def test_names_of_adapters_in_names_of_tensors(folder: Path) -> None:

@@ -16,11 +16,13 @@ import numpy as np
 import qwix
 
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.files import read_json
+from mass_dpo_jax.files import check_links, read_json
 from mass_dpo_jax.models.adapters import Lora
 from mass_dpo_jax.models.config import PRODUCTS, TARGETS, DecoderConfig
 from mass_dpo_jax.models.fields import MOST_OF_AN_AXIS
-from mass_dpo_jax.models.folder import warn_once
+from mass_dpo_jax.models.folder import ADAPTERS as WEIGHTS
+from mass_dpo_jax.models.folder import ADAPTERS_SETTINGS as SETTINGS
+from mass_dpo_jax.models.folder import damage, no_adapters, warn_once
 from mass_dpo_jax.models.frozen import dense
 from mass_dpo_jax.models.tensors import (
     check_finite,
@@ -30,7 +32,6 @@ from mass_dpo_jax.models.tensors import (
     write_tensors,
 )
 
-SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NAME = "base_model.model.model.layers.{layer}.{module}.lora_{part}.weight"
 PARTS = {"a": "A", "b": "B"}
 LARGEST = float(np.finfo(np.float32).max)
@@ -140,7 +141,10 @@ def load_peft_settings(folder: Path) -> Lora:
     """
     path = folder / SETTINGS
     if not path.is_file():
-        raise UserError(f"{folder}: no {SETTINGS}; expected adapters in PEFT's format, or a run")
+        raise UserError(f"{folder}: {no_adapters(folder)}")
+    check_links(folder)
+    if what := damage(path):
+        raise UserError(f"{path}: {what}")
     found = read_json(path)
     if not isinstance(found, dict):
         raise UserError(f"{path}: found {type(found).__name__}, expected a JSON object")
@@ -196,26 +200,11 @@ def _check_setting(path: Path, field: str, value: Any) -> None:
 
 
 def _weights_file(folder: Path) -> Path:
-    """The file of adapters in a folder.
-
-    Raises:
-      UserError: there is none; names what there is instead.
-    """
+    """The file of adapters in a folder; UserError where there is none."""
     path = folder / WEIGHTS
-    if path.is_file():
-        return path
-    if path.is_symlink():
-        raise UserError(f"{path}: a link to {path.resolve()}, which is not there")
-    other = folder / "adapter_model.bin"
-    has = ""
-    if other.is_file():
-        has = (
-            f" (found {other.name}, which is a pickle and not read: load it with PEFT, and "
-            "save_pretrained writes safetensors)"
-        )
-    elif names := sorted(p.name for p in folder.iterdir() if p.name != SETTINGS):
-        has = f" (found {', '.join(names[:5])})"
-    raise UserError(f"{folder}: no {WEIGHTS}{has}; expected adapters in PEFT's format, or a run")
+    if not path.is_file():
+        raise UserError(f"{folder}: {no_adapters(folder)}")
+    return path
 
 
 def load_peft(folder: str | Path, config: DecoderConfig, like: Any) -> Any:
