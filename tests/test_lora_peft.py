@@ -26,12 +26,16 @@ from models_for_tests import (
 )
 from safetensors.numpy import load_file, save_file
 
+from mass_dpo_jax.config import default
+from mass_dpo_jax.data.vocabulary import train_tokenizer
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models import attention
 from mass_dpo_jax.models.adapters import Lora
 from mass_dpo_jax.models.config import load_config, parse_targets
 from mass_dpo_jax.models.lora import load_peft, load_peft_settings, save_peft
 from mass_dpo_jax.models.weights import load_hf
+from mass_dpo_jax.training.mesh import make_mesh
+from mass_dpo_jax.training.policy import open_policy
 
 
 def write_both(folder: Path, model_type: str, targets: str) -> tuple[Any, np.ndarray]:
@@ -321,6 +325,21 @@ def test_names_of_adapters_in_names_of_tensors(folder: Path) -> None:
     save_file(named("default") | named("reference"), path)
     with pytest.raises(UserError, match="several adapters in one file: default, reference"):
         read_tensors(folder)
+
+
+def test_adapters_of_another_model_are_refused_before_weights_are_read(
+    adapters: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    train_tokenizer(["amber"], 270, base)
+    wider = hf_config("llama", hidden_size=32, vocab_size=300)
+    (base / "config.json").write_text(json.dumps(wider))
+    write_weights(base, random_tensors(load_config(base)))
+    config = default()
+    config.model.update(path=str(base))
+    config.model.lora.update(path=str(adapters), rank=0)
+    with pytest.raises(UserError, match=r"found shape \[4, 48\], expected \[4, 32\] .are these"):
+        open_policy(config, make_mesh(config.mesh), None, ())
 
 
 def test_tensors_that_are_refused(folder: Path) -> None:

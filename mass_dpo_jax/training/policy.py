@@ -308,7 +308,11 @@ def open_policy(
         lora=lora,
     )
     graphdef, _ = nnx.split(model, nnx.Param)
-    return Policy(architecture, tokenizer, graphdef, mesh, lora, config.model.lora.base)
+    policy = Policy(architecture, tokenizer, graphdef, mesh, lora, config.model.lora.base)
+    adapters = config.model.lora.path
+    if adapters and run_of(Path(adapters)) is None:
+        lora_lib.check_peft(adapters, architecture, policy.abstract["adapters"])
+    return policy
 
 
 def described_tokenizer(policy: Policy, config: ConfigDict) -> PreTrainedTokenizerBase:
