@@ -94,7 +94,8 @@ class Plain:
         if tokenizer.eos_token_id is None:
             raise UserError(
                 "config.data.chat_template='none' ends every response with the end-of-sequence "
-                "token, but the model's tokenizer and config.json name none (eos_token)"
+                "token, but the model's tokenizer and config.json name none (eos_token; null in "
+                "tokenizer_config.json is none, whatever config.json says)"
             )
         self.end_id: int | None = tokenizer.eos_token_id
         self._end = tokenizer.eos_token

@@ -157,7 +157,7 @@ def prepare(
     tokens: dict[str, Tokens] = {}
     if hosts.first():
         if config.model.path:  # Reading data can take minutes, looking at a folder none.
-            check_model(Path(config.model.path))
+            check_model(Path(config.model.path), weights=not config.dry_run)
         examples = _load(config, splits)
         policy = open_policy(config, mesh, workdir, examples.get("train", ()))
         tokens = _tokenize(config, policy, examples)
