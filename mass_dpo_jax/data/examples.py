@@ -121,7 +121,7 @@ def from_row(row: Any, default_id: str, place: str) -> Example:
         if field in row and has_content(row[field]):
             raise UserError(f"{place}: field {field!r} is not read here: {instead}")
     chosen = read_text(row["chosen"], "chosen", place)
-    listed = _rejected(row["rejected"], chosen, place)
+    listed = _rejected(row["rejected"], row["chosen"], place)
     rejected = [text for text in listed if text is not None]
     prompt: Text
     if plain(row.get("prompt")) is not None:
@@ -202,7 +202,11 @@ def _number(value: Any, field: str, place: str) -> float | None:
 
 
 def _rejected(value: Any, chosen: Any, place: str) -> list[Text | None]:
-    """The rejected responses; None where a list of them has null."""
+    """The rejected responses; None where a list of them has null.
+
+    A list of messages is one response, unless `chosen`, as it stands in the row, is a message.
+    """
+    single = isinstance(plain(chosen), Mapping)
     value = plain(value)
     if isinstance(value, str) and not is_list(chosen):
         value = decode_responses(value, place)
@@ -217,7 +221,7 @@ def _rejected(value: Any, chosen: Any, place: str) -> list[Text | None]:
     there = [v for v in value if v is not None]
     if not there:
         raise UserError(f"{place}: field 'rejected' is empty")
-    if all(isinstance(v, Mapping) and ("role" in v or "from" in v) for v in there):
+    if not single and all(isinstance(v, Mapping) and ("role" in v or "from" in v) for v in there):
         return [read_text(there, "rejected", place)]
     return [
         None if v is None else read_text(v, f"rejected[{i}]", place) for i, v in enumerate(value)
