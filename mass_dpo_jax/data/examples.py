@@ -121,7 +121,8 @@ def from_row(row: Any, default_id: str, place: str) -> Example:
         if field in row and has_content(row[field]):
             raise UserError(f"{place}: field {field!r} is not read here: {instead}")
     chosen = read_text(row["chosen"], "chosen", place)
-    listed = _rejected(row["rejected"], row["chosen"], place)
+    single = isinstance(plain(row["chosen"]), Mapping)
+    listed = _rejected(row["rejected"], chosen, single, place)
     rejected = [text for text in listed if text is not None]
     prompt: Text
     if plain(row.get("prompt")) is not None:
@@ -201,12 +202,11 @@ def _number(value: Any, field: str, place: str) -> float | None:
     return float(value) if abs(value) <= LARGEST_SCORE else None
 
 
-def _rejected(value: Any, chosen: Any, place: str) -> list[Text | None]:
+def _rejected(value: Any, chosen: Text, single: bool, place: str) -> list[Text | None]:
     """The rejected responses; None where a list of them has null.
 
-    A list of messages is one response, unless `chosen`, as it stands in the row, is a message.
+    A list of messages is one response, or several where responses are `single` messages.
     """
-    single = isinstance(plain(chosen), Mapping)
     value = plain(value)
     if isinstance(value, str) and not is_list(chosen):
         value = decode_responses(value, place)

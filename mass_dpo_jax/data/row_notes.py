@@ -39,7 +39,8 @@ class RowNotes:
         if isinstance(rejected, list) and any(plain(text) is None for text in rejected):
             self._counts["null"] += 1
         elif is_response_list(rejected):
-            self._counts["lists" if is_list(row["chosen"]) else "decoded"] += 1
+            is_text = isinstance(example.chosen, str) and is_list(row["chosen"])
+            self._counts["lists" if is_text else "decoded"] += 1
         for given, read in ((row.get("prompt"), example.prompt), (row["chosen"], example.chosen)):
             if isinstance(read, list) and isinstance(given, str) and given.lstrip()[:1] in "[{":
                 self._counts["messages"] += 1
