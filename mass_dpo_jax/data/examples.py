@@ -11,7 +11,7 @@ from typing import Any
 from mass_dpo_jax.data.checks import check_id, has_content, kind, plain
 from mass_dpo_jax.data.messages import Message as Message
 from mass_dpo_jax.data.messages import Text as Text
-from mass_dpo_jax.data.messages import read_text
+from mass_dpo_jax.data.messages import is_simple, read_text
 from mass_dpo_jax.data.written import decode_responses, is_list
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import shorten
@@ -139,7 +139,7 @@ def from_row(row: Any, default_id: str, place: str) -> Example:
     chosen = _answer(prompt, chosen, "chosen", place)
     numbers = (i for i, text in enumerate(listed) if text is not None)
     rejected = [
-        _answer(prompt, text, f"rejected[{i}]", place)
+        text if isinstance(text, str) else _answer(prompt, text, f"rejected[{i}]", place)
         for i, text in zip(numbers, rejected, strict=True)
     ]
     check_not_rejected(chosen, rejected, place)
@@ -217,6 +217,8 @@ def _rejected(value: Any, chosen: Text, single: bool, place: str) -> list[Text |
             f"{place}: field 'rejected' must be a response or a list of responses, "
             f"found {kind(value)}"
         )
+    if all(map(is_simple, value)) and value:
+        return value
     value = [plain(v) for v in value]
     there = [v for v in value if v is not None]
     if not there:

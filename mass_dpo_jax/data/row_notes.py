@@ -36,8 +36,9 @@ class RowNotes:
             if column not in COLUMNS and column not in self._unread and has_content(value):
                 self._unread[column] = None
         rejected = plain(row["rejected"])
-        if isinstance(rejected, list) and any(plain(text) is None for text in rejected):
-            self._counts["null"] += 1
+        if isinstance(rejected, list):
+            if len(rejected) != len(example.rejected):  # Or it is one conversation.
+                self._counts["null"] += any(plain(text) is None for text in rejected)
         elif is_response_list(rejected):
             is_text = isinstance(example.chosen, str) and is_list(row["chosen"])
             self._counts["lists" if is_text else "decoded"] += 1
