@@ -849,8 +849,8 @@ MUTATIONS = (
     ),
     Mutation(
         "loaders: more scores than rejected responses pass",
-        "if len(rejected) != count:",
-        "if len(rejected) < count:",
+        "if len(scores) != len(listed):",
+        "if len(scores) < len(listed):",
         "test_data_jsonl.py",
     ),
     Mutation(
@@ -863,6 +863,60 @@ MUTATIONS = (
         "loaders: the first rows are used and not any",
         "return [rows[i] for i in sorted(chosen)]",
         "return rows[:most]",
+        "test_data_jsonl.py",
+    ),
+    Mutation(
+        "loaders: rows that share a prompt are on both sides of a split",
+        "questions = [row.question for row in rows]",
+        "questions = list(range(len(rows)))",
+        "test_data_splits.py",
+    ),
+    Mutation(
+        "loaders: a split called eval is not read",
+        '"dev", "eval", "evaluation"',
+        '"dev", "evaluation"',
+        "test_data_splits.py",
+    ),
+    Mutation(
+        "loaders: a limit leaves rows out without a word",
+        '_log.info("%s: %d of %d rows are used',
+        '_log.debug("%s: %d of %d rows are used',
+        "test_data_jsonl.py",
+    ),
+    Mutation(
+        "loaders: the paper's number of rows is everybody's",
+        "return 20_000 if name in PAPER_DATA else 0",
+        "return 20_000",
+        "test_config_paper.py",
+    ),
+    Mutation(
+        "loaders: skipping is advised where it leaves nothing",
+        "if 2 * bad > self.count:",
+        "if bad > self.count:",
+        "test_data_bad_rows.py",
+    ),
+    Mutation(
+        "loaders: answers in JSON are taken for a list of answers",
+        "if isinstance(value, str) and not is_list(chosen):",
+        "if isinstance(value, str):",
+        "test_data_written.py",
+    ),
+    Mutation(
+        "loaders: strings beside each other are joined, as Python does",
+        "if token.type == last == tokenize.STRING:",
+        "if token.type == last == tokenize.NUMBER:",
+        "test_data_written.py",
+    ),
+    Mutation(
+        "loaders: a table's empty values count as tools and images",
+        "return any(map(has_content, value.values()))",
+        "return bool(value)",
+        "test_data_jsonl.py",
+    ),
+    Mutation(
+        "loaders: the score of a null goes to the next response",
+        "        if response is not None:\n            named.append",
+        "        if score is not None:\n            named.append",
         "test_data_jsonl.py",
     ),
     Mutation(
@@ -915,7 +969,7 @@ MUTATIONS = (
     ),
     Mutation(
         "loaders: a skipped row is not counted",
-        "self._skipped += 1",
+        "self._reasons.add(str(error))",
         "self.count -= 1",
         "test_data_jsonl.py",
     ),
