@@ -266,7 +266,7 @@ def as_array(x: Any, name: str) -> jax.Array:
             given = x.detach().contiguous()
         try:
             found = read(given)
-        except (RuntimeError, ValueError):
+        except (BufferError, RuntimeError, TypeError, ValueError):
             if not hasattr(given, "cpu"):
                 raise
             found = read(given.cpu())  # On a device that JAX does not see.
