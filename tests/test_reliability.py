@@ -360,6 +360,33 @@ def test_only_updates_skipped_in_a_row_end_a_run(tmp_path: Path) -> None:
         steps.flush()
 
 
+@pytest.mark.parametrize("still", ["grad_norm", "update_ratio"])
+def test_steps_that_change_nothing_are_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture, still: str
+) -> None:
+    config = tiny_config(tmp_path, **{"train.learning_rate": 1e6, "train.max_skipped": 99})
+    steps = StepLog(SimpleNamespace(write=lambda *_: None), config, 0, 99)
+
+    def add(count: int, value: float, skipped: int = 0) -> str:
+        figures = {"loss": 2.5, "grad_norm": 1.0, "update_ratio": 1.0, "skipped": skipped}
+        for _ in range(count):
+            step[0] += 1
+            steps.add(step[0], {**figures, still: value}, ["row1"], np.array([bool(skipped)]))
+        return capsys.readouterr().out
+
+    step = [0]
+    for _ in range(3):  # Nine in a row, as a warm-up begins and a schedule ends.
+        assert add(9, 0.0) == ""
+        assert add(1, 0.5) == ""
+    assert "the update is skipped" in add(12, 0.0, skipped=1)
+    assert "has been 0" not in add(10, 0.0)  # The last one is written with the next.
+    said = add(15, 0.0)
+    what = "the gradient" if still == "grad_norm" else "the update of the weights"
+    assert said.count(f"{what} has been 0 for 10 steps") == 1
+    assert "(loss 2.5)" in said and "lower config.train.learning_rate (here 1e+06)" in said
+    steps.close()
+
+
 # --- Full disks.
 
 

@@ -34,6 +34,7 @@ from mass_dpo_jax.training.policy import Policy, check_model, open_policy, uses_
 from mass_dpo_jax.training.step import Program, Scorer
 
 LEAST_CHUNK = 4  # Candidates of a rectangle at a time: fewer leave a device idle.
+DRAWS = 2**31 - 1  # Of the seed's key: numbers from 0 are those of random weights.
 _log = logging.getLogger(__name__)
 
 
@@ -71,7 +72,8 @@ class Setup:
 
     def key(self, draw: int) -> jax.Array:
         """Of random choices, which differ between draws and not within one."""
-        return jax.random.fold_in(jax.random.key(self.config.seed), draw)
+        key = jax.random.fold_in(jax.random.key(self.config.seed), DRAWS)
+        return jax.random.fold_in(key, draw)
 
     def digests(self) -> dict[str, str]:
         """By split, a digest of the data as it is trained and evaluated on."""
