@@ -21,6 +21,7 @@ from ml_collections import ConfigDict, config_flags
 
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax import help as help_lib
+from mass_dpo_jax import signals
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import FULL, write_whole
 from mass_dpo_jax.process_group import Group
@@ -173,7 +174,7 @@ def run(main: Callable[[], None], goes_on: bool = False) -> None:
       goes_on: the same command goes on with what was interrupted; others write all or nothing.
     """
     hint = "the same command goes on from what was saved" if goes_on else "nothing was written"
-    interrupted = f"interrupted; {hint}"
+    signals.ctrl_c.line = interrupted = f"interrupted; {hint}"
 
     def guarded(argv: Sequence[str]) -> None:
         _quiet()
@@ -184,15 +185,19 @@ def run(main: Callable[[], None], goes_on: bool = False) -> None:
                 _together(main, interrupted)
             else:
                 _within_memory(main)
-        except UserError as error:
-            _refuse(str(error))
-        except OSError as error:  # A full disk, a folder that may not be written, a long name.
-            if error.filename is None and error.errno not in FULL:
+        except (Exception, KeyboardInterrupt) as error:
+            # Libraries turn an interruption into errors of their own.
+            if isinstance(error, KeyboardInterrupt) or signals.ctrl_c.noticed:
+                print(interrupted, file=sys.stderr)
+                raise SystemExit(signals.STATUS) from None
+            if isinstance(error, UserError):
+                _refuse(str(error))
+            if not isinstance(error, OSError) or (
+                error.filename is None and error.errno not in FULL
+            ):
                 raise
+            # A full disk, a folder that may not be written, a long name.
             _refuse(f"{error.filename or 'writing'}: {error.strerror}")
-        except KeyboardInterrupt:
-            print(interrupted, file=sys.stderr)
-            raise SystemExit(130) from None
 
     app.run(guarded, flags_parser=_parse)
 
@@ -238,6 +243,7 @@ def _together(main: Callable[[], None], interrupted: str) -> None:
     """Runs a command; if it fails on one of several processes, ends all of them."""
     from mass_dpo_jax import hosts
 
+    signals.ctrl_c.end = lambda: hosts.fail(interrupted, signals.STATUS)
     try:
         _within_memory(main)
         hosts.finish()
@@ -246,8 +252,8 @@ def _together(main: Callable[[], None], interrupted: str) -> None:
             raise
         if isinstance(error, UserError):
             hosts.fail(str(error), 2)
-        if isinstance(error, KeyboardInterrupt):
-            hosts.fail(interrupted, 130)
+        if isinstance(error, KeyboardInterrupt) or signals.ctrl_c.noticed:
+            hosts.fail(interrupted, signals.STATUS)
         if not hosts.lost(error):
             traceback.print_exc()
         hosts.fail(hosts.describe(error), 1)

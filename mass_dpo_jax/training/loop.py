@@ -118,6 +118,7 @@ def _train(config: ConfigDict, workdir: Path, lock: run_folder.Lock) -> dict[str
                 interruption.check()
                 batch = batches[step]
                 state, used, figures = train_step.update(state, batch)
+                interruption.hold()
                 changed = train_step.sets.changed(batch.rows, used.numbers)
                 more = {"learning_rate": rate(step), "selection/changed": changed}
                 rows = [ids[row] for row in batch.rows]
