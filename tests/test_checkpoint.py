@@ -168,6 +168,8 @@ def test_single_bits(tmp_path: Path) -> None:
     saved = checkpoint.Checkpoints(tmp_path)
     saved.save(state, None, {})
     saved.close()
+    found = checkpoint.load_params(tmp_path, like)
+    np.testing.assert_array_equal(found["w"], values["w"])
     rng = np.random.default_rng(0)
     files = sorted(p for p in (tmp_path / "checkpoints/3/params").rglob("*") if p.is_file())
     noticed = 0

@@ -112,7 +112,14 @@ def test_an_interruption_costs_no_evaluation(
 def test_a_second_signal_is_not_held_back() -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
+        for number, error in (
+            (signal.SIGINT, KeyboardInterrupt),
+            (signal.SIGTERM, interruption.Stopped),
+        ):
+            with pytest.raises(error), interruption.on_signals():
+                signal.raise_signal(number)  # There is nothing to save.
         with interruption.on_signals():
+            interruption.hold()
             signal.raise_signal(signal.SIGINT)
             with pytest.raises(interruption.Stopped, match="SIGINT"):
                 interruption.check()
@@ -121,6 +128,7 @@ def test_a_second_signal_is_not_held_back() -> None:
         # As `nohup` and shells have it for what runs in the background.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         with interruption.on_signals():
+            interruption.hold()
             signal.raise_signal(signal.SIGINT)
             interruption.check()
     finally:
