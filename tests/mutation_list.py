@@ -951,8 +951,8 @@ MUTATIONS = (
     ),
     Mutation(
         "config: batches need be no multiple of micro-batches",
-        "if config.train.batch_size % config.train.micro_batch_size:",
-        "if config.train.batch_size < config.train.micro_batch_size:",
+        "    if batch % micro:",
+        "    if batch < micro:",
         "test_bad_input.py::test_settings_that_no_run_could_use",
     ),
     Mutation(
@@ -981,8 +981,8 @@ MUTATIONS = (
     ),
     Mutation(
         "cli: of two values the first counts",
-        "found = value if equals else following",
-        "found = found or (value if equals else following)",
+        "given = dict(pairs)  # Of several values the last.",
+        "given = dict(reversed(pairs))",
         "test_commands.py::test_of_two_run_folders_the_last",
     ),
     Mutation(
