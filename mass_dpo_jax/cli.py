@@ -28,6 +28,15 @@ from mass_dpo_jax.files import FULL, write_whole
 from mass_dpo_jax.process_group import Group
 from mass_dpo_jax.run_paths import what_instead
 
+_log = logging.getLogger(__name__)
+# Settings of which nothing but training takes notice. Sizes of batches are compared by all.
+TRAINING = (
+    "train.epochs train.steps train.learning_rate train.warmup train.clip train.weight "
+    "train.moments train.offload train.eval train.checkpoint train.keep train.max log. dry_run "
+    "device_memory sft_weight"
+).split()
+LIMITS = ("data.max_train", "data.max_validation", "data.max_test")
+
 
 def define_config() -> flags.FlagHolder[ConfigDict]:
     return config_flags.DEFINE_config_file(
@@ -155,12 +164,18 @@ def write_lines(path: Path, rows: Iterable[Any]) -> int:
     return count
 
 
-def run(main: Callable[[], None], goes_on: bool = False, default: str | None = None) -> None:
+def run(
+    main: Callable[[], None],
+    goes_on: bool = False,
+    default: str | None = None,
+    unread: Sequence[str] = (),
+) -> None:
     """Runs a command: a user's mistake is one line on standard error and exit status 2.
 
     Args:
       main: what it does.
       goes_on: the same command goes on with what was interrupted; others write all or nothing.
+      unread: beginnings of settings that have no effect on it, which is said where one is given.
       default: the configuration where neither --config nor a run gives one.
     """
     hint = "the same command goes on from what was saved" if goes_on else "nothing was written"
@@ -169,7 +184,9 @@ def run(main: Callable[[], None], goes_on: bool = False, default: str | None = N
     def guarded(argv: Sequence[str]) -> None:
         _quiet()
         try:
-            if _join():
+            several = _join()
+            _say_unread(unread)
+            if several:
                 _together(main, interrupted)
             else:
                 _within_memory(main)
@@ -206,6 +223,12 @@ def _join() -> bool:
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
         logging.getLogger("mass_dpo_jax").setLevel(logging.WARNING)
     return True
+
+
+def _say_unread(unread: Sequence[str]) -> None:
+    names = [word.partition("=")[0] for word in sys.argv[1:]]
+    if ignored := [n for n in names if n.startswith(tuple(f"--config.{u}" for u in unread))]:
+        _log.info(f"no effect on this command: {', '.join(dict.fromkeys(ignored))}")
 
 
 def _together(main: Callable[[], None], interrupted: str) -> None:
@@ -274,9 +297,11 @@ def _parse(argv: list[str], starts: bool, default: str | None) -> list[str]:
         # Where ml_collections looks for the fields. No run is to remember that it was printed.
         sys.argv[1:] = [f"--{n}={value}" for n, value in pairs if n != command_line.PRINT]
         rest = flags.FLAGS(sys.argv)
-    except (flags.Error, UserError) as error:
-        _refuse(str(error))
-    except Exception as error:  # Of the configuration, which is a program.
+    except Exception as error:  # Mostly of the configuration, which is a program.
+        while not isinstance(error, UserError) and isinstance(error.__context__, Exception):
+            error = error.__context__  # What absl and ml_collections wrapped.
+        if isinstance(error, (flags.Error, UserError)):
+            _refuse(str(error))
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
         place = f"{path}:{lines[-1]}" if lines else path
         _refuse(f"--config={place}: {type(error).__name__}: {error}")

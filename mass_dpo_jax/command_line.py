@@ -17,8 +17,8 @@ from absl import flags
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax import names
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.files import expand
-from mass_dpo_jax.run_paths import check_run
+from mass_dpo_jax.files import expand, read_text
+from mass_dpo_jax.run_paths import check_run, is_run
 
 BOOLEANS = {
     **dict.fromkeys(("true", "t", "yes", "y", "on", "1"), "true"),
@@ -172,7 +172,7 @@ def _converted(name: str, value: str, usual: Any) -> str:
             raise UserError(f"{place}={value}: expected true or false")
         return BOOLEANS[value.lower()]
     if isinstance(usual, (int, float)):
-        return _number(place, value, type(usual))
+        return _number(place, value, usual)
     if isinstance(usual, Path):
         return expand(value, place)
     known = usual.enum_values
@@ -183,8 +183,9 @@ def _converted(name: str, value: str, usual: Any) -> str:
     return value
 
 
-def _number(place: str, value: str, kind: type) -> str:
+def _number(place: str, value: str, usual: float) -> str:
     """Whole numbers may be written as 1e3 or 1000.0."""
+    kind = type(usual)
     try:
         return str(int(value))
     except ValueError:
@@ -197,8 +198,8 @@ def _number(place: str, value: str, kind: type) -> str:
         return value
     if number is not None and number.is_integer():
         return str(int(number))
-    what = "an integer such as 1000" if kind is int else "a number such as 0.001 or 1e-3"
-    raise UserError(f"{place}={value}: expected {what}")
+    what = "an integer" if kind is int else "a number"
+    raise UserError(f"{place}={value}: expected {what}" + (f", as {usual}" if usual else ""))
 
 
 def _unknown(name: str, settings: Sequence[str]) -> str:
@@ -210,10 +211,9 @@ def _unknown(name: str, settings: Sequence[str]) -> str:
             + ", ".join(f"--{flag}" for flag in ours)
         )
     kind = "setting" if name.startswith("config.") else "flag"
-    found = names.meant(name, settings, ours)
-    shown = " or ".join(f"--{other}=..." for other in found)
-    more = "; --help lists all"
-    return f"--{name}: no such {kind}" + (f"; did you mean {shown}?{more[1:]}" if found else more)
+    found = [f"--{other}=..." for other in names.meant(name, settings, ours)]
+    more = " --help lists all" if found else "; --help lists all"
+    return f"--{name}: no such {kind}{names.did_you_mean(found)}{more}"
 
 
 def _as_flag(word: str) -> str:
@@ -239,10 +239,16 @@ def _config_file(value: str) -> str:
     else:
         path = named.get(file, Path(file))
     if path.is_dir() or (path.is_file() and path.suffix != ".py"):
-        raise UserError(f"--config={value}: not a Python file")
+        run = path if path.is_dir() else path.parent
+        theirs = f"; a run's own settings come with --workdir={run}" if is_run(run) else ""
+        raise UserError(f"--config={value}: not a Python file{theirs}")
     if not path.is_file():
+        beside = path.with_name(f"{path.name}.py")
+        near = names.did_you_mean([str(beside)] if beside.is_file() else [])
         raise UserError(
             f"--config={value}: no such file; a name alone can be {', '.join(named)}, as in "
-            f"--config=tiny{names.choice(path.stem, list(named))}"
+            f"--config=tiny{near or names.choice(path.stem, list(named))}"
         )
+    if "get_config" not in read_text(path):
+        raise UserError(f"--config={value}: has no function get_config() that returns the settings")
     return f"{path}{colon}{rest}"

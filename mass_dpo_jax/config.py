@@ -25,7 +25,7 @@ class Settings(ConfigDict):
     def __setitem__(self, key: str, value: Any) -> None:
         if self.is_locked and key not in self:
             # What ml_collections itself says lists all fields there are, and no other group's.
-            raise KeyError(f"{key}: no such setting; did you mean {names.setting(key, NAMES)}?")
+            raise KeyError(f"{key}: no such setting{_meant(key)}")
         super().__setitem__(key, value)
 
 
@@ -346,8 +346,11 @@ def _check_known(fields: Mapping[str, Any]) -> None:
     for: it would change nothing, and the run could not be loaded again."""
     for name in fields:
         if name not in NAMES:
-            near = names.setting(name, NAMES)
-            raise UserError(f"config.{name}: no such setting; did you mean {near}?")
+            raise UserError(f"config.{name}: no such setting{_meant(name)}")
+
+
+def _meant(name: str) -> str:
+    return names.did_you_mean(names.meant(f"config.{name}", NAMES))
 
 
 def _check_batch(batch: int, micro: int) -> None:
@@ -365,8 +368,8 @@ def check_types(fields: Mapping[str, Any]) -> None:
     for name, value in flat(default()):
         if name not in fields:
             raise UserError(
-                f"config.{name}: is missing; config.update(...) and that of its groups change some "
-                "settings of default_config() and keep the others"
+                f"config.{name} is missing: take default_config(), and change a group by its "
+                "update(...), which keeps the other settings"
             )
         found, kind = fields[name], type(value)
         if type(found) is not kind and not (kind is float and type(found) is int):

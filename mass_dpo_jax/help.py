@@ -171,7 +171,8 @@ class Parser(argparse.ArgumentParser):
             return f"--{name}: no such flag; runs are given without one: {self.prog} RUN"
         if name.partition(".")[0] == "config":
             return f"--{name}: this command has no settings; it reads what runs wrote"
-        return f"--{name}: no such flag; did you mean --{names.meant(name, (), ours)[0]}?"
+        found = [f"--{other}" for other in names.meant(name, (), ours)]
+        return f"--{name}: no such flag{names.did_you_mean(found)}"
 
     def error(self, message: str) -> NoReturn:
         refuse(message, self.description)

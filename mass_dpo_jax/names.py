@@ -7,7 +7,8 @@ import functools
 from collections.abc import Collection, Iterable, Sequence
 
 # Ours, and what other programs (and people) call it. One that starts with -- is a flag, of which
-# commands have one or another; commas part settings that share the work of one elsewhere.
+# commands have one or another; commas part settings that share the work of one elsewhere. Of names
+# that have nothing before their colon no nearest one is said: it would mislead.
 _ELSEWHERE = """
 train.learning_rate: lr peak_lr max_lr base_lr step_size
 train.batch_size: batch batch_size bs bsz train_batch_size global_batch_size total_batch_size
@@ -60,6 +61,7 @@ mesh.fsdp: zero deepspeed zero_stage num_gpus gpus n_gpu
 --output,--workdir: output_dir out out_dir output_path output_file save_dir save_path o
 --workdir: work_dir logdir log_dir run run_dir run_name checkpoint ckpt checkpoint_path resume
     checkpoint_dir resume_from resume_from_checkpoint
+: step
 --config: cfg conf config_file config_path config_name
 """
 
@@ -94,7 +96,7 @@ def meant(name: str, settings: Sequence[str], flags: Collection[str] = ()) -> li
       flags: the command's other flags.
 
     Returns:
-      Flags and, behind `config.`, settings; none only where there are none to name.
+      Flags and, behind `config.`, settings; none where nothing is like it.
     """
     plain = name.lower().replace("-", "_")
     if plain in flags:
@@ -104,6 +106,8 @@ def meant(name: str, settings: Sequence[str], flags: Collection[str] = ()) -> li
     for key in (last, dotted.replace(".", "_")):
         if found := _known_as(key, dotted, settings, flags):
             return found
+        if key in _elsewhere():
+            return []
     by_end = [setting.rpartition(".")[2] for setting in settings]
     others = () if name.startswith("config.") else flags
     for key in difflib.get_close_matches(last, {*by_end, *_elsewhere(), *others}, n=3, cutoff=0.75):
@@ -111,9 +115,10 @@ def meant(name: str, settings: Sequence[str], flags: Collection[str] = ()) -> li
             return [key]
         if found := _known_as(key, dotted, settings, flags):
             return found
-    if settings:
-        return [f"config.{_nearest(dotted, settings)}"]
-    return difflib.get_close_matches(plain, flags, n=1, cutoff=0.0)
+    near = difflib.get_close_matches(dotted, settings, n=1, cutoff=0.6)
+    if near or name.startswith("config."):
+        return [f"config.{setting}" for setting in near]
+    return difflib.get_close_matches(plain, flags, n=1, cutoff=0.5)
 
 
 def _known_as(key: str, dotted: str, settings: Sequence[str], flags: Collection[str]) -> list[str]:
@@ -139,18 +144,19 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return max(known, key=lambda other: difflib.SequenceMatcher(None, name, other).ratio())
 
 
-def setting(name: str, settings: Sequence[str]) -> str:
-    """Returns what to say of a setting that does not exist: those that were probably meant."""
-    return " or ".join(meant(f"config.{name}", settings))
+def did_you_mean(names: Iterable[str]) -> str:
+    """Returns what to say of them behind a message; nothing where there are none."""
+    shown = " or ".join(names)
+    return f"; did you mean {shown}?" if shown else ""
 
 
 def choice(value: str, choices: Sequence[str]) -> str:
-    """Returns what to say behind the choices there are: "; did you mean ...?", or nothing."""
+    """Returns what to say behind the choices that there are, where a value is none of them."""
     plain = value.strip().lower().replace("-", "_").replace(" ", "_")
     by_letters = {other.replace("_", ""): other for other in choices}
     found = by_letters.get(plain.replace("_", ""))
     if found is None and _CHOICES.get(plain) in choices:
         found = _CHOICES[plain]
-    if found is None:
-        found = next(iter(difflib.get_close_matches(plain, choices, n=1, cutoff=0.75)), None)
-    return f"; did you mean {found}?" if found else ""
+    if found is not None:
+        return did_you_mean([found])
+    return did_you_mean(difflib.get_close_matches(plain, choices, n=1, cutoff=0.75))

@@ -9,13 +9,18 @@ from pathlib import Path
 
 from mass_dpo_jax.errors import UserError
 
-CHECKPOINTS = "checkpoints"  # training/checkpoint.py writes it, and imports JAX.
+CHECKPOINTS = "checkpoints"
+# In a run's folder. Those who write it import JAX.
+WRITTEN = (
+    f"{CHECKPOINTS} model tensorboard wandb figures config.json metrics.json metrics.jsonl "
+    "report.html"
+).split()
 SHOWN = 3  # Of the runs in a folder.
 
 
 def check_run(folder: Path) -> None:
     """Raises UserError where a path is no run folder, and says what to give instead."""
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").is_file() or _around(folder):
         raise UserError(f"{folder}: {what_instead(folder)}")
 
 
@@ -39,11 +44,10 @@ def check_new(workdir: Path) -> None:
 def what_instead(folder: Path) -> str:
     """Returns what a path is that is no run folder, and what to give instead."""
     if run := _around(folder):
-        step = folder.name if folder.parent.name == CHECKPOINTS else "STEP"
-        return (
-            f"inside of the run {run}; expected --workdir={run}, whose newest checkpoint is taken "
-            f"(export takes --step={step}, and --config.model.path any checkpoint)"
-        )
+        text = f"inside of the run {run}; expected {run}, whose newest checkpoint is taken"
+        if folder.parent.name == CHECKPOINTS:
+            text += f" (this one is export's --step={folder.name}, and can be config.model.path)"
+        return text
     if folder.is_symlink() and not folder.exists():
         return f"a link to {folder.readlink()}, which is not there"
     if not folder.exists():
@@ -53,7 +57,7 @@ def what_instead(folder: Path) -> str:
         return "a file; expected a run's folder, which was the --workdir of mass_dpo_jax.train"
     if (folder / "adapter_config.json").exists():
         return "adapters, no run; expected them as --config.model.lora.path, without --workdir"
-    if runs := [path for path in _folders(folder) if _is_run(path)]:
+    if runs := [path for path in _folders(folder) if is_run(path)]:
         shown = ", ".join(map(str, runs[:SHOWN])) + (", ..." if len(runs) > SHOWN else "")
         return f"not a run folder, but has runs in it; expected one of them: {shown}"
     return (
@@ -63,15 +67,15 @@ def what_instead(folder: Path) -> str:
 
 
 def _around(path: Path) -> Path | None:
-    """The run whose checkpoints or model the path is one of."""
+    """The run that the path is a part of."""
     for parent in path.parents:
-        if _is_run(parent):
+        if path.relative_to(parent).parts[0] in WRITTEN and is_run(parent):
             return parent
     return None
 
 
-def _is_run(folder: Path) -> bool:
-    """A model's own config.json has no metrics.jsonl beside it, and a run's may not yet."""
+def is_run(folder: Path) -> bool:
+    """Whether it is a run's folder. A model's own config.json has no metrics.jsonl beside it, and a run's may not yet."""
     beside = (CHECKPOINTS, "model", "metrics.jsonl")
     return (folder / "config.json").is_file() and any((folder / name).exists() for name in beside)
 
@@ -89,7 +93,7 @@ def _nearest(folder: Path) -> Path | None:
 
 
 def _no_run(folder: Path) -> bool:
-    return not _is_run(folder)
+    return not is_run(folder)
 
 
 def _folders(folder: Path) -> Iterable[Path]:

@@ -58,4 +58,4 @@ if __name__ == "__main__":
     _FEATURES = cli.define_path("features", "A .npy or .safetensors file, no model.")
     _FORMAT = flags.DEFINE_enum("format", "lists", FORMATS, "Rows per prompt, or per pair.")
     _OUTPUT = cli.define_path("output", "The JSON-lines file to write.")
-    cli.run(main, default=config_lib.__file__)
+    cli.run(main, default=config_lib.__file__, unread=[*cli.TRAINING, *cli.LIMITS])

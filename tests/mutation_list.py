@@ -963,8 +963,8 @@ MUTATIONS = (
     ),
     Mutation(
         "config: all rows may be held out",
-        'if not 0 <= fields["data.validation_share"] < 1:',
-        'if not 0 <= fields["data.validation_share"] <= 1:',
+        "if not 0 <= fields[name] < 1:",
+        "if not 0 <= fields[name] <= 1:",
         "test_bad_input.py::test_settings_that_no_run_could_use",
     ),
     Mutation(

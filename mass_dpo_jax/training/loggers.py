@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import contextlib
 import functools
 import importlib.util
 import json
@@ -10,6 +11,7 @@ import logging
 import netrc
 import os
 import secrets
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 def check(config: ConfigDict) -> None:
     """Raises UserError if a package that the settings need is not there, or no key for W&B."""
-    if config.log.tensorboard and importlib.util.find_spec("tensorboardX") is None:
+    if config.log.tensorboard and not _installed("tensorboardX"):
         raise UserError(
             "config.log.tensorboard=True: TensorBoard's event files need a package: pip install "
             "tensorboardX, or set config.log.tensorboard=False"
@@ -38,13 +40,21 @@ def check(config: ConfigDict) -> None:
     if not config.log.wandb_project:
         return
     place = f"config.log.wandb_project={config.log.wandb_project!r}"
-    if importlib.util.find_spec("wandb") is None:
+    if not _installed("wandb"):
         raise UserError(f"{place}: Weights & Biases is not installed: pip install wandb")
     if hosts.first() and not _has_key():
         raise UserError(
             f"{place}: no key for Weights & Biases is found; run `wandb login` (or set "
             "WANDB_API_KEY), or set WANDB_MODE=offline to keep the figures in the run folder"
         )
+
+
+def _installed(package: str) -> bool:
+    """Whether it can be imported; a mere folder of its name, as W&B leaves where it ran, cannot."""
+    if package in sys.modules:
+        return True
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 def _has_key() -> bool:
@@ -211,7 +221,8 @@ class WeightsAndBiases:
                 f"WeightsAndBiases: {_reason(error)}; offline from here: "
                 f"`wandb sync {folder}/offline-run-*` sends the figures later"
             )
-            wandb.teardown()  # It holds the run's id.
+            with contextlib.suppress(Exception):
+                wandb.teardown()  # It holds the run's id.
             self._run = start(mode="offline")
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
