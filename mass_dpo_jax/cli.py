@@ -39,13 +39,15 @@ LIMITS = ("data.max_train", "data.max_validation", "data.max_test")
 
 
 def define_config() -> flags.FlagHolder[ConfigDict]:
-    return config_flags.DEFINE_config_file(
-        "config",
-        None,
+    about = (
         f"A file, or the name of one of ours: {', '.join(configurations())}. Change a field by "
         "--config.FIELD=VALUE; --config.print=True prints what comes of it, as flags, and ends. "
-        "Left out where --workdir names a run: that run's own configuration.",
+        "Left out where --workdir names a run: that run's own configuration."
     )
+    try:
+        return config_flags.DEFINE_config_file("config", None, about)
+    except flags.Error as error:  # It reads a --flagfile.
+        _refuse(str(error))
 
 
 def define_path(name: str, about: str, default: str | None = None) -> flags.FlagHolder[Path | None]:
@@ -298,13 +300,7 @@ def _parse(argv: list[str], starts: bool, default: str | None) -> list[str]:
         sys.argv[1:] = [f"--{n}={value}" for n, value in pairs if n != command_line.PRINT]
         rest = flags.FLAGS(sys.argv)
     except Exception as error:  # Mostly of the configuration, which is a program.
-        while not isinstance(error, UserError) and isinstance(error.__context__, Exception):
-            error = error.__context__  # What absl and ml_collections wrapped.
-        if isinstance(error, (flags.Error, UserError)):
-            _refuse(str(error))
-        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
-        place = f"{path}:{lines[-1]}" if lines else path
-        _refuse(f"--config={place}: {type(error).__name__}: {error}")
+        _refuse(_what_failed(error, path))
     if not asked and not printing:
         return rest
     try:
@@ -317,6 +313,23 @@ def _parse(argv: list[str], starts: bool, default: str | None) -> list[str]:
     except UserError as error:
         _refuse(str(error))
     raise SystemExit(0)
+
+
+def _what_failed(error: Exception, path: str) -> str:
+    """Of an error in the configuration file at `path`, what it was and its line there; absl and
+    ml_collections wrap it in errors that have its traceback as text."""
+    chain: list[BaseException] = [error]
+    while chain[-1].__context__ is not None:
+        chain.append(chain[-1].__context__)
+    for found in chain:
+        if isinstance(found, UserError):
+            return str(found)
+        for frame in reversed(traceback.extract_tb(found.__traceback__)):
+            if frame.filename == path:
+                return f"--config={path}:{frame.lineno}: {type(found).__name__}: {found}"
+    if isinstance(error, flags.Error) and len(chain) == 1:
+        return str(error)
+    return f"--config={path}: {type(chain[-1]).__name__}: {chain[-1]}"
 
 
 def _help(path: str) -> str:

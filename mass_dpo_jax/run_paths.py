@@ -75,7 +75,7 @@ def _around(path: Path) -> Path | None:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether it is a run's folder. A model's own config.json has no metrics.jsonl beside it, and a run's may not yet."""
+    """Whether it is a run's folder, and not a model's, which has a config.json too."""
     beside = (CHECKPOINTS, "model", "metrics.jsonl")
     return (folder / "config.json").is_file() and any((folder / name).exists() for name in beside)
 
