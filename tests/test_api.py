@@ -196,7 +196,10 @@ def test_mistakes(tmp_path: Path, folder: Path) -> None:
         ({}, r"^config: found a dict, expected what default_config\(\) returns"),
         (ConfigDict(), r"^config\.[a-z_.]+ is missing: take default_config\(\)"),
         (replaced, r"^config\.data\.[a-z_]+ is missing: .*update"),
-        (unlocked, r"^config\.train\.lr: no such setting; did you mean config\.train\.learning_rate"),
+        (
+            unlocked,
+            r"^config\.train\.lr: no such setting; did you mean config\.train\.learning_rate",
+        ),
         (tmp_path / "config.py", "^config: found a PosixPath"),
     ]
     for settings, message in wrong:

@@ -50,7 +50,12 @@ def test_known_fields_can_be_set_in_every_way() -> None:
     config.unlock()
     config["num_negatives"] = 2
     config_lib.check(config)
-    assert (config.data.path, config.train.steps, config.beta, config.seed) == ("a.jsonl", 7, 0.5, 3)
+    assert (config.data.path, config.train.steps, config.beta, config.seed) == (
+        "a.jsonl",
+        7,
+        0.5,
+        3,
+    )
 
 
 def test_a_field_for_which_it_was_unlocked_is_refused_before_anything_is_written(
@@ -58,7 +63,7 @@ def test_a_field_for_which_it_was_unlocked_is_refused_before_anything_is_written
 ) -> None:
     config = tiny_config(write_jsonl(tmp_path / "data.jsonl")).unlock()
     config.train.lr = 1e-3
-    with pytest.raises(UserError, match=r"^config\.train\.lr: no such setting; did you mean config\.tr"):
+    with pytest.raises(UserError, match=r"^config\.train\.lr: no such setting; did you mean"):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     with pytest.raises(UserError, match=r"^config\.train\.lr: no such setting"):
