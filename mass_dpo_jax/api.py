@@ -16,11 +16,12 @@ from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
 from mass_dpo_jax import config as config_lib
-from mass_dpo_jax.data.bad_rows import BadRows
-from mass_dpo_jax.data.examples import Example, from_row
+from mass_dpo_jax.data import splits, tables
+from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import expand_path
 from mass_dpo_jax.models.config import DecoderConfig
+from mass_dpo_jax.training import origin
 from mass_dpo_jax.training.hf_folder import save_model
 from mass_dpo_jax.training.optimizer import make_optimizer, unless_bad
 from mass_dpo_jax.training.policy import Policy, open_policy, run_of
@@ -32,7 +33,11 @@ Rows = Iterable[Mapping[str, Any] | Example]
 
 
 class Scores(NamedTuple):
-    """What a model says of M examples with at most C responses each, the chosen one first."""
+    """What a model says of M examples with at most C responses each.
+
+    Column 0 is the chosen response, column 1 + k the example's k-th rejected one, counted from 0. A
+    response that is left out as too long (`data.long_response`) keeps its column, without a number.
+    """
 
     ids: list[str]
     """Of the examples: their `id`, or their place as text."""
@@ -89,15 +94,20 @@ class Model:
             features: hidden states too.
 
         Raises:
-            UserError: a row is not what it should be, or too long.
+            UserError: a row is not what it should be (unless `data.on_bad_row` is "skip"), or too
+                long.
         """
-        rows = _examples(examples)
+        rows = _examples(examples, self.config.data)
         setup = prepare_examples(self.config, self.policy, {"all": rows})
         tokens, scorer = setup.tokens["all"], setup.program.scorer
         compute = scorer.logps_and_features if features else scorer.logps
         found = setup.over_split(lambda batch: compute(self.params, batch), "all", "scoring")
         logps, hidden = found if features else (found, None)
-        return Scores(tokens.ids, logps, tokens.response_lengths, hidden)
+        by_id = {example.id: len(example.rejected) for example in rows}
+        width = 1 + max(by_id[name] for name in tokens.ids)
+        logps, lengths = (tokens.by_number(x, width) for x in (logps, tokens.response_lengths))
+        hidden = None if hidden is None else tokens.by_number(hidden, width)
+        return Scores(tokens.ids, logps, lengths, hidden)
 
     def updated(self, state: TrainState) -> Model:
         """This model with a state's weights: no copy, so the next step on that state, which takes
@@ -136,8 +146,10 @@ def load_model(path: str | Path, config: ConfigDict | None = None) -> Model:
     path = expand_path(path, "path")
     if config is None:
         run = run_of(path)
-        config = config_lib.default() if run is None else config_lib.load(run[0])
-        config.model.lora = config_lib.default().model.lora
+        config = config_lib.default()
+        if run is not None:
+            config = origin.with_own_files(config_lib.load(run[0]), run[0])
+            config.model.lora = config_lib.default().model.lora
     config = config_lib.copied(config)
     config.model.path = str(path)
     mesh = open_mesh(config)
@@ -167,11 +179,11 @@ def batches(
         A sequence of `StepBatch`: `len(...)` updates, `for batch in ...`, `...[step]`.
 
     Raises:
-        UserError: a row or a setting is not what it should be.
+        UserError: a setting is not what it should be, or a row, unless `data.on_bad_row` is "skip".
     """
     config = config_lib.copied(model.config if config is None else config)
     config.model = model.config.model
-    setup = prepare_examples(config, model.policy, {"train": _examples(examples)})
+    setup = prepare_examples(config, model.policy, {"train": _examples(examples, config.data)})
     reference = model if reference is None else reference
     model.policy.check_like(reference.architecture, "reference")
     if reference.policy.lora != model.policy.lora:
@@ -200,14 +212,28 @@ def make_train_step(
     return TrainStep(batches, chosen, frozen)
 
 
-def _examples(rows: Rows) -> list[Example]:
-    read = BadRows("examples", None)
-    found = []
-    for i, row in enumerate(rows):
-        with read:
-            place = f"examples[{i}]"
-            example = row if isinstance(row, Example) else from_row(row, str(i), place)
-            read.check_id(example.id, place)
-            found.append(example)
-    read.done()
-    return found
+def _check_container(rows: Any) -> None:
+    """Raises UserError for what holds rows and is no sequence of them, and says how to get them."""
+    advice = ""
+    if isinstance(rows, (str, Path)):
+        advice = "a path: load_examples reads files, as config.data.path"
+    elif type(rows).__name__ in ("DatasetDict", "IterableDatasetDict"):
+        advice = f"all splits of a dataset: give one, as in dataset[{next(iter(rows), 'train')!r}]"
+    elif hasattr(rows, "to_dict") and hasattr(rows, "columns"):
+        advice = "a table: give its rows, df.to_dict('records')"
+    elif isinstance(rows, Mapping):
+        if any(isinstance(value, (str, Mapping)) for value in rows.values()):
+            advice = "one row: give a list of it, [row]"
+        else:
+            advice = "columns: give rows, [dict(zip(x, values)) for values in zip(*x.values())]"
+    elif not isinstance(rows, Iterable):
+        advice = f"{type(rows).__name__}"
+    if advice:
+        raise UserError(f"examples: expected rows, found {advice}")
+
+
+def _examples(rows: Rows, data: Any) -> list[Example]:
+    _check_container(rows)
+    places = ((f"examples[{i}]", row) for i, row in enumerate(rows))
+    table = tables.Table("examples", splits.Source("examples", "all"), places)
+    return tables.read_preferences(table, "", data)

@@ -91,6 +91,12 @@ def define_hosts() -> None:
     )
 
 
+HOSTS = (
+    "distributed", "coordinator_address", "num_processes", "process_id", "start_timeout",
+    "peer_timeout",
+)  # fmt: skip
+
+
 def required(holder: flags.FlagHolder[ConfigDict]) -> ConfigDict:
     """The parsed configuration, which also says where compiled programs are kept.
 
@@ -221,10 +227,26 @@ def _join() -> bool:
     from mass_dpo_jax import hosts
 
     hosts.start(group)
+    try:
+        hosts.check_same(_settings())
+    except UserError as error:
+        hosts.fail(str(error), 2)
     if not hosts.first():  # One of them speaks.
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
         logging.getLogger("mass_dpo_jax").setLevel(logging.WARNING)
     return True
+
+
+def _settings() -> dict[str, Any]:
+    """The values of our own flags and settings, but for what may differ between processes."""
+    own = {flag.name for flag in command_line.own_flags()} - {*HOSTS, "config"}
+    values = {name: flags.FLAGS[name].value for name in own}
+    values = {n: str(value) if isinstance(value, Path) else value for n, value in values.items()}
+    config = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
+    for name, value in config_lib.flat(config or ConfigDict()):
+        if name != "cache_dir":
+            values[f"config.{name}"] = value
+    return values
 
 
 def _say_unread(unread: Sequence[str]) -> None:

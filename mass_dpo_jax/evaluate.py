@@ -36,8 +36,8 @@ def evaluate(config: ConfigDict, workdir: Path | None, split: str | None) -> dic
     workdir = None if workdir is None else expand_path(workdir, "workdir")
     if split is None and workdir is not None:
         split = "test"  # Rows that the run did not train on.
-    setup, split, params, refs = prepare_scoring(config, workdir, split)
-    tokens = setup.tokens[split]
+    setup, split, params, reference = prepare_scoring(config, workdir, split)
+    tokens, refs = setup.tokens[split], reference.logps.get(split)
     logps = setup.score(params, split, "evaluation")
     scoring.check_finite(logps, tokens, str(workdir or config.model.path))
     scoring.check_finite(refs, tokens, "the reference")

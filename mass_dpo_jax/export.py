@@ -37,6 +37,7 @@ def export(
     max_shard_gb: float = 5.0,
     base_model: str = "",
     adapters: bool = False,
+    base_path: str = "",
 ) -> None:
     """Writes the policy of the run in `workdir` to the new folder `output`.
 
@@ -49,6 +50,7 @@ def export(
       base_model: what the card calls the model that training started from; empty: the name of
         its folder.
       adapters: of a run with LoRA, write the adapters alone, in PEFT's format.
+      base_path: of a run with LoRA, where its base lies now; empty: where it lay.
 
     Raises:
       UserError: there is no such run or checkpoint, `output` is taken or cannot be written, or
@@ -66,6 +68,7 @@ def export(
         max_shard_gb=max_shard_gb,
         base_model=base_model,
         adapters=adapters,
+        base_path=base_path,
     )
 
 
@@ -82,6 +85,7 @@ def main() -> None:
         max_shard_gb=_MAX_SHARD_GB.value,
         base_model=_BASE_MODEL.value,
         adapters=_ADAPTERS.value,
+        base_path=_BASE_PATH.value,
     )
 
 
@@ -95,6 +99,9 @@ if __name__ == "__main__":
     _MAX_SHARD_GB = flags.DEFINE_float("max_shard_gb", 5.0, "Of a file of weights, 10^9 bytes.")
     _ADAPTERS = flags.DEFINE_boolean(
         "adapters", False, "Of a run with LoRA: its adapters alone, in PEFT's format."
+    )
+    _BASE_PATH = flags.DEFINE_string(
+        "base_path", "", "Of a run with LoRA: where its base lies now, if it has moved."
     )
     _BASE_MODEL = flags.DEFINE_string(
         "base_model",

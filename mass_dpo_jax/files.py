@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.formats import HEAD, name_binary
 
 if TYPE_CHECKING:
     import numpy as np
@@ -136,9 +137,13 @@ def read_text(path: Path) -> str:
       UserError: there is no such file, or it is something else.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    if what := name_binary(content[:HEAD], path):
+        raise UserError(f"{path}: {what}")
+    try:
+        return content.decode()
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
 
@@ -169,14 +174,20 @@ def check_links(folder: Path) -> None:
     """Raises UserError where a downloaded folder has links that leave it.
 
     A download can hold links (git clones do), and what they name is not the download's to read. In
-    the cache of the Hugging Face hub a model's files are links to others of the same model.
+    the cache of the Hugging Face hub a model's files are links to others of the same model. Weights
+    may lie on another disk: a file that is not safetensors is not read as that.
     """
     home = folder.resolve()
     if home.parent.name == "snapshots":
         home = home.parent.parent
     for path in sorted(folder.rglob("*")):
-        if path.is_symlink() and not (target := path.resolve()).is_relative_to(home):
-            raise UserError(f"{path}: a link to {target}, expected files of this folder only")
+        if path.suffix == ".safetensors" or not path.is_symlink():
+            continue
+        if not (target := path.resolve()).is_relative_to(home):
+            raise UserError(
+                f"{path}: a link to {target}, expected files of this folder only (weights, "
+                "*.safetensors, may be links): put a copy of the file in its place"
+            )
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:

@@ -3,11 +3,19 @@
 Every process runs the same program and computes on its own devices. The first one (process 0)
 writes files and speaks; it also is the coordinator, whom all others know by its address. Where a
 process stops with an error, all of them end; where it is dead, JAX ends the others.
+
+What a process sees alone (files, caches, a clock, a kernel that fails) decides nothing that the
+others have to do too: `first_decides` gives all of them process 0's answer, `from_all` everybody's.
+Both wait by way of the coordinator, for as long as it takes. A computation of all processes may not
+wait so long: some networks give up on the first one after 30 seconds. So nobody goes from long work
+of its own straight into one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -16,7 +24,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,6 +37,9 @@ from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.process_group import Group
 
 FAILED, PROCESSES = "mass_dpo_jax/failed", "mass_dpo_jax/processes"
+AGREED = "mass_dpo_jax/agreed"
+WAIT = 1000  # Milliseconds of a single wait for the coordinator's answer.
+PIECE = 1 << 24  # Bytes.
 POLL = 0.5  # Seconds between looks for the failure of another process.
 LINGER = 4 * POLL  # The coordinator outlives its own failure by that, so that all hear of it.
 STALE = 10  # Seconds for which a network's file system may not show a new file.
@@ -70,6 +81,10 @@ def start(group: Group) -> None:
             f"started with {expected}",
             2,
         )
+    jax.devices()  # Of accelerators, this takes a while.
+    from_all("started")
+    # While everybody is here: networks limit how long the first computation of all may wait.
+    multihost_utils.sync_global_devices("start")
     if first():
         _log.info(f"{jax.process_count()} processes, {jax.device_count()} devices")
 
@@ -91,40 +106,95 @@ def whole(x: Any) -> np.ndarray:
     return np.asarray(x)
 
 
-def from_first(value: Any) -> Any:
-    """What the first process has, on every process: anything that JSON can say."""
+def first_decides(decide: Callable[[], Any]) -> Any:
+    """What the first process finds, on every process: anything that JSON can say.
+
+    The others do not look themselves. They wait for as long as the first one takes, and end if it
+    fails.
+    """
+    if not several():
+        return decide()
+    key = f"{AGREED}/{next(_agreements)}"
+    if not first():
+        return _get(key)
+    found = decide()
+    _set(key, found)
+    return found
+
+
+def from_all(value: Any) -> list[Any]:
+    """Each process's value, in the order of processes, on all of them; values as JSON can say.
+
+    Nobody leaves before everybody has come, however long that takes.
+    """
+    if not several():
+        return [value]
+    state = distributed.global_state
+    key = f"{AGREED}/{next(_agreements)}"
+    _set(f"{key}/{state.process_id}", value)
+    found: list[Any] = first_decides(
+        lambda: [_get(f"{key}/{process}") for process in range(state.num_processes)]
+    )
+    return found
+
+
+def array_from_first(array: np.ndarray | None) -> np.ndarray | None:
+    """The first process's array, or its None, on every process; what the others give is not read.
+
+    In pieces, since each process holds one on its devices for every other.
+    """
+    if not several():
+        return array
+    about = first_decides(lambda: None if array is None else [array.dtype.str, array.shape])
+    if about is None:
+        return None
+    found = np.asarray(array, order="C") if first() else np.empty(about[1], about[0])
+    content = found.reshape(-1).view(np.uint8)
+    for start in range(0, content.size, PIECE):
+        part = content[start : start + PIECE]
+        size = 1 << (part.size - 1).bit_length()  # Few sizes: each is a program to compile.
+        room = np.zeros(size, np.uint8)
+        if first():
+            room[: part.size] = part
+        room = multihost_utils.broadcast_one_to_all(room)
+        if not first():
+            part[:] = room[: part.size]
+    return found
+
+
+def fields_from_first(kind: type[Any], value: Any) -> Any:
+    """The first process's dataclass of arrays and of what JSON can say, on every process."""
     if not several():
         return value
-    text = np.frombuffer(json.dumps(value).encode() if first() else b"", np.uint8)
-    size = multihost_utils.broadcast_one_to_all(np.int32(text.size))
-    room = text if first() else np.zeros(size, np.uint8)
-    return json.loads(multihost_utils.broadcast_one_to_all(room).tobytes())
+    found = {}
+    for name in [field.name for field in dataclasses.fields(kind)]:
+        part = getattr(value, name, None)
+        text = None if isinstance(part, np.ndarray) else json.dumps(part).encode()
+        # As arrays both: a list of a million names is too long for the coordinator.
+        array = array_from_first(part if text is None else None)
+        if array is None:
+            array = array_from_first(np.frombuffer(text or b"", np.uint8))
+            assert array is not None
+            found[name] = json.loads(array.tobytes())
+        else:
+            found[name] = array
+    return value if first() else kind(**found)
 
 
-def table_from_first(table: np.ndarray | None) -> np.ndarray | None:
-    """The first process's float32 table, or its None, on every process."""
-    if not several():
-        return table
-    shape = from_first(None if table is None else table.shape)
-    if shape is None:
-        return None
-    here = np.zeros(shape, np.float32) if table is None else table
-    return multihost_utils.broadcast_one_to_all(here)
+def check_same(settings: Mapping[str, Any]) -> None:
+    """Raises UserError on a process that was started with other settings than the first one.
 
-
-@contextlib.contextmanager
-def first_goes_ahead(name: str) -> Iterator[None]:
-    """The others run the body when the first process is through, which waits for them: they find
-    what it wrote, and a mistake that it stops at is found once."""
-    if not several():
-        yield
-        return
-    if not first():
-        multihost_utils.sync_global_devices(name)
-    yield
-    if first():
-        multihost_utils.sync_global_devices(name)
-    multihost_utils.sync_global_devices(f"{name}: all")
+    Args:
+      settings: by flag, what JSON can say.
+    """
+    theirs = first_decides(lambda: dict(settings))
+    for name in sorted({*theirs, *settings}):
+        ours, expected = settings.get(name), theirs.get(name)
+        if json.dumps(ours) != json.dumps(expected):
+            raise UserError(
+                f"--{name}: {ours!r} for process {jax.process_index()} on {socket.gethostname()}, "
+                f"{expected!r} for process 0; expected the same flags for every process"
+            )
 
 
 def check_shared(folder: Path, flag: str) -> None:
@@ -136,11 +206,14 @@ def check_shared(folder: Path, flag: str) -> None:
     """
     if not several():
         return
-    mark = folder / from_first(f".shared-{uuid.uuid4().hex}")
-    if first():
+
+    def leave_mark() -> str:
         folder.mkdir(parents=True, exist_ok=True)
-        mark.touch()
-    multihost_utils.sync_global_devices("mark")
+        name = f".shared-{uuid.uuid4().hex}"
+        (folder / name).touch()
+        return name
+
+    mark = folder / first_decides(leave_mark)
     deadline = time.monotonic() + STALE
     while not mark.exists():
         if time.monotonic() > deadline:
@@ -149,7 +222,7 @@ def check_shared(folder: Path, flag: str) -> None:
                 "not see what process 0 writes there; expected a folder that all hosts share"
             )
         time.sleep(POLL)
-    multihost_utils.sync_global_devices("seen")
+    from_all("seen")
     if first():
         mark.unlink()
 
@@ -157,7 +230,7 @@ def check_shared(folder: Path, flag: str) -> None:
 def finish() -> None:
     """Waits until every process is through: who ends early looks dead to the others."""
     if several():
-        multihost_utils.sync_global_devices("finish")
+        from_all("finished")
         _through.set()
         if _watcher.is_alive():
             _watcher.join()
@@ -196,6 +269,20 @@ def _client() -> Any:
     return distributed.global_state.client
 
 
+def _set(key: str, value: Any) -> None:
+    _client().key_value_set(key, json.dumps(value))
+
+
+def _get(key: str) -> Any:
+    """Waits, without an end, for what some process sets. In steps: Ctrl-C comes between them."""
+    while True:
+        try:
+            return json.loads(_client().blocking_key_value_get(key, WAIT))
+        except RuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+
+
 def _watch() -> None:
     """Ends this process when another one has failed."""
     client = _client()
@@ -210,6 +297,7 @@ def _watch() -> None:
         _end(None, status)
 
 
+_agreements = itertools.count()  # The same number on every process.
 _through = threading.Event()
 _watcher = threading.Thread(target=_watch, daemon=True)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,8 @@ from mass_dpo_jax.designs import Design, Selection
 from mass_dpo_jax.errors import UserError
 
 FEATURE_NORMS = ("none", "l2")
+BUILT_IN = ("pool_fisher", "contrast", "set_fisher", "hardest", "sampled", "random", "all")
+HOME = "mass_dpo_jax.criteria"  # The module that may register those.
 
 
 class Pool(NamedTuple):
@@ -40,6 +42,10 @@ class Pool(NamedTuple):
 class Settings:
     """How to select. Hashable: a static argument of `jit`. Fields as in the configuration.
 
+    Attributes:
+        definition: what the criterion's name stands for when the settings are made. It is a part of
+            their identity, so a name that is registered again has compiled programs of its own.
+
     Raises:
         UserError: an unknown name, or a ridge or beta that is not positive.
     """
@@ -51,9 +57,11 @@ class Settings:
     fisher_scale: bool = False
     beta: float = 0.1
     replacement: bool = False
+    definition: Criterion = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_name("selection.criterion", self.criterion, tuple(CRITERIA))
+        object.__setattr__(self, "definition", CRITERIA[self.criterion])
         check_name("selection.search", self.search, designs.SEARCHES)
         check_name("selection.feature_norm", self.feature_norm, FEATURE_NORMS)
         _check_positive("selection.ridge", self.ridge)
@@ -62,12 +70,20 @@ class Settings:
     @property
     def needs_scoring(self) -> bool:
         """Whether the criterion reads scores, which cost a pass over the whole pool."""
-        return CRITERIA[self.criterion].needs_scoring
+        return self.definition.needs_scoring
 
     @property
     def needs_features(self) -> bool:
         """Whether the criterion reads features too."""
-        return CRITERIA[self.criterion].design is not None
+        return self.definition.design is not None
+
+    def check_current(self) -> None:
+        """Raises UserError if the criterion was registered again since the settings were made."""
+        if CRITERIA.get(self.criterion) is not self.definition:
+            raise UserError(
+                f"criterion {self.criterion!r} was registered again after these batches were made, "
+                "which have the one of before: make them and their train step again"
+            )
 
 
 Choose = Callable[[Pool, int, Settings], Selection]
@@ -99,6 +115,7 @@ def criterion(
 
     Whatever takes a criterion's name then knows it: `select_negatives`, `config.selection`, the
     commands. The function is `vmap`ped over prompts inside of `jit`; n and settings are static.
+    A name can be registered again, as in a notebook whose cell is run again: the last one counts.
 
     Examples:
         >>> from mass_dpo_jax import select_negatives
@@ -114,10 +131,13 @@ def criterion(
         needs_scoring: does it read the pool's scores? A pass over the whole pool is what that
             costs. Features are only there for designs, see `design`.
         weighted: its choice has weights, for the loss of `pl_sampled`.
+
+    Raises:
+        UserError: the name is that of a criterion that comes with the package.
     """
 
     def register(choose: Choose) -> Choose:
-        CRITERIA[name] = Criterion(choose, needs_scoring, weighted=weighted)
+        _register(name, choose, Criterion(choose, needs_scoring, weighted=weighted))
         return choose
 
     return register
@@ -129,16 +149,28 @@ def design(name: str) -> Callable[[MakeDesign], MakeDesign]:
 
     Args:
         name: of the criterion.
+
+    Raises:
+        UserError: as `criterion`.
     """
 
     def register(make: MakeDesign) -> MakeDesign:
         def choose(pool: Pool, n: int, settings: Settings) -> Selection:
             return designs.search(make(pool, settings), pool.mask, n, settings.search)
 
-        CRITERIA[name] = Criterion(choose, needs_scoring=True, design=make)
+        _register(name, make, Criterion(choose, needs_scoring=True, design=make))
         return make
 
     return register
+
+
+def _register(name: str, function: Callable[..., Any], found: Criterion) -> None:
+    if name in BUILT_IN and function.__module__ != HOME:
+        raise UserError(
+            f"criterion {name!r} comes with the package, which draws and chooses by it elsewhere "
+            "too; expected another name"
+        )
+    CRITERIA[name] = found
 
 
 def in_order(order: jax.Array, mask: jax.Array, n: int) -> Selection:

@@ -6,9 +6,11 @@ r"""Log-probabilities and rewards of every candidate response, one JSON line per
     python -m mass_dpo_jax.score --workdir=runs/lastfm --config=llama3 \
         --config.data.path=others.jsonl --output=scores.jsonl
 
-Each line: `id`; `logps`, chosen first; with a reference (--config.model.reference_path, or that of
-the run in --workdir) `ref_logps` and `rewards`; `response_tokens`, end of sequence included. In
-the order of the input, and all of it: config.data.max_* is not applied.
+Each line: `id`; `logps`, that of the chosen response and then of each rejected one as the row lists
+them; with a reference (--config.model.reference_path, or that of the run in --workdir) `ref_logps`
+and `rewards`; `response_tokens`, end of sequence included. A response that is left out as too long
+(config.data.long_response=drop) has null in each. In the order of the input, and all of it:
+config.data.max_* is not applied.
 """
 
 from __future__ import annotations
@@ -38,19 +40,25 @@ def score(config: ConfigDict, workdir: Path | None, split: str | None) -> Iterat
     config = config_lib.copied(config)
     workdir = None if workdir is None else expand_path(workdir, "workdir")
     config.data.update(max_train=0, max_validation=0, max_test=0)
-    setup, split, params, refs = prepare_scoring(config, workdir, split)
-    tokens = setup.tokens[split]
+    setup, split, params, reference = prepare_scoring(config, workdir, split)
+    tokens, refs = setup.tokens[split], reference.logps.get(split)
     logps = setup.score(params, split, "scoring")
     scoring.check_finite(logps, tokens, str(workdir or config.model.path))
     scoring.check_finite(refs, tokens, "the reference")
+    sizes = {example.id: 1 + len(example.rejected) for example in setup.examples[split]}
     for row, example_id in enumerate(tokens.ids):
         there = tokens.response_lengths[row] > 0
-        found = {"id": example_id, "logps": logps[row, there]}
+        found = {"logps": logps[row, there]}
         if refs is not None:
             found["ref_logps"] = refs[row, there]
             found["rewards"] = np.float32(config.beta) * (logps[row, there] - refs[row, there])
         found["response_tokens"] = tokens.response_lengths[row, there]
-        yield {k: v if isinstance(v, str) else v.tolist() for k, v in found.items()}
+        line: dict[str, Any] = {"id": example_id}
+        for name, values in found.items():
+            line[name] = [None] * sizes[example_id]
+            for number, value in zip(tokens.numbers[row, there], values.tolist(), strict=True):
+                line[name][number] = value
+        yield line
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mass_dpo_jax import criteria, designs, registry
+from mass_dpo_jax import criteria, designs
 from mass_dpo_jax.criteria import pool_loss, pool_weights
 from mass_dpo_jax.designs import Design, Selection
 from mass_dpo_jax.errors import UserError
@@ -66,14 +66,14 @@ def select(pools: Pool, n: int, settings: Settings) -> Selection:
     Returns:
         A `Selection` with leading dimension B.
     """
-    choose = registry.CRITERIA[settings.criterion].choose
+    choose = settings.definition.choose
     return jax.vmap(lambda pool: choose(pool, n, settings))(pools)
 
 
 def excess(pools: Pool, settings: Settings) -> jax.Array:
     """How far the numbers of each prompt are beyond what its choice can be computed of: [B], above
     1 or NaN where it means nothing. For `check`, where a wrong choice would not be noticed."""
-    make = registry.CRITERIA[settings.criterion].design
+    make = settings.definition.design
 
     def of(pool: Pool) -> jax.Array:
         if pool.scores is None:
@@ -139,7 +139,7 @@ def select_negatives(
         UserError: an unknown name or a value out of range in `settings`; or of the negatives there
             are, features or scores that are not finite, or too large to choose by in float32.
     """
-    known = [field.name for field in dataclasses.fields(Settings)]
+    known = [field.name for field in dataclasses.fields(Settings) if field.init]
     for name in settings:
         check_name("select_negatives", name, tuple(known))
     features = _array(features)
@@ -224,7 +224,7 @@ def diagnostics(pools: Pool, chosen: Selection, settings: Settings) -> dict[str,
         return hits / jnp.maximum(jnp.sum(mine.valid), 1)
 
     figures = {"selection/random_overlap": jax.vmap(overlap)(pools, chosen).mean()}
-    make = registry.CRITERIA[settings.criterion].design
+    make = settings.definition.design
     if make is None:
         return figures
 

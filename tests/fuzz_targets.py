@@ -25,6 +25,7 @@ import test_data_qasc
 import test_data_sequences
 import transformers
 from data_for_tests import write_lines
+from flax import nnx
 from helpers import tiny_config, write_jsonl
 from models_for_tests import hf_config, random_tensors, write_weights
 from safetensors.numpy import save_file
@@ -38,7 +39,10 @@ from mass_dpo_jax.data.tokenizer import load_tokenizer
 from mass_dpo_jax.data.tokens import tokenize
 from mass_dpo_jax.data.vocabulary import train_tokenizer
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.models.adapters import Lora
 from mass_dpo_jax.models.config import DecoderConfig, load_config
+from mass_dpo_jax.models.decoder import abstract_decoder
+from mass_dpo_jax.models.lora import load_peft, load_peft_settings, save_peft
 from mass_dpo_jax.models.weights import load_hf
 from mass_dpo_jax.report import make_report
 from mass_dpo_jax.reports.metrics_log import read_metrics
@@ -272,6 +276,32 @@ def _read_model(folder: Path) -> Iterator[Callable[[], Any]]:
         yield lambda place=folder / family: load_hf(place, load_config(place))
 
 
+def _adapters(folder: Path) -> None:
+    _model(folder)
+    config = load_config(folder / "llama")
+    sizes = {name: config.products[name][0] for name in ("query", "down")}
+    adapters = {
+        name: {"a": np.ones((2, shape[0], 3), "f4"), "b": np.ones((2, 3, shape[1]), "f4")}
+        for name, shape in sizes.items()
+    }
+    save_peft(folder, adapters, Lora(3, 6.0, ("query", "down")), "base")
+
+
+def _read_adapters(folder: Path) -> Iterator[Callable[[], Any]]:
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def read() -> Any:
+        lora = load_peft_settings(folder)
+        config = load_config(folder / "llama")
+        like = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            nnx.to_pure_dict(nnx.state(abstract_decoder(config, lora=lora), nnx.Param))["adapters"],
+        )
+        return load_peft(folder, config, like)
+
+    yield read
+
+
 # Run folders.
 
 
@@ -387,6 +417,7 @@ TARGETS: Mapping[str, Target] = {
     "tokenizer": Target(_tokenizer, _read_tokenizer),
     "caches": Target(_caches, _read_caches),
     "model": Target(_model, _read_model),
+    "adapters": Target(_adapters, _read_adapters, ("adapter_*",)),
     "features": Target(_features, _read_features),
     "runs": Target(_runs, _read_runs, ("second/*.json*", "second/*.npy")),
     "report": Target(_runs, _read_report, ("second/*.json*", "second/*.npy")),

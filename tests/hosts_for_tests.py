@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,16 +25,27 @@ from models_for_tests import tiny_config as tiny_model
 from processes import ended, environment, free_port, spawn
 
 from mass_dpo_jax import hosts
+from mass_dpo_jax.models import attention as plain
+from mass_dpo_jax.models import fused_attention
 from mass_dpo_jax.models.decoder import abstract_decoder, param_dims
 from mass_dpo_jax.models.weights import _Files, load_hf
 from mass_dpo_jax.score import score
+from mass_dpo_jax.training import checkpoint, scoring
 from mass_dpo_jax.training import mesh as mesh_lib
+from mass_dpo_jax.training import setup as setup_lib
 from mass_dpo_jax.training.offline_selection import with_model
 from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.setup import prepare
 from mass_dpo_jax.training.updates import Batches, abstract_state, first_state
 
 STEPS = 10
+DELAY = 2.0  # Seconds.
+ARRAYS = {
+    "large": np.arange(hosts.PIECE // 8 + 3),
+    "empty": np.zeros((0, 3), np.float32),
+    "turned": np.arange(6, dtype=np.int16).reshape(2, 3).T,
+    "scalar": np.array(2.0**40),
+}
 LEARNING = {
     "data.validation_share": 0.0, "beta": 1.0, "model.remat": "dots",
     "train.learning_rate": 3e-4,
@@ -42,7 +54,7 @@ LEARNING = {
 
 def together(processes: int, devices: int, folder: Path, job: Mapping[str, Any]) -> dict[str, Any]:
     """Does a job by several processes of some devices each."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     (folder / "job.json").write_text(json.dumps(job))
     address = f"127.0.0.1:{free_port()}"
     me = str(Path(__file__))
@@ -157,6 +169,85 @@ def read_share(folder: Path) -> float:
     return count / sum(leaf.size for leaf in split)
 
 
+def waits(folder: Path) -> dict[str, Any]:
+    """What this process finds where processes see different things, see test_hosts.py."""
+    found: dict[str, Any] = {}
+    me, real = jax.process_index(), (hosts._get, setup_lib.load_examples, checkpoint.steps)
+    longest = 0.0
+
+    def get(key: str) -> Any:
+        nonlocal longest
+        begun = time.monotonic()
+        value = real[0](key)
+        longest = max(longest, time.monotonic() - begun)
+        return value
+
+    def load(*args: Any) -> Any:
+        assert hosts.first(), "the data are read once"
+        time.sleep(DELAY)
+        return real[1](*args)
+
+    # Of reading that takes one process longer than networks wait.
+    config = tiny_config(folder / "data.jsonl", **{"mesh.data": 2, "mesh.fsdp": 1})
+    config.cache_dir = str(folder / f"cache{me}")
+    with mock.patch.object(hosts, "_get", get), mock.patch.object(setup_lib, "load_examples", load):
+        setup = prepare(config, folder / "run", ("train",))
+    tokens = setup.tokens["train"]
+    found["waited"], found["digest"] = longest, tokens.digest()
+    found["rest"] = [tokens.ids, tokens.cut, tokens.numbers.tolist(), tokens.scores.tolist()]
+
+    # Of a table that one process has in its cache: nobody may compute it.
+    computed: list[int] = []
+    for _ in range(2):
+        table = scoring.cached(
+            Path(config.cache_dir), "x", "k", lambda: computed.append(1) or np.ones(3, np.float32)
+        )
+    found["table"], found["computed"] = table.tolist(), len(computed)
+
+    # Of a kernel that fails on one host, each in turn.
+    for broken in range(2):
+        obstacle = "no such kernel" if me == broken else None
+        with mock.patch.object(fused_attention, "obstacle", lambda *_, found=obstacle: found):
+            chosen = fused_attention.choose("auto", setup.policy.config, "bfloat16", setup.mesh)
+        found[f"broken on {broken}"] = "fused" if chosen is not plain else "plain"
+
+    # Of a checkpoint that process 1 does not see yet, or sees when it is gone.
+    everywhere = mesh_lib.replicated(setup.mesh)
+    step, weights = jax.device_put((np.int32(0), {"w": np.ones(3, np.float32)}), everywhere)
+    like = checkpoint.TrainState(step, weights, weights)
+    for name, seen in (("nothing", []), ("too much", [1, 2, 3])):
+        views = (lambda path, seen=seen: seen) if me == 1 else real[2]
+        with mock.patch.object(checkpoint, "steps", views):
+            saved = checkpoint.Checkpoints(folder / name, keep=5)
+            found[f"{name}: none"] = saved.latest()
+            for step in (1, 1, 2):
+                now = jax.device_put(np.int32(step), everywhere)
+                saved.save(like._replace(step=now), None, {})
+            saved._settle()
+            found[f"{name}: newest"] = saved.latest()
+            restored = checkpoint.Checkpoints(folder / name).restore(like)
+            found[f"{name}: restored"] = int(restored.state.step)
+            saved.close()
+
+    # Of a checkpoint whose newest state process 1 alone reads otherwise.
+    real_print = scoring.fingerprint
+    calls: list[int] = []
+
+    def other(tree: Any) -> str:
+        calls.append(1)
+        return "another" if me == 1 and len(calls) == 1 else real_print(tree)
+
+    with mock.patch.object(scoring, "fingerprint", other):
+        restored = checkpoint.Checkpoints(folder / "nothing").restore(like)
+    found["damaged for one"] = int(restored.state.step)
+
+    for name, array in ARRAYS.items():
+        got = hosts.array_from_first(array if hosts.first() else None)
+        found[name] = [got.dtype.str, got.shape, int(got.sum())]
+    found["none"] = hosts.array_from_first(None)
+    return found
+
+
 def main() -> None:
     address, processes, process, name = sys.argv[1:]
     hosts.start(hosts.Group(address, int(processes), int(process)))
@@ -180,6 +271,8 @@ def main() -> None:
         found["select"] = list(with_model(config, run, None))
     if "weights" in job:
         found["share"] = read_share(Path(job["weights"]))
+    if "waits" in job:
+        found["waits"] = hosts.from_all(waits(folder))
     if hosts.first():
         (folder / "found.json").write_text(json.dumps(found))
     hosts.finish()

@@ -9,6 +9,7 @@ writes again is read by us, and is what was written.
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -23,10 +24,31 @@ import transformers
 from flax import nnx
 from models_for_tests import random_decoder
 from safetensors.numpy import load_file
-from test_lora_peft import write_both
+from test_lora_peft import HARMLESS, write_both
 
 from mass_dpo_jax.models.config import load_config
 from mass_dpo_jax.models.lora import load_peft, load_peft_settings
+
+
+def check_settings(folder: Path, tokens: np.ndarray, ours: np.ndarray) -> None:
+    """What we take for harmless is, and rank-stabilized adapters are those of our scale."""
+    path = folder / "peft" / "adapter_config.json"
+    written = json.loads(path.read_text())
+    root = {"use_rslora": True, "lora_alpha": written["lora_alpha"] / written["r"] ** 0.5}
+    for changes in (*HARMLESS, root):
+        path.write_text(json.dumps(written | changes))
+        assert load_peft_settings(folder / "peft").alpha == written["lora_alpha"]
+        difference = np.abs(theirs(folder, tokens) - ours).max()
+        print(f"  {changes}: {difference:.1e}")
+        assert difference < 1e-4
+    path.write_text(json.dumps(written))
+
+
+def theirs(folder: Path, tokens: np.ndarray) -> np.ndarray:
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder / "base", dtype="float32")
+    model = peft.PeftModel.from_pretrained(base, folder / "peft")
+    with torch.no_grad():
+        return model(torch.tensor(tokens, dtype=torch.long)).logits.log_softmax(-1).numpy()
 
 
 def main() -> None:
@@ -44,6 +66,7 @@ def main() -> None:
             difference = np.abs(logits.log_softmax(-1).numpy() - ours).max()
             print(f"{model_type}, {targets}: largest difference {difference:.1e}")
             assert difference < 1e-4
+            check_settings(folder, tokens, ours)
 
             model.save_pretrained(folder / "again")
             lora, config = load_peft_settings(folder / "again"), load_config(folder / "base")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,13 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from datasets import Dataset, DatasetDict
 from helpers import WORDS, log_lines, slow, tiny_config, write_jsonl
 from ml_collections import ConfigDict
 from models_for_tests import hf_config
+from pandas import DataFrame
 from processes import python
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import mass_dpo_jax as mdj
+from mass_dpo_jax import registry
 from mass_dpo_jax.data.vocabulary import train_tokenizer
 from mass_dpo_jax.score import score
 from mass_dpo_jax.train import train
@@ -140,6 +145,69 @@ def test_a_loop_of_ones_own_is_the_command(
 
 
 @pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize("refresh", ["3", slow("once"), slow("epoch")])
+def test_another_step_function_goes_on_inside_a_window(
+    tmp_path: Path, folder: Path, refresh: str, said: Callable[[], str]
+) -> None:
+    """As a new process with a saved state would, or two functions that take turns."""
+    changes = {"train.learning_rate": 3e-2, "train.clip": 10.0, "beta": 1.0, "num_negatives": 2}
+    config = config_of(folder, tmp_path, **changes, **{"selection.refresh": refresh})
+    model = mdj.load_model(folder, config)
+    batches = mdj.batches(model, mdj.load_examples(config.data, "train", 0))
+
+    def losses_of(functions: int, keep: bool = True) -> list[float]:
+        steps = [mdj.make_train_step(model, batches) for _ in range(functions)]
+        state, found = steps[0].init(model.params), []
+        for batch in batches:
+            state, metrics = steps[batch.step % functions](state, batch)
+            assert float(metrics["loss"]) > 0 and float(metrics["grad_norm"]) > 0
+            assert np.isfinite(float(metrics["rewards/margins_hard"]))
+            found.append(float(metrics["loss"]))
+            # All that a state is goes through a file.
+            leaves, tree = jax.tree.flatten(state if keep else state._replace(sets=None))
+            state = jax.tree.unflatten(tree, [jnp.asarray(np.asarray(x)) for x in leaves])
+        return found
+
+    whole = losses_of(1)
+    assert losses_of(2) == whole
+    assert "no sets" not in said()
+    assert losses_of(2, keep=False) != whole
+    assert "step 1: the state has no sets of negatives of its window, which began at st" in said()
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_criterion_that_is_registered_again_needs_batches_of_its_own(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "CRITERIA", dict(registry.CRITERIA))
+    changes = {"selection.criterion": "place", "num_negatives": 1}
+
+    def register(place: int) -> None:
+        @mdj.selection.criterion("place", needs_scoring=False)
+        def at_place(pool: Any, n: int, settings: Any) -> Any:
+            order = jnp.argsort(jnp.where(pool.mask, jnp.arange(pool.mask.shape[0]) != place, 2))
+            return mdj.selection.in_order(order, pool.mask, n)
+
+    register(0)
+    config = config_of(folder, tmp_path, **changes)
+    model = mdj.load_model(folder, config)
+    examples = mdj.load_examples(config.data, "train", 0)
+
+    def chosen() -> tuple[Any, Any, Any]:
+        batches = mdj.batches(model, examples)
+        step = mdj.make_train_step(model, batches)
+        state, used, _ = step.update(step.init(model.params), batches[0])
+        return np.unique(used.numbers), step, (state, batches[1])
+
+    found, step, following = chosen()
+    assert found.tolist() == [1]
+    register(1)
+    with pytest.raises(mdj.UserError, match=r"^criterion 'place' was registered again .*: make"):
+        step(*following)
+    assert chosen()[0].tolist() == [2]
+
+
+@pytest.mark.usefixtures("one_device")
 def test_any_optimizer_of_optax(tmp_path: Path, folder: Path) -> None:
     """Plain gradient descent, against the update written out; and one that is not finite."""
     config = config_of(folder, tmp_path, num_negatives=2, beta=1.0, **{"train.steps": 2})
@@ -180,9 +248,23 @@ def test_mistakes(tmp_path: Path, folder: Path) -> None:
         mdj.load_model("")
     model = mdj.load_model(folder, config)
     row = {"prompt": "a", "chosen": "b", "rejected": ["c", "d", "e"]}
-    # Without advice: config.data.on_bad_row has no effect here.
-    with pytest.raises(mdj.UserError, match=r"examples\[1\]: field 'chosen' is missing.*prompt$"):
+    with pytest.raises(mdj.UserError, match=r"examples\[1\]: field 'chosen' is missing.*skip leav"):
         model.score([row, {"prompt": "a"}])
+    containers = [
+        (DataFrame([row]), r"a table: give its rows, df.to_dict\('records'\)"),
+        (DatasetDict(train=Dataset.from_list([row])), r"give one, as in dataset\['train'\]"),
+        ("rows.jsonl", "a path: load_examples reads files"),
+        (tmp_path, "a path: load_examples reads files"),
+        (row, "one row: give a list of it"),
+        ({name: [value] for name, value in row.items()}, "columns: give rows"),
+        (3, "int$"),
+    ]
+    for container, message in containers:
+        with pytest.raises(mdj.UserError, match=f"examples: expected rows, found .*{message}"):
+            model.score(container)  # type: ignore[arg-type]
+    skipping = dataclasses.replace(model, config=model.config.copy_and_resolve_references())
+    skipping.config.data.on_bad_row = "skip"
+    assert skipping.score([row, {"prompt": "a"}, row, 3]).ids == ["0", "2"]
     with pytest.raises(mdj.UserError, match=r"examples\[1\]: id 'x' is taken by examples\[0\]"):
         model.score([{**row, "id": "x"}, {**row, "id": "x"}])
     with pytest.raises(mdj.UserError, match="examples: is empty"):

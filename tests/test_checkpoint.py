@@ -229,7 +229,7 @@ def test_a_checkpoint_of_another_model_says_what_differs(tmp_path: Path, data: P
     config = tiny_config(data)
     train(config, tmp_path / "run")
     other = tiny_config(data, **{"model.scratch.intermediate_size": 64})
-    setup = prepare(other, tmp_path / "run", ("train",))
+    setup = prepare(other, tmp_path / "other", ("train",))
     like = abstract_state(setup, make_optimizer(other.train, 4))
     with pytest.raises(
         UserError,

@@ -278,3 +278,53 @@ def test_a_registered_criterion_is_known_to_configurations(monkeypatch):
     config.selection.criterion = "sampled"
     with pytest.raises(UserError, match="expected one of"):
         config_lib.check(config)
+
+
+def test_the_names_of_the_package_are_taken():
+    assert set(registry.BUILT_IN) == set(registry.CRITERIA)
+    before = dict(registry.CRITERIA)
+    for name in registry.BUILT_IN:
+        for register in (
+            selection.criterion(name, needs_scoring=False),
+            selection.design(name),
+        ):
+            with pytest.raises(UserError, match=f"^criterion '{name}' comes with the package"):
+                register(lambda pool, settings: None)
+    assert before == registry.CRITERIA
+
+
+def test_a_criterion_that_is_registered_again_is_used(monkeypatch):
+    """As in a notebook, whose cell is run again: programs compiled for the first one are not."""
+    monkeypatch.setattr(registry, "CRITERIA", dict(registry.CRITERIA))
+    features = np.eye(5, dtype=np.float32) * np.arange(1, 6)[:, None]
+
+    def chosen(**how):
+        return selection.select_negatives(features, n=2, criterion="mine", **how).indices.tolist()
+
+    def in_order(sign, needs_scoring=False):
+        @selection.criterion("mine", needs_scoring=needs_scoring)
+        def mine(pool, n, settings):
+            places = jnp.where(pool.mask, sign * jnp.arange(pool.mask.shape[0]), 99)
+            return selection.in_order(jnp.argsort(places), pool.mask, n)
+
+    in_order(1)
+    first = Settings(criterion="mine")
+    assert chosen() == [0, 1]
+    in_order(-1)
+    assert chosen() == [3, 2]
+    in_order(1, needs_scoring=True)
+    assert chosen() == [0, 1]
+    again = Settings(criterion="mine")
+    assert first != again and hash(first) != hash(again) and again.needs_scoring
+    assert not first.needs_scoring
+    with pytest.raises(UserError, match="'mine' was registered again"):
+        first.check_current()
+    again.check_current()
+
+    for scale, want in ((1.0, [3, 2]), (-1.0, [0, 1])):  # A design in the place of a choice.
+
+        @selection.design("mine")
+        def mine(pool, settings, scale=scale):
+            return designs.Design(jnp.diag(jnp.diagonal(pool.gram)[1:] ** scale))
+
+        assert chosen() == want == chosen(search="exchange")

@@ -79,7 +79,7 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     data = write(tmp_path / "data.jsonl")
     with pytest.raises(UserError, match="no/where: no such folder"):
         lines(data, **{"model.path": "no/where"})
-    with pytest.raises(UserError, match=r"has neither tokenizer.json nor"):
+    with pytest.raises(UserError, match=r"no tokenizer: expected tokenizer.json"):
         lines(data, **{"model.path": str(tmp_path)})
     with pytest.raises(UserError, match=r"config.data.path is empty"):
         lines(data, **{"data.path": ""})

@@ -59,19 +59,19 @@ def test_chat_messages(tmp_path: Path) -> None:
 
 def test_wrong_rows_are_skipped_and_scores_are_read(tmp_path: Path, caplog: Any) -> None:
     row = {"prompt": "p", "chosen": "a", "rejected": ["b"], "score_chosen": 2.0}
-    rows = [{**row, "score_rejected": [1.0]}, {**row, "score_rejected": None}]
+    rows = [{**row, "score_rejected": [1.0]}, {**row, "score_rejected": [1.0, 2.0]}]
     Dataset.from_list(rows).save_to_disk(tmp_path)
     data = default().data
     data.update(name="hub", path=str(tmp_path), on_bad_row="skip")
     with caplog.at_level(logging.INFO, "mass_dpo_jax"):
         [example] = load_examples(data, "all", seed=0)
     assert example.scores == (2.0, 1.0)
-    assert f"{tmp_path} row: skipped 1 of 2 rows; first: {tmp_path} row row 1: " in caplog.text
+    assert f"{tmp_path}: skipped 1 of 2 rows; first: {tmp_path} row 1: " in caplog.text
 
 
 def test_errors(tmp_path: Path) -> None:
     table(3, rejected=[]).save_to_disk(tmp_path / "bad")
-    with pytest.raises(UserError, match="bad row row 0: field 'rejected' is empty"):
+    with pytest.raises(UserError, match="bad row 0: field 'rejected' is empty"):
         load(tmp_path / "bad", "all")
     DatasetDict(train_sft=table(1)).save_to_disk(tmp_path / "other")
     with pytest.raises(UserError, match="no split train, validation or test; found train_sft"):

@@ -96,9 +96,30 @@ def read(folder: Path, *rows: Any, split: str = "all") -> list[Example]:
             " 4",
             (" 5", " 6", " x"),
         ),
-        (  # A table's message has every key, most of them empty.
-            {**GOOD, "prompt": [{**USER, "tool_calls": None}], "score": 3},
-            [USER],
+        *[  # A table's row and message have every key, most of them empty.
+            (
+                {**GOOD, "prompt": [{**USER, "tool_calls": empty}], "tools": empty, "image": empty},
+                [USER],
+                "a",
+                ("b", "c"),
+            )
+            for empty in (None, [], {}, "", [None], [{"name": None, "of": []}], math.nan)
+        ],
+        (  # Single messages, and content in parts.
+            {
+                "prompt": {**USER, "content": [{"type": "text", "text": "p"}, "q", {"text": "r"}]},
+                "chosen": assistant("a"),
+                "rejected": [None, assistant("b"), None],
+            },
+            [{**USER, "content": "pqr"}],
+            [assistant("a")],
+            ([assistant("b")],),
+        ),
+        ({**GOOD, "rejected": assistant("b")}, "p", "a", ([assistant("b")],)),
+        ({**GOOD, "rejected": ["b", None, "c"]}, "p", "a", ("b", "c")),
+        (
+            {**GOOD, "prompt": [{**SYSTEM, "content": " \n"}, USER]},
+            [{**SYSTEM, "content": ""}, USER],
             "a",
             ("b", "c"),
         ),
@@ -121,7 +142,10 @@ def test_ids_are_given_or_count_rows_and_blank_lines_are_skipped(tmp_path: Path)
     [
         ({"prompt": "p", "rejected": ["b"]}, "field 'chosen' is missing; found prompt, rejected"),
         ({"prompt": "p", "chosen": "a"}, "field 'rejected' is missing"),
-        ({**GOOD, "chosen": None}, "field 'chosen' is missing"),
+        ({**GOOD, "chosen": None}, "field 'chosen' is null"),
+        ({**GOOD, "rejected": None}, "field 'rejected' is null"),
+        ({**GOOD, "rejected": [None, None]}, "field 'rejected' is empty"),
+        ({**GOOD, "prompt": ""}, "field 'prompt' is empty"),
         ({"chosen": "a", "rejected": ["b"]}, "'prompt' is missing, and .* no text in common"),
         ({"chosen": "p", "rejected": ["pa"]}, "'prompt' is missing, and all of 'chosen' is the"),
         ({"chosen": "pab", "rejected": ["pb", "p"]}, r"all of 'rejected\[1\]' is the start of"),
@@ -141,7 +165,57 @@ def test_ids_are_given_or_count_rows_and_blank_lines_are_skipped(tmp_path: Path)
         ({**GOOD, "prompt": [USER, assistant("x")]}, "end with .* 'user', found 'assistant'"),
         ({**GOOD, "prompt": ["p"]}, r"'prompt\[0\]' must be a chat message, found the string 'p'"),
         ({**GOOD, "prompt": [{"role": "user"}]}, "needs a string 'content', found null"),
-        ({**GOOD, "prompt": [{**USER, "tool_calls": []}]}, "found 'tool_calls'"),
+        ({**GOOD, "prompt": [{**USER, "name": "Ann"}]}, "role and content only, found 'name'"),
+        ({**GOOD, "tools": {"a": [None, {"b": "c"}]}}, "field 'tools' is not read here: leave it"),
+        *[
+            ({**GOOD, name: value}, f"field '{name}' is not read here: models with images, videos")
+            for name in ("image", "images", "video", "videos", "audio")
+            for value in ("a.png", {"bytes": "x"}, ["a.png"])
+        ],
+        (
+            {**GOOD, "chosen": [{**assistant("a"), "content": None, "tool_calls": [{"id": 1}]}]},
+            r"'chosen\[0\]': 'tool_calls': tool calls are not supported",
+        ),
+        (
+            {**GOOD, "chosen": [{**assistant("a"), "function_call": {"name": "f"}}]},
+            "tool calls are not supported",
+        ),
+        (
+            {**GOOD, "chosen": [{**assistant("a"), "reasoning_content": "hm"}]},
+            "'reasoning_content': is not read: write it into content as the model does, <think>",
+        ),
+        (
+            {**GOOD, "prompt": [{**USER, "content": [{"type": "image_url", "image_url": "u"}]}]},
+            "content has a part of type 'image_url'; only text is read",
+        ),
+        (
+            {**GOOD, "prompt": [{**USER, "content": [{"text": 3}]}]},
+            "needs a string 'text', found t",
+        ),
+        ({**GOOD, "prompt": [{**USER, "content": []}]}, "needs a string 'content', found a list"),
+        (
+            {**GOOD, "prompt": [{"from": "human", "value": "p"}]},
+            "needs role and content, found ShareGPT's from, value",
+        ),
+        ({**GOOD, "rejected": [{"text": "b", "score": 1}]}, "found an object with text, score"),
+        (  # Conversations that go apart before the last answer.
+            {
+                "chosen": [USER, assistant("a"), USER, assistant("c")],
+                "rejected": [USER, assistant("b"), USER, assistant("d")],
+            },
+            r"'rejected\[0\]' .* found 4 messages that differ from the prompt's at the second: "
+            "they differ before the last answer",
+        ),
+        (
+            {**GOOD, "chosen": [assistant("a"), {**USER, "content": "q"}, assistant("c")]},
+            "'chosen' must be one assistant message.*; found 3 messages: an answer of several",
+        ),
+        (
+            {**GOOD, "chosen": [USER, assistant("a"), USER, assistant("c")], "prompt": [USER]},
+            "found 3 messages behind the prompt's",
+        ),
+        ({"id": "", **GOOD}, "field 'id' is empty; leave it out, or set --config.data.columns=id="),
+        ({"id": math.inf, **GOOD}, "'id' must be a string or an integer, found the number inf"),
         ({**GOOD, "chosen": [USER]}, "'chosen' must be a message of role 'assistant'"),
         ({**GOOD, "rejected": [assistant("b"), assistant("c")]}, "a list of lists"),
         ({"chosen": [assistant("a")], "rejected": [assistant("b")]}, "one message only"),
@@ -178,7 +252,7 @@ def test_columns_by_other_names(tmp_path: Path) -> None:
     assert load("prompt=good,chosen=q,rejected=bad").chosen == "p"
     with pytest.raises(UserError, match=r"jsonl:1: column 'worse' is missing .* takes 'rejected'"):
         load("prompt=q,chosen=good,rejected=worse")
-    for wrong in ("question=q", "prompt", "prompt=q,prompt=good", "prompt=", ",", "=q"):
+    for wrong in ("question=q", "prompt", "prompt=q,prompt=good", "prompt=", "id", ",", "=q"):
         with pytest.raises(UserError, match=r"config.data.columns=.* expected each of id, prompt"):
             load(wrong)
     with pytest.raises(UserError, match=r"config.data.name=qasc has columns of its own"):
@@ -191,10 +265,16 @@ def test_wrong_rows_are_skipped_and_counted(tmp_path: Path, caplog: Any) -> None
     with caplog.at_level(logging.INFO, "mass_dpo_jax"):
         examples = load_examples(settings(file, on_bad_row="skip"), "all", seed=0)
     assert [e.id for e in examples] == ["file-0", "x", "file-5"]  # Named by their own places.
-    assert [r.getMessage() for r in caplog.records] == [
-        f"{file}: skipped 3 of 6 rows; first: {file}:2: field 'rejected' is empty"
+    said = [r.getMessage() for r in caplog.records]
+    assert said[:2] == [
+        f"{file}: skipped 3 of 6 rows in all",
+        f"{file}: skipped 1 of 6 rows; first: {file}:2: field 'rejected' is empty",
     ]
-    with pytest.raises(UserError, match=r"file.jsonl:2: .* config.data.on_bad_row=skip leaves su"):
+    assert said[2].startswith(f"{file}: skipped 1 of 6 rows; first: {file}:3: invalid JSON")
+    assert said[3].startswith(f"{file}: skipped 1 of 6 rows; first: {file}:5: id 'x' is taken by")
+    with pytest.raises(
+        UserError, match=r"file.jsonl:2: .*on_bad_row=skip leaves .* \(3 of the 6 rows read"
+    ):
         load_examples(settings(file), "all", seed=0)
     write(file, "{", "[]")
     with pytest.raises(
@@ -209,6 +289,12 @@ def test_wrong_rows_are_skipped_and_counted(tmp_path: Path, caplog: Any) -> None
         (3, [2, 0.5], (3.0, 2.0, 0.5)),
         (-1.5, [0, 0], (-1.5, 0.0, 0.0)),
         (None, None, None),
+        (1, None, None),
+        (None, [1, 2], None),
+        (math.nan, [1, 2], None),
+        (1, [1, None], None),
+        (1, [1, math.inf], None),
+        (1e300, [1, 2], None),
     ],
 )
 def test_scores(tmp_path: Path, chosen: Any, rejected: Any, scores: Any) -> None:
@@ -223,16 +309,11 @@ def test_scores(tmp_path: Path, chosen: Any, rejected: Any, scores: Any) -> None
 @pytest.mark.parametrize(
     ("chosen", "rejected", "message"),
     [
-        (1, None, "'score_chosen' is there, but 'score_rejected' is missing"),
-        (None, [1, 2], "'score_rejected' is there, but 'score_chosen' is missing"),
         (1, [1], "'score_rejected' must have a number for each of the 2 rejected .* found 1"),
         (1, 0.5, "'score_rejected' must have a number for each of the 2 rejected .* found 1"),
         (1, [1, 2, 3], "'score_rejected' must have a number for each of the 2 .* found 3"),
-        (1, [1, "2"], r"'score_rejected\[1\]' must be a finite number, found the string '2'"),
-        (True, [1, 2], "'score_chosen' must be a finite number, found the boolean true"),
-        (math.nan, [1, 2], "'score_chosen' must be a finite number, found the number nan"),
-        (1, [1, math.inf], r"'score_rejected\[1\]' must be a finite number, found the number inf"),
-        (1e300, [1, 2], "'score_chosen' must be a finite number, found the number 1e"),
+        (1, [1, "2"], r"'score_rejected\[1\]' must be a number, found the string '2'"),
+        (True, [1, 2], "'score_chosen' must be a number, found the boolean true"),
     ],
 )
 def test_wrong_scores(tmp_path: Path, chosen: Any, rejected: Any, message: str) -> None:
@@ -241,13 +322,97 @@ def test_wrong_scores(tmp_path: Path, chosen: Any, rejected: Any, message: str) 
         read(tmp_path, row)
 
 
-def test_fewer_rows_than_asked_for_are_said(tmp_path: Path, caplog: Any) -> None:
-    file = write(tmp_path / "file.jsonl", *[GOOD] * 20)
+@pytest.mark.parametrize("field", ["score_chosen", "score_rejected"])
+def test_a_column_of_scores_without_the_other_is_refused(tmp_path: Path, field: str) -> None:
+    with pytest.raises(UserError, match=f"field '{field}' is there, but 'score_.*' is missing"):
+        read(tmp_path, {**GOOD, field: [1, 2] if field == "score_rejected" else 1})
+
+
+def test_scores_of_nulls_among_the_rejected_go_with_them(tmp_path: Path) -> None:
+    scores = {"score_chosen": 9, "score_rejected": [1, None, 3]}
+    [example] = read(tmp_path, {**GOOD, "rejected": ["b", None, "c"], **scores})
+    assert (example.rejected, example.scores) == (("b", "c"), (9.0, 1.0, 3.0))
+
+
+def test_ids_of_tables_with_gaps(tmp_path: Path) -> None:
+    rows = [{"id": i, **GOOD} for i in (0.0, 3.0, math.nan, None)]
+    assert [e.id for e in read(tmp_path, *rows)] == ["0", "3", "file-2", "file-3"]
+
+
+def test_ids_that_are_there_twice_can_be_left_out(tmp_path: Path) -> None:
+    rows = [{"prompt_id": f"x{i // 2}", **GOOD, "chosen": f"a{i}"} for i in range(4)]
+    file = write(tmp_path / "file.jsonl", *rows)
+    advice = r"id 'x0' is taken by .*; several rows of one prompt\? --config.data.columns=id= num"
+    with pytest.raises(UserError, match=advice):
+        load_examples(settings(file, columns="id=prompt_id"), "all", seed=0)
+    write(file, *({"id": "x", "q": row.pop("prompt"), **row} for row in rows))
+    advice = (
+        r"several rows of one prompt\? --config.data.columns=id=,prompt=q numbers rows instead$"
+    )
+    with pytest.raises(UserError, match=advice):
+        load_examples(settings(file, columns="prompt=q"), "all", seed=0)
+    found = load_examples(settings(file, columns="id=,prompt=q"), "all", seed=0)
+    assert [e.id for e in found] == [f"file-{i}" for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        (
+            {"messages": [USER, assistant("a")], "rejected_response": "b"},
+            "chosen=messages,rejected=",
+        ),
+        (
+            {"question": "p", "response_j": "a", "response_k": "b"},
+            "prompt=question,chosen=response_",
+        ),
+        (
+            {"question": "p", "chosen": "a", "neg_answer": ["b", "c"]},
+            "prompt=question,rejected=neg_",
+        ),
+        (
+            {"input": "p", "preferred_output": [assistant("a")], "non_preferred_output": "b"},
+            "prompt",
+        ),
+        (
+            {"instruction": "p", "chosen_response": "a", "rejected_responses": ["b"]},
+            "prompt=instruc",
+        ),
+    ],
+)
+def test_columns_of_other_programs_get_the_setting_that_reads_them(
+    tmp_path: Path, row: Any, columns: str
+) -> None:
+    file = write(tmp_path / "file.jsonl", row)
+    with pytest.raises(UserError, match=r"is missing; found .*; --config.data.columns=") as error:
+        load_examples(settings(file), "all", seed=0)
+    flag = str(error.value).partition("--config.data.columns=")[2].partition(" ")[0]
+    assert flag.startswith(columns)
+    [example] = load_examples(settings(file, columns=flag), "all", seed=0)
+    assert example.prompt in ("p", [USER]) and example.chosen in ("a", [assistant("a")])
+    assert example.rejected[0] == "b"
+    with pytest.raises(
+        UserError, match=r"--config.data.columns=rejected=NAME reads it from another"
+    ):
+        read(tmp_path, {"prompt": "p", "chosen": "a"})
+
+
+def test_limits_that_leave_rows_out_are_said_and_no_others(tmp_path: Path, caplog: Any) -> None:
+    rows = [{**GOOD, "prompt": f"p{i}"} for i in range(20)]
+    file = write(tmp_path / "file.jsonl", *rows)
     with caplog.at_level(logging.INFO, "mass_dpo_jax.data"):
-        for most in (0, 18, 19):
+        for most in (0, 1, 17, 18, 19):
             load_examples(settings(file, max_train=most), "train", seed=0)
-    said = [r.getMessage() for r in caplog.records if "fewer than" in r.getMessage()]
-    assert said == ["train: 18 rows, fewer than data.max_train=19"]
+        load_examples(settings(file, max_test=1), "test", seed=0)
+        load_examples(settings(file, max_validation=1), "validation", seed=0)
+        load_examples(settings(file, max_train=1, max_validation=1, max_test=1), "all", seed=0)
+    said = [r.getMessage() for r in caplog.records if "max_" in r.getMessage()]
+    assert said == [
+        "train: 1 of 18 rows are used (config.data.max_train)",
+        "train: 17 of 18 rows are used (config.data.max_train)",
+        "test: 1 of 2 rows are used (config.data.max_test)",
+        "validation: 1 of 2 rows are used (config.data.max_validation)",
+    ]
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
@@ -267,7 +432,10 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert "broken.jsonl.gz:1: cannot be read" in error(tmp_path / "broken.jsonl.gz")
     assert "nowhere: no such file or folder" in error(tmp_path / "nowhere")
     (tmp_path / "folder").mkdir()
-    assert "found none of them, but nothing" in error(tmp_path / "folder")
+    assert error(tmp_path / "folder") == (
+        f"{tmp_path / 'folder'}: expected files train.jsonl, validation.jsonl, test.jsonl (or with "
+        ".jsonl.gz); found nothing"
+    )
     write(tmp_path / "folder" / "test.jsonl", GOOD)
     assert "no split 'train'; found test" in error(tmp_path / "folder")
     write(tmp_path / "folder" / "train.jsonl", GOOD)

@@ -128,12 +128,14 @@ def test_the_real_files(real_data: Path, caplog: Any) -> None:
     with caplog.at_level(logging.INFO, "mass_dpo_jax"):
         found = {split: read(folder, split) for split in ("train", "validation", "test")}
         read(folder, "train", max_train=20_000)
+        read(folder, "train", max_train=8000)
     assert {split: len(rows) for split, rows in found.items()} == {
         "train": 8134, "validation": 926, "test": 926,
     }  # fmt: skip
     assert found["test"] == found["validation"]
     assert "test.jsonl.gz: no row has an answer" in caplog.text
-    assert "train: 8134 rows, fewer than data.max_train=20000" in caplog.text
+    said = [r.getMessage() for r in caplog.records if "max_train" in r.getMessage()]
+    assert said == ["train: 8000 of 8134 rows are used (config.data.max_train)"]
     lines = gzip.decompress((folder / "dev.jsonl.gz").read_bytes()).splitlines()
     given = [json.loads(line) for line in lines]
     for example, line in zip(found["test"], given, strict=True):

@@ -195,7 +195,7 @@ def test_special_tokens_come_from_config_where_the_tokenizer_names_none(tmp_path
 
 
 def test_folders_without_a_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"has neither tokenizer.json nor tokenizer_config.json"):
+    with pytest.raises(UserError, match=r"no tokenizer: expected tokenizer.json"):
         load_tokenizer(tmp_path)
     with pytest.raises(UserError, match="nowhere: no such folder"):
         load_tokenizer(tmp_path / "nowhere")

@@ -31,7 +31,8 @@ from mass_dpo_jax.data.vocabulary import train_tokenizer
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.evaluate import evaluate
 from mass_dpo_jax.export import export
-from mass_dpo_jax.models import attention, weights
+from mass_dpo_jax.models import attention
+from mass_dpo_jax.models import tensors as tensors_lib
 from mass_dpo_jax.models.config import load_config
 from mass_dpo_jax.models.decoder import abstract_decoder
 from mass_dpo_jax.models.weights import INDEX, SINGLE, load_hf, save_hf
@@ -215,6 +216,31 @@ def test_a_trained_run(tmp_path: Path, torch: ModuleType, model_type: str) -> No
     assert str(tmp_path) not in card.content
 
 
+@pytest.mark.usefixtures("one_device")
+def test_what_a_base_names_null_stays_null(tmp_path: Path, torch: ModuleType) -> None:
+    """Special tokens and settings of generation; generate() works with them."""
+    base, output = tmp_path / "model", tmp_path / "out"
+    model_folder(torch, base, "llama")
+    path = base / "tokenizer_config.json"
+    nulls: dict[str, Any] = {"bos_token": None, "pad_token": None}
+    path.write_text(json.dumps(json.loads(path.read_text()) | nulls))
+    (base / "generation_config.json").write_text('{"eos_token_id": null, "top_k": null}')
+    config = config_lib.default()
+    config.update_from_flattened_dict({"model.path": str(base), "data.chat_template": "none"})
+    export(untrained_run(tmp_path / "run", config), output)
+    before, after = (AutoTokenizer.from_pretrained(folder) for folder in (base, output))
+    assert before.special_tokens_map == after.special_tokens_map
+    assert after.bos_token is None and after.pad_token is None
+    settings = json.loads((output / "tokenizer_config.json").read_text())
+    assert nulls.items() <= settings.items()
+    found = json.loads((output / "generation_config.json").read_text())
+    assert found == {
+        "eos_token_id": [2], "top_k": None, "bos_token_id": 1, "pad_token_id": None
+    }  # fmt: skip
+    net = AutoModelForCausalLM.from_pretrained(output)
+    assert net.generate(torch.tensor([[1, 5, 6]]), max_new_tokens=2).shape[1] > 3
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with checkpoints of steps 2 and 4, from scratch, weights split over eight devices."""
@@ -264,6 +290,30 @@ def test_steps_and_types(tmp_path: Path, run: Path) -> None:
     found = next(line for line in log_lines(run) if "eval/policy/mrr" in line and line["step"] == 2)
     card = (tmp_path / "two/README.md").read_text()
     assert "On the validation split" in card and f"{100 * found['eval/policy/mrr']:.1f} ±" in card
+
+
+@pytest.mark.parametrize(
+    ("settings", "bos", "pad", "ends"),
+    [
+        ({}, 1, 0, [2]),
+        ({"eos_token_id": None}, 1, 0, [2]),
+        ({"eos_token_id": [2, None, -1], "pad_token_id": -1}, 1, None, [2]),
+        ({"eos_token_id": -1, "pad_token_id": 10**6}, 1, None, [2]),
+        ({"eos_token_id": [7, 2], "bos_token_id": None, "pad_token_id": None}, None, None, [7, 2]),
+        ({"eos_token_id": 7}, 1, 0, [7, 2]),
+        ({"eos_token_id": [], "bos_token_id": True}, None, 0, [2]),
+        ({"eos_token_id": {"a": 2}, "pad_token_id": [5]}, 1, 5, [2]),
+        ({"eos_token_id": [2.0, "2"]}, 1, 0, [2]),
+    ],
+)
+def test_generation_ends_with_tokens_that_there_are(
+    run: Path, tmp_path: Path, settings: dict[str, Any], bos: Any, pad: Any, ends: list[int]
+) -> None:
+    other = shutil.copytree(run, tmp_path / "run")
+    (other / "model" / "generation_config.json").write_text(json.dumps(settings))
+    export(other, tmp_path / "out")
+    found = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert [found.bos_token_id, found.pad_token_id, found.eos_token_id] == [bos, pad, ends]
 
 
 def test_a_model_is_called_after_the_one_that_its_chain_of_runs_started_from(
@@ -316,7 +366,7 @@ def test_refusals_leave_nothing_behind(
         raise SafetensorError("I/O error: No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(weights, "save_file", full_of_tensors)
+        patched.setattr(tensors_lib, "save_file", full_of_tensors)
         with pytest.raises(UserError, match=rf"{SINGLE}: cannot be written: .*No space left"):
             export(run, tmp_path / "out")
     monkeypatch.setattr(model_card, "write", full)
@@ -346,7 +396,7 @@ def test_no_more_than_a_file_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyP
         sources.append(weakref.ref(array))
         return array
 
-    save_file = weights.save_file
+    save_file = tensors_lib.save_file
 
     def save(arrays: dict[str, np.ndarray], *args: Any, **kwargs: Any) -> None:
         assert alive(written) == 0  # Of the files before.
@@ -354,7 +404,7 @@ def test_no_more_than_a_file_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyP
         sizes.append((sum(array.nbytes for array in arrays.values()), len(arrays)))
         save_file(arrays, *args, **kwargs)
 
-    monkeypatch.setattr(weights, "save_file", save)
+    monkeypatch.setattr(tensors_lib, "save_file", save)
     save_hf(tmp_path, config, read, dtype=np.float32, max_bytes=100_000)
     assert len(sizes) > 5 and all(size <= 100_000 or count == 1 for size, count in sizes)
     assert sum(size for size, _ in sizes) == sum(x.nbytes for x in tensors.values())

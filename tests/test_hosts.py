@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 import yaml
 from helpers import losses, slow, tiny_config, write_jsonl
-from hosts_for_tests import replay, together
+from hosts_for_tests import ARRAYS, DELAY, replay, together
 from models_for_tests import random_tensors, write_weights
 from models_for_tests import tiny_config as tiny_model
 from processes import ROOT, ended, environment, free_port, spawn
@@ -201,6 +202,29 @@ def test_scores_and_choices_of_two_processes(tmp_path: Path) -> None:
     # The first process kept what it computed; the second one asked it.
     assert list((tmp_path / "two" / "cache0").glob("ref_logps*"))
     assert not list((tmp_path / "two" / "cache1").glob("ref_logps*"))
+
+
+def test_processes_that_see_different_things_stay_together(tmp_path: Path) -> None:
+    """Data that one of them reads, caches, kernels, checkpoints."""
+    data = write_jsonl(tmp_path / "data.jsonl", examples=12)
+    folder = tmp_path / "two"
+    folder.mkdir()
+    shutil.copy(data, folder)
+    zero, one = together(2, 1, folder, {"waits": True})["waits"]
+    # The other waited, and not in a computation, which a network would have ended after a time.
+    assert zero.pop("waited") < DELAY / 2 < one.pop("waited")
+    assert zero == one
+    assert len(zero["rest"][0]) == 11
+    assert zero["computed"] == 1
+    assert zero["table"] == [1, 1, 1]
+    assert {zero["broken on 0"], zero["broken on 1"]} == {"plain"}
+    for view in ("nothing", "too much"):
+        found = [zero[f"{view}: {what}"] for what in ("none", "newest", "restored")]
+        assert found == [None, 2, 2]
+    assert zero["damaged for one"] == 1
+    assert zero["none"] is None
+    for name, array in ARRAYS.items():
+        assert zero[name] == [array.dtype.str, list(array.shape), int(array.sum())], name
 
 
 def slurm(process: int, processes: int, port: int) -> dict[str, str]:

@@ -101,6 +101,41 @@ def test_end_of_sequence_ids() -> None:
         assert config.to_hf()["eos_token_id"] == ids
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("eos_token_id", -1, ()),
+        ("eos_token_id", [2, -1], (2,)),
+        ("eos_token_id", [101, 3, 2], (3, 2)),
+        ("eos_token_id", 10**12, ()),
+        ("bos_token_id", -1, None),
+        ("bos_token_id", 101, None),
+        ("bos_token_id", [-1, 4], 4),
+    ],
+)
+def test_ids_outside_of_the_vocabulary_name_no_token(
+    field: str, value: Any, expected: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = f"{field} {value}/config.json"
+    configs = [DecoderConfig.from_hf(hf_config(**{field: value}), place) for _ in range(2)]
+    found = configs[0].eos_token_ids if field == "eos_token_id" else configs[0].bos_token_id
+    assert found == expected
+    assert caplog.text.count(f"{place}: {field}: ") == 1  # It is read several times in a run.
+    assert "outside of the vocabulary (vocab_size is 101)" in caplog.text
+
+
+@pytest.mark.parametrize("value", [True, 2.0, "2", [2, None], [[2]], {"a": 2}])
+def test_ids_that_are_no_integers_are_refused(value: Any) -> None:
+    for field in ("eos_token_id", "bos_token_id"):
+        with pytest.raises(UserError, match=rf"{field}: found .*, expected an integer or a list"):
+            read(hf_config(**{field: value}))
+
+
+def test_a_pad_id_that_is_none_is_not_read() -> None:
+    for value in (-1, None, 10**6):
+        assert read(hf_config(pad_token_id=value)) == read(hf_config())
+
+
 def test_configs_of_the_real_models(real_data: Path) -> None:
     found = {}
     for path in sorted(real_data.glob("tokenizers/*/config.*.json")):
@@ -134,7 +169,7 @@ def test_configs_of_the_real_models(real_data: Path) -> None:
             ["high_freq_factor", "4.0"],
         ),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "0.5"]),
-        ({"quantization_config": {"bits": 4}}, ["quantization_config"]),
+        ({"quantization_config": {"bits": 4}}, ["quantization_config", "unquantized original"]),
         ({"hidden_size": None}, ["hidden_size", "None", "positive integer"]),
         ({"vocab_size": "101"}, ["vocab_size", "'101'"]),
         ({"num_hidden_layers": 0}, ["num_hidden_layers", "0"]),
@@ -158,11 +193,11 @@ def test_what_the_decoder_does_not_compute_is_an_error(
 
 def test_load_config(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
-    for content, words in ((None, "no such file"), ("{", "invalid JSON"), ("[]", "found list")):
+    for content, words in ((None, "no config.json"), ("{", "invalid JSON"), ("[]", "found list")):
         if content is not None:
             path.write_text(content)
         with pytest.raises(UserError, match=words) as error:
             load_config(tmp_path)
-        assert str(path) in str(error.value)
+        assert str(tmp_path) in str(error.value)
     path.write_text(json.dumps(hf_config()))
     assert load_config(tmp_path) == read(hf_config())

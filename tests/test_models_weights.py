@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 from models_for_tests import FAMILIES, random_tensors, tiny_config, write_weights
 from safetensors.numpy import save_file
 
@@ -23,6 +25,9 @@ from mass_dpo_jax.models.weights import INDEX, load_hf, table
 
 CONFIG = tiny_config("qwen3")
 NORM = "model.layers.1.self_attn.q_norm.weight"
+GATE = "model.layers.2.mlp.gate_proj.weight"
+QUANTIZED = "model.layers.2.mlp.gate_proj.qweight"
+FIRST = "model.embed_tokens.weight"
 
 
 def write_shards(folder: Path, tensors: dict[str, np.ndarray]) -> dict[str, str]:
@@ -119,6 +124,59 @@ def test_harmless_extra_tensors(tmp_path: Path) -> None:
     jax.tree.map(np.testing.assert_array_equal, load_hf(tmp_path, config), expected)
 
 
+def test_a_tied_model_whose_file_has_another_head_is_refused(tmp_path: Path) -> None:
+    """transformers computes with that head since version 5, and without it before."""
+    config = tiny_config("llama", tie_word_embeddings=True)
+    tensors = random_tensors(config)
+    embed = tensors["model.embed_tokens.weight"]
+    one_off = embed.copy()
+    one_off[-1, -1] += 1e-3
+    for head in (one_off, -embed, embed[:-1], embed[:, :5], np.concatenate([embed, embed])):
+        write_weights(tmp_path, tensors | {"lm_head.weight": head})
+        with pytest.raises(UserError, match=r"lm_head.weight differs from model.embed_tokens") as e:
+            load_hf(tmp_path, config)
+        assert '"tie_word_embeddings": false in config.json' in str(e.value)
+    for head in (embed, embed.astype(np.float64)):
+        write_weights(tmp_path, tensors | {"lm_head.weight": head})
+        assert "head" not in load_hf(tmp_path, config)
+    # What the message says.
+    write_weights(tmp_path, tensors | {"lm_head.weight": one_off})
+    found = load_hf(tmp_path, tiny_config("llama", tie_word_embeddings=False))
+    np.testing.assert_array_equal(found["head"], one_off)
+
+
+def test_embeddings_and_head_are_compared_to_the_last_row(tmp_path: Path) -> None:
+    config = tiny_config("llama", tie_word_embeddings=True, vocab_size=9001)
+    tensors = random_tensors(config)
+    for row in (0, 4095, 4096, 9000):
+        head = tensors["model.embed_tokens.weight"].copy()
+        head[row, 3] += 1.0
+        write_weights(tmp_path, tensors | {"lm_head.weight": head})
+        with pytest.raises(UserError, match="differs from"):
+            load_hf(tmp_path, config)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, np.float64])
+def test_weights_that_are_not_finite_are_named(
+    tmp_path: Path, dtype: DTypeLike, value: float
+) -> None:
+    for name in (FIRST, NORM, GATE, "model.norm.weight", "lm_head.weight"):
+        tensors = {k: x.astype(dtype) for k, x in random_tensors(CONFIG).items()}
+        tensors[name].flat[-1] = value
+        write_weights(tmp_path, tensors)
+        with pytest.raises(UserError, match=f"tensor {name} holds NaN or infinity"):
+            load_hf(tmp_path, CONFIG)
+
+
+def test_weights_too_large_for_float32_are_not_finite(tmp_path: Path) -> None:
+    tensors = random_tensors(CONFIG)
+    tensors[GATE] = tensors[GATE].astype(np.float64) * 1e300
+    write_weights(tmp_path, tensors)
+    with pytest.raises(UserError, match=f"tensor {GATE} holds NaN or infinity"):
+        load_hf(tmp_path, CONFIG)
+
+
 def _wrong(change: Callable[[dict[str, np.ndarray]], Any]) -> Callable[[Path], None]:
     def make(folder: Path) -> None:
         tensors = random_tensors(CONFIG)
@@ -142,6 +200,14 @@ def _wrong_index(change: Callable[[dict[str, str]], Any]) -> Callable[[Path], No
     return make
 
 
+def _renamed(form: str, prefix: str = "") -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        tensors = random_tensors(CONFIG)
+        write_weights(folder, {form.format(k.removeprefix(prefix)): x for k, x in tensors.items()})
+
+    return make
+
+
 def _missing_shard(folder: Path) -> None:
     write_shards(folder, random_tensors(CONFIG))
     (folder / "model-2.safetensors").unlink()
@@ -149,10 +215,6 @@ def _missing_shard(folder: Path) -> None:
 
 BROKEN: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "empty": (lambda folder: None, ["no weights", "model.safetensors", INDEX]),
-    "torch only": (
-        lambda folder: (folder / "pytorch_model.bin").write_bytes(b""),
-        ["no weights", "pytorch_model.bin", "convert"],
-    ),
     "missing tensor": (
         _wrong(lambda tensors: tensors.pop(NORM)),
         ["model.safetensors", "missing", NORM, "[16]"],
@@ -169,9 +231,9 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         _wrong(lambda tensors: tensors.update({NORM: np.ones(16, np.int8)})),
         ["model.safetensors", NORM, "I8", "BF16"],
     ),
-    "truncated": (_cut, ["model.safetensors", "not a readable safetensors file"]),
+    "truncated": (_cut, ["model.safetensors", "not a readable safetensors file", "cut short?"]),
     "no safetensors at all": (
-        lambda folder: (folder / "model.safetensors").write_text("<html>not found</html>"),
+        lambda folder: (folder / "model.safetensors").write_text("not found"),
         ["model.safetensors", "not a readable safetensors file"],
     ),
     "index is not JSON": (lambda folder: (folder / INDEX).write_text("{"), [INDEX, "JSON"]),
@@ -179,7 +241,26 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         lambda folder: (folder / INDEX).write_text('{"weight_map": []}'),
         [INDEX, "weight_map"],
     ),
-    "missing shard": (_missing_shard, [INDEX, "model-2.safetensors"]),
+    "missing shard": (_missing_shard, [INDEX, "model-2.safetensors", "1 of 2 files are missing"]),
+    "names of a wrapped model": (_renamed("base_model.model.{}"), [f"base_model.model.{FIRST}"]),
+    "names of a compiled model": (
+        _renamed("_orig_mod.{}"),
+        [f"found _orig_mod.{FIRST}"],
+    ),
+    "names of a parallel model": (_renamed("module.{}"), ["missing", f"found module.{FIRST}"]),
+    "names of a decoder in a decoder": (_renamed("model.{}"), [f"found model.{FIRST}"]),
+    "names without the model's": (_renamed("{}", "model."), ["found embed_tokens.weight"]),
+    "no tensors": (lambda folder: write_weights(folder, {}), ["the file has none"]),
+    "quantized by GPTQ": (
+        _wrong(
+            lambda tensors: tensors.update({GATE.replace("weight", "qweight"): tensors.pop(GATE)})
+        ),
+        ["missing", "mlp.gate_proj.qweight: quantized weights", "unquantized original"],
+    ),
+    "quantized to 8 bits": (
+        _wrong(lambda tensors: tensors.update({GATE: tensors[GATE].astype(np.int8)})),
+        [GATE, "found type I8", "unquantized original"],
+    ),
     "tensor not in its shard": (
         _wrong_index(lambda weight_map: weight_map.update(extra="model-1.safetensors")),
         ["model-1.safetensors", "missing tensor extra"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import tiny_config, write_jsonl
+from helpers import slow, tiny_config, write_jsonl
 from safetensors.numpy import save_file
 
 from mass_dpo_jax import config as config_lib
@@ -55,7 +56,8 @@ def test_a_run_selects_against_its_own_reference(run: Path, data: Path, criterio
     # The same by hand: features and scores of one example at a time, then the float64 form.
     config = tiny_config(data, **changes)
     config.data.validation_share = 0.0
-    setup, split, params, refs = prepare_scoring(config, run, "all")
+    setup, split, params, reference = prepare_scoring(config, run, "all")
+    refs = reference.logps.get(split)
     assert refs is not None
     logps = setup.score(params, split, "by hand")
     disagreements = 0
@@ -73,6 +75,96 @@ def test_a_run_selects_against_its_own_reference(run: Path, data: Path, criterio
         disagreements += mine["selected"] != want
         assert len(mine["gains"]) == len(mine["selected"]) == 2
     assert disagreements <= 1  # Near ties.
+
+
+@pytest.mark.parametrize("criterion", ["pool_fisher", "contrast", "set_fisher"])
+@pytest.mark.parametrize("split", ["train", slow("all")])
+def test_a_run_on_frozen_features_selects_by_those_of_its_reference(
+    run: Path, data: Path, criterion: str, split: str
+) -> None:
+    """Features of the reference, scores of the run: both by hand, in the float64 form."""
+    changes = {"beta": 1.0, "num_negatives": 2, "selection.criterion": criterion}
+    config = tiny_config(data, **changes, **{"selection.features": "reference"})
+    found = list(with_model(config, run, split))
+    given = {row["id"]: row for row in rows_of(data)}
+    setup, _, params, reference = prepare_scoring(config, run, "all")
+    logps, refs = setup.score(params, "all", "by hand"), reference.logps["all"]
+    frozen = setup.policy.weights("", config.seed)  # The random weights that the run began from.
+    disagreements, moved = 0, 0
+    for mine in found:
+        row = setup.tokens["all"].ids.index(mine["id"])
+        features = features_of(setup, frozen, row)
+        scores = (logps - refs)[row, 1 : len(features)] - (logps - refs)[row, 0]
+
+        def chosen(features: np.ndarray, scores: Any) -> list[int]:
+            if criterion == "set_fisher":
+                return theory.set_fisher(features, scores, 2, ridge=0.1)[0]
+            if criterion == "contrast":
+                vectors = theory.contrast_vectors(features, scores)
+            else:
+                vectors = theory.pool_fisher_vectors(features[1:], scores)
+            return theory.greedy(vectors, 2, ridge=0.1)[0]
+
+        scores = scores.astype(np.float64)
+        want = chosen(features, scores)
+        disagreements += mine["selected"] != want
+        moved += want != chosen(features_of(setup, params, row), scores)
+        assert mine["rejected"] == [given[mine["id"]]["rejected"][i] for i in mine["selected"]]
+    assert disagreements <= 1  # Near ties.
+    assert moved  # Else it could as well have read the run's own features.
+
+
+def test_a_model_without_a_reference_is_its_own(run: Path, data: Path) -> None:
+    """So its frozen features are those that it has."""
+    found = [
+        list(with_model(tiny_config(data, **changes), None, None))
+        for features in ("policy", "reference")
+        for changes in [{"model.path": str(run), "selection.features": features}]
+    ]
+    assert found[0] == found[1]
+
+
+def test_pools_smaller_than_n_are_said_once(
+    run: Path, data: Path, folder: Path, said: Callable[[], str]
+) -> None:
+    sizes = [len(row["rejected"]) for row in rows_of(data)]
+    config = tiny_config(data, num_negatives=9, **{"model.path": str(run)})
+    found = list(with_model(config, None, None))
+    assert [len(row["selected"]) for row in found] == sizes
+    message = "config.num_negatives=9: 12 of 12 pools have fewer (the smallest 2); of those all"
+    assert said().count(message) == 1
+    few = sum(size < 4 for size in sizes)
+    mask = np.arange(6)[None, :] < np.array(sizes)[:, None]
+    features, _ = make_features(rows=12)
+    save_file({"features": features, "mask": mask}, folder / "few.safetensors")
+    config = config_lib.default()
+    config.num_negatives = 4
+    list(with_features(config, folder / "few.safetensors", None))
+    message = f"config.num_negatives=4: {few} of 12 pools have fewer (the smallest 2)"
+    assert said().count(message) == 1
+    before = said()
+    for changes in ({"method": "pl_all"}, {"num_negatives": 2}):  # Here n is no more than there is.
+        list(with_model(tiny_config(data, **changes, **{"model.path": str(run)}), None, None))
+    assert "have fewer" not in said()[len(before) :]
+
+
+def test_other_rows_of_a_file_draw_otherwise_than_those_of_another_seed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seed 0's second batch once drew as the first one of seed 2."""
+    monkeypatch.setattr(offline_selection, "AT_A_TIME", 2)
+    features = np.zeros((40, 20, 3), np.float32)
+    np.save(folder / "same.npy", features)
+
+    def drawn(seed: int) -> list[list[int]]:
+        config = config_lib.default()
+        config.seed, config.selection.criterion = seed, "random"
+        return [row["selected"] for row in with_features(config, folder / "same.npy", None)]
+
+    first, other = drawn(0), drawn(2)
+    assert first == drawn(0)
+    assert first[2:] != other[:-2]
+    assert len({tuple(row) for row in first + other}) > 70  # Of 80 draws of 3 of 19.
 
 
 def test_a_run_and_another_model_are_one_too_many(run: Path, data: Path) -> None:
@@ -115,8 +207,8 @@ def scored(scorer: Any, params: Any, batch: Any) -> Any:
 def test_a_diverged_model_chooses_nothing(
     run: Path, data: Path, monkeypatch: pytest.MonkeyPatch, criterion: str, reference: bool
 ) -> None:
-    def broken(*args: Any) -> Any:
-        setup, split, params, refs = prepare_scoring(*args)
+    def broken(*args: Any, **more: Any) -> Any:
+        setup, split, params, refs = prepare_scoring(*args, **more)
         return setup, split, jax.tree.map(lambda x: x * jnp.nan, params), refs
 
     monkeypatch.setattr(offline_selection, "prepare_scoring", broken)

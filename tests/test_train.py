@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from mass_dpo_jax.train import train
 from mass_dpo_jax.training import run_folder
 from mass_dpo_jax.training.methods import KINDS
 from mass_dpo_jax.training.optimizer import make_optimizer
-from mass_dpo_jax.training.refresh import Sets
+from mass_dpo_jax.training.refresh import NO_SET, Sets
 from mass_dpo_jax.training.setup import Reference, prepare
-from mass_dpo_jax.training.step import Choice, Program, TrainState
+from mass_dpo_jax.training.step import Choice, KeptSets, Program, TrainState
 from mass_dpo_jax.training.updates import Batches, TrainStep
 
 pytestmark = pytest.mark.usefixtures("one_device", "strict_jax")
@@ -54,6 +55,78 @@ def test_pools_smaller_than_n_use_what_they_have(tmp_path: Path, data: Path, cha
     train(tiny_config(folder, **changes, **{"train.steps": 1}), tmp_path / "run")
     expected = np.mean([math.log(1 + len(row["rejected"])) for row in rows])
     assert losses(tmp_path / "run")[0] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("held_out", [5, 8, slow(2)])
+@pytest.mark.parametrize("changes", [{"method": "pl_all"}, {"selection.criterion": "all"}])
+def test_the_whole_pool_is_that_of_the_training_rows(
+    tmp_path: Path, data: Path, changes: dict, held_out: int
+) -> None:
+    """Whatever pools the rows have that it is evaluated on, and whatever config.num_negatives."""
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    more = [f"{word} jetty maple" for word in ("amber", "basil", "cedar", "delta", "ember")]
+    folder = tmp_path / "splits"
+    folder.mkdir()
+    for split, some, size in (("train", rows[:8], 3), ("test", rows[8:12], held_out)):
+        for row in some:
+            row["rejected"] = (row["rejected"] + more)[:size]
+            del row["score_chosen"], row["score_rejected"]
+        text = "".join(json.dumps(row) + "\n" for row in some)
+        (folder / f"{split}.jsonl").write_text(text)
+    some = {"train.steps": 1, "log.report": True, "num_negatives": 99}
+    config = tiny_config(folder, **changes, **some)
+    assert prepare(config, tmp_path / "none", ("train", "test")).method.num_negatives == 3
+    train(config, tmp_path / "run")
+    assert losses(tmp_path / "run")[0] == pytest.approx(math.log(4), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("pools", "message"),
+    [
+        ([1], "the largest has 1 rejected response); set config.num_negatives=1, or config.method"),
+        ([1, 2], "the largest has 2 rejected responses); set config.num_negatives=2 or fewer"),
+    ],
+)
+def test_pools_that_are_all_too_small(
+    tmp_path: Path, data: Path, pools: list[int], message: str
+) -> None:
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    for i, row in enumerate(rows):
+        row["rejected"] = row["rejected"][: pools[i % len(pools)]]
+        del row["score_chosen"], row["score_rejected"]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for method in ("mass_dpo", "pl_sampled", "sdpo", "dmpo"):
+        with pytest.raises(UserError, match="=3: larger than every pool") as error:
+            prepare(tiny_config(data, method=method), tmp_path / "run", ("train",))
+        assert message in str(error.value)
+    # A message that names the setting comes from methods that read it only.
+    for method, n in {"dpo": 1, "pl_all": max(pools), "sft": 0}.items():
+        setup = prepare(tiny_config(data, method=method), tmp_path / "run", ("train",))
+        assert setup.method.num_negatives == n
+
+
+def test_ranks_are_those_of_the_data_where_responses_are_left_out(
+    tmp_path: Path, data: Path
+) -> None:
+    long = "delta " * 40
+    rows = [json.loads(line) for line in data.read_text().splitlines()][:8]
+    pools = [[long, "cedar"], ["cedar", long + "ember", long, "fjord"], ["amber", "ember", long]]
+    for i, row in enumerate(rows):
+        row["rejected"] = pools[i % 3]
+        del row["score_chosen"], row["score_rejected"]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ranks = [[2], [1, 4], [1, 2]]  # Counted from 1, of those that are left.
+    changes = {
+        "data.long_response": "drop", "data.max_response_length": 20, "num_negatives": 2,
+        "method": "odpo", "odpo.offset": "rank", "data.validation_share": 0.0,
+    }  # fmt: skip
+    want = [np.logaddexp(0, np.log(ranks[i % 3])).mean() for i in range(8)]
+    assert first_loss(tmp_path, data, **changes) == pytest.approx(np.mean(want), abs=1e-5)
+    # The data's own scores, where it has any, are not what is asked for.
+    for row in rows:
+        row |= {"score_chosen": 1, "score_rejected": [1] * len(row["rejected"])}
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert first_loss(tmp_path, data, **changes) == pytest.approx(np.mean(want), abs=1e-5)
 
 
 @pytest.mark.parametrize("method", [name if name == "mass_dpo" else slow(name) for name in KINDS])
@@ -272,12 +345,12 @@ def test_random_sets_are_each_prompts_own_and_last_a_window(
     def choose(self: Program, _: Any, state: Any, arrays: Any, given: Any, key: Any, *rest: Any):
         assert given is None  # They are chosen inside of the step.
         micro_batch = jax.tree.map(lambda x: x[0], arrays)
-        return self.choose_batch(state.params, micro_batch, key)[0].numbers
+        return state, self.choose_batch(state.params, micro_batch, key)[0].numbers, {}
 
     monkeypatch.setattr(Program, "train_step", choose)  # Its choice without its gradient.
     step = TrainStep(batches, make_optimizer(config.train, 3), {})
     for batch in batches:
-        sets[batch.step, batch.rows] = step.update(TrainState(batch.step, {}, None), batch)
+        _, sets[batch.step, batch.rows], _ = step.update(TrainState(batch.step, {}, None), batch)
     np.testing.assert_array_equal(sets[0], sets[1])
     assert (sets[1] != sets[2]).any(-1).mean() > 0.5
     pools = (setup.tokens["train"].response_lengths[:, 1:] > 0).sum(1)
@@ -328,7 +401,57 @@ def test_a_window_chooses_for_every_row_it_trains_on_with_the_policy_at_its_star
     sets = Sets(setup, order, 5, Reference({}), None)
     for step, start in enumerate((10, 10, 12, 12, 14)):
         found = sets.at(step, 10 + step)  # A number in the place of weights.
-        assert found is not None and (found[order(step)[0]] == start).all()
+        assert found is not None and (found.numbers[order(step)[0]] == start).all()
+
+
+def test_sets_that_are_not_there_are_chosen_with_a_warning(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, said: Callable[[], str]
+) -> None:
+    config = tiny_config(data, **{"train.steps": 7, "selection.refresh": "3"})
+    setup = prepare(config, tmp_path / "run", ("train",))
+    order = Batches(setup, Reference({})).order
+
+    def choose(self: Program, policy: int, batch: Any, key: Any) -> Any:
+        return Choice(np.full((len(batch.index), 3), policy)), {}
+
+    monkeypatch.setattr(Program, "choose_batch", choose)
+
+    def sets(restored: np.ndarray | None = None) -> Sets:
+        return Sets(setup, order, 7, Reference({}), restored)
+
+    def at(sets: Sets, step: int, policy: int, given: KeptSets | None = None) -> KeptSets:
+        found = sets.at(step, policy, given)  # A number in the place of weights.
+        assert found is not None and found.window == step // 3
+        assert (found.numbers != NO_SET).all(1)[order(step)[0]].all()
+        return found
+
+    def policy_of(found: KeptSets, step: int) -> int:
+        (policy,) = np.unique(found.numbers[order(step)[0]])
+        return int(policy)
+
+    first = at(sets(), 0, 1)
+    before = first.numbers.copy()
+    assert "no sets" not in said()
+    # Handed on: with the state, as arrays of JAX too, or with a checkpoint.
+    for given in (first, jax.tree.map(jnp.asarray, first)):
+        assert policy_of(at(sets(), 1, 2, given), 1) == 1
+    assert policy_of(at(sets(first.numbers), 2, 2), 2) == 1
+    old = np.where(first.numbers == NO_SET, 0, first.numbers)  # As checkpoints once were.
+    assert policy_of(at(sets(old), 2, 2), 2) == 1
+    assert "no sets" not in said()
+    # A window of its own begins: nothing is missing.
+    assert policy_of(at(sets(), 3, 4, first), 3) == 4
+    np.testing.assert_array_equal(first.numbers, before)  # A state is not changed afterwards.
+    assert "no sets" not in said()
+    # Entered in the middle: without sets, with those of another window, with some rows' only.
+    partial = first.numbers.copy()
+    partial[order(2)[0][3]] = NO_SET
+    for step, given in ((1, None), (4, first), (5, first), (2, KeptSets(0, partial))):
+        assert policy_of(at(sets(), step, 9, given), step) == 9
+        assert f"step {step}: the state has no sets of negatives of its window" in said()
+    assert said().count("they are chosen now") == 4
+    with pytest.raises(UserError, match=r"sets of negatives are \[22, 2\], expected \[22, 3\]"):
+        sets().at(1, 1, KeptSets(0, np.ones((22, 2), np.int32)))
 
 
 def test_a_set_in_another_order_has_not_changed(tmp_path: Path, data: Path) -> None:
@@ -400,6 +523,9 @@ def test_a_reference_with_other_special_tokens(tmp_path: Path, data: Path) -> No
     train(tiny_config(data, num_negatives=1, **models), tmp_path / "run")
     assert losses(tmp_path / "run")[0] == pytest.approx(math.log(2), abs=1e-5)
     path.write_text(json.dumps(described | {"rms_norm_eps": 0.1}))
+    with pytest.raises(UserError, match=f"{path}: not what the run began with"):
+        train(tiny_config(data, **models), tmp_path / "run2")
+    (other / "origin.json").unlink()  # As of a version that did not keep it.
     with pytest.raises(UserError, match=f"{other}: its architecture .*policy's: rms_norm_eps$"):
         train(tiny_config(data, **models), tmp_path / "refused")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mass_dpo_jax.config import CHOICES
@@ -17,17 +18,28 @@ from mass_dpo_jax.errors import UserError
 _log = logging.getLogger(__name__)
 
 
+def warn_of_shared_prompts(examples: Mapping[str, Sequence[Example]]) -> None:
+    """Warns, by split, of rows of validation and test whose prompts are trained on too."""
+    trained = {example.question for example in examples.get("train", ())}
+    for split, rows in examples.items():
+        if split != "train" and (count := sum(row.question in trained for row in rows)):
+            _log.warning(
+                "%s: the prompts of %d of its %d rows are trained on too", split, count, len(rows)
+            )
+
+
 def load_examples(data: Any, split: str, seed: int) -> list[Example]:
     """The examples of a split of the data set that `data.name` and `data.path` name.
 
     Args:
       data: the configuration's `data`. Of the splits "train", "validation" and "test" at most
-        `data.max_train`, `data.max_validation` and `data.max_test` rows are used.
+        `data.max_train`, `data.max_validation` and `data.max_test` rows are used; the log says
+        what that leaves out.
       split: one of those, or "all": every row of a single file (or dataset without splits), in
         order. Where there are no validation rows, also in a single file, the share
         `data.validation_share` of the training rows, drawn by seed, is held out for it (0: no
-        validation). Where there are no test rows, validation's stand in. MovieLens and the original
-        LastFM have no splits: see `sequences`.
+        validation); rows that share a prompt stay together. Where there are no test rows,
+        validation's stand in. MovieLens and the original LastFM have no splits: see `sequences`.
       seed: what is held out, drawn and shuffled is a function of it.
 
     Returns:
@@ -56,8 +68,5 @@ def load_examples(data: Any, split: str, seed: int) -> list[Example]:
         raise UserError(f"config.data.num_candidates={data.num_candidates}: expected 2 or more")
     # A reader is the module of its name, imported when it is asked for.
     reader = importlib.import_module(f"{__name__}.{data.name}")
-    examples = reader.load(data, split, seed)
-    most = splits.most(data, split)
-    if examples and len(examples) < most:
-        _log.info("%s: %d rows, fewer than data.max_%s=%d", split, len(examples), split, most)
-    return splits.limit(examples, most, seed)
+    examples: list[Example] = reader.load(data, split, seed)
+    return splits.limit(examples, data, split, seed)

@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mass_dpo_jax import config as config_lib
-from mass_dpo_jax.data import load_examples, splits
+from mass_dpo_jax.data import load_examples, splits, warn_of_shared_prompts
 from mass_dpo_jax.data.examples import Example, History, Text
 from mass_dpo_jax.data.tokenizer import load_tokenizer
 from mass_dpo_jax.data.tokens import Tokens, tokenize
@@ -50,12 +50,14 @@ def describe(config: ConfigDict, show: int) -> Iterator[str]:
     config = config_lib.checked(config)
     tokenizer = None
     shown: list[str] = []
+    loaded: dict[str, list[Example]] = {}
     if config.model.path:
         tokenizer = load_tokenizer(description_folder(Path(config.model.path)))
     else:
         yield "config.model.path is empty: lengths are in words, nothing is rendered or cut"
     for split in splits.NAMES:
         examples = load_examples(config.data, split, config.seed)
+        loaded[split] = examples
         if not examples:
             yield f"{split}: no rows"
             continue
@@ -67,6 +69,7 @@ def describe(config: ConfigDict, show: int) -> Iterator[str]:
         yield from _summary(split, view)
         shown += _rows(split, view)
         show = 0
+    warn_of_shared_prompts(loaded)
     yield from shown
 
 

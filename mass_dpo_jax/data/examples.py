@@ -5,22 +5,42 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
+from mass_dpo_jax.data.checks import check_id, has_content, kind, plain
+from mass_dpo_jax.data.messages import Message as Message
+from mass_dpo_jax.data.messages import Text as Text
+from mass_dpo_jax.data.messages import read_text
+from mass_dpo_jax.data.written import decode_responses, is_list
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import shorten
 
-Message = dict[str, str]  # {"role": ..., "content": ...}
-Text = str | list[Message]
 LARGEST_SCORE = 3e38  # What float32 holds.
 COLUMNS = ("id", "prompt", "chosen", "rejected", "score_chosen", "score_rejected")
-# Columns of TRL's that change what a prompt is; other ones are ignored.
+# Columns that change what a prompt is, and so are refused where there is something in them.
 NOT_READ = {
     "tools": "leave it out, or write what the template makes of it into the prompt",
     "chat_template_kwargs": "set config.data.chat_template_kwargs, the same for all rows",
-    "images": "models with images are not supported",
+    **dict.fromkeys(
+        ("image", "images", "video", "videos", "audio", "audios"),
+        "models with images, videos or audio are not supported; leave the column out where the "
+        "text says it all",
+    ),
 }
+# What other programs call these columns.
+OTHER_NAMES = {
+    "prompt": ("question", "instruction", "query", "input", "problem"),
+    "chosen": (
+        "chosen_response", "response_chosen", "response_j", "chosen_answer", "answer_chosen",
+        "preferred", "preferred_output", "pos_answer", "accepted", "answer", "messages", "output",
+    ),
+    "rejected": (
+        "rejected_response", "rejected_responses", "response_rejected", "response_k",
+        "rejected_answer", "rejected_answers", "answer_rejected", "dispreferred",
+        "non_preferred_output", "neg_answer", "wrong_answers", "negatives",
+    ),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,39 +75,57 @@ class Example:
     place: str
     scores: tuple[float, ...] | None = None
 
+    @property
+    def question(self) -> Hashable:
+        """Of the prompt, equal for rows that must not be on both sides of a split: its items, or
+        its messages, where one from the user is the same as its text."""
+        if isinstance(self.prompt, History):
+            return self.prompt.items
+        if isinstance(self.prompt, str):
+            return self.prompt.strip()
+        messages = tuple((m["role"], m["content"].strip()) for m in self.prompt)
+        return messages[0][1] if len(messages) == 1 else messages
+
 
 def from_row(row: Any, default_id: str, place: str) -> Example:
     """The example in a row `{"id"?, "prompt"?, "chosen", "rejected", ...}`.
 
-    Prompt and responses are strings or chat messages. `rejected` is one response or a list of
-    them; a list of messages is one response. Without a `prompt` it is what chosen and rejected
-    begin with in common: of conversations all but the last message; of strings the characters,
-    but for a space before the responses, as in TRL. A conversation that repeats the prompt before
-    its answer is understood too, also where the prompt is the text of its last question.
+    Prompt and responses are strings or chat messages; one message stands for a list of it.
+    `rejected` is one response or a list of them, where a null is none; a list of messages is one
+    response. Without a `prompt` it is what chosen and rejected begin with in common: of
+    conversations all but the last message; of strings the characters, but for a space before the
+    responses, as in TRL. A conversation that repeats the prompt before its answer is understood
+    too, also where the prompt is the text of its last question.
+
+    A string that is a list of messages, as JSON or as Python prints it, is that list. The string
+    of `rejected` that is a list of strings, or of lists of messages, is that list, unless chosen
+    is a list as a string too: then these are answers in JSON. All other JSON in strings is text.
+
     `score_chosen`, a number, and `score_rejected`, a list with a number for each rejected response
-    (or one number, for one), are optional grades. Other columns are ignored.
+    (or one number, for one), are optional grades; a row where one is null or not finite has none.
+    Other columns are ignored, see `RowNotes`, but for those in NOT_READ.
 
     Raises:
       UserError: a field is missing, empty or of the wrong type, or the chosen response is also
-        among the rejected ones; one score without the other, of the wrong length or no finite
-        number. Rejected responses may repeat (drawn twice from a model, say).
+        among the rejected ones; scores are of the wrong number. Rejected responses may repeat
+        (drawn twice from a model, say).
     """
     if not isinstance(row, Mapping):
         raise UserError(
             f"{place}: expected an object with prompt, chosen, rejected; found {kind(row)}"
         )
     for field in ("chosen", "rejected"):
-        if row.get(field) is None:
-            found = ", ".join(map(str, row)) or "nothing"
-            raise UserError(f"{place}: field {field!r} is missing; found {found}")
+        if plain(row.get(field)) is None:
+            raise UserError(f"{place}: {_absent(row, field)}")
     for field, instead in NOT_READ.items():
-        if row.get(field):
+        if field in row and has_content(row[field]):
             raise UserError(f"{place}: field {field!r} is not read here: {instead}")
-    chosen = _text(row["chosen"], "chosen", place)
-    rejected = _rejected(row["rejected"], place)
+    chosen = read_text(row["chosen"], "chosen", place)
+    listed = _rejected(row["rejected"], chosen, place)
+    rejected = [text for text in listed if text is not None]
     prompt: Text
-    if row.get("prompt") is not None:
-        prompt = _whole_prompt(_text(row["prompt"], "prompt", place), chosen)
+    if plain(row.get("prompt")) is not None:
+        prompt = _whole_prompt(read_text(row["prompt"], "prompt", place), chosen)
     elif isinstance(chosen, str):
         prompt, chosen, rejected = _common_start(chosen, rejected, place)
     else:
@@ -98,10 +136,14 @@ def from_row(row: Any, default_id: str, place: str) -> Example:
             f"found {prompt[-1]['role']!r}"
         )
     chosen = _answer(prompt, chosen, "chosen", place)
-    rejected = [_answer(prompt, r, f"rejected[{i}]", place) for i, r in enumerate(rejected)]
+    numbers = (i for i, text in enumerate(listed) if text is not None)
+    rejected = [
+        _answer(prompt, text, f"rejected[{i}]", place)
+        for i, text in zip(numbers, rejected, strict=True)
+    ]
     check_not_rejected(chosen, rejected, place)
     name = check_id(row.get("id"), default_id, place)
-    scores = _scores(row, len(rejected), place)
+    scores = _scores(row, listed, place)
     return Example(name, prompt, chosen, tuple(rejected), place, scores)
 
 
@@ -123,113 +165,63 @@ def digest(examples: Iterable[Example]) -> str:
     return sha.hexdigest()[:32]
 
 
-def check_string(value: Any, field: str, place: str) -> str:
-    """The value, if it is a string with something in it that can be written as UTF-8."""
-    if not isinstance(value, str):
-        raise UserError(f"{place}: field {field!r} must be a string, found {kind(value)}")
-    if not value.strip():
-        raise UserError(f"{place}: field {field!r} is empty")
-    return _encodable(value, field, place)
-
-
-def _encodable(value: str, field: str, place: str) -> str:
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{place}: field {field!r} has half a surrogate pair at character {error.start}"
-        ) from None
-    return value
-
-
-def check_id(value: Any, default: str, place: str) -> str:
-    """A row's own id as a string, or the default where it has none."""
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
-        raise UserError(f"{place}: field 'id' must be a string or an integer, found {kind(value)}")
-    return _encodable(str(value), "id", place)
-
-
-def _scores(row: Mapping[str, Any], count: int, place: str) -> tuple[float, ...] | None:
-    """The scores of the chosen and of `count` rejected responses."""
+def _scores(
+    row: Mapping[str, Any], listed: Sequence[Text | None], place: str
+) -> tuple[float, ...] | None:
+    """The scores of the chosen and of the rejected responses; None where one has none."""
     fields = ("score_chosen", "score_rejected")
-    there = [field for field in fields if row.get(field) is not None]
-    if not there:
-        return None
-    if len(there) == 1:
+    there = [field for field in fields if plain(row.get(field)) is not None]
+    if len(there) == 1 and len(set(fields) & set(row)) == 1:
         [missing] = set(fields) - set(there)
         raise UserError(f"{place}: field {there[0]!r} is there, but {missing!r} is missing")
-    rejected = row["score_rejected"]
-    if not isinstance(rejected, list):
-        rejected = [rejected]
-    if len(rejected) != count:
+    if len(there) < 2:
+        return None
+    scores = plain(row["score_rejected"])
+    scores = scores if isinstance(scores, list) else [scores]
+    if len(scores) != len(listed):
         raise UserError(
-            f"{place}: field 'score_rejected' must have a number for each of the {count} rejected "
-            f"response(s), found {len(rejected)}"
+            f"{place}: field 'score_rejected' must have a number for each of the {len(listed)} "
+            f"rejected response(s), found {len(scores)}"
         )
     named = [("score_chosen", row["score_chosen"])]
-    named += [(f"score_rejected[{i}]", score) for i, score in enumerate(rejected)]
-    return tuple(_number(value, field, place) for field, value in named)
+    for i, (score, response) in enumerate(zip(scores, listed, strict=True)):
+        if response is not None:
+            named.append((f"score_rejected[{i}]", score))
+    found = [_number(value, field, place) for field, value in named]
+    return None if None in found else tuple(score for score in found if score is not None)
 
 
-def _number(value: Any, field: str, place: str) -> float:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    # Also false for NaN; and scores are kept as float32.
-    if not is_number or not abs(value) <= LARGEST_SCORE:
-        raise UserError(f"{place}: field {field!r} must be a finite number, found {kind(value)}")
-    return float(value)
+def _number(value: Any, field: str, place: str) -> float | None:
+    """The number; None for null, and what is not finite as float32."""
+    value = plain(value)
+    if value is None:
+        return None
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise UserError(f"{place}: field {field!r} must be a number, found {kind(value)}")
+    return float(value) if abs(value) <= LARGEST_SCORE else None
 
 
-def _rejected(value: Any, place: str) -> list[Text]:
-    if isinstance(value, str):
-        return [_text(value, "rejected", place)]
+def _rejected(value: Any, chosen: Any, place: str) -> list[Text | None]:
+    """The rejected responses; None where a list of them has null."""
+    value = plain(value)
+    if isinstance(value, str) and not is_list(chosen):
+        value = decode_responses(value, place)
+    if isinstance(value, str) or (isinstance(value, Mapping) and "role" in value):
+        return [read_text(value, "rejected", place)]
     if not isinstance(value, list):
         raise UserError(
             f"{place}: field 'rejected' must be a response or a list of responses, "
             f"found {kind(value)}"
         )
-    if not value:
+    value = [plain(v) for v in value]
+    there = [v for v in value if v is not None]
+    if not there:
         raise UserError(f"{place}: field 'rejected' is empty")
-    if all(isinstance(v, Mapping) for v in value):
-        return [_text(value, "rejected", place)]
-    return [_text(v, f"rejected[{i}]", place) for i, v in enumerate(value)]
-
-
-def _text(value: Any, field: str, place: str) -> Text:
-    if not isinstance(value, list):
-        if not isinstance(value, str):
-            raise UserError(
-                f"{place}: field {field!r} must be a string or a list of chat messages, "
-                f"found {kind(value)}"
-            )
-        return check_string(value, field, place)
-    if not value:
-        raise UserError(f"{place}: field {field!r} is empty")
-    return [_message(m, f"{field}[{i}]", place) for i, m in enumerate(value)]
-
-
-def _message(value: Any, field: str, place: str) -> Message:
-    if not isinstance(value, Mapping):
-        raise UserError(f"{place}: field {field!r} must be a chat message, found {kind(value)}")
-    for key in ("role", "content"):
-        if not isinstance(value.get(key), str):
-            raise UserError(
-                f"{place}: field {field!r}: a chat message needs a string {key!r}, "
-                f"found {kind(value.get(key))}"
-            )
-    check_string(value["role"], f"{field}.role", place)
-    # Columns of a table hold every key in every row; only one with a value means something.
-    extra = [k for k, v in value.items() if k not in ("role", "content") and v is not None]
-    if extra:
-        raise UserError(
-            f"{place}: field {field!r}: a chat message has role and content only, "
-            f"found {extra[0]!r}"
-        )
-    if value["role"] == "system" and not value["content"]:
-        return {"role": "system", "content": ""}
-    content = check_string(value["content"], f"{field}.content", place)
-    return {"role": value["role"], "content": content}
+    if all(isinstance(v, Mapping) and ("role" in v or "from" in v) for v in there):
+        return [read_text(there, "rejected", place)]
+    return [
+        None if v is None else read_text(v, f"rejected[{i}]", place) for i, v in enumerate(value)
+    ]
 
 
 def _whole_prompt(prompt: Text, chosen: Text) -> Text:
@@ -288,10 +280,7 @@ def _answer(prompt: Text, response: Text, field: str, place: str) -> Text:
     if len(response) > 1 and response[:-1] == asked:
         response = response[-1:]
     if len(response) > 1:
-        raise UserError(
-            f"{place}: field {field!r} must be one assistant message, or the prompt's messages "
-            f"and then one; found {len(response)} messages (several responses are a list of lists)"
-        )
+        raise UserError(f"{place}: field {field!r} {_not_one_answer(asked, response)}")
     if response[0]["role"] != "assistant":
         raise UserError(
             f"{place}: field {field!r} must be a message of role 'assistant', "
@@ -300,12 +289,40 @@ def _answer(prompt: Text, response: Text, field: str, place: str) -> Text:
     return response
 
 
-def kind(value: Any) -> str:
-    """The value's type in JSON's words, with a short one shown."""
-    if value is None:
-        return "null"
-    if isinstance(value, (bool, int, float)):
-        return f"the {'boolean' if isinstance(value, bool) else 'number'} {value}".lower()
-    if isinstance(value, str):
-        return f"the string {shorten(value)}"
-    return "an object" if isinstance(value, Mapping) else "a list"
+def _not_one_answer(asked: Sequence[Message], response: Sequence[Message]) -> str:
+    """What is wrong with several messages that are not the prompt's and then one."""
+    expected = "must be one assistant message, or the prompt's messages and then one"
+    if response[0]["role"] == "assistant":
+        return (
+            f"{expected}; found {len(response)} messages: an answer of several turns is not read "
+            "(several responses are a list of lists)"
+        )
+    pairs = zip(asked, response, strict=False)
+    same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(asked), len(response)))
+    if same == len(asked):
+        return f"{expected}; found {len(response) - same} messages behind the prompt's"
+    return (
+        f"{expected}; found {len(response)} messages that differ from the prompt's at the "
+        f"{_ordinal(same + 1)}: they differ before the last answer"
+    )
+
+
+def _ordinal(number: int) -> str:
+    return {1: "first", 2: "second", 3: "third"}.get(number, f"{number}th")
+
+
+def _absent(row: Mapping[str, Any], field: str) -> str:
+    """What to say of a field that is missing or null."""
+    if field in row:
+        return f"field {field!r} is null"
+    found = ", ".join(map(str, row)) or "nothing"
+    wanted = {
+        name: next((other for other in OTHER_NAMES[name] if other in row), "")
+        for name in ("prompt", "chosen", "rejected")
+        if name not in row
+    }
+    known = ",".join(f"{name}={other}" for name, other in wanted.items() if other)
+    advice = f"--config.data.columns={field}=NAME reads it from another column"
+    if wanted.get(field):
+        advice = f"--config.data.columns={known} reads these"
+    return f"field {field!r} is missing; found {found}; {advice}"

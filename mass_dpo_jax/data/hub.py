@@ -1,13 +1,14 @@
 """Preference data as a Hugging Face dataset.
 
-That is a name on the hub, a `save_to_disk` folder or a folder with parquet files, such as a
-download of a hub dataset. The columns are those of the JSON lines: prompt, chosen, rejected and
-perhaps id, score_chosen and score_rejected.
+That is a name on the hub, a `save_to_disk` folder, a folder with Parquet or Arrow files, such as a
+download of a hub dataset, or one such file. The columns are those of the JSON lines: prompt,
+chosen, rejected and perhaps id, score_chosen and score_rejected.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import shlex
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,28 +38,32 @@ def open_dataset(path: str, split: str, without: Collection[str] = ()) -> tables
         part = "all" if split == "all" else splits.resolve(split, ["train"], path).part
         source, rows = splits.Source("row", part), data
     else:
-        found = {
-            name: data[alias]
-            for name, aliases in splits.NAMES.items()
-            for alias in aliases
-            if alias in data
-        }
-        if not found:
-            raise UserError(f"{path}: no split train, validation or test; found {', '.join(data)}")
-        source = splits.resolve(split, [name for name in found if name not in without], path)
-        rows = found[source.name]
-    name = f"{path} {source.name}"
+        names = splits.by_split({name: name for name in data}, path)
+        if not names:
+            raise UserError(_no_split(path, list(data)))
+        splits.say_not_read(path, tuple(name for name in data if name not in names.values()))
+        source = splits.resolve(split, [name for name in names if name not in without], path)
+        rows = data[names[source.name]]
+    name = path if isinstance(data, Dataset) else f"{path} {source.name}"
     places = (f"{name} row {i}" for i in range(len(rows)))
     return tables.Table(name, source, zip(places, rows.with_format(None), strict=True))
 
 
-def is_local(path: Path) -> bool:
-    """Is this a folder with a dataset?"""
-    return _is_saved(path) or any(path.rglob("*.parquet"))
-
-
-def _is_saved(folder: Path) -> bool:
-    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+def _no_split(path: str, names: Sequence[str]) -> str:
+    """What to say of a dataset none of whose splits is called as ours are."""
+    parts = {}
+    for split, aliases in splits.NAMES.items():
+        parts[split] = next((n for n in names if n.lower().startswith(aliases)), "")
+    wanted = ", ".join(f'{split}=d["{name}"]' for split, name in parts.items() if name)
+    read = "load_from_disk" if splits.is_saved(Path(path)) else "load_dataset"
+    code = (
+        f'import datasets; d = datasets.{read}("{path}"); '
+        f'datasets.DatasetDict({wanted or "train=d[...]"}).save_to_disk("NEW")'
+    )
+    return (
+        f"{path}: no split train, validation or test; found {', '.join(names)}. Write those you "
+        f"need by these names: python -c {shlex.quote(code)}, then --config.data.path=NEW"
+    )
 
 
 def _check_names(folder: Path) -> None:
@@ -96,19 +101,23 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _read(path: str) -> Any:
-    from datasets import load_dataset, load_from_disk
+    from datasets import Dataset, load_dataset, load_from_disk
 
     folder = Path(path)
     try:
+        if folder.suffix == ".parquet" and folder.is_file():
+            return Dataset.from_parquet(path)
+        if folder.suffix == ".arrow" and folder.is_file():
+            return Dataset.from_file(path)
         if folder.is_dir():
             check_links(folder)
             _check_names(folder)
-        if _is_saved(folder):
+        if splits.is_saved(folder):
             return load_from_disk(path)
-        if folder.exists() and not is_local(folder):
+        if folder.exists() and not splits.is_dataset(folder):
             raise UserError(
-                f"{path}: is no folder written by save_to_disk and has no parquet files "
-                "(config.data.name=hub); for JSON lines set config.data.name=jsonl"
+                f"{path}: is no folder written by save_to_disk, and no Parquet or Arrow files are "
+                "there (config.data.name=hub); for JSON lines set config.data.name=jsonl"
             )
         return load_dataset(path)
     except UserError:

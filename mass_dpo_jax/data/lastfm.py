@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from mass_dpo_jax.data import hetrec, splits, tables
-from mass_dpo_jax.data.examples import Example, check_string
+from mass_dpo_jax.data import hetrec, lines, splits, tables
+from mass_dpo_jax.data.checks import check_string
+from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import parse_json
 
@@ -35,7 +36,7 @@ def load(data: Any, split: str, seed: int) -> list[Example]:
     if hetrec.is_here(Path(data.path)):
         return hetrec.load(data, split, seed)
     file, source = splits.find_file(Path(data.path), split, PATTERNS)
-    text = "".join(line for _, line in splits.read_lines(file))
+    text = "".join(lines.decode(line, f"{file}:{n}") for n, line in lines.read_lines(file))
     if not text.strip():
         raise UserError(f"{file}: is empty, expected a JSON array")
     rows = parse_json(text, file)

@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 
 from mass_dpo_jax.data import questions, splits, tables
-from mass_dpo_jax.data.examples import Example, check_id, kind
+from mass_dpo_jax.data.checks import check_id, kind
+from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.data.questions import Question, check_text
 from mass_dpo_jax.errors import UserError
 
@@ -67,7 +68,7 @@ def load(data: Any, split: str, seed: int) -> list[Example]:
 
     found = tables.collect(table, make, data, seed)
     examples = []
-    for question in splits.limit(found, splits.most(data, split), seed):
+    for question in splits.limit(found, data, split, seed):
         rng = np.random.default_rng([seed, question.index, 3])
         if enlarge:
             question = _enlarged(question, pools[question.subject], data.num_candidates, rng)

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from mass_dpo_jax.data import questions, splits, tables
-from mass_dpo_jax.data.examples import Example, check_id, kind
+from mass_dpo_jax.data.checks import check_id, kind
+from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.data.questions import Question, check_text
 from mass_dpo_jax.errors import UserError
 
@@ -38,7 +39,7 @@ def load(data: Any, split: str, seed: int) -> list[Example]:
         return _question(row, index, f"{table.source.name}-{index}", place)
 
     found = tables.collect(table, make, data, seed)
-    found = splits.limit(found, splits.most(data, split), seed)
+    found = splits.limit(found, data, split, seed)
     return [
         questions.to_example(q, np.random.default_rng([seed, q.index, 3]), data.list_candidates)
         for q in found

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from mass_dpo_jax.data import hub, tables
-from mass_dpo_jax.data.examples import Example, check_string, kind
+from mass_dpo_jax.data import hub, splits, tables
+from mass_dpo_jax.data.checks import check_string, kind
+from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.errors import UserError
 
 LISTED = "{}\n\nOne of these is the answer:\n{}\n\nAnswer:\n"
@@ -33,6 +34,11 @@ class Question:
     answer: str
     wrong: tuple[str, ...]
     place: str
+
+    @property
+    def question(self) -> str:
+        """What rows must not share across a split."""
+        return same(self.text)
 
 
 def open_table(
@@ -59,7 +65,7 @@ def open_table(
 
 def _open(path: str, split: str, patterns: Sequence[str], without: Collection[str]) -> tables.Table:
     folder = Path(path)
-    if folder.exists() and not hub.is_local(folder):
+    if folder.exists() and not splits.is_dataset(folder):
         return tables.open_files(folder, split, patterns, without)
     return hub.open_dataset(path, split, without)
 

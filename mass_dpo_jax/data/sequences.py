@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mass_dpo_jax.data import splits
+from mass_dpo_jax.data import lines, splits
 from mass_dpo_jax.data.bad_rows import BadRows
-from mass_dpo_jax.data.examples import Example, History, check_string
+from mass_dpo_jax.data.checks import check_string
+from mass_dpo_jax.data.examples import Example, History
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import shorten
 
@@ -103,7 +104,7 @@ def load(layout: Format, data: Any, split: str, seed: int) -> list[Example]:
     rows.done()
     number = {name: i for i, name in enumerate(catalogue)}
     examples = []
-    for user, taken, k in splits.limit(found, splits.most(data, split), seed):
+    for user, taken, k in splits.limit(found, data, split, seed):
         rng = np.random.default_rng([seed, taken[k].line, 3])
         past = [number[event.name] for event in taken[: k + 1]]
         others = _draw(rng, len(catalogue), past, data.num_candidates - 1)
@@ -152,12 +153,12 @@ def _read_names(folder: Path, layout: Format, on_bad_row: str) -> dict[int, str]
     file, separator = folder / layout.names[0], layout.names[1]
     rows = BadRows(str(file), on_bad_row)
     names = {}
-    for number, line in splits.read_lines(file, layout.encoding):
+    for number, line in lines.read_lines(file):
         if (number == 1 and layout.header) or not line.strip():
             continue
         place = f"{file}:{number}"
         with rows:
-            fields = line.rstrip("\r\n").split(separator)
+            fields = lines.decode(line, place, layout.encoding).rstrip("\r\n").split(separator)
             if len(fields) < 2:
                 raise UserError(
                     f"{place}: expected {layout.item} id and name, separated by {separator!r}, "
@@ -177,12 +178,12 @@ def _read_log(
     """Every user's items, the oldest first, of users with more than `LEAST` of them."""
     rows = BadRows(str(file), on_bad_row)
     found: dict[int, list[Event]] = {}
-    for number, line in splits.read_lines(file, layout.encoding):
+    for number, line in lines.read_lines(file):
         if (number == 1 and layout.header) or not line.strip():
             continue
         with rows:
             place = f"{file}:{number}"
-            fields = line.rstrip("\r\n").split(layout.log[1])
+            fields = lines.decode(line, place, layout.encoding).rstrip("\r\n").split(layout.log[1])
             if len(fields) != 4:
                 raise UserError(
                     f"{place}: expected 4 fields separated by {layout.log[1]!r}, "

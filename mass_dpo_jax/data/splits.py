@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
+import collections
+import functools
 import logging
-import zlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import re
+import shlex
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -15,9 +17,11 @@ from mass_dpo_jax.errors import UserError
 
 NAMES: Mapping[str, tuple[str, ...]] = {
     "train": ("train",),
-    "validation": ("validation", "val", "valid", "dev"),
+    "validation": ("validation", "val", "valid", "dev", "eval", "evaluation"),
     "test": ("test",),
 }
+
+_ALIASES = frozenset(alias for aliases in NAMES.values() for alias in aliases)
 
 Row = TypeVar("Row")
 
@@ -50,11 +54,20 @@ def resolve(split: str, available: Collection[str], place: str) -> Source:
     raise UserError(f"{place}: no split {split!r}; found {', '.join(sorted(available)) or 'none'}")
 
 
-def take(rows: Sequence[Row], part: str, held_out: float, seed: int, place: str) -> list[Row]:
+def take(
+    rows: Sequence[Row],
+    prompts: Sequence[Hashable],
+    part: str,
+    held_out: float,
+    seed: int,
+    place: str,
+) -> list[Row]:
     """A part of the rows, "all", "held_out" or the "rest", in their order.
 
-    Which ones are held out depends on the seed alone; they are at least one where `held_out`, the
-    share, is above 0, and never all. A single row serves as both.
+    Rows with equal `prompts` are in one part. Which ones are held out depends on the seed alone;
+    they are about the share `held_out` of the rows, at least one prompt where that is above 0, and
+    never all. Where there is one prompt only, rows are held out nevertheless, and a single row
+    serves as both.
     """
     if part == "all":
         return list(rows)
@@ -62,24 +75,75 @@ def take(rows: Sequence[Row], part: str, held_out: float, seed: int, place: str)
         _log.warning("%s: its only row serves for training and evaluation", place)
         return list(rows)
     count = min(max(1, round(held_out * len(rows))), len(rows) - 1) if held_out else 0
-    out = np.zeros(len(rows), bool)
-    out[np.random.default_rng([seed, 1]).permutation(len(rows))[:count]] = True
+    order = np.random.default_rng([seed, 1]).permutation(len(rows)).tolist()
+    sizes = collections.Counter(prompts)
+    if len(sizes) == 1 and count:
+        _log.warning(
+            "%s: all %d rows have the same prompt, which is trained and evaluated on",
+            place, len(rows),
+        )  # fmt: skip
+        chosen = set(order[:count])
+        out = [i in chosen for i in range(len(rows))]
+    else:
+        held = _hold_out([prompts[i] for i in order], sizes, count)
+        out = [prompt in held for prompt in prompts]
     if part == "rest" and count:
-        _log.info("%s: %d of %d rows are held out for evaluation", place, count, len(rows))
+        of = f" ({len(held)} of {len(sizes)} prompts)" if 1 < len(sizes) < len(rows) else ""
+        _log.info("%s: %d of %d rows%s are held out for evaluation", place, sum(out), len(rows), of)
     return [row for row, is_out in zip(rows, out, strict=True) if is_out == (part == "held_out")]
 
 
-def most(data: Any, split: str) -> int:
-    """How many rows of a split `data.max_*` allows; 0: all."""
-    return 0 if split == "all" else data[f"max_{split}"]
+def _hold_out(
+    order: Sequence[Hashable], sizes: Mapping[Hashable, int], count: int
+) -> set[Hashable]:
+    """The first prompts in `order` that together have about `count` rows, and not all rows.
+
+    A prompt that would lead further away from `count` than it is without is passed over. Of prompts
+    with one row each, that leaves the first `count`.
+    """
+    held: set[Hashable] = set()
+    missing, left = count, sum(sizes.values())
+    for prompt in order:
+        if prompt not in held and sizes[prompt] < min(2 * missing, left):
+            held.add(prompt)
+            missing -= sizes[prompt]
+            left -= sizes[prompt]
+    if count and not held:
+        held.add(min(order, key=sizes.__getitem__))
+    return held
 
 
-def limit(rows: list[Row], most: int, seed: int) -> list[Row]:
-    """At most so many rows, drawn by seed and in their order; 0: all."""
+def limit(rows: list[Row], data: Any, split: str, seed: int) -> list[Row]:
+    """At most as many rows as `data.max_*` allows, drawn by seed and in their order.
+
+    Says how many that leaves out.
+    """
+    most = 0 if split == "all" else data[f"max_{split}"]
     if not most or len(rows) <= most:
         return rows
+    _log.info("%s: %d of %d rows are used (config.data.max_%s)", split, most, len(rows), split)
     chosen = np.random.default_rng([seed, 2]).permutation(len(rows))[:most]
     return [rows[i] for i in sorted(chosen)]
+
+
+def by_split(words: Mapping[str, str], place: str) -> dict[str, str]:
+    """Which name stands for which split, given each name's word for one ("dev", say).
+
+    Raises:
+      UserError: two of them stand for one split.
+    """
+    found: dict[str, str] = {}
+    for split, aliases in NAMES.items():
+        for name, word in words.items():
+            if word.lower() not in aliases:
+                continue
+            if split in found:
+                raise UserError(
+                    f"{place}: {found[split]} and {name} could both be the {split} split; expected "
+                    "one of them"
+                )
+            found[split] = name
+    return found
 
 
 def find_file(
@@ -101,42 +165,77 @@ def find_file(
             return path, Source(path.name.split(".")[0], "all")
         return path, Source(path.name.split(".")[0], resolve(split, ["train"], str(path)).part)
     if not path.is_dir():
-        raise UserError(
-            f"{path}: no such file or folder (config.data.path); a dataset on the Hugging Face hub "
-            "needs --config.data.name=hub"
-        )
-    files: dict[str, Path] = {}
-    for name, aliases in NAMES.items():
-        options = [path / p.format(alias) for alias in aliases for p in patterns]
-        found = [p for p in options if p.is_file()]
-        if len(found) > 1:
-            raise UserError(
-                f"{path}: {found[0].name} and {found[1].name} could both be the {name} split"
-            )
-        if found and name not in without:
-            files[name] = found[0]
-    looked = f"{path} with {' or '.join(patterns)} for {{}} = train, validation (val, dev), test"
+        raise UserError(_nothing_at(path))
+    names = sorted(p.name + "/" * p.is_dir() for p in path.iterdir() if p.name[0] != ".")
+    files = by_split({name: _word(name, patterns) for name in names}, str(path))
     if not files:
-        raise UserError(f"{looked}: found none of them, but {_listing(path)}")
-    source = resolve(split, files, looked)
-    return files[source.name], source
+        raise UserError(_no_split_in(path, names, patterns))
+    say_not_read(str(path), tuple(name for name in names if name not in files.values()))
+    source = resolve(split, [name for name in files if name not in without], str(path))
+    return path / files[source.name], source
 
 
-def read_lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
-    """(line number from 1, line) of a text file, plain or gzip."""
-    number = 0
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                # Some Windows programs start a file with a byte-order mark.
-                marked = number == 1 and encoding == "utf-8"
-                yield number, line.decode("utf-8-sig" if marked else encoding)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}:{number}: not UTF-8: {error.reason}") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}:{number + 1}: cannot be read: {error}") from None
+@functools.cache  # Once, not for every split.
+def say_not_read(place: str, names: tuple[str, ...]) -> None:
+    """Logs which files of a folder, or splits of a dataset, are not read, but for notes on them."""
+    if names := tuple(n for n in names if not n.startswith(("README", "LICENSE"))):
+        _log.info("%s: not read: %s", place, _listing(names))
 
 
-def _listing(folder: Path) -> str:
-    names = sorted(p.name for p in folder.iterdir())
-    return ", ".join(names[:5]) + (", ..." if names[5:] else "") if names else "nothing"
+def _word(name: str, patterns: Sequence[str]) -> str:
+    """What stands for {} in a name; "" where it is of no pattern."""
+    for before, _, behind in (pattern.partition("{}") for pattern in patterns):
+        if name.startswith(before) and name.endswith(behind):
+            word = name[len(before) : len(name) - len(behind)]
+            if "." not in word:
+                return word
+    return ""
+
+
+def _nothing_at(path: Path) -> str:
+    text = str(path)
+    if any(sign in text for sign in "*?,["):
+        return (
+            f"{path}: no such file or folder; config.data.path takes one, no pattern and no list: "
+            "cat FILE FILE > all.jsonl joins JSON lines"
+        )
+    advice = ""
+    if re.fullmatch(r"[\w.-]+/?[\w.-]+", text) and not path.suffix.startswith((".json", ".gz")):
+        advice = "; a dataset on the Hugging Face hub needs --config.data.name=hub"
+    return f"{path}: no such file or folder (config.data.path){advice}"
+
+
+def _no_split_in(folder: Path, names: Sequence[str], patterns: Sequence[str]) -> str:
+    """What to say of a folder without a file for any split."""
+    expected = ", ".join(patterns[0].format(split) for split in NAMES)
+    endings = [pattern.partition("{}")[2] for pattern in patterns[1:]]
+    also = f" (or with {', '.join(endings)})" if endings else ""
+    text = f"{folder}: expected files {expected}{also}; found {_listing(names)}"
+    if patterns[0] != "{}.jsonl":
+        return text
+    if is_dataset(folder):
+        return f"{text}; a dataset of Hugging Face: set --config.data.name=hub"
+    array = next((n for n in names if _word(n, ["{}.json"]).lower() in _ALIASES), "")
+    if array:
+        file, lines = shlex.quote(str(folder / array)), shlex.quote(str(folder / f"{array}l"))
+        return f"{text}; if {array} is a JSON array: jq -c '.[]' {file} > {lines}"
+    if any(n.endswith((".jsonl", ".jsonl.gz")) for n in names):
+        return f"{text}; name them so, or give one of them as config.data.path"
+    return text
+
+
+def is_dataset(folder: Path) -> bool:
+    """Does the folder hold one dataset of Hugging Face: saved by it, or Parquet or Arrow files?
+
+    Arrow files deeper down are of several datasets that were saved beside each other.
+    """
+    return is_saved(folder) or any(folder.rglob("*.parquet")) or any(folder.glob("*.arrow"))
+
+
+def is_saved(folder: Path) -> bool:
+    """Was the folder written by save_to_disk?"""
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
+def _listing(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (", ..." if names[8:] else "") if names else "nothing"

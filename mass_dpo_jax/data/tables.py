@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from mass_dpo_jax.data import examples, splits
+from mass_dpo_jax.data import examples, lines, splits
 from mass_dpo_jax.data.bad_rows import BadRows
 from mass_dpo_jax.data.examples import Example
+from mass_dpo_jax.data.row_notes import RowNotes
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import parse_json
+
+OPTIONAL = ("id", "score_chosen", "score_rejected")  # Columns that `data.columns` can leave out.
 
 
 class Table(NamedTuple):
@@ -24,12 +27,16 @@ class Table(NamedTuple):
     rows: Iterable[tuple[str, Any]]
 
 
-class Named(Protocol):
+class Row(Protocol):
     @property
     def id(self) -> str: ...
 
+    @property
+    def question(self) -> Hashable:
+        """Equal for rows that must not be on both sides of a split."""
 
-Item = TypeVar("Item", bound=Named)
+
+Item = TypeVar("Item", bound=Row)
 
 
 def open_files(
@@ -37,6 +44,7 @@ def open_files(
 ) -> Table:
     """JSON lines of a file or folder; see `splits.find_file`. Blank lines are no rows."""
     file, source = splits.find_file(path, split, patterns, without)
+    lines.check_json_lines(file)
     return Table(str(file), source, _objects(file))
 
 
@@ -45,24 +53,51 @@ def preferences(table: Table, data: Any, seed: int) -> list[Example]:
 
     An example without an id is called after its split (or file) and its row, counted from 0.
     """
+    return _part_of(table, read_preferences(table, f"{table.source.name}-", data), data, seed)
+
+
+def read_preferences(table: Table, prefix: str, data: Any) -> list[Example]:
+    """All examples of a table; those without an id are called `prefix` and their row's number.
+
+    Rows that are Examples already are taken as they are. What there is to say of the rows together
+    is logged, see `RowNotes`.
+
+    Raises:
+      UserError: as `collect`.
+    """
     names = _columns(data.columns)
+    notes = RowNotes(table.name, data.chat_template != "none")
 
     def make(row: Any, i: int, place: str) -> Example:
+        if isinstance(row, Example):
+            return row
         row = _renamed(row, names, place)
-        return examples.from_row(row, f"{table.source.name}-{i}", place)
+        example = examples.from_row(row, f"{prefix}{i}", place)
+        notes.add(row, example)
+        return example
 
-    return collect(table, make, data, seed)
+    others = [f"{ours}={theirs}" for ours, theirs in names.items() if ours != "id"]
+    columns = ",".join(["id=", *others])
+    advice = f"; several rows of one prompt? --config.data.columns={columns} numbers rows instead"
+    found = _read(table, make, data.on_bad_row, advice)
+    notes.log()
+    return found
 
 
 def _columns(text: str) -> dict[str, str]:
-    """Our names of columns and those of the data, from `prompt=question,chosen=answer`."""
+    """Our names of columns and those of the data, from `prompt=question,chosen=answer`.
+
+    A column may be left out where the data needs none: `id=` has rows numbered.
+    """
     names = {}
     for part in text.split(",") if text else []:
-        ours, _, theirs = (word.strip() for word in part.partition("="))
-        if ours not in examples.COLUMNS or not theirs or ours in names:
+        ours, equals, theirs = (word.strip() for word in part.partition("="))
+        missing = not theirs and not (equals and ours in OPTIONAL)
+        if ours not in examples.COLUMNS or missing or ours in names:
             raise UserError(
                 f"config.data.columns={text!r}: {part!r}, expected each of "
-                f"{', '.join(examples.COLUMNS)} at most once, as in prompt=question,chosen=answer"
+                f"{', '.join(examples.COLUMNS)} at most once, as in prompt=question,chosen=answer; "
+                f"and {', '.join(f'{name}=' for name in OPTIONAL)} to read no such column"
             )
         names[ours] = theirs
     return names
@@ -72,13 +107,17 @@ def _renamed(row: Any, names: Mapping[str, str], place: str) -> Any:
     if not names or not isinstance(row, Mapping):
         return row  # What is no object gets its error where rows are read.
     for ours, theirs in names.items():
-        if theirs not in row:
+        if theirs and theirs not in row:
             raise UserError(
                 f"{place}: column {theirs!r} is missing (config.data.columns takes {ours!r} from "
                 f"it); found {', '.join(map(str, row)) or 'nothing'}"
             )
-    left = {name: value for name, value in row.items() if name not in names.values()}
-    return left | {ours: row[theirs] for ours, theirs in names.items()}
+    left = {
+        name: value
+        for name, value in row.items()
+        if name not in names.values() and names.get(name) != ""
+    }
+    return left | {ours: row[theirs] for ours, theirs in names.items() if theirs}
 
 
 def collect(
@@ -92,26 +131,40 @@ def collect(
       UserError: what `make` raises, or an id is there twice, unless `data.on_bad_row` is "skip";
         no row is left.
     """
-    rows = BadRows(table.name, data.on_bad_row)
+    return _part_of(table, _read(table, make, data.on_bad_row), data, seed)
+
+
+def _read(
+    table: Table,
+    make: Callable[[Any, int, str], Item],
+    on_bad_row: str,
+    advice: str = "",  # On an id that is there twice.
+) -> list[Item]:
+    rows = BadRows(table.name, on_bad_row)
     found = []
     for place, row in table.rows:
         with rows:
             if isinstance(row, UserError):
                 raise row
             item = make(row, rows.count - 1, place)
-            rows.check_id(item.id, place)
+            rows.check_id(item.id, place, advice)
             found.append(item)
     rows.done()
-    return splits.take(found, table.source.part, data.validation_share, seed, table.name)
+    return found
+
+
+def _part_of(table: Table, rows: list[Item], data: Any, seed: int) -> list[Item]:
+    questions = [row.question for row in rows]
+    return splits.take(rows, questions, table.source.part, data.validation_share, seed, table.name)
 
 
 def _objects(file: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in splits.read_lines(file):
+    for number, line in lines.read_lines(file):
         if not line.strip():
             continue
         place = f"{file}:{number}"
         try:
-            row = parse_json(line, file, number)
+            row = parse_json(lines.decode(line, place), file, number)
         except UserError as error:
             row = error
         yield place, row

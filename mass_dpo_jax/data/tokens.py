@@ -56,6 +56,14 @@ class Tokens:
         size = int(self.response_lengths[i].sum())
         return self.response_tokens[self._response_ends[i] - size :][:size]
 
+    def by_number(self, values: np.ndarray, width: int) -> np.ndarray:
+        """Values [M, C, ...] of the candidates in the columns that their responses have in the data
+        [M, width, ...], 0 where there is none."""
+        there = self.response_lengths > 0
+        table = np.zeros((len(self), width, *values.shape[2:]), values.dtype)
+        table[np.nonzero(there)[0], self.numbers[there]] = values[there]
+        return table
+
     def digest(self) -> str:
         """SHA-256 of ids and tokens: equal where every number computed from them is."""
         sha = hashlib.sha256(json.dumps(self.ids).encode())

@@ -13,9 +13,14 @@ from typing import Any
 
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import read_json
+from mass_dpo_jax.models.folder import no_config, warn_once
 
 MOST_OF_AN_AXIS = 2**31 - 1  # What XLA counts an axis with.
 EXPORT_DTYPES = ("bfloat16", "float32")  # Of weights in a folder that is written.
+UNQUANTIZED = (
+    "the unquantized original (to train adapters beside weights of 4 bits, --config=qlora "
+    "quantizes it by itself)"
+)
 MOST_LAYERS = 10_000  # A list of as many names is made before the weights are looked at.
 
 
@@ -92,6 +97,10 @@ class Llama3Scaling:
     original_max_positions: int
 
 
+# Fields of a description in which a model and the one that was tuned from it often differ.
+NOT_COMPUTED = ("initializer_range", "max_positions", "bos_token_id", "eos_token_ids")
+
+
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """The shape of a decoder: sizes, rotary positions, and which family's details it has."""
@@ -114,6 +123,12 @@ class DecoderConfig:
     max_positions: int
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+
+    def computed(self) -> dict[str, Any]:
+        """Returns the fields that change what is computed: two models that are equal in these are
+        the same function of their weights."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in fields.items() if name not in NOT_COMPUTED}
 
     @property
     def products(self) -> dict[str, tuple[tuple[int, int], tuple[str, str]]]:
@@ -145,7 +160,8 @@ class DecoderConfig:
         read = _Reader(config, place)
         model_type = config.get("model_type")
         if not isinstance(model_type, str) or model_type not in FAMILIES:
-            raise read.error("model_type", model_type, f"one of {', '.join(FAMILIES)}")
+            known = f"one of {', '.join(FAMILIES)} (other families are not supported)"
+            raise read.error("model_type", model_type, known)
         family = FAMILIES[model_type]
         for name in read.list("architectures"):
             if name != family.architecture:
@@ -163,10 +179,11 @@ class DecoderConfig:
             raise read.error("head_dim", head_dim, "an even number")
         max_positions = read.integer("max_position_embeddings")
         rope_theta, rope_scaling = _rope(read, family, max_positions)
-        bos, eos = read.token_ids("bos_token_id"), read.token_ids("eos_token_id")
+        vocab_size = read.integer("vocab_size")
+        bos, eos = (read.token_ids(f"{name}_token_id", vocab_size) for name in ("bos", "eos"))
         return cls(
             model_type=model_type,
-            vocab_size=read.integer("vocab_size"),
+            vocab_size=vocab_size,
             hidden_size=hidden_size,
             intermediate_size=read.integer("intermediate_size"),
             num_layers=num_layers,
@@ -237,7 +254,7 @@ def load_config(folder: str | Path) -> DecoderConfig:
     """Reads `config.json` of a Hugging Face folder; UserError when it is missing or malformed."""
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise UserError(f"{path}: no such file; expected the folder of a Hugging Face model")
+        raise UserError(f"{folder}: {no_config(Path(folder))}")
     config = read_json(path)
     if not isinstance(config, dict):
         raise UserError(f"{path}: found {type(config).__name__}, expected a JSON object")
@@ -276,15 +293,24 @@ class _Reader:
             raise self.error(field, value, "a list")
         return value or []
 
-    def token_ids(self, field: str) -> tuple[int, ...]:
-        """A token id or several; none where the field is absent or null."""
+    def token_ids(self, field: str, size: int) -> tuple[int, ...]:
+        """A token id or several of a vocabulary of `size`; none where the field is absent or null.
+
+        An id outside, as -1 of converted models, is warned of and left out.
+        """
         value = self.config.get(field)
         if value is None:
             return ()
         values = value if isinstance(value, list) else [value]
         if not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
             raise self.error(field, value, "an integer or a list of integers")
-        return tuple(values)
+        outside = [v for v in values if not 0 <= v < size]
+        if outside:
+            warn_once(
+                f"{self.place}: {field}: {outside[0]} is outside of the vocabulary (vocab_size is "
+                f"{size}), so it names no token and is left out"
+            )
+        return tuple(v for v in values if v not in outside)
 
     def number(self, field: str, default: float) -> float:
         return self.positive(field, self.config.get(field, default))
@@ -320,10 +346,19 @@ def _refuse_unsupported(read: _Reader) -> None:
     for kind in read.list("layer_types"):
         if kind != "full_attention":
             raise read.error("layer_types", kind, "'full_attention'")
-    if config.get("quantization_config") is not None:
-        raise read.error("quantization_config", "quantized weights", "unquantized weights")
+    for field in ("quantization_config", "quantization", "compression_config"):
+        if config.get(field) is not None:
+            raise read.error(field, f"{_method(config[field])} weights", UNQUANTIZED)
     if config.get("partial_rotary_factor", 1.0) not in (None, 1, 1.0):
         raise read.error("partial_rotary_factor", config["partial_rotary_factor"], "1.0")
+
+
+def _method(quantization: Any) -> str:
+    """What quantized weights, as the writer of a config.json calls the way it was done."""
+    found = quantization if isinstance(quantization, Mapping) else {}
+    if found.get("load_in_4bit") or found.get("load_in_8bit"):
+        return "bitsandbytes"
+    return str(found.get("quant_method") or found.get("format") or "quantized")
 
 
 def _rope(read: _Reader, family: Family, max_positions: int) -> tuple[float, Llama3Scaling | None]:

@@ -26,10 +26,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
+from mass_dpo_jax import hosts
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models import attention as plain
 from mass_dpo_jax.models.attention import Attention
@@ -172,14 +174,15 @@ def choose(setting: str, config: DecoderConfig, dtype: DTypeLike, mesh: Mesh) ->
     """What `config.model.attention` means on these devices.
 
     `auto` is the fused kernel on GPUs where it computes what plain attention does: that is tried,
-    on a small example on all of them.
+    on a small example on all of them. All processes have to ask, and get the same.
 
     Raises:
       UserError: `fused`, and it cannot be.
     """
     if setting == "plain":
         return plain
-    found = obstacle(config, jnp.dtype(dtype), mesh)
+    # One process without the kernel is enough: their programs must be the same.
+    found = next(filter(None, hosts.from_all(obstacle(config, jnp.dtype(dtype), mesh))), None)
     if found is None:
         return Fused.on(mesh)
     if setting == "fused":
@@ -198,6 +201,12 @@ def obstacle(config: DecoderConfig, dtype: jnp.dtype, mesh: Mesh) -> str | None:
         return f"the kernel needs config.model.dtype=bfloat16, not {dtype.name}"
     if config.num_kv_heads % tensor:
         return f"config.mesh.tensor={tensor} does not divide {config.num_kv_heads} key-value heads"
+    if hosts.several():
+        # Each tries its own devices: where one fails, the others would wait for it for ever.
+        own = np.array(mesh.local_devices).reshape(-1, 1, 1)
+        mesh = Mesh(own, mesh.axis_names, axis_types=mesh.axis_types)
+        heads, keys = config.num_heads // tensor, config.num_kv_heads // tensor
+        config = dataclasses.replace(config, num_heads=heads, num_kv_heads=keys)
     try:
         error = difference(Fused.on(mesh), config, dtype)
     except (NotImplementedError, RuntimeError, ValueError) as failure:

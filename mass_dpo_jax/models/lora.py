@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,35 +14,42 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import qwix
-from safetensors import SafetensorError, safe_open
 
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import read_json
 from mass_dpo_jax.models.adapters import Lora
-from mass_dpo_jax.models.config import PRODUCTS, TARGETS, DecoderConfig
+from mass_dpo_jax.models.config import MOST_OF_AN_AXIS, PRODUCTS, TARGETS, DecoderConfig
+from mass_dpo_jax.models.folder import warn_once
 from mass_dpo_jax.models.frozen import dense
-from mass_dpo_jax.models.weights import write_tensors
+from mass_dpo_jax.models.tensors import (
+    check_finite,
+    check_type,
+    instead,
+    open_tensors,
+    write_tensors,
+)
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NAME = "base_model.model.model.layers.{layer}.{module}.lora_{part}.weight"
 PARTS = {"a": "A", "b": "B"}
+LARGEST = float(np.finfo(np.float32).max)
 
-# Settings of PEFT's that change what adapters compute, with the only value that ours know.
-ONLY = {
-    "peft_type": "LORA",
-    "bias": "none",
-    "use_dora": False,
-    "use_rslora": False,
-    "fan_in_fan_out": False,
-    "modules_to_save": None,
-    "layers_to_transform": None,
-    "layer_replication": None,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "exclude_modules": None,
-    "trainable_token_indices": None,
-    "target_parameters": None,
-    "lora_bias": False,
+# Of PEFT's settings, those that say nothing of what adapters compute or that are read below ...
+NOT_COMPUTED = frozenset(
+    (
+        "r lora_alpha use_rslora target_modules lora_dropout base_model_name_or_path revision "
+        "peft_version auto_mapping inference_mode runtime_config eva_config megatron_core "
+        "qalora_group_size ensure_weight_tying"
+    ).split()
+)
+# ... and the values of others with which they compute what ours do. All that is in neither, also
+# what PEFT will have one day, has to be null, false or empty.
+COMPUTED_ALIKE: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "task_type": ("CAUSAL_LM",),
+    "bias": ("none",),
+    # Others subtract the adapters that they draw from the base's weights, when PEFT loads them too.
+    "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),
 }
 
 
@@ -125,7 +134,8 @@ def load_peft_settings(folder: Path) -> Lora:
     """Rank, alpha and targets of a folder in PEFT's format.
 
     Raises:
-      UserError: there is none, or it computes something else than these adapters.
+      UserError: there is none, it computes something else than these adapters, or it is not
+        known whether it does.
     """
     path = folder / SETTINGS
     if not path.is_file():
@@ -133,25 +143,78 @@ def load_peft_settings(folder: Path) -> Lora:
     found = read_json(path)
     if not isinstance(found, dict):
         raise UserError(f"{path}: found {type(found).__name__}, expected a JSON object")
-    for field, value in ONLY.items():
-        if found.get(field, value) not in (value, None):
-            raise UserError(f"{path}: {field}: found {found[field]!r}, expected {value!r}")
+    if "peft_type" not in found:
+        shown = ", ".join(sorted(found)[:8]) or "nothing"
+        raise UserError(
+            f"{path}: not PEFT's format, which has peft_type, r and lora_alpha (found {shown}); "
+            "adapters of MLX and other programs have to be converted, or merged into their base"
+        )
+    for field, value in found.items():
+        if field not in NOT_COMPUTED:
+            _check_setting(path, field, value)
     rank, alpha = found.get("r"), found.get("lora_alpha")
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 0 < rank <= MOST_OF_AN_AXIS:
         raise UserError(f"{path}: r: found {rank!r}, expected a positive integer")
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not alpha > 0:
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha <= LARGEST:
         raise UserError(f"{path}: lora_alpha: found {alpha!r}, expected a positive number")
+    if (root := found.get("use_rslora")) not in (None, False, True):
+        raise UserError(f"{path}: use_rslora: found {root!r}, expected true or false")
+    if root:  # Their alpha / sqrt(r) is our alpha / r.
+        alpha *= math.sqrt(rank)
     named = found.get("target_modules")
     if named == "all-linear":
         named = list(TARGETS)
     if not isinstance(named, list) or not named:
         raise UserError(f"{path}: target_modules: found {named!r}, expected a list of names")
     for name in named:
-        if name not in TARGETS:
+        if not isinstance(name, str) or name not in TARGETS:
             known = ", ".join(TARGETS)
             raise UserError(f"{path}: target_modules: found {name!r}, expected some of {known}")
     targets = tuple(ours for theirs, ours in TARGETS.items() if theirs in named)
+    _weights_file(folder)
+    if found.get("lora_dropout"):
+        warn_once(
+            f"{path}: lora_dropout={found['lora_dropout']}: not used, training goes on without"
+        )
     return Lora(rank, float(alpha), targets)
+
+
+def _check_setting(path: Path, field: str, value: Any) -> None:
+    """Raises UserError unless adapters with this setting compute what ours do."""
+    if value is None or value is False or value in ("", [], {}):
+        return
+    known = COMPUTED_ALIKE.get(field, ())
+    if any(type(value) is type(k) and value == k for k in known):
+        return
+    expected = " or ".join(map(repr, known)) if known else "null, false or nothing"
+    raise UserError(
+        f"{path}: {field}: found {value!r}, expected {expected}: only adapters that add "
+        "(alpha / r) (x A) B are read; merge others into their base (merge_and_unload of PEFT, "
+        "where it can) and give that as config.model.path"
+    )
+
+
+def _weights_file(folder: Path) -> Path:
+    """The file of adapters in a folder.
+
+    Raises:
+      UserError: there is none; names what there is instead.
+    """
+    path = folder / WEIGHTS
+    if path.is_file():
+        return path
+    if path.is_symlink():
+        raise UserError(f"{path}: a link to {path.resolve()}, which is not there")
+    other = folder / "adapter_model.bin"
+    has = ""
+    if other.is_file():
+        has = (
+            f" (found {other.name}, which is a pickle and not read: load it with PEFT, and "
+            "save_pretrained writes safetensors)"
+        )
+    elif names := sorted(p.name for p in folder.iterdir() if p.name != SETTINGS):
+        has = f" (found {', '.join(names[:5])})"
+    raise UserError(f"{folder}: no {WEIGHTS}{has}; expected adapters in PEFT's format, or a run")
 
 
 def load_peft(folder: str | Path, config: DecoderConfig, like: Any) -> Any:
@@ -165,32 +228,43 @@ def load_peft(folder: str | Path, config: DecoderConfig, like: Any) -> Any:
     Raises:
       UserError: names the tensor that is missing, unknown or of a wrong shape.
     """
-    path = Path(folder) / WEIGHTS
-    if not path.is_file():
-        raise UserError(f"{folder}: no {WEIGHTS}; expected adapters in PEFT's format, or a run")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a readable safetensors file: {error}") from None
+    path = _weights_file(Path(folder))
+    with open_tensors(path) as file:
+        listed = sorted(file.keys())
+        for name in listed:
+            check_type(file, path, name)
+        tensors = _plain_names(path, {name: file.get_tensor(name) for name in listed})
 
     def read(at: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         module, part = PRODUCTS[at[0].key], PARTS[at[1].key]
-        stack = np.empty(leaf.shape, np.float32)
         expected = list(leaf.shape[:0:-1])
+        layers = []
         for layer in range(config.num_layers):
             name = NAME.format(layer=layer, module=module, part=part)
             if name not in tensors:
-                raise UserError(f"{path}: missing tensor {name}, shape {expected}")
+                hint = instead(name, listed)
+                raise UserError(f"{path}: missing tensor {name}, shape {expected}{hint}")
             found = tensors.pop(name)
             if list(found.shape) != expected:
                 raise UserError(
                     f"{path}: tensor {name}: found shape {list(found.shape)}, expected {expected}"
                 )
-            stack[layer] = found.T
-        return jax.device_put(stack, leaf.sharding)
+            layers.append(found.T.astype(np.float32))
+            check_finite(layers[-1], path, name)
+        return jax.device_put(np.stack(layers), leaf.sharding)
 
     adapters = jax.tree.map_with_path(read, like)
     if tensors:
         raise UserError(f"{path}: unexpected tensor {min(tensors)} for its {SETTINGS}")
     return adapters
+
+
+def _plain_names(path: Path, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Without the name of the adapters in `lora_A.NAME.weight`, which a model's own state has."""
+    plain = {
+        re.sub(r"(\.lora_[AB])\.[^.]+\.weight$", r"\1.weight", k): x for k, x in tensors.items()
+    }
+    if len(plain) < len(tensors):
+        names = {k.rsplit(".", 2)[1] for k in tensors if k.endswith(".weight")}
+        raise UserError(f"{path}: several adapters in one file: {', '.join(sorted(names))}")
+    return plain

@@ -15,19 +15,24 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import read_json
 from mass_dpo_jax.models.config import PRODUCTS, DecoderConfig
 from mass_dpo_jax.models.decoder import abstract_decoder
+from mass_dpo_jax.models.folder import CUT, INDEX, damage, no_weights
+from mass_dpo_jax.models.folder import WEIGHTS as SINGLE
+from mass_dpo_jax.models.tensors import (
+    check_finite,
+    check_type,
+    instead,
+    open_tensors,
+    write_tensors,
+)
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 SHARD = "model-{:05}-of-{:05}.safetensors"
-DTYPES = ("F64", "F32", "F16", "BF16")
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,15 +59,23 @@ def table(config: DecoderConfig) -> list[Entry]:
     norms = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
     if config.qk_norm:
         norms |= {"query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm"}
-    entries = [Entry(("embed",), "model.embed_tokens.weight")]
+    entries = [Entry(("embed",), EMBED)]
     for ours, theirs in norms.items():
         entries.append(Entry(("blocks", ours, "scale"), f"{layer}{theirs}.weight"))
     for ours, theirs in PRODUCTS.items():
         entries.append(Entry(("blocks", ours, "kernel"), f"{layer}{theirs}.weight", True))
     entries.append(Entry(("norm", "scale"), "model.norm.weight"))
     if not config.tie_embeddings:
-        entries.append(Entry(("head",), "lm_head.weight"))
+        entries.append(Entry(("head",), HEAD))
     return entries
+
+
+def check_hf(folder: str | Path, config: DecoderConfig) -> _Files:
+    """The open files of a folder; UserError where `load_hf` would, but for NaN: reads headers."""
+    files = _Files(Path(folder))
+    shapes = _by_path(nnx.state(abstract_decoder(config), nnx.Param))
+    files.check({entry: shapes[entry.path].shape for entry in table(config)}, config)
+    return files
 
 
 def load_hf(
@@ -92,13 +105,13 @@ def load_hf(
       The parameters: `nnx.update(model, state)` or `nnx.merge(graphdef, state)`.
 
     Raises:
-      UserError: names the file and the tensor that is missing, unknown, of a wrong shape or type.
+      UserError: names the file and the tensor that is missing, unknown, of a wrong shape or type,
+        or that holds NaN or infinity.
     """
-    files = _Files(Path(folder))
+    files = check_hf(folder, config)
     entries = {entry.path: entry for entry in table(config)}
     shapes = nnx.state(abstract_decoder(config), nnx.Param)
     wanted = {path: leaf.shape for path, leaf in _by_path(shapes).items()}
-    files.check({entries[path]: shape for path, shape in wanted.items()}, config)
     if shardings is None:
         places = dict.fromkeys(wanted, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
     else:
@@ -173,19 +186,6 @@ def save_hf(
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def write_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
-    """Writes a safetensors file.
-
-    Raises:
-      UserError: it cannot be written.
-    """
-    try:
-        # transformers refuses a file that does not say which library's it is.
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # A full disk too.
-        raise UserError(f"{path}: cannot be written: {error}") from None
-
-
 def _in_order(config: DecoderConfig) -> Iterator[tuple[str, Entry, int | None, int]]:
     """Every tensor in the order of the model: name, entry, layer (None: of none), elements."""
     shapes = _by_path(nnx.state(abstract_decoder(config), nnx.Param))
@@ -224,15 +224,13 @@ def _read(
         if key not in shards:
             layers = names[index[0]] if entry.stacked else names
             inner = index[1:] if entry.stacked else index
-            parts = (files.read(name, inner, entry.transposed) for name in layers)
-            if not entry.stacked:
-                shards[key] = next(parts).astype(dtype)
-            else:
-                lengths = [len(range(*s.indices(n))) for s, n in zip(index, shape, strict=True)]
-                stack = np.empty(lengths, dtype)
-                for layer, part in enumerate(parts):
-                    stack[layer] = part
-                shards[key] = stack
+            lengths = [len(range(*s.indices(n))) for s, n in zip(index, shape, strict=True)]
+            found = np.empty(lengths, dtype)
+            for name, part in zip(layers, found if entry.stacked else [found], strict=True):
+                with np.errstate(over="ignore"):  # What is too large for `dtype` is infinite.
+                    part[...] = files.read(name, inner, entry.transposed)
+                check_finite(part, files.paths[name], name)
+            shards[key] = found
         return shards[key]
 
     return jax.make_array_from_callback(shape, place, shard, dtype=dtype)
@@ -254,20 +252,18 @@ class _Files:
             weight_map = _weight_map(index)
             names = sorted(set(weight_map.values()))
         else:
-            found = sorted(path.name for path in folder.glob("pytorch_model*"))
-            has = f" (found {found[0]}; convert it to safetensors first)" if found else ""
-            raise UserError(f"{folder}: no weights: expected {SINGLE} or {INDEX}{has}")
+            raise UserError(f"{folder}: {no_weights(folder)}")
         present = {path.name for path in folder.iterdir() if path.is_file()}
+        if missing := [name for name in names if name not in present]:
+            raise UserError(
+                f"{self.listing}: names {missing[0]}, which is not in the folder ({len(missing)} "
+                f"of {len(names)} files are missing); {CUT}"
+            )
         self.paths: dict[str, Path] = {}
         self.open: dict[Path, Any] = {}
         for name in names:
             path = folder / name
-            if name not in present:
-                raise UserError(f"{self.listing}: names {name}, which is not in the folder")
-            try:
-                self.open[path] = safe_open(path, framework="numpy")
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{path}: not a readable safetensors file: {error}") from None
+            self.open[path] = open_tensors(path)
             self.paths |= dict.fromkeys(self.open[path].keys(), path)
         for tensor, name in (weight_map or {}).items():
             if self.paths.get(tensor) != folder / name:
@@ -284,22 +280,40 @@ class _Files:
             expected = list(reversed(inner) if entry.transposed else inner)
             for name in entry.names(config):
                 if name not in self.paths:
-                    raise UserError(f"{self.listing}: missing tensor {name}, shape {expected}")
+                    hint = instead(name, sorted(self.paths))
+                    raise UserError(
+                        f"{self.listing}: missing tensor {name}, shape {expected}{hint}"
+                    )
                 tensor = self.open[self.paths[name]].get_slice(name)
                 if (found := list(tensor.get_shape())) != expected:
                     place = f"{self.paths[name]}: tensor {name}"
                     raise UserError(f"{place}: found shape {found}, expected {expected}")
-                if (kind := tensor.get_dtype()) not in DTYPES:
-                    place = f"{self.paths[name]}: tensor {name}"
-                    raise UserError(f"{place}: found type {kind}, expected {', '.join(DTYPES)}")
+                check_type(self.open[self.paths[name]], self.paths[name], name)
                 unknown.discard(name)
         # Some writers store these although the config already determines them.
         for name in sorted(unknown):
             if name.endswith("rotary_emb.inv_freq"):
                 continue
-            if name == "lm_head.weight" and config.tie_embeddings:
+            if name == HEAD and config.tie_embeddings:
+                self._check_tied(config)
                 continue
             raise UserError(f"{self.paths[name]}: unexpected tensor {name} for this config.json")
+
+    def _check_tied(self, config: DecoderConfig) -> None:
+        """UserError if the head of a file is not the embeddings that `config` says it is."""
+        rows = np.array_split(np.arange(config.vocab_size), -(-config.vocab_size // 4096))
+        head, embed = (self.open[self.paths[n]].get_slice(n) for n in (HEAD, EMBED))
+        same = head.get_shape() == embed.get_shape() and all(
+            np.array_equal(*(x[r[0] : r[-1] + 1].astype(np.float32) for x in (head, embed)))
+            for r in rows
+        )
+        if not same:
+            raise UserError(
+                f"{self.paths[HEAD]}: {HEAD} differs from {EMBED}, but config.json has "
+                "tie_word_embeddings true (or leaves it out), where transformers before version 5 "
+                f"ignores {HEAD} and later ones use it; to train the model with it, set "
+                '"tie_word_embeddings": false in config.json'
+            )
 
     def read(self, name: str, index: tuple[slice, ...], transposed: bool) -> np.ndarray:
         """A slice of a tensor; with `transposed`, `index` and result are those of its transpose."""
@@ -309,6 +323,8 @@ class _Files:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
+    if what := damage(index):
+        raise UserError(f"{index}: {what}")
     content = read_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict):

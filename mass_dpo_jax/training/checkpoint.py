@@ -21,11 +21,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
-from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from mass_dpo_jax import hosts
@@ -154,13 +152,16 @@ class Checkpoints:
         with _refusals(self._folder):
             return _Manager(
                 self._folder,
-                options=ocp.CheckpointManagerOptions(preservation_policy=self._policy),
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=self._policy, single_host_load_and_broadcast=True
+                ),
                 item_handlers={name: handler() for name, handler in ITEMS.items()},
             )
 
     def latest(self) -> int | None:
-        """The step of the newest complete checkpoint."""
-        return latest_step(self._workdir)
+        """The step of the newest complete checkpoint, the same on every process."""
+        found: int | None = hosts.first_decides(lambda: latest_step(self._workdir))
+        return found
 
     def save(
         self, state: TrainState, negatives: np.ndarray | None, about: Mapping[str, Any]
@@ -172,7 +173,7 @@ class Checkpoints:
         """
         self._settle()
         step = int(state.step)
-        if step in steps(self._workdir):
+        if hosts.first_decides(lambda: step in steps(self._workdir)):
             return
         items = {
             "params": ocp.args.StandardSave(state.params, _by_layer(state.params)),
@@ -217,8 +218,7 @@ class Checkpoints:
             for step in damaged:
                 shutil.rmtree(self._folder / f"{step}{DAMAGED}", ignore_errors=True)
                 (self._folder / str(step)).rename(self._folder / f"{step}{DAMAGED}")
-        if damaged:
-            _together(True)
+        hosts.from_all("renamed")
         return restored
 
     def close(self) -> None:
@@ -231,7 +231,7 @@ class Checkpoints:
         if "_manager" in self.__dict__:
             self._manager.close()
         if self._failed is not None:
-            newest = self.latest()
+            newest = latest_step(self._workdir)
             there = "there is none" if newest is None else f"the newest is that of step {newest}"
             raise UserError(
                 f"{self._failed}; {there}. Make room, and run the same command again to go on"
@@ -315,7 +315,7 @@ def load_params(workdir: Path, like: Any, step: int | None = None) -> Any:
       like: shapes, types and shardings.
       step: of the checkpoint; None: the newest that can be read.
     """
-    if latest_step(workdir) is None:
+    if hosts.first_decides(lambda: latest_step(workdir)) is None:
         raise UserError(f"{workdir}: {NONE_YET}")
 
     def read(step: int) -> Any:
@@ -330,7 +330,8 @@ def _newest(
 ) -> tuple[Any, list[int]]:
     """What `read` gives of the newest checkpoint that can be read, and the newer ones' steps."""
     damaged: list[int] = []
-    for step in reversed(steps(workdir)) if only is None else [only]:
+    there = [only] if only is not None else hosts.first_decides(lambda: steps(workdir))
+    for step in reversed(there):
         try:
             return read(step), damaged
         except _Damaged as error:
@@ -374,14 +375,14 @@ def _read(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
             found = reader.restore(folder, ocp.args.Composite(**items))
     except _Damaged as error:
         problem = str(error)
-    if not _together(not problem):
-        raise _Damaged(problem or f"{folder}: another process could not read its part")
+    _agree(folder, problem)
     sets = found.get("negatives")
     sets = None if sets is None else np.asarray(sets)
     checks = {name: scoring.fingerprint(found[name]) for name in wanted}
     for name, digest in {**checks, "negatives": _digest(sets)}.items():
         if digest != digests[name]:
-            raise _Damaged(f"{folder}: not a readable checkpoint: {name}: not what was written")
+            problem = f"{folder}: not a readable checkpoint: {name}: not what was written"
+    _agree(folder, problem)
     trees = {name: _as_wanted(found[name], tree) for name, tree in wanted.items()}
     return {**trees, "negatives": sets, "run": run}
 
@@ -482,8 +483,8 @@ def _digest(negatives: np.ndarray | None) -> str:
     return hashlib.sha256(np.ascontiguousarray(negatives, np.int32).tobytes()).hexdigest()
 
 
-def _together(fine: bool) -> bool:
-    """Is it fine on every process?"""
-    if not hosts.several():
-        return fine
-    return bool(np.all(multihost_utils.process_allgather(jnp.asarray(fine))))
+def _agree(folder: Path, problem: str) -> None:
+    """Raises _Damaged on every process if one of them has a problem with a checkpoint."""
+    problems = list(filter(None, hosts.from_all(problem)))
+    if problems:
+        raise _Damaged(problem or f"{problems[0]} (said by another process)")

@@ -26,15 +26,15 @@ from mass_dpo_jax.data.tokenizer import load_tokenizer
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import read_json
 from mass_dpo_jax.models import lora as lora_lib
-from mass_dpo_jax.models.adapters import Lora
 from mass_dpo_jax.models.config import EXPORT_DTYPES, DecoderConfig, load_config
 from mass_dpo_jax.models.decoder import abstract_decoder
+from mass_dpo_jax.models.folder import GENERATION
 from mass_dpo_jax.models.weights import save_hf
-from mass_dpo_jax.training import checkpoint
+from mass_dpo_jax.training import checkpoint, origin
 from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training.policy import (
-    GENERATION,
     Policy,
+    adapters_of,
     described_tokenizer,
     description_folder,
     is_run,
@@ -54,6 +54,7 @@ def export(
     max_shard_gb: float = 5.0,
     base_model: str = "",
     adapters: bool = False,
+    base_path: str = "",
 ) -> None:
     """Does what `mass_dpo_jax.export.export` says."""
     if not is_run(workdir):
@@ -91,7 +92,7 @@ def export(
     write_folder(
         output,
         decoder,
-        _merging(read, config, decoder, tokenizer),
+        _merging(read, workdir, base_path, decoder, tokenizer),
         tokenizer,
         _generation(described, decoder, tokenizer, config),
         dtype,
@@ -196,7 +197,7 @@ def _check_free(output: Path) -> None:
 
 
 def _save_adapters(config: ConfigDict, workdir: Path, step: int, output: Path) -> None:
-    lora = read_lora(config.model.lora)
+    lora = read_lora(origin.find_files(config, workdir).model.lora)
     if lora is None:
         raise UserError(f"--adapters: {workdir} is a run without LoRA")
     read = checkpoint.Reader(workdir, step)
@@ -208,17 +209,24 @@ def _save_adapters(config: ConfigDict, workdir: Path, step: int, output: Path) -
 
 
 def _merging(
-    read: checkpoint.Reader, config: ConfigDict, decoder: DecoderConfig, tokenizer: Any
+    read: checkpoint.Reader, workdir: Path, base_path: str, decoder: DecoderConfig, tokenizer: Any
 ) -> Callable[[tuple[str, ...], int | None], np.ndarray]:
     """As `read`; of a run with LoRA, its base with the adapters added."""
+    config = origin.find_files(config_lib.load(workdir), workdir)
     if not uses_lora(config.model.lora):
         return read
+    base = base_path or config.model.path
+    if not Path(base).exists():
+        raise UserError(
+            f"{workdir}: its base {base} is gone; where it has moved, say so by --base_path=FOLDER"
+        )
     mesh = mesh_lib.make_mesh(config_lib.default().mesh, devices=jax.local_devices()[:1])
     lora = read_lora(config.model.lora)
     assert lora is not None
     graphdef = nnx.graphdef(abstract_decoder(decoder))
     policy = Policy(decoder, tokenizer, graphdef, mesh, lora, config.model.lora.base)
-    params = policy.weights(config.model.path, 0)
+    params, digest = policy.read(base, 0)
+    origin.check_weights(workdir, {"model.path": digest})
     params["adapters"] = adapters_of(read, lora)
     merged = lora_lib.merge(params, lora)
 
@@ -227,14 +235,6 @@ def _merging(
         return np.asarray(array if layer is None else array[layer])
 
     return read_merged
-
-
-def adapters_of(read: Callable[[tuple[str, ...], int | None], np.ndarray], lora: Lora) -> Any:
-    """A and B of each product, from a checkpoint's reader."""
-    return {
-        name: {part: read(("adapters", name, part), None) for part in ("a", "b")}
-        for name in lora.targets
-    }
 
 
 def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
@@ -257,15 +257,26 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
 def _generation(
     folder: Path, decoder: DecoderConfig, tokenizer: Any, config: ConfigDict
 ) -> dict[str, Any]:
-    """The base model's settings of generation, which ends where a response of training did."""
+    """The base model's settings of generation, which ends where a response of training did.
+
+    What they name null stays so, but for the end.
+    """
     path = folder / GENERATION
     settings = read_json(path) if path.is_file() else {}
     if not isinstance(settings, dict):
         raise UserError(f"{path}: expected a JSON object")
-    settings.setdefault("bos_token_id", decoder.bos_token_id)
-    settings.setdefault("pad_token_id", tokenizer.pad_token_id)
-    ends = settings.get("eos_token_id", list(decoder.eos_token_ids))
-    ends = ends if isinstance(ends, list) else [ends]
+
+    def known(ids: Any) -> list[int]:
+        """Those that name a token: generate() fails on others, and on null in a list."""
+        ids = ids if isinstance(ids, list) else [ids]
+        return [x for x in ids if type(x) is int and 0 <= x < decoder.vocab_size]
+
+    for field, own in (
+        ("bos_token_id", decoder.bos_token_id),
+        ("pad_token_id", tokenizer.pad_token_id),
+    ):
+        settings[field] = next(iter(known(settings.get(field, own))), None)
+    ends = known(settings.get("eos_token_id", list(decoder.eos_token_ids)))
     end = _end_of_response(tokenizer, config)
     settings["eos_token_id"] = ends if end in ends else [*ends, end]
     return settings

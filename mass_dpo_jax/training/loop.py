@@ -10,7 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mass_dpo_jax import hosts
-from mass_dpo_jax.training import checkpoint, interruption, loggers, run_folder, scoring
+from mass_dpo_jax.training import checkpoint, interruption, loggers, origin, run_folder, scoring
 from mass_dpo_jax.training.optimizer import learning_rate, make_optimizer
 from mass_dpo_jax.training.policy import save_description
 from mass_dpo_jax.training.report import BadSteps, Report, StepLog, check_best
@@ -29,31 +29,40 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
 def _train(config: ConfigDict, workdir: Path, lock: run_folder.Lock) -> dict[str, Any]:
     hosts.check_shared(workdir, "--workdir")
-    run_folder.check(workdir, config)
+    hosts.first_decides(lambda: run_folder.check(workdir, config))
     loggers.check(config)
     if workdir.exists():  # Else it is made when everything has been found in order.
         lock.take()
-    done = hosts.from_first(run_folder.read_metrics(workdir))
-    if done and done["finished"] and checkpoint.latest_step(workdir) == done["step"]:
+    done = hosts.first_decides(lambda: run_folder.finished(workdir))
+    if done is not None:
         _log.info(f"{workdir}: finished at step {done['step']}; nothing to do")
         return done
     check_best(config, SPLITS)
-    setup = prepare(config, workdir, SPLITS)
+    begun = hosts.first_decides(lambda: checkpoint.latest_step(workdir)) is not None
+    setup = prepare(origin.with_own_files(config, workdir) if begun else config, workdir, SPLITS)
     check_best(config, setup.tokens)
     digests = setup.digests()
-    run_folder.check_data(workdir, digests)
-    params = setup.policy.weights(config.model.path, config.seed, config.model.lora.path)
+    hosts.first_decides(lambda: run_folder.check_data(workdir, digests))
+    params, reference_params, weights = _read_weights(setup, begun)
+    if begun:
+        hosts.first_decides(lambda: origin.check_weights(workdir, weights))
     lock.take()
+    hosts.first_decides(
+        lambda: run_folder.check(workdir, config)
+    )  # Another may have come and gone.
+    if begun:
+        run_folder.say_changed(workdir, config)
+        config = origin.typed(config, workdir)
     run_folder.claim(workdir, config)
-    save_description(setup.policy, config, workdir)
-
+    if not begun:
+        save_description(setup.policy, config, workdir)
+    if hosts.first():
+        origin.write(workdir, setup.config, None if begun else weights)
     # The reference is a table: its weights are not needed after this.
-    if not setup.method.reference:
-        reference = Reference({})
-    elif config.model.reference_path:
-        reference = setup.reference(setup.policy.weights(config.model.reference_path, config.seed))
-    else:
-        reference = setup.reference(params)
+    reference = Reference({}) if reference_params is None else setup.reference(reference_params)
+    for split, logps in reference.logps.items():
+        scoring.check_finite(logps, setup.tokens[split], "the reference")
+    del reference_params
 
     batches = Batches(setup, reference)
     total = len(batches)
@@ -61,12 +70,10 @@ def _train(config: ConfigDict, workdir: Path, lock: run_folder.Lock) -> dict[str
     # Resume order: this run's newest checkpoint, else model.path, else random weights.
     trained, frozen = setup.policy.split(params)
     del params
-    weights = fingerprints(setup, reference, frozen)
-    run_folder.check_weights(workdir, weights)
     optimizer = make_optimizer(config.train, total)
     like = abstract_state(setup, optimizer)
     best = f"eval/{config.train.keep_best}"
-    values = dict(hosts.from_first(list(run_folder.by_step(workdir, best).items())))
+    values = dict(hosts.first_decides(lambda: list(run_folder.by_step(workdir, best).items())))
     saved = checkpoint.Checkpoints(workdir, config.train.keep_checkpoints, values)
     negatives = None
     if saved.latest() is None:
@@ -77,7 +84,7 @@ def _train(config: ConfigDict, workdir: Path, lock: run_folder.Lock) -> dict[str
         _log.info(f"{workdir}: going on from step {int(state.step)} of {total}")
 
     start = int(state.step)
-    evaluated = hosts.from_first(sorted(run_folder.evaluated(workdir)))
+    evaluated = hosts.first_decides(lambda: sorted(run_folder.evaluated(workdir)))
     log = loggers.Logs(config, workdir, start)
     report = Report(setup, reference.logps, workdir, log)
     rate = learning_rate(config.train, total)
@@ -94,7 +101,7 @@ def _train(config: ConfigDict, workdir: Path, lock: run_folder.Lock) -> dict[str
 
     def save() -> None:
         if step := int(state.step):
-            about = {"config": config.to_dict(), "data": digests, "weights": weights}
+            about = {"config": config.to_dict(), "data": digests}
             where = {**about, **batches.order.place(step)}
             saved.save(state, train_step.sets.to_keep(), where)
 
@@ -131,11 +138,22 @@ def _train(config: ConfigDict, workdir: Path, lock: run_folder.Lock) -> dict[str
     return report.at_end({**frozen, **state.params}, total)
 
 
-def fingerprints(setup: Setup, reference: Reference, frozen: Any) -> dict[str, str]:
-    """Of the weights that training reads and does not save. Only where every machine makes the same
-    of a file: those drawn at random or quantized may differ by rounding."""
-    config = setup.config.model
-    if not config.path or (frozen and config.lora.base in ("int8", "nf4")):
-        return {}
-    found = {"reference": reference.fingerprint} if reference.fingerprint else {}
-    return {**found, "base": scoring.fingerprint(frozen)} if frozen else found
+def _read_weights(setup: Setup, begun: bool) -> tuple[Any, Any, dict[str, str]]:
+    """Reads the weights that training starts from and the reference's.
+
+    Returns:
+      The weights, empty where the run has them in its checkpoints; the reference's, or None; and
+      digests of both by the setting that names them.
+    """
+    config, policy = setup.config, setup.policy
+    other = config.model.reference_path if setup.method.reference else ""
+    params: Any = {}
+    reference, digests = None, {}
+    if not begun or policy.lora or (setup.method.reference and not other):
+        params, digests["model.path"] = policy.read(
+            config.model.path, config.seed, config.model.lora.path
+        )
+        reference = params if setup.method.reference else None
+    if other:
+        reference, digests["model.reference_path"] = policy.read(other, config.seed)
+    return params, reference, {name: digest for name, digest in digests.items() if digest}

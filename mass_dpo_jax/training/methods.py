@@ -34,8 +34,7 @@ class Responses(NamedTuple):
     """What a loss may look at: the chosen response in column 0, then n negatives.
 
     logps, log_ratios: float32 [B, 1 + n]; lengths: int32, in tokens; valid: bool.
-    candidates: int32 [B, 1 + n], their numbers in the pool, 0 for the chosen one.
-    grades: float32 [B, 1 + n] from the data's scores, or None.
+    grades: float32 [B, 1 + n] from the data's scores or ranks, or None.
     weights: float32 [B, n] and pool_loss: float32 [B], of drawn negatives, or None.
     """
 
@@ -43,7 +42,6 @@ class Responses(NamedTuple):
     log_ratios: Array
     lengths: Array
     valid: Array
-    candidates: Array
     grades: Array | None
     weights: Array | None
     pool_loss: Array | None
@@ -79,11 +77,8 @@ def _sampled(x: Responses, m: Method) -> Array:
 
 
 def _odpo(x: Responses, m: Method) -> Array:
-    if m.graded:
-        assert x.grades is not None
-        difference = x.grades[:, :1] - x.grades[:, 1:]
-    else:  # The rejected responses are listed from the best to the worst.
-        difference = x.candidates[:, 1:].astype(jnp.float32)
+    assert x.grades is not None
+    difference = x.grades[:, :1] - x.grades[:, 1:]
     margins = m.odpo_alpha * jnp.log(jnp.where(x.valid[:, 1:], difference, 1.0))
     return losses.odpo(x.log_ratios, x.valid, m.beta, margins)
 
@@ -132,6 +127,11 @@ class Method:
     def supervised(self) -> bool:
         """Are there no negatives at all?"""
         return self.num_negatives == 0
+
+    @property
+    def whole_pool(self) -> bool:
+        """Is every negative trained on, so that n is that of the largest pool?"""
+        return self.selection.criterion == "all"
 
     @property
     def reference(self) -> bool:

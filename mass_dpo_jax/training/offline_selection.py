@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from mass_dpo_jax.files import expand_path, read_array
 from mass_dpo_jax.selection import Selection
 from mass_dpo_jax.training import scoring
 from mass_dpo_jax.training.methods import make_method
-from mass_dpo_jax.training.setup import prepare_scoring
+from mass_dpo_jax.training.setup import prepare_scoring, say_small_pools
 from mass_dpo_jax.training.step import Program
 
 # What a prompt has several of -> what a pair calls its own.
@@ -48,29 +49,37 @@ def with_model(config: ConfigDict, workdir: Path | None, split: str | None) -> I
     """
     config = config_lib.copied(config)
     workdir = None if workdir is None else expand_path(workdir, "workdir")
-    _unlimited(config)
+    config = _unlimited(config)
     split = split or _every_row(config)
-    setup, split, params, refs = prepare_scoring(config, workdir, split)
-    if setup.method.supervised:
+    setup, split, params, reference = prepare_scoring(config, workdir, split, choosing=True)
+    program, method = setup.program, setup.method
+    if method.supervised:
         raise UserError(f"config.method={config.method} has no negatives to select")
-    tokens = setup.tokens[split]
+    tokens, refs = setup.tokens[split], reference.logps.get(split)
+    if not method.whole_pool:
+        say_small_pools(method.num_negatives, (tokens.response_lengths[:, 1:] > 0).sum(1))
+    if refs is None:  # The model is its own reference, whose features are frozen.
+        method = dataclasses.replace(method, frozen_features=False)
+        program = dataclasses.replace(program, method=method)
     scoring.check_finite(refs, tokens, "the reference")
     chosen: dict[int, Row] = {}
-    for indices, batch in scoring.batches(
-        tokens,
-        setup.buckets[split],
-        config.eval.batch_size,
-        setup.mesh,
-        "selecting",
-        ref_logps=refs,
+    for rows, (picks, beyond) in scoring.computed(
+        lambda batch: _choose(program, params, batch, setup.key(0), refs is None),
+        scoring.batches(
+            tokens,
+            setup.buckets[split],
+            config.eval.batch_size,
+            setup.mesh,
+            "selecting",
+            ref_logps=refs,
+            ref_grams=reference.grams,
+        ),
     ):
-        found = _choose(setup.program, params, batch, setup.key(0), refs is None)
-        real = indices >= 0  # The others fill up the batch.
-        picks, beyond = jax.tree.map(lambda x, real=real: hosts.whole(x)[real], found)
-        rows = indices[real].tolist()
         names = [f"{workdir or config.model.path}: example {tokens.ids[row]!r}" for row in rows]
-        selection.check(picks, beyond, setup.method.selection, names)
-        chosen |= zip(rows, _rows(picks, setup.method.sampled), strict=True)
+        selection.check(picks, beyond, method.selection, names)
+        chosen |= zip(rows.tolist(), _rows(picks, method.sampled), strict=True)
+    if not hosts.first():  # It has no texts, and writes nothing.
+        return
     by_id = {example.id: example for example in setup.examples[split]}
     for row, example_id in enumerate(tokens.ids):
         # Candidates that were too long are gone from the tokens.
@@ -110,7 +119,7 @@ def with_features(config: ConfigDict, path: Path, split: str | None) -> Iterator
     examples: Sequence[Example | None] = [None] * rows
     mask = arrays.get("mask", np.ones((rows, negatives), bool)).astype(bool)
     if config.data.path:
-        _unlimited(config)
+        config = _unlimited(config)
         examples = load_examples(config.data, split or _every_row(config), config.seed)
         if len(examples) != rows:
             raise UserError(
@@ -121,16 +130,20 @@ def with_features(config: ConfigDict, path: Path, split: str | None) -> Iterator
     method = make_method(config, largest_pool=negatives)
     if method.num_negatives > negatives:
         raise UserError(
-            f"config.num_negatives={method.num_negatives}: {path} has {negatives} per row"
+            f"config.num_negatives={method.num_negatives}: {path} has {negatives} per row; set "
+            f"config.num_negatives={negatives} or fewer"
         )
+    if not method.whole_pool:
+        say_small_pools(method.num_negatives, mask.sum(1))
     there = np.pad(mask, ((0, 0), (1, 0)), constant_values=True)[..., None]
+    key = jax.random.key(config.seed)
     for start in scoring.progress_bar(range(0, rows, AT_A_TIME), desc="selecting", unit="batch"):
         part = slice(start, start + AT_A_TIME)
         found, beyond = selection.select_features(
             _numbers(path, start, "features", features[part], there[part]),
             _numbers(path, start, "scores", scores[part], mask[part]),
             mask[part],
-            jax.random.key(config.seed + start),
+            jax.random.fold_in(key, start),
             method.num_negatives,
             method.selection,
         )
@@ -187,8 +200,11 @@ def _with_texts(example: Example, choice: Row) -> Row:
     }
 
 
-def _unlimited(config: ConfigDict) -> None:
+def _unlimited(config: ConfigDict) -> ConfigDict:
+    """A copy of the settings that reads every row."""
+    config = config.copy_and_resolve_references()
     config.data.update(max_train=0, max_validation=0, max_test=0, validation_share=0.0)
+    return config
 
 
 def _every_row(config: ConfigDict) -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,27 +25,22 @@ from mass_dpo_jax.data.examples import Example, History
 from mass_dpo_jax.data.tokenizer import load_tokenizer
 from mass_dpo_jax.data.vocabulary import train_tokenizer
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.files import check_links
 from mass_dpo_jax.models import lora as lora_lib
 from mass_dpo_jax.models.adapters import Adapters, Lora
 from mass_dpo_jax.models.config import DecoderConfig, load_config, parse_targets
 from mass_dpo_jax.models.decoder import Decoder, abstract_decoder
+from mass_dpo_jax.models.folder import GENERATION, check_folder
 from mass_dpo_jax.models.frozen import store
-from mass_dpo_jax.models.weights import load_hf
-from mass_dpo_jax.training import checkpoint
+from mass_dpo_jax.models.weights import check_hf, load_hf
+from mass_dpo_jax.training import checkpoint, origin, scoring
 from mass_dpo_jax.training.mesh import hidden_splits, names, param_shapes
 
-MODEL_FOLDER = "model"  # Inside a run folder: config.json and the tokenizer.
-GENERATION = "generation_config.json"
-# Of a decoder's description, what changes no number that it computes: a model and the one that was
-# tuned from it often differ in these.
-NOT_COMPUTED = ("initializer_range", "max_positions", "bos_token_id", "eos_token_ids")
 TOKENIZER_EXAMPLES = 20_000  # A vocabulary does not change with more.
 
 
 def is_run(path: Path) -> bool:
     """Is this the folder of one of our runs (rather than a Hugging Face folder)?"""
-    return (path / MODEL_FOLDER / "config.json").is_file()
+    return (path / origin.MODEL / "config.json").is_file()
 
 
 def run_of(path: Path) -> tuple[Path, int | None] | None:
@@ -61,15 +58,37 @@ def run_of(path: Path) -> tuple[Path, int | None] | None:
 
 def description_folder(path: Path) -> Path:
     """Where config.json and tokenizer lie, for a run, its checkpoint or a Hugging Face folder."""
-    if not path.is_dir():
-        raise UserError(
-            f"model folder {path}: no such folder; expected a run, or what `hf download NAME "
-            "--local-dir FOLDER` leaves of a model on the Hugging Face hub"
-        )
     run = run_of(path)
-    folder = path if run is None else run[0] / MODEL_FOLDER
-    check_links(folder)
+    if run is not None:
+        origin.check_files(run[0], origin.MODEL)
+        path = run[0] / origin.MODEL
+    check_folder(path)
+    return path
+
+
+def check_model(path: Path) -> Path:
+    """Returns `description_folder(path)`.
+
+    Raises:
+      UserError: what lies there is no model, or its weights are not those of its config.json.
+    """
+    folder = description_folder(path)
+    architecture = load_config(folder)
+    if run_of(path) is None:
+        check_hf(folder, architecture)
     return folder
+
+
+class Weights(NamedTuple):
+    """Parameters on the devices, and a digest of what was read.
+
+    params: nested dicts; with LoRA, the frozen ones and `adapters`.
+    digest: of the model without new adapters as its files have it, in float32: the same whatever
+      type frozen weights are kept in, and on every machine. Empty where they were drawn at random.
+    """
+
+    params: Any
+    digest: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +128,11 @@ class Policy:
         return {"adapters": frozen.pop("adapters")}, frozen
 
     def weights(self, path: str, seed: int, adapters: str = "") -> Any:
-        """Weights of the model at `path`: float32 or, with LoRA, frozen ones and adapters.
+        """Returns `read(...).params`."""
+        return self.read(path, seed, adapters).params
+
+    def read(self, path: str, seed: int, adapters: str = "") -> Weights:
+        """Reads the model at `path`: float32 weights or, with LoRA, frozen ones and adapters.
 
         Args:
           path: a Hugging Face folder or a run's; if it is empty, weights are random. A run with
@@ -121,29 +144,23 @@ class Policy:
         if path:
             self.check_like(load_config(description_folder(Path(path))), path)
         whole = param_shapes(self.config, self.mesh)
-        if not path:
-            params = _new(Decoder, whole, seed, self.config)
-        elif run := run_of(Path(path)):
-            params = self._of_run(*run, whole)
-        else:  # Each is stored before the next is read.
-            state = load_hf(
-                path, self.config, shardings=_places(whole), store=self._store, progress=True
-            )
-            params = nnx.to_pure_dict(state)
+        if path and not run_of(Path(path)):
+            params, digest = self._of_folder(path, whole)
+        else:
+            if run := run_of(Path(path)):
+                params, digest = self._of_run(*run, whole)
+            else:
+                params, digest = _new(Decoder, whole, seed, self.config), ""
+            if self.lora is not None:
+                params = jax.tree.map_with_path(lambda at, x: self._store(names(at), x), params)
         if self.lora is None:
-            return params
-        if not path or run_of(Path(path)):
-            params = jax.tree.map_with_path(lambda at, x: self._store(names(at), x), params)
-        return {**params, "adapters": self._adapters(adapters, seed)}
+            return Weights(params, digest)
+        return Weights({**params, "adapters": self._adapters(adapters, seed)}, digest)
 
     def check_like(self, other: DecoderConfig, name: str) -> None:
         """Raises UserError if another model, of that name, does not compute as this one does."""
-        differ = [
-            field.name
-            for field in dataclasses.fields(other)
-            if field.name not in NOT_COMPUTED
-            and getattr(other, field.name) != getattr(self.config, field.name)
-        ]
+        ours, theirs = self.config.computed(), other.computed()
+        differ = [name for name in ours if ours[name] != theirs[name]]
         if differ:
             shown = ", ".join(differ)
             raise UserError(f"{name}: its architecture differs from the policy's: {shown}")
@@ -155,15 +172,39 @@ class Policy:
         keep = jax.jit(store, static_argnums=(0, 2), out_shardings=place, donate_argnums=1)
         return keep(path, array, self.stored)
 
-    def _of_run(self, folder: Path, step: int | None, whole: Any) -> Any:
-        model = config_lib.load(folder).model
+    def _of_folder(self, path: str, whole: Any) -> Weights:
+        """Those of a Hugging Face folder. With LoRA, each is stored before the next is read."""
+        sums: dict[str, tuple[tuple[int, ...], Any]] = {}
+
+        def keep(at: tuple[str, ...], array: jax.Array) -> Any:
+            if self.lora is None:
+                return array
+            sums["".join(f"[{name!r}]" for name in at)] = array.shape, scoring.sums_of(array)
+            return self._store(at, array)
+
+        state = load_hf(path, self.config, shardings=_places(whole), store=keep, progress=True)
+        params = nnx.to_pure_dict(state)
+        if self.lora is None:
+            return Weights(params, scoring.fingerprint(params))
+        digest = scoring.digest_of((n, s, hosts.whole(x)) for n, (s, x) in sorted(sums.items()))
+        return Weights(params, digest)
+
+    def _of_run(self, folder: Path, step: int | None, whole: Any) -> Weights:
+        model = origin.find_files(config_lib.load(folder), folder).model
         if not uses_lora(model.lora):
-            return checkpoint.load_params(folder, whole, step)
+            params = checkpoint.load_params(folder, whole, step)
+            return Weights(params, scoring.fingerprint(params))
         lora = read_lora(model.lora)
         assert lora is not None
         run = dataclasses.replace(self, lora=lora, stored=model.lora.base)
         adapters = folder if step is None else folder / checkpoint.FOLDER / str(step)
-        return lora_lib.merge(run.weights(model.path, 0, str(adapters)), lora, _places(whole))
+        params, digest = run.read(model.path, 0, str(adapters))
+        origin.check_weights(folder, {"model.path": digest})
+        # Of its parts: what merging makes of them is rounded, otherwise on another machine.
+        digest = hashlib.sha256(
+            f"{digest} {lora} {scoring.fingerprint(params['adapters'])}".encode()
+        ).hexdigest()
+        return Weights(lora_lib.merge(params, lora, _places(whole)), digest)
 
     def _adapters(self, path: str, seed: int) -> Any:
         like = self.abstract["adapters"]
@@ -193,7 +234,7 @@ def read_lora(settings: ConfigDict) -> Lora | None:
     run = run_of(folder)
     if not folder.is_dir() or run is None:
         return lora_lib.load_peft_settings(folder)
-    found = read_lora(config_lib.load(run[0]).model.lora)
+    found = read_lora(origin.find_files(config_lib.load(run[0]), run[0]).model.lora)
     if found is None:
         raise UserError(f"config.model.lora.path={folder}: a run without LoRA")
     return found
@@ -227,19 +268,25 @@ def open_policy(
 ) -> Policy:
     """The policy of `config.model`, still without weights.
 
-    With `model.path` empty, the architecture is `model.scratch`'s and the tokenizer is trained on
-    `examples` and kept in `workdir`, where a run that goes on finds it again.
+    Args:
+      workdir: a run; once it has saved something, its own description counts, whatever has become
+        of `model.path`.
+      examples: with `model.path` empty, the architecture is `model.scratch`'s and the tokenizer is
+        trained on these and kept in `workdir`.
     """
-    if config.model.path:
-        folder = description_folder(Path(config.model.path))
+    if workdir is not None and checkpoint.latest_step(workdir) is not None:
+        folder = description_folder(workdir)
+        architecture, tokenizer = load_config(folder), load_tokenizer(folder)
+    elif config.model.path:
+        folder = check_model(Path(config.model.path))
         architecture, tokenizer = load_config(folder), load_tokenizer(folder)
     elif workdir is None:
         raise UserError("config.model.path is empty: expected a model folder or a run folder")
     else:
-        folder = workdir / MODEL_FOLDER
+        folder = workdir / origin.MODEL
         # What there is may be of a run with other settings that saved nothing, which this one takes
         # over. The first process opens its policy before the others.
-        if hosts.first() and checkpoint.latest_step(workdir) is None:
+        if hosts.first():
             train_tokenizer(_texts(examples), config.model.scratch.vocab_size, folder)
         tokenizer = load_tokenizer(folder)
         architecture = _scratch(config, tokenizer)
@@ -271,11 +318,11 @@ def described_tokenizer(policy: Policy, config: ConfigDict) -> PreTrainedTokeniz
 
 
 def save_description(policy: Policy, config: ConfigDict, workdir: Path) -> None:
-    """Writes what a run folder needs to be opened as a model: config.json, the tokenizer with the
-    chat template of training, and what the model's folder says of generation."""
+    """Writes what a run needs of its start: config.json, the tokenizer with the chat template of
+    training, what the model's folder says of generation, and the adapters it begins from."""
     if not hosts.first():
         return
-    folder = workdir / MODEL_FOLDER
+    folder = workdir / origin.MODEL
     folder.mkdir(parents=True, exist_ok=True)
     described_tokenizer(policy, config).save_pretrained(folder)
     text = json.dumps(policy.config.to_hf(), indent=2) + "\n"
@@ -284,6 +331,32 @@ def save_description(policy: Policy, config: ConfigDict, workdir: Path) -> None:
         generation = description_folder(Path(config.model.path)) / GENERATION
         if generation.is_file():
             (folder / GENERATION).write_bytes(generation.read_bytes())
+    shutil.rmtree(workdir / origin.ADAPTERS, ignore_errors=True)
+    if config.model.lora.path:
+        _copy_adapters(config, Path(config.model.lora.path), workdir / origin.ADAPTERS)
+
+
+def _copy_adapters(config: ConfigDict, path: Path, folder: Path) -> None:
+    """Writes the adapters at `path`, PEFT's folder or a run, to `folder` in PEFT's format."""
+    folder.mkdir()
+    if run := run_of(path):
+        lora = read_lora(config.model.lora)
+        step = checkpoint.latest_step(run[0]) if run[1] is None else run[1]
+        assert lora is not None and step is not None
+        reader = checkpoint.Reader(run[0], step)
+        lora_lib.save_peft(folder, adapters_of(reader, lora), lora, config.model.path)
+        reader.check()
+        return
+    for name in (lora_lib.SETTINGS, lora_lib.WEIGHTS):
+        shutil.copyfile(path / name, folder / name)
+
+
+def adapters_of(read: checkpoint.Reader, lora: Lora) -> Any:
+    """A and B of each product, from a checkpoint's reader."""
+    return {
+        name: {part: read(("adapters", name, part), None) for part in ("a", "b")}
+        for name in lora.targets
+    }
 
 
 def _scratch(config: ConfigDict, tokenizer: PreTrainedTokenizerBase) -> DecoderConfig:

@@ -192,11 +192,14 @@ class Report:
 
     def at_end(self, params: Any, step: int) -> dict[str, Any]:
         """The final metrics, into report.html and metrics.json."""
-        started = run_folder.read_metrics(self._workdir) or {}
+        started = hosts.first_decides(lambda: run_folder.read_metrics(self._workdir)) or {}
         final = gain = tested = None
         if self._final:
             final, logps = self._evaluate(params, self._final)
-            before = read_array(self._workdir / START_LOGPS)
+            before = hosts.array_from_first(
+                read_array(self._workdir / START_LOGPS) if hosts.first() else None
+            )
+            assert before is not None
             gain = evaluation.gains(logps, before, self._valid(self._final))
             run_folder.write_table(self._workdir / FINAL_LOGPS, logps)
             if self._setup.config.log.report:
@@ -215,8 +218,12 @@ class Report:
 
     def _tested(
         self, split: str, params: Any, before: np.ndarray, after: np.ndarray
-    ) -> run_page.Tested:
+    ) -> run_page.Tested | None:
+        """What the report shows of a split, on the first process. All of them must ask for it."""
         tokens = self._setup.tokens[split]
+        selected = self._selected(split, params)
+        if not hosts.first():
+            return None
         by_id = {example.id: example for example in self._setup.examples[split]}
         from mass_dpo_jax import run_page
 
@@ -227,7 +234,7 @@ class Report:
             before,
             after,
             self._refs.get(split),
-            self._selected(split, params),
+            selected,
         )
 
     def _selected(self, split: str, params: Any) -> np.ndarray | None:
@@ -238,8 +245,10 @@ class Report:
         if method.supervised or method.frozen_features:
             return None
         rows = np.arange(min(len(tokens), MOST_SELECTED))
+        if method.whole_pool:  # Of n of the training split, which pools here may be larger than.
+            return self._valid(split)[rows] & (np.arange(tokens.response_lengths.shape[1]) > 0)
         chosen = np.zeros((len(rows), tokens.response_lengths.shape[1]), bool)
-        for indices, batch in scoring.batches(
+        batches = scoring.batches(
             tokens,
             setup.buckets[split],
             setup.config.eval.batch_size,
@@ -247,10 +256,12 @@ class Report:
             "selecting",
             rows,
             self._refs.get(split),
+        )
+        for some, numbers in scoring.computed(
+            lambda batch: setup.program.choose_batch(params, batch, setup.key(0))[0].numbers,
+            batches,
         ):
-            found, _ = setup.program.choose_batch(params, batch, setup.key(0))
-            real = indices >= 0
-            chosen[indices[real, None], hosts.whole(found.numbers)[real]] = True
+            chosen[some[:, None], numbers] = True
         chosen[:, 0] = False  # Also what stands for no negative.
         return chosen
 
@@ -261,9 +272,14 @@ class Report:
         """How many examples there are in the final split, and which."""
         if not self._final:
             return {"examples": 0, "digest": ""}
-        ids = set(self._setup.tokens[self._final].ids)
-        rows = [example for example in self._setup.examples[self._final] if example.id in ids]
-        return {"examples": len(rows), "digest": digest(rows)}
+        split, setup = self._final, self._setup
+
+        def found() -> dict[str, Any]:
+            ids = set(setup.tokens[split].ids)
+            rows = [example for example in setup.examples[split] if example.id in ids]
+            return {"examples": len(rows), "digest": digest(rows)}
+
+        return dict(hosts.first_decides(found))
 
     def _evaluate(self, params: Any, split: str) -> tuple[dict[str, float], np.ndarray]:
         logps = self._setup.score(params, split, "evaluation")

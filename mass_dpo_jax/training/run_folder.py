@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,15 +20,16 @@ from mass_dpo_jax import config as config_lib
 from mass_dpo_jax import hosts
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import parse_json, read_json, write_whole
+from mass_dpo_jax.training import origin
 from mass_dpo_jax.training.checkpoint import about, latest_step
+
+_log = logging.getLogger(__name__)
 
 # Settings that may change when a run goes on: they do not change what it computes.
 FREE = (
-    "mesh.",
     "cache_dir",
     "dry_run",
     "device_memory_gb",
-    "eval.",
     "log.",
     "train.checkpoint_every",
     "train.keep_",
@@ -37,11 +39,25 @@ FREE = (
 )
 
 
+# Those that split the same updates into other sums, so that they round otherwise.
+SPLITTING = (
+    "mesh.",
+    "eval.batch_size",
+    "train.micro_batch_size",
+    "train.reuse_scoring",
+    "model.remat",
+    "model.attention",
+    "model.layout",
+    "data.max_shapes",
+)
+
+
 def check(workdir: Path, config: ConfigDict) -> None:
     """Raises UserError if the folder holds something else than a run, or the work of a run with
     other settings, and names them.
 
-    A run that has saved nothing yet has nothing to lose: its folder may be taken over.
+    A run that has saved nothing yet has nothing to lose: its folder may be taken over. Files may
+    have other names: that they are the same is seen when they are read.
     """
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: a file stands where a folder is expected")
@@ -52,18 +68,50 @@ def check(workdir: Path, config: ConfigDict) -> None:
             )
         return
     try:
-        theirs = dict(config_lib.flat(config_lib.load(workdir)))
+        own = config_lib.load(workdir)
     except UserError as error:  # Not ours to write over.
         raise UserError(f"{error}. Choose another --workdir") from None
     if latest_step(workdir) is None:
         return
-    ours = dict(config_lib.flat(config))
-    differ = [k for k in ours if ours[k] != theirs[k] and not k.startswith(FREE)]
+    ours, theirs = dict(config_lib.flat(config)), dict(config_lib.flat(own))
+    differ = [
+        name
+        for name in ours
+        if ours[name] != theirs[name]
+        and not name.startswith((*FREE, *SPLITTING))
+        and not _may_be_same_file(name, config, own, workdir)
+    ]
     if differ:
         shown = ", ".join(f"{k} (there {theirs[k]!r}, here {ours[k]!r})" for k in differ[:5])
         raise UserError(
-            f"{workdir} belongs to a run with other settings: {shown}; "
-            "choose another --workdir or the same settings"
+            f"{workdir} belongs to a run with other settings: {shown}. To go on with it, give the "
+            f"same settings (--workdir={workdir} alone has them); to train its weights further, "
+            f"choose another --workdir with --config.model.path={workdir}"
+        )
+
+
+def _may_be_same_file(name: str, config: ConfigDict, own: ConfigDict, workdir: Path) -> bool:
+    """May a setting that a run has otherwise name the same file? `check_data` and `check_weights`
+    see whether data and weights are the same; of template and adapters the run has copies."""
+    ours, theirs = (dict(config_lib.flat(c))[name] for c in (config, own))
+    if name not in origin.PATHS or not ours or not theirs or not origin.read(workdir)["files"]:
+        return False
+    if name in ("data.chat_template", "model.lora.path"):
+        return origin.has_own(config, workdir, name)
+    return True
+
+
+def say_changed(workdir: Path, config: ConfigDict) -> None:
+    """Logs the settings that only split the updates of a run otherwise than before."""
+    ours, theirs = (dict(config_lib.flat(c)) for c in (config, config_lib.load(workdir)))
+    changed = [n for n in ours if ours[n] != theirs[n] and n.startswith(SPLITTING)]
+    if changed:
+        shown = ", ".join(f"{name}={ours[name]} (was {theirs[name]})" for name in changed)
+        _log.info(f"{workdir}: going on with {shown}: the same updates, whose sums round otherwise")
+    if "data.max_shapes" in changed:
+        _log.warning(
+            "config.data.max_shapes: batches are put together otherwise, so that in the epoch at "
+            "work some rows may come twice and others not at all"
         )
 
 
@@ -76,35 +124,16 @@ def check_data(workdir: Path, digests: Mapping[str, str]) -> None:
     Args:
       digests: of each split, see `Setup.digests`.
     """
-    if differ := _differ(workdir, "data", digests):
+    known = about(workdir).get("data")
+    if not isinstance(known, dict):
+        return
+    differ = sorted(n for n in {*known, *digests} if known.get(n) != digests.get(n))
+    if differ:
         raise UserError(
             f"{workdir}: the run was saved with other data: {', '.join(differ)} has other rows or "
             "other tokens now. Nothing is lost: go on with the data (and the tokenizer) of before, "
             f"or begin another run from its weights, --config.model.path={workdir}"
         )
-
-
-def check_weights(workdir: Path, fingerprints: Mapping[str, str]) -> None:
-    """Raises UserError if weights that training reads and does not save (the reference's, the base
-    of adapters) are others than those that the run in the folder was saved with.
-
-    Args:
-      fingerprints: of each, see `scoring.fingerprint`.
-    """
-    if differ := _differ(workdir, "weights", fingerprints):
-        raise UserError(
-            f"{workdir}: the run was saved with other weights: {' and '.join(differ)} changed "
-            "since then. Nothing is lost: go on with those of before (config.model.path, "
-            "config.model.reference_path), or choose another --workdir"
-        )
-
-
-def _differ(workdir: Path, field: str, found: Mapping[str, str]) -> list[str]:
-    """The names whose digests are not those in the newest checkpoint's description."""
-    known = about(workdir).get(field)
-    if not isinstance(known, dict):
-        return []
-    return sorted(name for name in {*known, *found} if known.get(name) != found.get(name))
 
 
 class Lock:
@@ -144,9 +173,12 @@ class Lock:
 
 
 def claim(workdir: Path, config: ConfigDict) -> None:
-    """Writes the run's configuration, once everything it names has been found in order."""
+    """Writes the run's configuration, once everything it names has been found in order.
+
+    Args:
+      config: with paths as they were typed, see `origin.typed`.
+    """
     workdir.mkdir(parents=True, exist_ok=True)
-    check(workdir, config)  # Again: another training may have come and gone.
     write_json(workdir / "config.json", config.to_dict())
 
 
@@ -183,6 +215,13 @@ def read_metrics(workdir: Path) -> dict[str, Any] | None:
             if not isinstance(value, (int, float)):
                 raise UserError(f"{path}: {name}: {metric}: found {value!r}, expected a number")
     return found
+
+
+def finished(workdir: Path) -> dict[str, Any] | None:
+    """The metrics of a run that is through, its last checkpoint there; None of any other."""
+    found = read_metrics(workdir)
+    done = found and found["finished"] and latest_step(workdir) == found["step"]
+    return found if done else None
 
 
 _METRICS: Mapping[str, tuple[Any, str]] = {

@@ -58,6 +58,29 @@ def batches(
             bar.update(int((indices >= 0).sum()))
 
 
+def computed(
+    compute: Callable[[Batch], Any], batches: Iterable[tuple[np.ndarray, Batch]]
+) -> Iterator[tuple[np.ndarray, Any]]:
+    """What `compute` gives for each batch: its rows, and arrays `[rows, ...]` on every process.
+
+    Rows of padding are left out. Each batch is started before the one before it is waited for, so
+    that the devices compute while the host makes the next.
+    """
+    waiting: tuple[np.ndarray, Any] | None = None
+    for indices, batch in batches:
+        started = indices, compute(batch)
+        if waiting is not None:
+            yield _real(*waiting)
+        waiting = started
+    if waiting is not None:
+        yield _real(*waiting)
+
+
+def _real(indices: np.ndarray, found: Any) -> tuple[np.ndarray, Any]:
+    real = indices >= 0
+    return indices[real], jax.tree.map(lambda x: hosts.whole(x)[real], found)
+
+
 def over_split(
     compute: Callable[[Batch], Any],
     tokens: Tokens,
@@ -69,15 +92,13 @@ def over_split(
     """What `compute` gives for each example of a split, in its order: float32 `[M, ...]` for each
     array `[B, ...]` of its pytree, all of it on every process."""
     tables: Any = None
-    for indices, batch in batches(tokens, buckets, batch_size, mesh, label):
-        real = indices >= 0
-        found = jax.tree.map(hosts.whole, compute(batch))
+    for rows, found in computed(compute, batches(tokens, buckets, batch_size, mesh, label)):
         if tables is None:
             tables = jax.tree.map(
                 lambda x: np.zeros((len(tokens), *x.shape[1:]), np.float32), found
             )
         for table, part in zip(jax.tree.leaves(tables), jax.tree.leaves(found), strict=True):
-            table[indices[real]] = part[real]
+            table[rows] = part
     return tables
 
 
@@ -132,6 +153,12 @@ def sums_of_part(part: np.ndarray, start: int) -> np.ndarray:
     return np.stack([mixed.sum(dtype=np.uint32), (mixed * bits).sum(dtype=np.uint32)])
 
 
+def sums_of(array: jax.Array) -> jax.Array:
+    """What `digest_of` takes of an array, uint32 [2]; it stays on the array's devices."""
+    found: jax.Array = _sums(array)
+    return found
+
+
 @jax.jit
 def _sums(params: Any) -> Any:
     """Two integers [2] for each array. Sums modulo 2^32 are the same in any order, so no array
@@ -161,7 +188,7 @@ def cached(folder: Path, name: str, key: str, compute: Callable[[], np.ndarray])
     """
     digest = hashlib.sha256(f"{key} {mass_dpo_jax.__version__}".encode()).hexdigest()[:32]
     path = folder / f"{name}-{digest}.npy"
-    found = hosts.table_from_first(_read(path) if hosts.first() else None)
+    found = hosts.array_from_first(_read(path) if hosts.first() else None)
     if found is None:
         found = compute()
         if hosts.first():

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax import hosts
-from mass_dpo_jax.data import load_examples
+from mass_dpo_jax.data import load_examples, warn_of_shared_prompts
 from mass_dpo_jax.data.batches import Batch, Buckets, make_buckets
 from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.data.token_cache import tokenize_once
@@ -27,20 +27,21 @@ from mass_dpo_jax.files import cache_folder
 from mass_dpo_jax.models import fused_attention
 from mass_dpo_jax.models import lora as lora_lib
 from mass_dpo_jax.models.logprobs import max_logits_of
+from mass_dpo_jax.training import checkpoint, origin, scoring
 from mass_dpo_jax.training import mesh as mesh_lib
-from mass_dpo_jax.training import scoring
 from mass_dpo_jax.training.methods import Method, make_method, uses_reference
-from mass_dpo_jax.training.policy import Policy, open_policy, uses_lora
+from mass_dpo_jax.training.policy import Policy, check_model, open_policy, uses_lora
 from mass_dpo_jax.training.step import Program, Scorer
 
+LEAST_CHUNK = 4  # Candidates of a rectangle at a time: fewer leave a device idle.
 _log = logging.getLogger(__name__)
 
 
 class Reference(NamedTuple):
     """What is kept of the reference's weights.
 
-    logps: float32 `[M, C]` of each split; empty where the method knows no reference.
-    grams: float32 `[M, C, C]` of the training split, where criteria see the reference's features.
+    logps: float32 `[M, C]` of each split; empty where there is no reference.
+    grams: float32 `[M, C, C]` of the split to choose from, where criteria see its features.
     fingerprint: of the weights; empty likewise.
     """
 
@@ -54,7 +55,7 @@ class Setup:
     """What a configuration means: data in tokens, a decoder without weights, a method.
 
     Attributes:
-      examples: by split, as text.
+      examples: by split, as text; of several processes, the first one's alone.
       tokens: by split.
       buckets: by split.
     """
@@ -86,12 +87,20 @@ class Setup:
         found: np.ndarray = self.over_split(compute, split, label)
         return found
 
-    def reference(self, params: Any) -> Reference:
-        """What is needed of the reference's weights, computed once and kept in the cache."""
+    def reference(self, params: Any, choosing: str | None = "train") -> Reference:
+        """What is needed of the reference's weights, computed once and kept in the cache.
+
+        Args:
+          params: the weights.
+          choosing: the split that negatives are chosen from, if any.
+        """
         folder = cache_folder(self.config.cache_dir)
-        if self.policy.lora is not None:
-            params = lora_lib.without_idle(params)
-        fingerprint = scoring.fingerprint(params)
+        lora = self.policy.lora
+        if lora is None:
+            fingerprint = scoring.fingerprint(params)
+        else:  # What is added: the same A and B add something else under another alpha.
+            added = {**params, "adapters": lora.scaled(params["adapters"])}
+            fingerprint = scoring.fingerprint(lora_lib.without_idle(added))
         key = f"{self.policy.config} {self.config.model.dtype} {fingerprint}"
         if isinstance(self.program.scorer.attention, fused_attention.Fused):
             key += " fused"  # In 16 bits its roundings are not the other's.
@@ -103,16 +112,16 @@ class Setup:
                 f"{key} {tokens.digest()}",
                 functools.partial(self.score, params, split, "reference"),
             )
-        if not self.method.frozen_features or "train" not in self.tokens:
+        if not self.method.frozen_features or choosing not in self.tokens:
             return Reference(logps, fingerprint=fingerprint)
-        how, tokens, scorer = self.config.selection, self.tokens["train"], self.program.scorer
+        how, tokens, scorer = self.config.selection, self.tokens[choosing], self.program.scorer
         grams = scoring.cached(
             folder,
             "ref_grams",
             f"{key} {tokens.digest()} {how.pooling} {how.feature_norm}",
             lambda: self.over_split(
                 lambda batch: scorer.grams(params, batch, self.method.selection),
-                "train",
+                choosing,
                 "features",
             ),
         )
@@ -130,41 +139,61 @@ class Setup:
         )
 
 
-def prepare(config: ConfigDict, workdir: Path | None, splits: Sequence[str]) -> Setup:
+def prepare(
+    config: ConfigDict, workdir: Path | None, splits: Sequence[str], training: bool = True
+) -> Setup:
     """Loads and checks everything but weights; writes at most a tokenizer made from scratch.
 
     Args:
+      workdir: a run that begins or, once it has saved something, goes on or is scored.
       splits: those to load; the first must have rows.
+      training: the split "train" is trained on, and must have what the method needs.
 
     Raises:
       UserError: the configuration, the data or the model folder is not what it should be.
     """
     mesh = open_mesh(config)
-    with hosts.first_goes_ahead("data"):
-        found = {split: load_examples(config.data, split, config.seed) for split in splits}
-        examples = {split: rows for split, rows in found.items() if rows}
-        if splits[0] not in examples:
-            raise UserError(
-                f"{config.data.path or config.data.name}: split {splits[0]!r} has no rows of its "
-                f"own, and with config.data.validation_share={config.data.validation_share} none "
-                "are held out for it; expected another --split"
-            )
+    examples: dict[str, list[Example]] = {}
+    tokens: dict[str, Tokens] = {}
+    if hosts.first():
+        if config.model.path:  # Reading data can take minutes, looking at a folder none.
+            check_model(Path(config.model.path))
+        examples = _load(config, splits)
         policy = open_policy(config, mesh, workdir, examples.get("train", ()))
         tokens = _tokenize(config, policy, examples)
-    return _of_tokens(config, policy, examples, tokens)
+    there = hosts.first_decides(lambda: list(tokens))
+    if not hosts.first():  # What is trained on comes from the first one, so that it is the same.
+        policy = open_policy(config, mesh, workdir, ())
+    hosts.check_same({"config.model.path": f"{policy.config} {policy.lora}"})
+    tokens = {split: hosts.fields_from_first(Tokens, tokens.get(split)) for split in there}
+    return _of_tokens(config, policy, examples, tokens, training)
+
+
+def _load(config: ConfigDict, splits: Sequence[str]) -> dict[str, list[Example]]:
+    """By split, those that have rows."""
+    found = {split: load_examples(config.data, split, config.seed) for split in splits}
+    examples = {split: rows for split, rows in found.items() if rows}
+    warn_of_shared_prompts(examples)
+    if splits[0] not in examples:
+        raise UserError(
+            f"{config.data.path or config.data.name}: split {splits[0]!r} has no rows of its "
+            f"own, and with config.data.validation_share={config.data.validation_share} none "
+            "are held out for it; expected another --split"
+        )
+    return examples
 
 
 def prepare_examples(
     config: ConfigDict, policy: Policy, examples: dict[str, list[Example]]
 ) -> Setup:
-    """As `prepare`, for a policy and examples that are there already.
+    """As `prepare`, for a policy and examples that are there already; trains on those of "train".
 
     Raises:
       UserError: the configuration or the examples are not what they should be.
     """
     config_lib.check(config)
     _check_sizes(config, policy.mesh)
-    return _of_tokens(config, policy, examples, _tokenize(config, policy, examples))
+    return _of_tokens(config, policy, examples, _tokenize(config, policy, examples), True)
 
 
 def open_mesh(config: ConfigDict) -> Mesh:
@@ -206,24 +235,28 @@ def _of_tokens(
     policy: Policy,
     examples: dict[str, list[Example]],
     tokens: dict[str, Tokens],
+    training: bool,
 ) -> Setup:
     mesh = policy.mesh
     for split, rows in tokens.items():
         _log.info(f"{split}: {_describe(rows)}")
-    width = max(t.response_lengths.shape[1] for t in tokens.values())
+    chosen_from = [tokens["train"]] if "train" in tokens else tokens.values()
+    width = max(t.response_lengths.shape[1] for t in chosen_from)
     method = make_method(config, largest_pool=width - 1)
-    if "train" in tokens:
-        _check_pools(method, tokens["train"])
+    if training and "train" in tokens:
+        check_pools(method, tokens["train"])
         if method.graded:
             _check_grades(tokens["train"])
+        elif method.name == "odpo":
+            tokens["train"] = _graded_by_rank(tokens["train"])
     longest = max(int(t.response_lengths.max()) for t in tokens.values())
     rectangle = config.model.layout == "rectangle"
     scorer = Scorer(
         graphdef=policy.graphdef,
         layout=config.model.layout,
         max_response=-(-longest // 8) * 8,
-        # As large as what training has to hold anyway.
-        chunk=1 + method.num_negatives if rectangle else None,
+        # As large as what training has to hold anyway, and not one by one.
+        chunk=max(1 + method.num_negatives, LEAST_CHUNK) if rectangle else None,
         pooling=config.selection.pooling,
         attention=fused_attention.choose(
             config.model.attention, policy.config, config.model.dtype, mesh
@@ -238,8 +271,8 @@ def _of_tokens(
 
 
 def prepare_scoring(
-    config: ConfigDict, workdir: Path | None, split: str | None
-) -> tuple[Setup, str, Any, np.ndarray | None]:
+    config: ConfigDict, workdir: Path | None, split: str | None, choosing: bool = False
+) -> tuple[Setup, str, Any, Reference]:
     """For commands that only score: a run in `workdir`, or the model at `config.model.path`.
 
     A run's reference is what it was trained against; that of another model is
@@ -247,58 +280,130 @@ def prepare_scoring(
 
     Args:
       split: None is the test split or, of a single file without splits, all of it.
+      choosing: negatives are to be chosen from it.
 
     Returns:
-      The setup with one split, that split's name, the weights, and the reference's log-probs
-      `[M, C]` or None.
+      The setup with one split, that split's name, the weights, and what is needed of the reference,
+      if there is one.
 
     Raises:
-      UserError: as `prepare`; or a run and another model are given.
+      UserError: as `prepare`; a run and another model are given; or what a run needs of its start
+        is not what it was.
     """
     config = config.copy_and_resolve_references()  # The caller's may serve for another run.
     if split is None:
         split = "all" if Path(config.data.path).is_file() else "test"
-    reference = config.model.reference_path or None
-    adapters = ""  # The reference's.
     if workdir is not None:
-        own = config_lib.load(workdir)
-        if reference is None and uses_reference(own.method):
-            reference = own.model.reference_path or own.model.path
-            adapters = "" if own.model.reference_path else own.model.lora.path
-        _check_own("path", config.model.path, own.model.path, workdir)
-        config.model.path = str(workdir)
-        if uses_lora(own.model.lora):  # Beside their base, as they were trained.
-            _check_own("lora.path", config.model.lora.path, own.model.lora.path, workdir)
-            config.model.path = own.model.path
-            config.model.lora.update(own.model.lora)
-            config.model.lora.path = str(workdir)
+        return _prepare_run(config, workdir, split, split if choosing else None)
     if not config.model.path:
         raise UserError("no model: give --workdir=RUN, or --config.model.path=FOLDER")
-    setup = prepare(config, None, (split,))
-    refs = None
-    if reference is not None:
-        params = setup.policy.weights(reference, config.seed, adapters)
-        refs = setup.reference(params).logps[split]
+    setup = prepare(config, None, (split,), training=False)
+    known = Reference({})
+    if config.model.reference_path:
+        params = setup.policy.weights(config.model.reference_path, config.seed)
+        known = setup.reference(params, split if choosing else None)
     params = setup.policy.weights(config.model.path, config.seed, config.model.lora.path)
-    return setup, split, params, refs
+    return setup, split, params, known
 
 
-def _check_own(name: str, given: str, own: str, workdir: Path) -> None:
+def _prepare_run(
+    config: ConfigDict, workdir: Path, split: str, choosing: str | None
+) -> tuple[Setup, str, Any, Reference]:
+    """`prepare_scoring` of a run's newest checkpoint.
+
+    `config.model.path` may say where the model that it began from lies now.
+    """
+    if hosts.first_decides(lambda: checkpoint.latest_step(workdir)) is None:
+        raise UserError(f"{workdir}: {checkpoint.NONE_YET}")
+    own = origin.find_files(config_lib.load(workdir), workdir)
+    lora = uses_lora(own.model.lora)
+    base = own.model.path
+    other = config.model.reference_path or own.model.reference_path
+    read_again = lora or (uses_reference(own.method) and not other)
+    if read_again and "model.path" in origin.read(workdir)["weights"]:
+        if config.model.path not in ("", str(workdir)):
+            base = config.model.path
+    else:
+        _check_own("model.path", config, own, workdir)
+    _check_own("model.lora.path", config, own, workdir)
+    if origin.has_own(config, workdir, "data.chat_template"):
+        config.data.chat_template = "tokenizer"
+    reference, adapters = (other, "") if other else (base, own.model.lora.path)
+    config.model.path = base
+    config.model.lora.update(own.model.lora)
+    if lora:  # Beside their base, as they were trained.
+        config.model.lora.path = str(workdir)
+    setup = prepare(config, workdir, (split,), training=False)
+    known = Reference({})
+    if uses_reference(own.method) or config.model.reference_path:
+        params, digest = setup.policy.read(reference, own.seed, adapters)
+        _check_reference(config, own, workdir, reference, digest)
+        known = setup.reference(params, choosing)
+        del params
+    params, digest = setup.policy.read(
+        base if lora else str(workdir), own.seed, config.model.lora.path
+    )
+    if lora:
+        origin.check_weights(workdir, {"model.path": digest})
+    return setup, split, params, known
+
+
+def _check_reference(
+    config: ConfigDict, own: ConfigDict, workdir: Path, reference: str, digest: str
+) -> None:
+    """Raises UserError where a run's reference is not what it was; one that was asked for may
+    differ, which is said."""
+    name = "model.reference_path" if own.model.reference_path else "model.path"
+    try:
+        origin.check_weights(workdir, {name: digest})
+    except UserError:
+        if config.model.reference_path == own.model.reference_path:
+            raise
+        _log.warning(f"rewards are against {reference}, which the run was not trained against")
+
+
+def _check_own(name: str, config: ConfigDict, own: ConfigDict, workdir: Path) -> None:
     """A run is scored with its own weights: others beside it would be ignored."""
-    if given not in ("", own, str(workdir)):
+    given, known = (dict(config_lib.flat(c))[name] for c in (config, own))
+    same = {Path(path).absolute() for path in (known, workdir) if path}
+    if given and Path(given).absolute() not in same and not origin.has_own(config, workdir, name):
         raise UserError(
-            f"config.model.{name}={given}: the model is that of the run in --workdir={workdir}; "
+            f"config.{name}={given}: the model is that of the run in --workdir={workdir}; "
             "expected one of them, not both"
         )
 
 
-def _check_pools(method: Method, tokens: Tokens) -> None:
-    largest = int((tokens.response_lengths[:, 1:] > 0).sum(1).max())
-    if method.num_negatives > largest:
+def check_pools(method: Method, tokens: Tokens) -> None:
+    """Says how many pools have fewer negatives than the method takes.
+
+    Raises:
+      UserError: all of them.
+    """
+    sizes, n = (tokens.response_lengths[:, 1:] > 0).sum(1), method.num_negatives
+    largest = int(sizes.max())
+    if n > largest:
+        other = ", or config.method=dpo" if largest == 1 else " or fewer"
         raise UserError(
-            f"config.num_negatives={method.num_negatives}: larger than every pool of the data "
-            f"(the largest has {largest} rejected response(s))"
+            f"config.num_negatives={n}: larger than every pool of the data (the largest has "
+            f"{largest} rejected response{'s' * (largest > 1)}); set config.num_negatives={largest}"
+            f"{other}"
         )
+    if not method.whole_pool:
+        say_small_pools(n, sizes)
+
+
+def say_small_pools(n: int, sizes: np.ndarray) -> None:
+    """Says, where it is so, that some pools, of `sizes` [M], have fewer negatives than n."""
+    if few := int((sizes < n).sum()):
+        _log.info(
+            f"config.num_negatives={n}: {few} of {len(sizes)} pools have fewer (the smallest "
+            f"{sizes.min()}); of those all are taken"
+        )
+
+
+def _graded_by_rank(tokens: Tokens) -> Tokens:
+    """Rejected responses are listed from the best to the worst: those left out keep their rank."""
+    return dataclasses.replace(tokens, scores=-tokens.numbers.astype(np.float32))
 
 
 def _check_grades(tokens: Tokens) -> None:

@@ -27,12 +27,23 @@ Params = Any
 Metrics = dict[str, Array]
 
 
+class KeptSets(NamedTuple):
+    """The negatives of the steps of one refresh window. NumPy, on the host."""
+
+    window: Any
+    """int: which window of the run, counted from 0."""
+    numbers: Any
+    """int32 [M, n] of every training example, numbers as in `Choice`; -1 throughout where an
+    example has had no set yet."""
+
+
 class TrainState(NamedTuple):
     """All that a step changes; or the shapes and shardings of all that."""
 
     step: Any  # int32: updates made
     params: Params  # The weights that are trained: all, or LoRA's adapters.
     opt_state: optax.OptState
+    sets: KeptSets | None = None  # Where `selection.refresh` keeps sets for more than a step.
 
 
 class Choice(NamedTuple):
@@ -249,7 +260,6 @@ class Program:
             log_ratios=jnp.where(valid, logps - of_chosen(batch.ref_logps), 0.0),
             lengths=lengths,
             valid=valid,
-            candidates=candidates,
             grades=None if batch.grades is None else of_chosen(batch.grades),
             weights=choice.weights,
             pool_loss=choice.pool_loss,

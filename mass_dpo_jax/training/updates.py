@@ -89,12 +89,14 @@ class Batches:
 class TrainStep:
     """`state, metrics = step(state, batch)`: one update. Made by `mass_dpo_jax.make_train_step`.
 
-    Negatives are chosen anew as `selection.refresh` says: where sets outlive a step, those of a
-    window are chosen at its first step, so steps must come in order.
+    Negatives are chosen anew as `selection.refresh` says. Where sets outlive a step, those of a
+    window are chosen at its first step and handed on in the state, so that another function, or
+    another process with a saved state, goes on with them. A step whose sets are not there (a state
+    without `sets`, a window entered in its middle) chooses them itself, with a warning.
 
     Attributes:
         optimizer: what the gradients go through.
-        sets: the negatives of the steps, where they outlive one.
+        sets: chooses the negatives of a window, where they outlive a step.
     """
 
     def __init__(
@@ -127,6 +129,10 @@ class TrainStep:
             state: donated: its arrays are gone afterwards.
             batch: of the step that the state is at.
 
+        Raises:
+            UserError: the criterion was registered again since the batches were made, or the
+                state's `sets` are those of other examples.
+
         Returns:
             The next state; and figures by name, float32 scalars on the devices: `loss` (nats),
             `grad_norm`, `update_ratio`, `skipped` (1 where loss or gradient were not finite, and
@@ -138,16 +144,18 @@ class TrainStep:
     def update(self, state: TrainState, batch: StepBatch) -> tuple[TrainState, Trained, Metrics]:
         """As a call, and what it trained on."""
         setup = self._batches.setup
-        sets = self.sets.at(batch.step, {**self._frozen, **state.params})
-        return setup.program.train_step(
+        setup.method.selection.check_current()
+        sets = self.sets.at(batch.step, {**self._frozen, **state.params}, state.sets)
+        state, used, figures = setup.program.train_step(
             self.optimizer,
-            state,
+            state._replace(sets=None),
             batch.arrays,
-            None if sets is None else self._batches.place_sets(batch.rows, sets),
+            None if sets is None else self._batches.place_sets(batch.rows, sets.numbers),
             setup.key(batch.step // self.sets.window),
             batch.size,
             self._frozen,
         )
+        return state._replace(sets=sets), used, figures
 
 
 def first_state(like: Any, optimizer: optax.GradientTransformation, trained: Params) -> TrainState:

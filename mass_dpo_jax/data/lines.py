@@ -1,0 +1,64 @@
+"""Lines of text files, plain or gzip; what is no such file is named by what it is."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from mass_dpo_jax import formats
+from mass_dpo_jax.errors import UserError
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yields (line number from 1, line) of a file, which is `decode`d row by row.
+
+    Raises:
+      UserError: it cannot be read, or is no text: compressed in another way, Parquet and so on.
+    """
+    number = 0
+    try:
+        with _open(path) as file:
+            head = file.read(formats.HEAD)
+            if what := formats.name_binary(head, path):
+                raise UserError(f"{path}: {what}")
+            file.seek(0)
+            for number, line in enumerate(file, 1):
+                yield number, line
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}:{number + 1}: cannot be read: {error}") from None
+
+
+def decode(line: bytes, place: str, encoding: str = "utf-8") -> str:
+    """The text of a line, without the byte-order mark that some Windows programs begin a file with.
+
+    Raises:
+      UserError: it is not in this encoding.
+    """
+    try:
+        return line.decode("utf-8-sig" if encoding == "utf-8" else encoding)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{place}: not UTF-8: {error.reason} at byte {error.start} of the line; an older "
+            "encoding? iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW"
+        ) from None
+
+
+def check_json_lines(path: Path) -> None:
+    """Raises UserError where a file is JSON or a table, but not one object a line."""
+    try:
+        with _open(path) as file:
+            head = file.read(formats.HEAD)
+    except (OSError, EOFError, zlib.error):
+        return  # `read_lines` says so.
+    if what := formats.name_text(head.decode(errors="replace"), path):
+        raise UserError(f"{path}: {what}")
+
+
+def _open(path: Path) -> gzip.GzipFile | io.BufferedReader:
+    """The bytes of a file, decompressed if they are gzip, whatever the file is called."""
+    with path.open("rb") as file:
+        is_gzip = path.suffix == ".gz" or file.read(2) == b"\x1f\x8b"
+    return gzip.open(path) if is_gzip else path.open("rb")

@@ -1,0 +1,78 @@
+"""What is said once of all rows of a split: columns that are not read, and what looks wrong."""
+
+from __future__ import annotations
+
+import collections
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from mass_dpo_jax.data.checks import has_content, plain
+from mass_dpo_jax.data.examples import COLUMNS, Example
+from mass_dpo_jax.data.written import is_list, is_response_list
+
+# Columns that other programs put into the prompt.
+_OF_PROMPTS = ("system", "system_prompt", "history", "input", "context", "instruction")
+_TURNS = re.compile(r"(?:^|\n)\s*Human:.*\n\s*Assistant:", re.S)
+
+_log = logging.getLogger(__name__)
+
+
+class RowNotes:
+    """Looks at every row and its example with `add`; `log` says what there was, and how often."""
+
+    def __init__(self, name: str, has_template: bool):
+        self._name = name
+        self._has_template = has_template
+        self._rows = 0
+        self._unread: dict[str, None] = {}  # In order.
+        self._counts: collections.Counter[str] = collections.Counter()
+
+    def add(self, row: Mapping[str, Any], example: Example) -> None:
+        self._rows += 1
+        for column, value in row.items():
+            if column not in COLUMNS and column not in self._unread and has_content(value):
+                self._unread[column] = None
+        rejected = plain(row["rejected"])
+        if isinstance(rejected, list) and any(plain(text) is None for text in rejected):
+            self._counts["null"] += 1
+        elif is_response_list(rejected):
+            self._counts["lists" if is_list(row["chosen"]) else "decoded"] += 1
+        for given, read in ((row.get("prompt"), example.prompt), (row["chosen"], example.chosen)):
+            if isinstance(read, list) and isinstance(given, str) and given.lstrip()[:1] in "[{":
+                self._counts["messages"] += 1
+                break
+        if example.scores is not None:
+            self._counts["inverted"] += example.scores[0] < max(example.scores[1:])
+        elif any(row.get(field) is not None for field in ("score_chosen", "score_rejected")):
+            self._counts["unscored"] += 1
+        if self._has_template and isinstance(example.prompt, str):
+            self._counts["turns"] += _TURNS.search(example.prompt) is not None
+
+    def log(self) -> None:
+        unread = [column for column in self._unread if column not in _OF_PROMPTS]
+        if unread:
+            _log.info("%s: not read: %s", self._name, ", ".join(map(str, unread)))
+        for column in self._unread:
+            if column in _OF_PROMPTS:
+                _log.warning(
+                    "%s: not read: %s; where it belongs to the prompt, write it into prompt, or "
+                    "name it in config.data.columns",
+                    self._name, column,
+                )  # fmt: skip
+        for what, message in _MESSAGES.items():
+            if count := self._counts[what]:
+                _log.warning("%s: %d of %d rows %s", self._name, count, self._rows, message)
+
+
+_MESSAGES = {
+    "null": "have null among the rejected responses, which is left out",
+    "messages": "have chat messages written as text, which are read as messages",
+    "decoded": "have a list written as text in rejected, which is read as that list",
+    "lists": "have a list written as text in rejected and in chosen, which is taken for an answer",
+    "unscored": "have scores that are null or not finite, which are not read",
+    "inverted": "have a score_rejected above score_chosen: are the columns swapped?",
+    "turns": "have a prompt with turns in it, Human: and Assistant:, which the chat template makes "
+    "one message; write chat messages, or set --config.data.chat_template=none",
+}
