@@ -19,7 +19,8 @@ from ml_collections import ConfigDict
 
 from mass_dpo_jax import cli
 from mass_dpo_jax import config as config_lib
-from mass_dpo_jax.files import expand_path, write_whole
+from mass_dpo_jax.files import write_whole
+from mass_dpo_jax.run_paths import run_given
 
 
 def evaluate(config: ConfigDict, workdir: Path | None, split: str | None) -> dict[str, float]:
@@ -33,7 +34,7 @@ def evaluate(config: ConfigDict, workdir: Path | None, split: str | None) -> dic
     from mass_dpo_jax.training.setup import prepare_scoring
 
     config = config_lib.copied(config)
-    workdir = None if workdir is None else expand_path(workdir, "workdir")
+    workdir = None if workdir is None else run_given(workdir)
     if split is None and workdir is not None:
         split = "test"  # Rows that the run did not train on.
     setup, split, params, reference = prepare_scoring(config, workdir, split)

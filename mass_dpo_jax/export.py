@@ -23,9 +23,9 @@ from absl import flags
 
 from mass_dpo_jax import cli
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.files import expand_path
+from mass_dpo_jax.files import expand, expand_path
 from mass_dpo_jax.models.config import EXPORT_DTYPES
-from mass_dpo_jax.run_paths import check_run
+from mass_dpo_jax.run_paths import run_given
 
 
 def export(
@@ -58,17 +58,15 @@ def export(
     """
     from mass_dpo_jax.training import hf_folder
 
-    workdir = expand_path(workdir, "workdir")
-    check_run(workdir)
     hf_folder.export(
-        workdir,
+        run_given(workdir),
         expand_path(output, "output"),
         step=step,
         dtype=dtype,
         max_shard_gb=max_shard_gb,
         base_model=base_model,
         adapters=adapters,
-        base_path=base_path,
+        base_path=expand(base_path, "base_path"),
     )
 
 

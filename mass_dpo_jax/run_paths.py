@@ -8,12 +8,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.files import expand_path
 
 CHECKPOINTS = "checkpoints"
 # In a run's folder. Those who write it import JAX.
 WRITTEN = (
-    f"{CHECKPOINTS} model tensorboard wandb figures config.json metrics.json metrics.jsonl "
-    "report.html"
+    f"{CHECKPOINTS} model adapters tensorboard wandb figures config.json origin.json "
+    "metrics.json metrics.jsonl report.html"
 ).split()
 SHOWN = 3  # Of the runs in a folder.
 
@@ -22,6 +23,17 @@ def check_run(folder: Path) -> None:
     """Raises UserError where a path is no run folder, and says what to give instead."""
     if not (folder / "config.json").is_file() or _around(folder):
         raise UserError(f"{folder}: {what_instead(folder)}")
+
+
+def run_given(workdir: str | Path) -> Path:
+    """Returns the path of a run that a caller names, with `~` and variables replaced.
+
+    Raises:
+      UserError: it is no run.
+    """
+    path = expand_path(workdir, "workdir")
+    check_run(path)
+    return path
 
 
 def check_new(workdir: Path) -> None:

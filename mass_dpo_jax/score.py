@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from mass_dpo_jax import cli
 from mass_dpo_jax import config as config_lib
-from mass_dpo_jax.files import expand_path
+from mass_dpo_jax.run_paths import run_given
 
 
 def score(config: ConfigDict, workdir: Path | None, split: str | None) -> Iterator[dict[str, Any]]:
@@ -38,7 +38,7 @@ def score(config: ConfigDict, workdir: Path | None, split: str | None) -> Iterat
     from mass_dpo_jax.training.setup import prepare_scoring
 
     config = config_lib.copied(config)
-    workdir = None if workdir is None else expand_path(workdir, "workdir")
+    workdir = None if workdir is None else run_given(workdir)
     config.data.update(max_train=0, max_validation=0, max_test=0)
     setup, split, params, reference = prepare_scoring(config, workdir, split)
     tokens, refs = setup.tokens[split], reference.logps.get(split)

@@ -21,6 +21,7 @@ from mass_dpo_jax.data.batches import Batch
 from mass_dpo_jax.data.examples import Example, History, Message, Text
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import expand_path, read_array
+from mass_dpo_jax.run_paths import run_given
 from mass_dpo_jax.selection import Selection
 from mass_dpo_jax.training import scoring
 from mass_dpo_jax.training.methods import make_method
@@ -48,7 +49,7 @@ def with_model(config: ConfigDict, workdir: Path | None, split: str | None) -> I
       UserError: something in the configuration, the data or the model folder is wrong.
     """
     config = config_lib.copied(config)
-    workdir = None if workdir is None else expand_path(workdir, "workdir")
+    workdir = None if workdir is None else run_given(workdir)
     config = _unlimited(config)
     split = split or _every_row(config)
     setup, split, params, reference = prepare_scoring(config, workdir, split, choosing=True)
