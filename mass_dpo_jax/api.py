@@ -19,6 +19,7 @@ from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.data import splits, tables
 from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.files import expand_path
 from mass_dpo_jax.models.config import DecoderConfig
 from mass_dpo_jax.training import origin
 from mass_dpo_jax.training.hf_folder import save_model
@@ -124,7 +125,7 @@ class Model:
         Raises:
             UserError: the folder exists and is not empty.
         """
-        save_model(Path(folder), self.policy, self.params, self.config, dtype)
+        save_model(expand_path(folder, "folder"), self.policy, self.params, self.config, dtype)
 
 
 def load_model(path: str | Path, config: ConfigDict | None = None) -> Model:
@@ -142,14 +143,14 @@ def load_model(path: str | Path, config: ConfigDict | None = None) -> Model:
     Raises:
         UserError: the folder or a setting is not what it should be.
     """
-    path = Path(path)
+    path = expand_path(path, "path")
     if config is None:
         run = run_of(path)
         config = config_lib.default()
         if run is not None:
             config = origin.with_own_files(config_lib.load(run[0]), run[0])
             config.model.lora = config_lib.default().model.lora
-    config = _copy(config)
+    config = config_lib.copied(config)
     config.model.path = str(path)
     mesh = open_mesh(config)
     policy = open_policy(config, mesh, None, ())
@@ -180,7 +181,7 @@ def batches(
     Raises:
         UserError: a setting is not what it should be, or a row, unless `data.on_bad_row` is "skip".
     """
-    config = _copy(model.config if config is None else config)
+    config = config_lib.copied(model.config if config is None else config)
     config.model = model.config.model
     setup = prepare_examples(config, model.policy, {"train": _examples(examples, config.data)})
     reference = model if reference is None else reference
@@ -209,14 +210,6 @@ def make_train_step(
         chosen = unless_bad(optimizer)
     _, frozen = model.policy.split(model.params)
     return TrainStep(batches, chosen, frozen)
-
-
-def _copy(config: ConfigDict) -> ConfigDict:
-    """One to change; raises UserError where it is not such a configuration, or lacks settings."""
-    if not isinstance(config, ConfigDict):
-        raise UserError(f"config={config!r}: expected what default_config() returns")
-    config_lib.check_types(dict(config_lib.flat(config)))
-    return config.copy_and_resolve_references()
 
 
 def _check_container(rows: Any) -> None:

@@ -5,7 +5,7 @@ JAX and all that needs it is imported where it is used: --help and a refused fla
 
 from __future__ import annotations
 
-import difflib
+import functools
 import json
 import logging
 import os
@@ -19,35 +19,41 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
+from mass_dpo_jax import command_line
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax import help as help_lib
 from mass_dpo_jax import signals
+from mass_dpo_jax.command_line import configurations
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import FULL, write_whole
 from mass_dpo_jax.process_group import Group
+from mass_dpo_jax.run_paths import what_instead
+
+_log = logging.getLogger(__name__)
+# Settings of which nothing but training takes notice. Sizes of batches are compared by all.
+TRAINING = (
+    "train.epochs train.steps train.learning_rate train.warmup train.clip train.weight "
+    "train.moments train.offload train.eval train.checkpoint train.keep train.max log. dry_run "
+    "device_memory sft_weight"
+).split()
+LIMITS = ("data.max_train", "data.max_validation", "data.max_test")
 
 
-def define_config(default: str | None = None) -> flags.FlagHolder[ConfigDict]:
-    if default is not None:  # Of which ml_collections takes the fields here, not in `_parse`.
-        try:
-            _check_names(sys.argv)
-        except UserError as error:
-            _refuse(str(error))
-    return config_flags.DEFINE_config_file(
-        "config",
-        default,
+def define_config() -> flags.FlagHolder[ConfigDict]:
+    about = (
         f"A file, or the name of one of ours: {', '.join(configurations())}. Change a field by "
         "--config.FIELD=VALUE; --config.print=True prints what comes of it, as flags, and ends. "
-        "Left out where --workdir names a run: that run's own configuration.",
+        "Left out where --workdir names a run: that run's own configuration."
     )
+    try:
+        return config_flags.DEFINE_config_file("config", None, about)
+    except flags.Error as error:  # It reads a --flagfile.
+        _refuse(str(error))
 
 
-def configurations() -> dict[str, Path]:
-    """The configurations that come with the program: folder configs/ of the project, which is
-    inside the package where that is installed."""
-    inside = Path(config_lib.__file__).parent / "configs"
-    folder = inside if inside.is_dir() else inside.parent.parent / "configs"
-    return {path.stem: path for path in sorted(folder.glob("[!_]*.py"))}
+def define_path(name: str, about: str, default: str | None = None) -> flags.FlagHolder[Path | None]:
+    """A flag that names a file or folder."""
+    return flags.DEFINE(command_line.PathParser(), name, default, about)
 
 
 def define_split() -> flags.FlagHolder[str | None]:
@@ -102,8 +108,7 @@ def required(holder: flags.FlagHolder[ConfigDict]) -> ConfigDict:
     Raises:
       UserError: there is no --config (and no --workdir that has one).
     """
-    config = _given(holder.value)
-    config_lib.check(config)
+    config = config_lib.checked(_given(holder.value))
     from mass_dpo_jax.training.compiled import keep_compiled
 
     keep_compiled(config.cache_dir)
@@ -113,11 +118,14 @@ def required(holder: flags.FlagHolder[ConfigDict]) -> ConfigDict:
 def _given(config: ConfigDict | None) -> ConfigDict:
     if config is None:
         missing, other = "--config is missing", ""
-        workdir = flags.FLAGS["workdir"].value if "workdir" in flags.FLAGS else None
-        if "workdir" in flags.FLAGS and flags.FLAGS["workdir"].present:
-            missing += f", and {workdir} is no run that has its own"
-        elif "workdir" in flags.FLAGS and workdir is None:
-            other = "; or the --workdir of a run, which has its own"
+        if "workdir" in flags.FLAGS:
+            workdir: Any = flags.FLAGS["workdir"].value
+            if flags.FLAGS["workdir"].present:
+                missing += (
+                    f", and --workdir={workdir} is no run that has one ({what_instead(workdir)})"
+                )
+            elif workdir is None:
+                other = "; or the --workdir of a run, which has its own"
         raise UserError(
             f"{missing}: expected a file or one of {', '.join(configurations())}, as in "
             f"--config=tiny{other}"
@@ -125,7 +133,7 @@ def _given(config: ConfigDict | None) -> ConfigDict:
     return config
 
 
-def output_file(value: str | None, kind: str, *inputs: str | Path) -> Path:
+def output_file(path: Path | None, kind: str, *inputs: str | Path) -> Path:
     """The file that --output names, in a folder that exists.
 
     Args:
@@ -134,20 +142,19 @@ def output_file(value: str | None, kind: str, *inputs: str | Path) -> Path:
     Raises:
       UserError: nothing can be written there, or an input would be lost.
     """
-    if not value:
+    if path is None:
         raise UserError(f"--output is missing: the {kind} file to write")
     from mass_dpo_jax import hosts
 
-    path = Path(value)
     if not hosts.first():
         return path
     if not path.parent.is_dir():
-        raise UserError(f"--output={value}: its folder does not exist")
+        raise UserError(f"--output={path}: its folder does not exist")
     if path.exists() and not path.is_file():  # A folder, or a device.
-        raise UserError(f"--output={value}: no ordinary file; expected the {kind} file to write")
+        raise UserError(f"--output={path}: no ordinary file; expected the {kind} file to write")
     for read in inputs:
         if read and path.exists() and Path(read).exists() and path.samefile(read):
-            raise UserError(f"--output={value}: would replace the input {read}; name another file")
+            raise UserError(f"--output={path}: would replace the input {read}; name another file")
     return path
 
 
@@ -170,22 +177,29 @@ def write_lines(path: Path, rows: Iterable[Any]) -> int:
     return count
 
 
-def run(main: Callable[[], None], goes_on: bool = False) -> None:
+def run(
+    main: Callable[[], None],
+    goes_on: bool = False,
+    default: str | None = None,
+    unread: Sequence[str] = (),
+) -> None:
     """Runs a command: a user's mistake is one line on standard error and exit status 2.
 
     Args:
       main: what it does.
       goes_on: the same command goes on with what was interrupted; others write all or nothing.
+      unread: beginnings of settings that have no effect on it, which is said where one is given.
+      default: the configuration where neither --config nor a run gives one.
     """
     hint = "the same command goes on from what was saved" if goes_on else "nothing was written"
     signals.ctrl_c.line = interrupted = f"interrupted; {hint}"
 
     def guarded(argv: Sequence[str]) -> None:
         _quiet()
-        if len(argv) > 1:
-            _refuse(f"unexpected argument {argv[1]!r}; flags look like --name=value")
         try:
-            if _join():
+            several = _join()
+            _say_unread(unread)
+            if several:
                 _together(main, interrupted)
             else:
                 _within_limits(main)
@@ -198,7 +212,7 @@ def run(main: Callable[[], None], goes_on: bool = False) -> None:
                 _refuse(str(error))
             raise
 
-    app.run(guarded, flags_parser=_parse)
+    app.run(guarded, flags_parser=functools.partial(_parse, starts=goes_on, default=default))
 
 
 def _join() -> bool:
@@ -229,13 +243,20 @@ def _join() -> bool:
 
 def _settings() -> dict[str, Any]:
     """The values of our own flags and settings, but for what may differ between processes."""
-    own = {flag.name for flag in _our_flags()} - {*HOSTS, "config"}
+    own = {flag.name for flag in command_line.own_flags()} - {*HOSTS, "config"}
     values = {name: flags.FLAGS[name].value for name in own}
+    values = {n: str(value) if isinstance(value, Path) else value for n, value in values.items()}
     config = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
     for name, value in config_lib.flat(config or ConfigDict()):
         if name != "cache_dir":
             values[f"config.{name}"] = value
     return values
+
+
+def _say_unread(unread: Sequence[str]) -> None:
+    names = [word.partition("=")[0] for word in sys.argv[1:]]
+    if ignored := [n for n in names if n.startswith(tuple(f"--config.{u}" for u in unread))]:
+        _log.info(f"no effect on this command: {', '.join(dict.fromkeys(ignored))}")
 
 
 def _together(main: Callable[[], None], interrupted: str) -> None:
@@ -314,137 +335,54 @@ def _refuse(message: str) -> NoReturn:
     help_lib.refuse(message, _doc())
 
 
-def _parse(argv: list[str]) -> list[str]:
+def _parse(argv: list[str], starts: bool, default: str | None) -> list[str]:
     """Parses the flags; --help and --config.print=True end here, before anything is done."""
     asked = [word for word in argv[1:] if word in help_lib.HELP]
-    argv = [word for word in argv if word not in help_lib.HELP]
-    path = _value(argv, "config") or ""
+    path = ""
     try:
-        argv, printing = _without_print(argv)
-        _check_names(argv)
-        argv = _with_run_config(_with_path(argv))
-        path = _value(argv, "config") or ""
-        sys.argv[:] = argv  # Where ml_collections looks for the fields.
-        rest = flags.FLAGS(argv)
-    except (flags.Error, UserError) as error:
-        _refuse(str(error))
-    except Exception as error:  # Of the configuration, which is a program.
-        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
-        place = f"{path}:{lines[-1]}" if lines else path
-        _refuse(f"--config={place}: {type(error).__name__}: {error}")
+        words = [word for word in argv if word not in help_lib.HELP]
+        pairs = command_line.read(words, default, starts)
+        printing = dict(pairs).get(command_line.PRINT) == "true"
+        path = dict(pairs).get("config", "")
+        # Where ml_collections looks for the fields. No run is to remember that it was printed.
+        sys.argv[1:] = [f"--{n}={value}" for n, value in pairs if n != command_line.PRINT]
+        rest = flags.FLAGS(sys.argv)
+    except Exception as error:  # Mostly of the configuration, which is a program.
+        _refuse(_what_failed(error, path))
     if not asked and not printing:
         return rest
     try:
         if asked:
-            help_lib.say(_help())
+            help_lib.say(_help(path))
         else:
             config = _given(flags.FLAGS["config"].value)
             help_lib.say("\n".join(help_lib.as_flags(config)))
-            config_lib.check(config)
+            config_lib.checked(config)
     except UserError as error:
         _refuse(str(error))
     raise SystemExit(0)
 
 
-def _help() -> str:
-    ours = _our_flags()
+def _what_failed(error: Exception, path: str) -> str:
+    """Of an error in the configuration file at `path`, what it was and its line there; absl and
+    ml_collections wrap it in errors that have its traceback as text."""
+    chain: list[BaseException] = [error]
+    while chain[-1].__context__ is not None:
+        chain.append(chain[-1].__context__)
+    for found in chain:
+        if isinstance(found, UserError):
+            return str(found)
+        for frame in reversed(traceback.extract_tb(found.__traceback__)):
+            if frame.filename == path:
+                return f"--config={path}:{frame.lineno}: {type(found).__name__}: {found}"
+    if isinstance(error, flags.Error) and len(chain) == 1:
+        return str(error)
+    return f"--config={path}: {type(chain[-1]).__name__}: {chain[-1]}"
+
+
+def _help(path: str) -> str:
     if "config" not in flags.FLAGS:
-        return help_lib.describe(_doc(), ours, None, "")
-    path = _value(sys.argv, "config")
-    place = "the defaults" if path is None else f"the values of {path}"
-    return help_lib.describe(
-        _doc(), ours, flags.FLAGS["config"].value or config_lib.default(), place
-    )
-
-
-def _our_flags() -> list[flags.Flag]:
-    """Those that the package, or the command's own, defines, without fields of --config."""
-    packages = ("mass_dpo_jax", (sys.modules["__main__"].__package__ or "mass_dpo_jax"))
-    return [
-        flag
-        for module, defined in flags.FLAGS.flags_by_module_dict().items()
-        if module == sys.argv[0] or module.startswith(packages)
-        for flag in defined
-        if not flag.name.startswith("config.")
-    ]
-
-
-def _value(argv: Sequence[str], flag: str) -> str | None:
-    """The value of `--flag=value` or `--flag value`, of several the last, as absl will take it,
-    before it has parsed anything."""
-    found = None
-    for word, following in zip(argv, [*argv[1:], None], strict=True):
-        name, equals, value = word.lstrip("-").partition("=")
-        if word.startswith("-") and name == flag:
-            found = value if equals else following
-    return found
-
-
-def _without_print(argv: list[str]) -> tuple[list[str], bool]:
-    """Takes out --config.print, which is no setting: no run is to remember it."""
-    rest, printing = [], False
-    for word in argv:
-        name, equals, value = word.partition("=")
-        if name.lstrip("-") == "config.print" and word.startswith("-") and "config" in flags.FLAGS:
-            printing = bool(flags.BooleanParser().parse(value if equals else "true"))
-        else:
-            rest.append(word)
-    return rest, printing
-
-
-def _with_path(argv: list[str]) -> list[str]:
-    """The file of --config in place of its name; of several the last, and before its fields.
-
-    Raises:
-      UserError: there is no such file.
-    """
-    others, value = [], None
-    words = iter(argv[1:])
-    for word in words:
-        if word in ("-config", "--config"):
-            value = next(words, None)
-        elif word.startswith(("-config=", "--config=")):
-            value = word.partition("=")[2]
-        else:
-            others.append(word)
-    if value is None or "config" not in flags.FLAGS:
-        return argv
-    named = configurations()
-    file, colon, rest = value.partition(":")
-    path = Path(file) if file.endswith(".py") or os.sep in file else named.get(file, Path(file))
-    if not path.is_file():
-        raise UserError(
-            f"--config={value}: no such file; a name alone can be {', '.join(named)}, as in "
-            "--config=tiny"
-        )
-    if path.suffix != ".py":
-        raise UserError(f"--config={value}: not a Python file")
-    return [argv[0], f"--config={path}{colon}{rest}", *others]
-
-
-def _with_run_config(argv: list[str]) -> list[str]:
-    workdir = _value(argv, "workdir")
-    if workdir and _value(argv, "config") is None and "config" in flags.FLAGS:
-        if (Path(workdir) / "config.json").exists():
-            config_lib.load(Path(workdir))  # What is wrong with it, said without ml_collections.
-            return [argv[0], f"--config={config_lib.__file__}:{workdir}", *argv[1:]]
-    return argv
-
-
-def _check_names(argv: Sequence[str]) -> None:
-    """A misspelt field, said before ml_collections raises its own traceback."""
-    known = {"print", *(name for name, _ in config_lib.flat(config_lib.default()))}
-    sections = {name.rpartition(".")[0] for name in known} - {""}
-    for word in argv[1:]:
-        name = word.lstrip("-").partition("=")[0]
-        if not word.startswith("-") or not name.startswith("config."):
-            continue
-        field = name.removeprefix("config.")
-        if field in sections:
-            raise UserError(f"--{name}: is a group of settings; set one of its fields")
-        # --noFIELD is absl's other spelling of a false boolean.
-        if field not in known and field.removeprefix("no") not in known:
-            near = difflib.get_close_matches(field, known, n=1, cutoff=0.0)[0]
-            raise UserError(
-                f"--{name}: no such setting; the nearest is --config.{near}, and --help lists all"
-            )
+        return help_lib.describe(_doc(), command_line.own_flags(), None, "")
+    place = f"the values of {path}" if path else "the defaults"
+    config = flags.FLAGS["config"].value or config_lib.default()
+    return help_lib.describe(_doc(), command_line.own_flags(), config, place)

@@ -15,7 +15,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mass_dpo_jax.help import Parser, say
+from mass_dpo_jax.files import expand_path
+from mass_dpo_jax.help import Parser, path, say
 
 
 def compare(runs: Sequence[Path]) -> str:
@@ -26,13 +27,13 @@ def compare(runs: Sequence[Path]) -> str:
     """
     from mass_dpo_jax.reports import comparison
 
-    return comparison.compare(runs)
+    return comparison.compare([expand_path(run, "runs") for run in runs])
 
 
 def main() -> None:
     """The command: folders of runs in, a table to the terminal."""
     parser = Parser(__doc__)
-    parser.add_argument("run", nargs="+", type=Path, help="folder of a finished run")
+    parser.add_argument("run", nargs="+", type=path, help="folder of a finished run")
     runs = parser.parse_args().run
     with parser.refusing():
         text = compare(runs)

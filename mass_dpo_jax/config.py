@@ -10,16 +10,28 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict, FieldReference
+from ml_collections import ConfigDict, FieldReference, FrozenConfigDict
 
+from mass_dpo_jax import names
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.files import read_json
+from mass_dpo_jax.files import expand, read_json
 from mass_dpo_jax.models.config import parse_targets
+from mass_dpo_jax.run_paths import check_run
+
+
+class Settings(ConfigDict):
+    """A ConfigDict that says what was meant where a field does not exist."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if self.is_locked and key not in self:
+            # What ml_collections itself says lists all fields there are, and no other group's.
+            raise KeyError(f"{key}: no such setting{_meant(key)}")
+        super().__setitem__(key, value)
 
 
 def default() -> ConfigDict:
-    """The complete configuration. A field that is not here does not exist."""
-    c = ConfigDict()
+    """The complete configuration, locked: a field that is not here does not exist."""
+    c = Settings()
     c.seed = 0  # Of everything that is drawn: weights, order, candidates, random negatives.
     # What each is stands in training/methods.py: mass_dpo | pl_sampled | pl_all | sdpo | dpo |
     # dpo_k | dmpo | odpo | mppo | sft.
@@ -33,7 +45,7 @@ def default() -> ConfigDict:
     c.dry_run = False  # Print what a step needs of memory and arithmetic, and do not train.
     c.device_memory_gb = 0.0  # Of one device, in 10^9 bytes, for dry_run; 0: not compared.
 
-    c.model = ConfigDict()
+    c.model = Settings()
     c.model.path = ""  # Hugging Face folder or run folder; empty: random weights (model.scratch).
     c.model.reference_path = ""  # The reference policy; empty: the weights training starts from.
     c.model.dtype = "float32"  # Of the computation: float32 | bfloat16. Weights stay float32.
@@ -42,7 +54,7 @@ def default() -> ConfigDict:
     c.model.attention = "auto"
     c.model.layout = "packed"  # Responses behind their prompt: packed | rectangle (long ones).
 
-    c.model.lora = ConfigDict()  # Train adapters beside frozen weights; model.path is the base.
+    c.model.lora = Settings()  # Train adapters beside frozen weights; model.path is the base.
     c.model.lora.rank = 0  # Columns of A; 0: no LoRA, all weights are trained.
     c.model.lora.alpha = 16.0  # What adapters add is multiplied by alpha / rank.
     # all, or names with commas: q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj.
@@ -52,7 +64,7 @@ def default() -> ConfigDict:
     # Adapters to start from, PEFT's folder or a run with LoRA; they decide rank, alpha, targets.
     c.model.lora.path = ""
 
-    c.model.scratch = ConfigDict()  # The model and tokenizer made when model.path is empty.
+    c.model.scratch = Settings()  # The model and tokenizer made when model.path is empty.
     c.model.scratch.model_type = "llama"  # llama | qwen3 | smollm3.
     c.model.scratch.hidden_size = 128  # Width of the residual stream.
     c.model.scratch.intermediate_size = 384  # Hidden units of a block's MLP.
@@ -61,7 +73,7 @@ def default() -> ConfigDict:
     c.model.scratch.num_kv_heads = 2  # Of keys and values; divides num_heads.
     c.model.scratch.vocab_size = 1024  # The tokenizer is trained on the training split.
 
-    c.data = ConfigDict()
+    c.data = Settings()
     c.data.name = "jsonl"  # jsonl | hub | lastfm | movielens | medmcqa | qasc | synthetic.
     # File, or folder with the splits; hub: name or saved folder; synthetic: plain, clusters, long.
     c.data.path = ""
@@ -90,7 +102,7 @@ def default() -> ConfigDict:
     c.data.max_validation = 200  # Likewise.
     c.data.max_test = 2000  # Likewise.
 
-    c.selection = ConfigDict()
+    c.selection = Settings()
     # mass_dpo's: pool_fisher (Algorithm 1) | contrast | set_fisher | hardest | random | all.
     c.selection.criterion = "pool_fisher"
     c.selection.search = "greedy"  # For a large determinant: greedy | exchange | exhaustive.
@@ -102,11 +114,11 @@ def default() -> ConfigDict:
     c.selection.fisher_scale = False  # Multiply by Eq. 11's beta^2 (1 - sigma(Z)).
     c.selection.replacement = False  # pl_sampled: draw negatives with replacement.
 
-    c.odpo = ConfigDict()
+    c.odpo = Settings()
     c.odpo.offset = "score"  # A pair's margin grows with the difference in: score (columns) | rank.
     c.odpo.alpha = 1.0  # Margin = alpha * log(difference).
 
-    c.train = ConfigDict()
+    c.train = Settings()
     c.train.epochs = 3  # Passes over the training rows.
     c.train.steps = 0  # Updates in all; 0: as many as the epochs need.
     c.train.batch_size = 128  # Prompts per update, all devices together.
@@ -128,19 +140,19 @@ def default() -> ConfigDict:
     c.train.keep_best = ""
     c.train.max_skipped = 10  # Updates skipped in a row, for NaN or infinity, that end the run.
 
-    c.eval = ConfigDict()
+    c.eval = Settings()
     c.eval.batch_size = 32  # Prompts per scoring batch: reference pass, evaluation, score.
 
-    c.log = ConfigDict()  # metrics.jsonl gets the same figures always.
+    c.log = Settings()  # metrics.jsonl gets the same figures always.
     c.log.tensorboard = True  # Event files for TensorBoard, in the run folder.
     c.log.report = True  # report.html and figures/ in the run folder, when training ends.
     c.log.wandb_project = ""  # Weights & Biases project, if the package is there; empty: none.
 
-    c.mesh = ConfigDict()  # Devices along each axis; -1: all that are left.
+    c.mesh = Settings()  # Devices along each axis; -1: all that are left.
     c.mesh.data = -1  # Copies of the model, each on its share of the batch.
     c.mesh.fsdp = 1  # Weights, gradients and Adam's moments split; batches too.
     c.mesh.tensor = 1  # Heads, hidden units and vocabulary split.
-    return c
+    return c.lock()
 
 
 def paper() -> ConfigDict:
@@ -180,12 +192,8 @@ def get_config(workdir: str = "") -> ConfigDict:
 
 def load(workdir: Path) -> ConfigDict:
     """The configuration that the run in `workdir` was started with."""
+    check_run(workdir)
     path = workdir / "config.json"
-    if not path.exists():
-        raise UserError(
-            f"{workdir}: not a run folder (it has no config.json); expected what was the "
-            "--workdir of mass_dpo_jax.train"
-        )
     stored = read_json(path)
     if not isinstance(stored, dict):
         raise UserError(f"{path}: expected a JSON object with a run's settings")
@@ -219,6 +227,31 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def copied(config: ConfigDict) -> ConfigDict:
+    """Returns a copy to change, whose paths have `~` and variables replaced.
+
+    Raises:
+      UserError: it is no configuration, lacks settings or has others, or a path is none.
+    """
+    _check_kind(config)
+    if isinstance(config, FrozenConfigDict):
+        config = config.as_configdict()
+    copy = config.copy_and_resolve_references()
+    fields = dict(flat(copy))
+    check_types(fields)
+    _check_known(fields)
+    for name in PATHS:
+        _set(copy, name, expand(fields[name], f"config.{name}"))
+    return copy
+
+
+def checked(config: ConfigDict) -> ConfigDict:
+    """Returns `copied(config)`; raises UserError also for what `check` refuses."""
+    copy = copied(config)
+    check(copy)
+    return copy
 
 
 def _set(config: ConfigDict, name: str, value: Any) -> None:
@@ -257,6 +290,10 @@ CHOICES = {
     "selection.feature_norm": ("none", "l2"),
     "selection.pooling": ("response", "all"),
 }
+NAMES = tuple(name for name, _ in flat(default()))
+PATHS = (
+    "cache_dir model.path model.reference_path model.lora.path data.path data.chat_template"
+).split()
 _KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
 LARGEST = 2**31  # Of any number: what XLA counts with.
 POSITIVE = (
@@ -266,10 +303,11 @@ POSITIVE = (
     "data.max_prompt_length data.max_response_length data.max_shapes odpo.alpha model.lora.alpha"
 ).split()
 NOT_NEGATIVE = (
-    "seed train.steps train.epochs train.warmup_ratio train.weight_decay train.eval_every "
+    "seed train.steps train.epochs train.weight_decay train.eval_every "
     "data.max_train data.max_validation data.max_test sft_weight device_memory_gb "
     "model.lora.rank"
 ).split()
+SHARES = ("data.validation_share", "train.warmup_ratio")
 
 
 def choices() -> dict[str, tuple[str, ...]]:
@@ -281,30 +319,35 @@ def choices() -> dict[str, tuple[str, ...]]:
 
 def check(config: ConfigDict) -> None:
     """Raises UserError for a value that no run could use, naming field, value and choices."""
-    if not isinstance(config, ConfigDict):
-        raise UserError(f"--config: found {config!r}, expected what config.default() returns")
+    _check_kind(config)
     fields = dict(flat(config))
     check_types(fields)
+    _check_known(fields)
     # The default is registered for certain: to look it up would take the time JAX takes to import.
     usual = fields["selection.criterion"] == default().selection.criterion
     for name, known in (CHOICES if usual else choices()).items():
-        if fields[name] not in known:
-            raise UserError(f"config.{name}={fields[name]!r}: expected one of {', '.join(known)}")
+        if (value := fields[name]) not in known:
+            raise UserError(
+                f"config.{name}={value!r}: expected one of {', '.join(known)}"
+                + names.choice(value, known)
+            )
     for name in POSITIVE:
         if not fields[name] > 0:
             raise UserError(f"config.{name}={fields[name]!r}: expected a number above 0")
     for name in NOT_NEGATIVE:
         if not fields[name] >= 0:
             raise UserError(f"config.{name}={fields[name]!r}: expected 0 or more")
-    if not 0 <= fields["data.validation_share"] < 1:
+    for name in SHARES:
+        if not 0 <= fields[name] < 1:
+            raise UserError(
+                f"config.{name}={fields[name]!r}: expected 0 to 1, a share: 0.1 is a tenth"
+            )
+    if fields["train.learning_rate"] > 1:
         raise UserError(
-            f"config.data.validation_share={fields['data.validation_share']!r}: expected 0 to 1"
+            f"config.train.learning_rate={fields['train.learning_rate']!r}: expected at most 1: "
+            "AdamW changes every weight by about as much at each step"
         )
-    if config.train.batch_size % config.train.micro_batch_size:
-        raise UserError(
-            f"config.train.batch_size={config.train.batch_size} is no multiple of "
-            f"config.train.micro_batch_size={config.train.micro_batch_size}"
-        )
+    _check_batch(fields["train.batch_size"], fields["train.micro_batch_size"])
     if not config.train.steps and not config.train.epochs:
         raise UserError("config.train.steps and config.train.epochs are both 0: nothing to train")
     refresh_window(config.selection.refresh, steps_per_epoch=1)
@@ -313,13 +356,49 @@ def check(config: ConfigDict) -> None:
         raise UserError("config.model.lora adapts a model: config.model.path is missing")
 
 
+def _check_kind(config: Any) -> None:
+    if not isinstance(config, ConfigDict):
+        raise UserError(
+            f"config: found a {type(config).__name__}, expected what default_config() returns; its "
+            "update() takes a dict"
+        )
+
+
+def _check_known(fields: Mapping[str, Any]) -> None:
+    """Raises UserError for a setting that there is not, which somebody unlocked the configuration
+    for: it would change nothing, and the run could not be loaded again."""
+    for name in fields:
+        if name not in NAMES:
+            raise UserError(f"config.{name}: no such setting{_meant(name)}")
+
+
+def _meant(name: str) -> str:
+    return names.did_you_mean(names.meant(f"config.{name}", NAMES))
+
+
+def _check_batch(batch: int, micro: int) -> None:
+    if batch % micro:
+        divisor = max(size for size in range(1, micro + 1) if batch % size == 0)
+        raise UserError(
+            f"config.train.batch_size={batch} is no multiple of config.train.micro_batch_size="
+            f"{micro}; set config.train.micro_batch_size={divisor}, too"
+        )
+
+
 def check_types(fields: Mapping[str, Any]) -> None:
     """Raises UserError where a setting, by its dotted name, is missing or is of another type than
     its default, or a number is too large for anything that counts with it."""
     for name, value in flat(default()):
-        found, kind = fields.get(name), type(value)
+        if name not in fields:
+            raise UserError(
+                f"config.{name} is missing: take default_config(), and change a group by its "
+                "update(...), which keeps the other settings"
+            )
+        found, kind = fields[name], type(value)
         if type(found) is not kind and not (kind is float and type(found) is int):
             raise UserError(f"config.{name}={found!r}: expected {_KINDS[kind]}")
+        if found != found:  # NaN.
+            raise UserError(f"config.{name}={found!r}: expected a number")
         if isinstance(found, (int, float)) and not -LARGEST < found < LARGEST:
             raise UserError(f"config.{name}={found!r}: expected a number below {LARGEST}")
 

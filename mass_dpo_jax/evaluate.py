@@ -15,11 +15,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from absl import flags
 from ml_collections import ConfigDict
 
 from mass_dpo_jax import cli
+from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.files import write_whole
+from mass_dpo_jax.run_paths import run_given
 
 
 def evaluate(config: ConfigDict, workdir: Path | None, split: str | None) -> dict[str, float]:
@@ -32,6 +33,8 @@ def evaluate(config: ConfigDict, workdir: Path | None, split: str | None) -> dic
     from mass_dpo_jax.training import scoring
     from mass_dpo_jax.training.setup import prepare_scoring
 
+    config = config_lib.copied(config)
+    workdir = None if workdir is None else run_given(workdir)
     if split is None and workdir is not None:
         split = "test"  # Rows that the run did not train on.
     setup, split, params, reference = prepare_scoring(config, workdir, split)
@@ -46,9 +49,8 @@ def main() -> None:
     config = cli.required(_CONFIG)
     from mass_dpo_jax import hosts
 
-    workdir = Path(_WORKDIR.value) if _WORKDIR.value else None
-    output = None
-    if _OUTPUT.value:
+    workdir, output = _WORKDIR.value, None
+    if _OUTPUT.value is not None:
         theirs = "" if workdir is None else workdir / "metrics.json"  # The run's own.
         output = cli.output_file(_OUTPUT.value, "JSON", config.data.path, theirs)
     found = evaluate(config, workdir, _SPLIT.value)
@@ -63,7 +65,7 @@ def main() -> None:
 if __name__ == "__main__":
     _CONFIG = cli.define_config()
     cli.define_hosts()
-    _WORKDIR = flags.DEFINE_string("workdir", None, "A run's folder.")
+    _WORKDIR = cli.define_path("workdir", "A run's folder.")
     _SPLIT = cli.define_split()
-    _OUTPUT = flags.DEFINE_string("output", None, "A JSON file for the metrics.")
-    cli.run(main)
+    _OUTPUT = cli.define_path("output", "A JSON file for the metrics.")
+    cli.run(main, unread=cli.TRAINING)

@@ -23,7 +23,9 @@ from absl import flags
 
 from mass_dpo_jax import cli
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.files import expand, expand_path
 from mass_dpo_jax.models.config import EXPORT_DTYPES
+from mass_dpo_jax.run_paths import run_given
 
 
 def export(
@@ -57,25 +59,25 @@ def export(
     from mass_dpo_jax.training import hf_folder
 
     hf_folder.export(
-        workdir,
-        output,
+        run_given(workdir),
+        expand_path(output, "output"),
         step=step,
         dtype=dtype,
         max_shard_gb=max_shard_gb,
         base_model=base_model,
         adapters=adapters,
-        base_path=base_path,
+        base_path=expand(base_path, "base_path"),
     )
 
 
 def main() -> None:
-    if not _WORKDIR.value:
+    if _WORKDIR.value is None:
         raise UserError("--workdir is missing: the run to export")
-    if not _OUTPUT.value:
+    if _OUTPUT.value is None:
         raise UserError("--output is missing: the folder to write")
     export(
-        Path(_WORKDIR.value),
-        Path(_OUTPUT.value),
+        _WORKDIR.value,
+        _OUTPUT.value,
         step=_STEP.value,
         dtype=_DTYPE.value,
         max_shard_gb=_MAX_SHARD_GB.value,
@@ -86,8 +88,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    _WORKDIR = flags.DEFINE_string("workdir", None, "A run's folder.")
-    _OUTPUT = flags.DEFINE_string("output", None, "The folder to write; it must not exist.")
+    _WORKDIR = cli.define_path("workdir", "A run's folder.")
+    _OUTPUT = cli.define_path("output", "The folder to write; it must not exist.")
     _STEP = flags.DEFINE_integer("step", None, "Of which checkpoint. Left out: the newest.")
     _DTYPE = flags.DEFINE_enum(
         "dtype", None, EXPORT_DTYPES, "Of the stored weights. Left out: the run's."

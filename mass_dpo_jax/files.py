@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import tokenize
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -27,6 +28,45 @@ def cache_folder(setting: str) -> Path:
     if setting:
         return Path(setting)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mass_dpo_jax"
+
+
+def expand(path: str, place: str) -> str:
+    """Returns a path with `~` and variables replaced, as a shell does where it sees them.
+
+    Args:
+      place: the flag or setting that has it.
+
+    Raises:
+      UserError: a variable is not set, there is no such user, or quotes or blanks surround it.
+    """
+    if path == "~" or path.startswith("~/"):
+        path = str(Path(path).expanduser())
+    if not path or os.path.lexists(path.partition("\0")[0]):
+        return path
+    if path.startswith("~"):
+        try:
+            path = str(Path(path).expanduser())
+        except RuntimeError:
+            raise UserError(f"{place}={path}: no user of that name; a file is ./{path}") from None
+    path = os.path.expandvars(path)
+    if unset := re.search(r"\$(\w+|\{\w+\})", path):
+        raise UserError(f"{place}={path}: the variable {unset[1].strip('{}')} is not set")
+    if path != path.strip().strip("\"'“”"):
+        raise UserError(f"{place}={path!r}: expected a path without quotes or blanks around it")
+    if "\0" in path:
+        raise UserError(f"{place}={path!r}: expected a path without NUL characters")
+    return path
+
+
+def expand_path(path: str | Path, place: str) -> Path:
+    """Returns `expand` of a path as a `Path`.
+
+    Raises:
+      UserError: as `expand`, or the path is empty.
+    """
+    if not str(path):
+        raise UserError(f"{place}: expected a path, found an empty string")
+    return Path(expand(str(path), place))
 
 
 def write_whole(path: Path, parts: Iterable[str]) -> None:

@@ -16,15 +16,17 @@ import shlex
 import sys
 import textwrap
 import tokenize
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict
 
 from mass_dpo_jax import config as config_lib
+from mass_dpo_jax import names
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.files import expand_path
 
 WIDTH = 100
 HELP = ("-h", "-?", "--h", "-help", "--help", "--helpshort", "-helpshort")
@@ -72,7 +74,7 @@ def _of_flag(flag: flags.Flag) -> str:
     if isinstance(flag, flags.EnumFlag):
         kind, about = " | ".join(flag.parser.enum_values), about.partition(">: ")[2]
     if flag.name != "config" and flag.default not in (None, ""):
-        kind += f", {flag.default!r}"
+        kind += f", {str(flag.default)!r}" if kind == "path" else f", {flag.default!r}"
     return _entry(flag.name, kind, about)
 
 
@@ -155,6 +157,23 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse, but a flag that does not exist is said first, with what was meant."""
+        ours = [option.lstrip("-") for option in self._option_string_actions]
+        for word in sys.argv[1:] if args is None else args:
+            name = word.lstrip("-").partition("=")[0]
+            if word.startswith("--") and name and name not in ours:
+                self.error(self._unknown(name, [other for other in ours if len(other) > 1]))
+        return super().parse_args(args, namespace)
+
+    def _unknown(self, name: str, ours: Sequence[str]) -> str:
+        if name in ("workdir", "run", "runs", "folder", "folders"):
+            return f"--{name}: no such flag; runs are given without one: {self.prog} RUN"
+        if name.partition(".")[0] == "config":
+            return f"--{name}: this command has no settings; it reads what runs wrote"
+        found = [f"--{other}" for other in names.meant(name, (), ours)]
+        return f"--{name}: no such flag{names.did_you_mean(found)}"
+
     def error(self, message: str) -> NoReturn:
         refuse(message, self.description)
 
@@ -173,10 +192,18 @@ class Parser(argparse.ArgumentParser):
             self.error(f"{error.filename or output or self.prog}: {error.strerror or error}")
 
 
+def path(value: str) -> Path:
+    """The type of an argument of `Parser` that names a file or folder."""
+    try:
+        return expand_path(value, "argument")
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def png(value: str) -> Path:
     """The type of a flag of `Parser` that names a PNG to write: what it is refused for is known
     before anything is computed."""
-    path = Path(value)
-    if path.suffix != ".png" or path.is_dir():
+    file = path(value)
+    if file.suffix != ".png" or file.is_dir():
         raise argparse.ArgumentTypeError(f"{value!r}, expected a file that ends in .png")
-    return path
+    return file

@@ -14,11 +14,10 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from absl import flags
 from ml_collections import ConfigDict
 
 from mass_dpo_jax import cli
-from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.run_paths import check_new
 
 WARM_STEPS = 40  # Enough to write names of items, too few to know much of tastes.
 _log = logging.getLogger("mass_dpo_jax.quickstart")
@@ -50,12 +49,13 @@ def quickstart(config: ConfigDict, workdir: Path) -> str:
 
 
 def main() -> None:
-    if not _WORKDIR.value:
-        raise UserError("--workdir is empty: expected a folder for both runs")
-    print("\n" + quickstart(cli.required(_CONFIG), Path(_WORKDIR.value)))
+    workdir = _WORKDIR.value
+    assert workdir is not None  # It has a default.
+    check_new(workdir)
+    print("\n" + quickstart(cli.required(_CONFIG), workdir))
 
 
 if __name__ == "__main__":
     _CONFIG = cli.define_config()
-    _WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Folder for both runs.")
+    _WORKDIR = cli.define_path("workdir", "Folder for both runs.", "runs/quickstart")
     cli.run(main, goes_on=True)

@@ -15,7 +15,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mass_dpo_jax.help import Parser
+from mass_dpo_jax.files import expand_path
+from mass_dpo_jax.help import Parser, path
 
 
 def make_report(folders: Sequence[Path], output: Path, numbers: Path | None = None) -> None:
@@ -29,15 +30,19 @@ def make_report(folders: Sequence[Path], output: Path, numbers: Path | None = No
     """
     from mass_dpo_jax.paper import report
 
-    report.make_report(folders, output, numbers)
+    report.make_report(
+        [expand_path(folder, "folders") for folder in folders],
+        expand_path(output, "output"),
+        None if numbers is None else expand_path(numbers, "numbers"),
+    )
 
 
 def main() -> None:
     """The command: folders with runs in; a folder with the report out."""
     parser = Parser(__doc__)
-    parser.add_argument("folder", nargs="+", type=Path, help="folder with runs in it, or a run")
-    parser.add_argument("--output", type=Path, required=True, help="the folder to write")
-    parser.add_argument("--paper", type=Path, help="the paper's numbers, as CSV")
+    parser.add_argument("folder", nargs="+", type=path, help="folder with runs in it, or a run")
+    parser.add_argument("--output", type=path, required=True, help="the folder to write")
+    parser.add_argument("--paper", type=path, help="the paper's numbers, as CSV")
     arguments = parser.parse_args()
     with parser.refusing(arguments.output):
         make_report(arguments.folder, arguments.output, arguments.paper)

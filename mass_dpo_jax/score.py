@@ -19,10 +19,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from absl import flags
 from ml_collections import ConfigDict
 
 from mass_dpo_jax import cli
+from mass_dpo_jax import config as config_lib
+from mass_dpo_jax.run_paths import run_given
 
 
 def score(config: ConfigDict, workdir: Path | None, split: str | None) -> Iterator[dict[str, Any]]:
@@ -36,7 +37,8 @@ def score(config: ConfigDict, workdir: Path | None, split: str | None) -> Iterat
     from mass_dpo_jax.training import scoring
     from mass_dpo_jax.training.setup import prepare_scoring
 
-    config = config.copy_and_resolve_references()
+    config = config_lib.copied(config)
+    workdir = None if workdir is None else run_given(workdir)
     config.data.update(max_train=0, max_validation=0, max_test=0)
     setup, split, params, reference = prepare_scoring(config, workdir, split)
     tokens, refs = setup.tokens[split], reference.logps.get(split)
@@ -62,15 +64,14 @@ def score(config: ConfigDict, workdir: Path | None, split: str | None) -> Iterat
 def main() -> None:
     config = cli.required(_CONFIG)
     output = cli.output_file(_OUTPUT.value, "JSON-lines", config.data.path)
-    workdir = Path(_WORKDIR.value) if _WORKDIR.value else None
-    count = cli.write_lines(output, score(config, workdir, _SPLIT.value))
+    count = cli.write_lines(output, score(config, _WORKDIR.value, _SPLIT.value))
     print(f"{count} examples written to {output}")
 
 
 if __name__ == "__main__":
     _CONFIG = cli.define_config()
     cli.define_hosts()
-    _WORKDIR = flags.DEFINE_string("workdir", None, "A run's folder.")
+    _WORKDIR = cli.define_path("workdir", "A run's folder.")
     _SPLIT = cli.define_split()
-    _OUTPUT = flags.DEFINE_string("output", None, "The JSON-lines file to write.")
-    cli.run(main)
+    _OUTPUT = cli.define_path("output", "The JSON-lines file to write.")
+    cli.run(main, unread=[*cli.TRAINING, *cli.LIMITS])

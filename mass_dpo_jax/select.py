@@ -26,8 +26,6 @@ config.data.max_* is not applied.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from absl import flags
 
 from mass_dpo_jax import cli
@@ -37,16 +35,15 @@ FORMATS = ("lists", "pairs")
 
 
 def main() -> None:
-    workdir = Path(_WORKDIR.value) if _WORKDIR.value else None
-    config = config_lib.default() if _CONFIG.value is None else _CONFIG.value
+    config = config_lib.copied(_CONFIG.value or config_lib.default())
     inputs = (config.data.path, _FEATURES.value or "")
     output = cli.output_file(_OUTPUT.value, "JSON-lines", *inputs)
     from mass_dpo_jax.training.offline_selection import as_pairs, with_features, with_model
 
     if _FEATURES.value:
-        rows = with_features(config, Path(_FEATURES.value), _SPLIT.value)
+        rows = with_features(config, _FEATURES.value, _SPLIT.value)
     else:
-        rows = with_model(cli.required(_CONFIG), workdir, _SPLIT.value)
+        rows = with_model(cli.required(_CONFIG), _WORKDIR.value, _SPLIT.value)
     if _FORMAT.value == "pairs":
         rows = as_pairs(rows, chat=not _FEATURES.value and config.data.chat_template != "none")
     count = cli.write_lines(output, rows)
@@ -54,11 +51,11 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    _CONFIG = cli.define_config(default=config_lib.__file__)
+    _CONFIG = cli.define_config()
     cli.define_hosts()
-    _WORKDIR = flags.DEFINE_string("workdir", None, "A run's folder.")
+    _WORKDIR = cli.define_path("workdir", "A run's folder.")
     _SPLIT = cli.define_split()
-    _FEATURES = flags.DEFINE_string("features", None, "A .npy or .safetensors file, no model.")
+    _FEATURES = cli.define_path("features", "A .npy or .safetensors file, no model.")
     _FORMAT = flags.DEFINE_enum("format", "lists", FORMATS, "Rows per prompt, or per pair.")
-    _OUTPUT = flags.DEFINE_string("output", None, "The JSON-lines file to write.")
-    cli.run(main)
+    _OUTPUT = cli.define_path("output", "The JSON-lines file to write.")
+    cli.run(main, default=config_lib.__file__, unread=[*cli.TRAINING, *cli.LIMITS])

@@ -18,11 +18,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from absl import flags
 from ml_collections import ConfigDict
 
 from mass_dpo_jax import cli
+from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.files import expand_path
+from mass_dpo_jax.run_paths import check_new
 
 
 def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
@@ -38,10 +40,15 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """
     from mass_dpo_jax.training import loop
 
-    return loop.train(config, workdir)
+    workdir = expand_path(workdir, "workdir")
+    check_new(workdir)
+    return loop.train(config_lib.checked(config), workdir)
 
 
 def main() -> None:
+    workdir = _WORKDIR.value
+    if workdir is not None:
+        check_new(workdir)
     config = cli.required(_CONFIG)
     from mass_dpo_jax import evaluation, hosts
     from mass_dpo_jax.dry_run import dry_run
@@ -50,14 +57,12 @@ def main() -> None:
     if config.dry_run:
         if hosts.several():
             raise UserError("config.dry_run: expected one process; it only needs the mesh's sizes")
-        folder = Path(_WORKDIR.value) if _WORKDIR.value else None
-        print(dry_run(config, folder, loop.SPLITS))
+        print(dry_run(config, workdir, loop.SPLITS))
         return
-    if _WORKDIR.value is None:
+    if workdir is None:
         raise UserError(
             "--workdir is missing: a folder for all that a run writes, as in --workdir=runs/first"
         )
-    workdir = Path(_WORKDIR.value)
     try:
         with interruption.on_signals():
             done = loop.train(config, workdir)
@@ -69,11 +74,11 @@ def main() -> None:
     for name in ("start", "final"):
         if done[name]:
             print(f"{done['split']}, {name}: {evaluation.line(done[name])}")
-    print(f"written to {_WORKDIR.value}")
+    print(f"written to {workdir}")
 
 
 if __name__ == "__main__":
     _CONFIG = cli.define_config()
     cli.define_hosts()
-    _WORKDIR = flags.DEFINE_string("workdir", None, "Folder that the run keeps all it writes in.")
+    _WORKDIR = cli.define_path("workdir", "Folder that the run keeps all it writes in.")
     cli.run(main, goes_on=True)

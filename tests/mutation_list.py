@@ -1179,8 +1179,8 @@ MUTATIONS = (
     ),
     Mutation(
         "config: batches need be no multiple of micro-batches",
-        "if config.train.batch_size % config.train.micro_batch_size:",
-        "if config.train.batch_size < config.train.micro_batch_size:",
+        "    if batch % micro:",
+        "    if batch < micro:",
         "test_bad_input.py::test_settings_that_no_run_could_use",
     ),
     Mutation(
@@ -1191,8 +1191,8 @@ MUTATIONS = (
     ),
     Mutation(
         "config: all rows may be held out",
-        'if not 0 <= fields["data.validation_share"] < 1:',
-        'if not 0 <= fields["data.validation_share"] <= 1:',
+        "if not 0 <= fields[name] < 1:",
+        "if not 0 <= fields[name] <= 1:",
         "test_bad_input.py::test_settings_that_no_run_could_use",
     ),
     Mutation(
@@ -1209,9 +1209,57 @@ MUTATIONS = (
     ),
     Mutation(
         "cli: of two values the first counts",
-        "found = value if equals else following",
-        "found = found or (value if equals else following)",
+        "given = dict(pairs)  # Of several values the last.",
+        "given = dict(reversed(pairs))",
         "test_commands.py::test_of_two_run_folders_the_last",
+    ),
+    Mutation(
+        "config: a field that does not exist may be set",
+        "if self.is_locked and key not in self:",
+        "if False:",
+        "test_config.py::test_an_unknown_field_is_refused_when_it_is_set",
+    ),
+    Mutation(
+        "config: a field that it was unlocked for trains",
+        "if name not in NAMES:",
+        "if False:",
+        "test_config.py::test_a_field_for_which_it_was_unlocked_is_refused_before_anything_is_written",
+    ),
+    Mutation(
+        "files: a home is not looked up where a folder ~ is there",
+        'if path == "~" or path.startswith("~/"):',
+        'if path == "~":',
+        "test_files.py",
+    ),
+    Mutation(
+        "files: a variable that is not set is a part of the name",
+        "if unset := re.search(",
+        "if unset := re.match(",
+        "test_files.py",
+    ),
+    Mutation(
+        "cli: half a step is a whole one",
+        "if number is not None and number.is_integer():",
+        "if number is not None:",
+        "test_command_line.py::test_a_mistake_is_one_line_with_what_to_type",
+    ),
+    Mutation(
+        "cli: a checkpoint is taken for a new run's folder",
+        "if run := _around(workdir):",
+        "if run := None:",
+        "test_run_paths.py::test_where_no_run_can_be_written",
+    ),
+    Mutation(
+        "reports: a key that W&B cannot find is missed after the data are read",
+        "if hosts.first() and not _has_key():",
+        "if False:",
+        "test_loggers.py::test_without_a_key_a_run_is_refused_before_its_data_are_read",
+    ),
+    Mutation(
+        "reports: W&B ends a run",
+        "except Exception as error:  # Of a library",
+        "except UserError as error:  # Of a library",
+        "test_loggers.py",
     ),
     Mutation(
         "cli: an input may be written over through a link",

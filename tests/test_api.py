@@ -244,6 +244,8 @@ def test_mistakes(tmp_path: Path, folder: Path) -> None:
     config = config_of(folder, tmp_path)
     with pytest.raises(mdj.UserError, match="no such folder"):
         mdj.load_model(tmp_path / "none")
+    with pytest.raises(mdj.UserError, match="path: expected a path, found an empty string"):
+        mdj.load_model("")
     model = mdj.load_model(folder, config)
     row = {"prompt": "a", "chosen": "b", "rejected": ["c", "d", "e"]}
     with pytest.raises(mdj.UserError, match=r"examples\[1\]: field 'chosen' is missing.*skip leav"):
@@ -269,9 +271,18 @@ def test_mistakes(tmp_path: Path, folder: Path) -> None:
         model.score([])
     with pytest.raises(mdj.UserError, match="num_negatives=4"):
         mdj.batches(model, [row], config_of(folder, tmp_path, num_negatives=4))
+    replaced, unlocked = mdj.default_config(), mdj.default_config().unlock()
+    replaced.data = {"path": "pairs.jsonl"}
+    unlocked.train.lr = 1e-3
     wrong: list[tuple[Any, str]] = [
-        ({}, r"^config={}: expected what default_config\(\) returns"),
-        (ConfigDict(), r"^config\.[a-z_.]+=None: expected a"),
+        ({}, r"^config: found a dict, expected what default_config\(\) returns"),
+        (ConfigDict(), r"^config\.[a-z_.]+ is missing: take default_config\(\)"),
+        (replaced, r"^config\.data\.[a-z_]+ is missing: .*update"),
+        (
+            unlocked,
+            r"^config\.train\.lr: no such setting; did you mean config\.train\.learning_rate",
+        ),
+        (tmp_path / "config.py", "^config: found a PosixPath"),
     ]
     for settings, message in wrong:
         with pytest.raises(mdj.UserError, match=message):

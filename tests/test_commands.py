@@ -238,8 +238,8 @@ def test_what_an_output_must_not_be(tmp_path: Path) -> None:
         (link, f"would replace the input {data}"),
     ):
         with pytest.raises(UserError, match=f"^--output={value}: {message}"):
-            cli.output_file(str(value), "JSON", "", "missing", data)
-    assert cli.output_file(str(tmp_path / "new"), "JSON", data) == tmp_path / "new"
+            cli.output_file(Path(value), "JSON", "", "missing", data)
+    assert cli.output_file(tmp_path / "new", "JSON", data) == tmp_path / "new"
     for name in ("score", "select", "evaluate"):  # Said before there is a model to read.
         words = (f"mass_dpo_jax.{name}", "--config=llama3", f"--config.data.path={data}")
         assert "would replace the input" in refused(*words, f"--output={link}")

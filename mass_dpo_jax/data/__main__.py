@@ -30,4 +30,4 @@ def main() -> None:
 if __name__ == "__main__":
     _CONFIG = cli.define_config()
     _SHOW = flags.DEFINE_integer("show", 2, "How many rows of the first split to show in full.")
-    cli.run(main)
+    cli.run(main, unread=cli.TRAINING)

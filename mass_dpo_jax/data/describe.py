@@ -47,7 +47,7 @@ def describe(config: ConfigDict, show: int) -> Iterator[str]:
     Raises:
       UserError: something in the configuration, the data or the tokenizer is wrong.
     """
-    config_lib.check(config)
+    config = config_lib.checked(config)
     tokenizer = None
     shown: list[str] = []
     loaded: dict[str, list[Example]] = {}

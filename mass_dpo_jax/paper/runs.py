@@ -15,6 +15,7 @@ from typing import Any
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import parse_json, read_json
+from mass_dpo_jax.run_paths import what_instead
 from mass_dpo_jax.training.run_folder import FREE
 
 FINISHED = "finished"
@@ -71,7 +72,7 @@ def find(folders: Sequence[Path]) -> list[Run]:
     """
     for folder in folders:
         if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder; expected one with runs in it")
+            raise UserError(f"{folder}: {what_instead(folder)}")
     places: dict[Path, Path] = {}
     for folder in folders:
         for place in _below(folder):

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import configparser
+import contextlib
+import functools
 import importlib.util
 import json
+import logging
+import netrc
+import os
 import secrets
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -19,15 +27,68 @@ from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.training.run_folder import MetricsLog
 
 TENSORBOARD, WANDB = "tensorboard", "wandb"  # Folders inside a run folder.
+_log = logging.getLogger(__name__)
 
 
 def check(config: ConfigDict) -> None:
-    """Raises UserError if a package that the settings need is not there."""
-    if config.log.wandb_project and importlib.util.find_spec("wandb") is None:
+    """Raises UserError if a package that the settings need is not there, or no key for W&B."""
+    if config.log.tensorboard and not _installed("tensorboardX"):
         raise UserError(
-            f"config.log.wandb_project={config.log.wandb_project!r}: Weights & Biases is not "
-            "installed: pip install wandb"
+            "config.log.tensorboard=True: TensorBoard's event files need a package: pip install "
+            "tensorboardX, or set config.log.tensorboard=False"
         )
+    if not config.log.wandb_project:
+        return
+    place = f"config.log.wandb_project={config.log.wandb_project!r}"
+    if not _installed("wandb"):
+        raise UserError(f"{place}: Weights & Biases is not installed: pip install wandb")
+    if hosts.first() and not _has_key():
+        raise UserError(
+            f"{place}: no key for Weights & Biases is found; run `wandb login` (or set "
+            "WANDB_API_KEY), or set WANDB_MODE=offline to keep the figures in the run folder"
+        )
+
+
+def _installed(package: str) -> bool:
+    """Whether it can be imported; a mere folder of its name, as W&B leaves where it ran, cannot."""
+    if package in sys.modules:
+        return True
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
+
+
+def _has_key() -> bool:
+    """Whether W&B can do without asking for a key: it has one, or sends nothing.
+
+    Where only W&B itself can tell, as with a server of one's own, it is believed to have one.
+    """
+    variables = os.environ
+    if variables.get("WANDB_API_KEY") or variables.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    folder = Path(variables.get("WANDB_CONFIG_DIR") or Path.home() / ".config" / "wandb")
+    stored = configparser.ConfigParser(interpolation=None, strict=False)
+    try:
+        stored.read([folder / "settings", Path("wandb") / "settings"])  # `wandb offline` writes it.
+    except (configparser.Error, UnicodeDecodeError):
+        return True
+    settings = dict(stored["default"]) if stored.has_section("default") else {}
+    mode = variables.get("WANDB_MODE") or settings.get("mode", "")
+    disabled = variables.get("WANDB_DISABLED") or settings.get("disabled", "")
+    if mode in ("offline", "disabled", "dryrun") or disabled.lower() in ("true", "1"):
+        return True
+    if "base_url" in settings:
+        return True
+    server = urlsplit(variables.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
+    names = [variables["NETRC"]] if variables.get("NETRC") else ["~/.netrc", "~/_netrc"]
+    for file in map(Path, names):
+        try:
+            if netrc.netrc(file.expanduser()).authenticators(server or ""):
+                return True
+        except FileNotFoundError:
+            continue
+        except (netrc.NetrcParseError, OSError, RuntimeError):
+            return True
+    return False
 
 
 class Log(Protocol):
@@ -48,9 +109,9 @@ class Logs:
             return
         self._logs.append(MetricsLog(workdir, step))
         if config.log.tensorboard:
-            self._logs.append(TensorBoard(config, workdir, step))
+            self._logs.append(Beside(TensorBoard, config, workdir, step))
         if config.log.wandb_project:
-            self._logs.append(WeightsAndBiases(config, workdir, step))
+            self._logs.append(Beside(WeightsAndBiases, config, workdir, step))
 
     def write(self, step: int, figures: Mapping[str, Any]) -> None:
         # The shortest decimal that is this float32 again.
@@ -61,6 +122,46 @@ class Logs:
     def close(self) -> None:
         for log in self._logs:
             log.close()
+
+
+class Beside:
+    """A log beside metrics.jsonl, which has all figures: what goes wrong with this one is said
+    once, and the run goes on without it."""
+
+    def __init__(
+        self,
+        kind: Callable[[ConfigDict, Path, int], Log],
+        config: ConfigDict,
+        workdir: Path,
+        step: int,
+    ):
+        self._name = kind.__name__
+        self._log: Log | None = None
+        self._log = self._try(lambda: kind(config, workdir, step))
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        if self._log is not None:
+            self._try(functools.partial(self._log.write, step, figures))
+
+    def close(self) -> None:
+        if self._log is not None:
+            self._try(self._log.close)
+
+    def _try(self, act: Callable[[], Any]) -> Any:
+        try:
+            return act()
+        except Exception as error:  # Of a library, of its server, of a disk.
+            self._log = None
+            _log.warning(
+                f"{self._name}: {_reason(error)}; the run goes on without, and metrics.jsonl has "
+                "its figures"
+            )
+            return None
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 class TensorBoard:
@@ -104,7 +205,8 @@ class WeightsAndBiases:
         name = folder / "id"
         if not step or not name.exists():
             name.write_text(secrets.token_hex(4))
-        self._run = wandb.init(
+        start = functools.partial(
+            wandb.init,
             project=config.log.wandb_project,
             name=workdir.resolve().name,
             id=name.read_text(),
@@ -112,6 +214,16 @@ class WeightsAndBiases:
             dir=str(workdir),
             config=_settings(config),
         )
+        try:
+            self._run = start()
+        except Exception as error:  # No network, no such server, a key that it does not know.
+            _log.warning(
+                f"WeightsAndBiases: {_reason(error)}; offline from here: "
+                f"`wandb sync {folder}/offline-run-*` sends the figures later"
+            )
+            with contextlib.suppress(Exception):
+                wandb.teardown()  # It holds the run's id.
+            self._run = start(mode="offline")
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         self._run.log(dict(figures), step=step)

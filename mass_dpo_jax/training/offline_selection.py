@@ -20,7 +20,8 @@ from mass_dpo_jax.data import load_examples
 from mass_dpo_jax.data.batches import Batch
 from mass_dpo_jax.data.examples import Example, History, Message, Text
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.files import read_array
+from mass_dpo_jax.files import expand_path, read_array
+from mass_dpo_jax.run_paths import run_given
 from mass_dpo_jax.selection import Selection
 from mass_dpo_jax.training import scoring
 from mass_dpo_jax.training.methods import make_method
@@ -47,6 +48,8 @@ def with_model(config: ConfigDict, workdir: Path | None, split: str | None) -> I
     Raises:
       UserError: something in the configuration, the data or the model folder is wrong.
     """
+    config = config_lib.copied(config)
+    workdir = None if workdir is None else run_given(workdir)
     config = _unlimited(config)
     split = split or _every_row(config)
     setup, split, params, reference = prepare_scoring(config, workdir, split, choosing=True)
@@ -110,8 +113,8 @@ def with_features(config: ConfigDict, path: Path, split: str | None) -> Iterator
     Raises:
       UserError: the file is not what it should be, or does not fit the data.
     """
-    config_lib.check(config)
-    arrays = _read(path)
+    config = config_lib.checked(config)
+    arrays = _read(expand_path(path, "features"))
     features = arrays["features"]
     rows, negatives = features.shape[0], features.shape[1] - 1
     examples: Sequence[Example | None] = [None] * rows
