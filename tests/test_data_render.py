@@ -12,7 +12,7 @@ import pytest
 from tokenizers_for_tests import USER, real, settings, small
 
 from mass_dpo_jax.data.examples import Example, History
-from mass_dpo_jax.data.render import make_renderer
+from mass_dpo_jax.data.render import Renderer, make_renderer
 from mass_dpo_jax.errors import UserError
 
 TEMPLATE = (
@@ -33,7 +33,11 @@ def written(folder: Path, template: str) -> str:
 
 def render(tokenizer: Any, template: str, row: Any) -> tuple[str, list[str]]:
     renderer = make_renderer(tokenizer, settings(template))
-    return renderer.prompt(row.prompt, row.place), renderer.responses(row)
+    return renderer.prompt(row.prompt, row.place), responses(renderer, row)
+
+
+def responses(renderer: Renderer, row: Example) -> list[str]:
+    return renderer.responses(row, renderer.prompt(row.prompt, row.place))
 
 
 def test_response_is_what_the_template_writes_up_to_its_end_token(tmp_path: Path) -> None:
@@ -59,7 +63,7 @@ def test_answers_depend_on_the_kind_of_prompt(tmp_path: Path) -> None:
     path = written(tmp_path, TEMPLATE.replace("{{ m.content | trim }}", kind + "{% endif %}"))
     renderer = make_renderer(small(), settings(path))
     rows = [example(prompt, "a", ("b",)) for prompt in ("low", "loud", "low")]
-    assert [renderer.responses(row) for row in rows] == [
+    assert [responses(renderer, row) for row in rows] == [
         ["a<eos>", "b<eos>"],
         ["!a<eos>", "!b<eos>"],
         ["a<eos>", "b<eos>"],
@@ -77,8 +81,8 @@ def test_no_template() -> None:
     renderer = make_renderer(small(), settings("none"))
     assert (renderer.special_tokens, renderer.end_id) == (True, small().eos_token_id)
     assert renderer.prompt(History("<", ("a",), "> "), "") == "<a> "
-    assert renderer.responses(example()) == [" Yo ", "No"]
-    assert renderer.responses(example(chosen="Yo<eos>", rejected=("<eos>",))) == ["Yo", ""]
+    assert responses(renderer, example()) == [" Yo ", "No"]
+    assert responses(renderer, example(chosen="Yo<eos>", rejected=("<eos>",))) == ["Yo", ""]
 
 
 def test_arguments_of_the_template(tmp_path: Path) -> None:
@@ -192,6 +196,6 @@ def test_texts_are_those_of_transformers(real_data: Path, name: str, thinking: b
     )
     assert prompt == expected
     whole = tokenizer.apply_chat_template([*talk, answer], tokenize=False, **arguments)
-    written = prompt + renderer.responses(row)[0]
+    written = prompt + responses(renderer, row)[0]
     assert whole.startswith(written)
     assert whole.removeprefix(written).strip() == ""

@@ -75,11 +75,10 @@ def test_digest_changes_with_every_part() -> None:
     assert len({tokens.digest(), *(other.digest() for other in others)}) == 7
 
 
-def test_long_prompts_lose_tokens_from_the_left() -> None:
+def test_long_texts_lose_tokens_from_the_left_but_not_their_first() -> None:
     row = example("abcdefgh", "x", "y")
-    whole = tokens_of(row).prompt(0)
     tokens = tokens_of(row, example("q", "x", "y"), max_prompt_length=4)
-    assert tokens.prompt(0).tolist() == whole[-4:].tolist()
+    assert tokens.prompt(0).tolist() == [BOS, *ids("abcdefgh")[-3:]]
     assert tokens.prompt(1).tolist() == [BOS, *ids("q")]
     assert tokens.cut["prompts_truncated"] == 1
 
@@ -95,7 +94,7 @@ def test_long_histories_lose_the_fewest_oldest_items(limit: int) -> None:
     for i, history in enumerate(histories):
         lengths = [1 + len(ids(history.without_oldest(k).text)) for k in range(len(history.items))]
         fewest = next((k for k, length in enumerate(lengths) if length <= limit), len(lengths) - 1)
-        expected = [BOS, *ids(history.without_oldest(fewest).text)][-limit:]
+        expected = [BOS, *ids(history.without_oldest(fewest).text)[1 - limit :]]
         assert tokens.prompt(i).tolist() == expected
         dropped, shortened = dropped + fewest, shortened + (fewest > 0)
         truncated += lengths[fewest] > limit
@@ -114,7 +113,8 @@ def test_a_long_response_is_an_error_that_names_it() -> None:
         tokens_of(*rows, max_response_length=4)
     count = len(ids("abcdefgh")) + 1
     assert f"place of b: field 'rejected[1]' has {count} tokens" in str(error.value)
-    assert "data.max_response_length is 4 (2 responses are longer)" in str(error.value)
+    assert "data.max_response_length is 4" in str(error.value)
+    assert "data.long_response=drop" in str(error.value)
     assert len(tokens_of(*rows, max_response_length=count + 1)) == 3
 
 
@@ -231,11 +231,11 @@ def test_the_real_stories_tokenizer(real_data: Path) -> None:
 
 def test_lastfm_with_a_short_limit(real_data: Path) -> None:
     data = default().data
-    data.update(name="lastfm", path=str(real_data / "lastfm"), max_test=300, max_prompt_length=160)
+    data.update(name="lastfm", path=str(real_data / "lastfm"), max_test=300, max_prompt_length=170)
     examples = load_examples(data, "test", seed=0)
     tokens = tokenize(examples, real(real_data, "llama3.2"), data, progress=False)
     assert 100 < tokens.cut["prompts_with_shorter_history"] < 300
-    assert tokens.prompt_lengths.max() == 160
+    assert tokens.prompt_lengths.max() == 170
     assert tokens.response_lengths.shape == (300, 20)
     tokenizer = real(real_data, "llama3.2")
     for i, row in enumerate(examples):

@@ -225,7 +225,14 @@ def _tokenize(
 ) -> dict[str, Tokens]:
     cache = cache_folder(config.cache_dir)
     return {
-        split: tokenize_once(cache, rows, policy.tokenizer, config.data, progress=True)
+        split: tokenize_once(
+            cache,
+            rows,
+            policy.tokenizer,
+            config.data,
+            progress=True,
+            max_positions=policy.config.max_positions,
+        )
         for split, rows in examples.items()
     }
 
