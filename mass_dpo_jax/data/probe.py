@@ -9,9 +9,10 @@ done with it.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable
 from typing import Any
+
+from jinja2 import nodes
 
 # A template that escaped anything would change it.
 TEXT = "a \"b\" 'c' <d> & {{e}} %s \\ é f"
@@ -24,12 +25,10 @@ _HARMLESS = {
     "__getstate__", "__init__", "__init_subclass__", "__new__", "__reduce__", "__reduce_ex__",
     "__setattr__", "__sizeof__", "__subclasshook__",
 }  # fmt: skip
-# What makes an ordinary string of a probe, which records nothing any more: `a ~ b`, `"%s" % a`,
-# blocks whose output is a value, and filters written in C.
-_UNSEEN = re.compile(
-    r"~|['\"]\s*%\s*[^}\s]|\|\s*(e|escape|float|forceescape|format|int|join|safe|urlize)\b"
-    r"|\.(format|join)\b|\b(endfilter|endmacro|endset)\b"
-)
+# What makes an ordinary string of a probe, which records nothing any more: `a ~ b`, blocks whose
+# output is a value, functions and filters written in C.
+_BLOCKS = (nodes.Concat, nodes.AssignBlock, nodes.CallBlock, nodes.FilterBlock, nodes.Macro)
+_FUNCTIONS = {"e", "escape", "float", "forceescape", "format", "int", "join", "safe", "urlize"}
 
 
 @dataclasses.dataclass
@@ -60,20 +59,30 @@ class Rule:
         )
 
 
-def find_rule(render: Callable[[str], str], template: str) -> Rule | None:
+def find_rule(render: Callable[[str], str], template: nodes.Template) -> Rule | None:
     """The rule of a template, or None where it may depend on an answer in other ways.
 
     Args:
       render: gives what the template writes for an answer, by handing it on as it is.
-      template: its source.
+      template: its syntax tree.
     """
-    if _UNSEEN.search(template):
+    if _hides(template):
         return None
     uses = Uses()
     before, *after = render(_make(Probe, TEXT, uses)).split(TEXT)
     if not uses.only or len(after) != 1:
         return None
     return Rule(before, after[0], tuple(dict.fromkeys(uses.asked)))
+
+
+def _hides(template: nodes.Template) -> bool:
+    formats = (node.left for node in template.find_all(nodes.Mod))
+    return (
+        any(True for _ in template.find_all(_BLOCKS))
+        or any(not isinstance(left, nodes.Getattr) for left in formats)  # `loop.index % 2` is none.
+        or any(node.name in _FUNCTIONS for node in template.find_all(nodes.Filter))
+        or any(node.attr in _FUNCTIONS for node in template.find_all(nodes.Getattr))
+    )
 
 
 class _Recorded(str):

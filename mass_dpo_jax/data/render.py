@@ -224,7 +224,7 @@ class Template:
     def _opening(self) -> str:
         """What the template writes before the text of a user's only message."""
         try:
-            return self.prompt(PROBE, "").partition(PROBE)[0]
+            return self.prompt(probe.TEXT, "").partition(probe.TEXT)[0]
         except UserError:
             return ""  # It wants other messages; those of the data will tell.
 
@@ -308,7 +308,7 @@ class Template:
 
         try:
             if render(PROBE) == written:
-                return probe.find_rule(render, self._source)
+                return probe.find_rule(render, compiled.environment.parse(self._source))
         except Exception:  # A template can do anything with a probe, but be told of it by a user.
             pass
         return None

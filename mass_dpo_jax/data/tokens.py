@@ -240,11 +240,11 @@ class _Work:
         for k, error in check_rows(checked, self._data, self._max_positions):
             bad.setdefault(int(rows[k]), error)
             keep[k] = False
-        good: np.ndarray = keep.any(1)
+        good = np.asarray(keep.any(1))
         long = keep & (lengths > self._data.max_response_length)
         keep &= ~long
         keep &= (keep[:, 0] & keep[:, 1:].any(1))[:, None]
-        left: np.ndarray = keep.any(1)
+        left = np.asarray(keep.any(1))
         self.cut["responses_too_long"] += int(long.sum())
         self.cut["examples_dropped"] += int((good & ~left).sum())
         ordered: np.ndarray = np.sort(np.where(good[:, None], kinds, -1)[:, 1:], axis=1)
