@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,61 @@ def test_chosen_and_rejected_are_compared_after_rendering(tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r"place of a: .* the same tokens as rejected\[1\]"):
         tokenize(rows, small(), settings(str(template)), progress=False)
     assert len(tokens_of(*rows)) == 1
+
+
+def test_whatever_is_wrong_with_a_row_it_can_be_skipped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text(
+        "{{ bos_token }}{% for m in messages %}{% if m.content == 'fail' %}{{ 1 / 0 }}{% endif %}"
+        "{{ m.role }}: {{ m.content | trim }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    wrong = [
+        example("fail", "x", "y"),
+        example("a", "x", "fail"),
+        example("b", "x", "y", "z<eos>z"),
+        example("c", "x ", "y", " x"),
+        example("<bos>d", "x", "y"),
+        example("e", "x", "long" * 30),
+    ]
+    rows = [example(f"good {i}", "x", "y", "z") for i in range(8)]
+    mixed = [*rows[:2], *wrong[:3], rows[2], *wrong[3:], *rows[3:]]
+    mixed.insert(5, example("b again", "x", "y", "q<eos>q"))
+    mixed = [dataclasses.replace(row, place=f"file:{i}") for i, row in enumerate(mixed)]
+    data = settings(str(template), {"on_bad_row": "skip", "max_response_length": 60})
+    with caplog.at_level(logging.INFO):
+        tokens = tokenize(mixed, small(), data, progress=False)
+    assert tokens.ids == [row.id for row in rows]
+    expected = tokenize(rows, small(), settings(str(template)), progress=False)
+    assert tokens.digest() == expected.digest()
+    assert tokens.numbers.tolist() == [[0, 1, 2]] * 8
+    for text in (
+        "skipped 2 of 15 rows; first: file:4: field 'rejected[1]' contains",
+        "skipped 1 of 15 rows; first: file:7: the chosen response has the same tokens as",
+    ):
+        assert text in caplog.text
+    data.on_bad_row = "error"
+    for row in wrong:
+        with pytest.raises(UserError, match=f"{row.place}: .*on_bad_row=skip leaves such rows"):
+            tokenize([*rows, row], small(), data, progress=False)
+    data.on_bad_row = "skip"
+    with pytest.raises(UserError, match="none of its 6 rows can be used; first: place of fail: "):
+        tokenize(wrong, small(), data, progress=False)
+
+
+def test_prompts_with_special_tokens_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}")
+    rows = [example("a", "x", "y"), example("b<eos>b", "x", "y"), example("c<eos>", "x", "y")]
+    with caplog.at_level(logging.WARNING):
+        tokens = tokenize(rows, small(), settings(str(template)), progress=False)
+    assert tokens.cut["prompts_with_special_tokens_in_their_text"] == 2
+    message = "2 of 3 prompts with special tokens in their text; first: place of b<eos>b"
+    assert caplog.text.count(message) == 1
 
 
 def test_a_prompt_without_tokens_is_an_error(tmp_path: Path) -> None:
