@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -10,7 +9,7 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,12 @@ import numpy as np
 import transformers
 
 import mass_dpo_jax
-from mass_dpo_jax import data as data_lib
 from mass_dpo_jax.data import bad_rows, flat, probe, prompts, render, row_checks, tokens
 from mass_dpo_jax.data import examples as examples_lib
 from mass_dpo_jax.data.examples import Example, History
+from mass_dpo_jax.data.kept import WORTH, Examples, Said, listening
 from mass_dpo_jax.data.tokens import Tokens, tokenize
 
-WORTH = 20_000  # Responses; fewer are tokenized faster than they are looked up and explained.
 SETTINGS = (
     "chat_template", "date", "chat_template_kwargs", "on_bad_row",
     "max_prompt_length", "max_response_length", "long_prompt", "long_response",
@@ -49,12 +47,13 @@ def tokenize_once(
     Raises:
       UserError: as `tokenize`.
     """
-    count = sum(1 + len(example.rejected) for example in examples)
     make = functools.partial(
         tokenize, examples, tokenizer, data, progress=progress, max_positions=max_positions
     )
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if count < WORTH or backend is None:
+    # Of those that are kept there are enough; the sum would read them.
+    kept = isinstance(examples, Examples)
+    if backend is None or (not kept and sum(1 + len(e.rejected) for e in examples) < WORTH):
         return make()
     path = folder / f"tokens-{_digest(examples, tokenizer, backend, data, max_positions)}"
     try:
@@ -68,27 +67,10 @@ def tokenize_once(
     except (ValueError, OSError) as error:
         _log.warning(f"{path}: unreadable ({error}); tokenizing again")
         shutil.rmtree(path, ignore_errors=True)
-    with _listening() as heard:
+    with listening() as heard:
         found = make()
     _write(path, found, heard)
     return found
-
-
-@contextlib.contextmanager
-def _listening() -> Iterator[list[tuple[int, str]]]:
-    """What is logged about the data in here, level and message, to be said again."""
-    heard: list[tuple[int, str]] = []
-
-    class Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            heard.append((record.levelno, record.getMessage()))
-
-    logger, listener = logging.getLogger(data_lib.__name__), Listener()
-    logger.addHandler(listener)
-    try:
-        yield heard
-    finally:
-        logger.removeHandler(listener)
 
 
 def _digest(
@@ -107,6 +89,9 @@ def _digest(
     sha.update(json.dumps(settings, sort_keys=True).encode())
     for module in CODE:
         sha.update(Path(str(module.__file__)).read_bytes())
+    if isinstance(examples, Examples):
+        sha.update(examples.key.encode())
+        return sha.hexdigest()[:32]
     for example in examples:
         prompt: Any = example.prompt
         if isinstance(prompt, History):
@@ -116,7 +101,7 @@ def _digest(
     return sha.hexdigest()[:32]
 
 
-def _read(path: Path) -> tuple[Tokens, list[tuple[int, str]]]:
+def _read(path: Path) -> tuple[Tokens, Said]:
     """Tokens, and what was said when they were made."""
     text, _, checksum = (path / "rest.json").read_text().rpartition("\n")
     if hashlib.sha256(text.encode()).hexdigest() != checksum:
@@ -138,7 +123,7 @@ def _checksum(file: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def _write(path: Path, found: Tokens, said: list[tuple[int, str]]) -> None:
+def _write(path: Path, found: Tokens, said: Said) -> None:
     """Renamed when whole: another run may look for it meanwhile."""
     fields = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
     arrays = {name: value for name, value in fields.items() if isinstance(value, np.ndarray)}
