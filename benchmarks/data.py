@@ -13,6 +13,7 @@ compares the tokens with the baseline's.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -43,8 +44,7 @@ begun = time.perf_counter(), time.process_time()
 folder = Path(sys.argv[1])
 data = default().data
 data.update(path=str(folder / "rows.jsonl"), validation_share=0.0)
-data.chat_template = str(folder / "template.jinja")
-tokenizer = AutoTokenizer.from_pretrained(str(folder / "model"))
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[3])
 cache = Path(sys.argv[2])
 try:
     from mass_dpo_jax.data.kept import open_splits
@@ -73,23 +73,27 @@ def write(folder: Path, rows: int) -> None:
     rng = random.Random(0)
     letters = "aeioulnrst"
     words = ["".join(rng.choices(letters, k=rng.randint(2, 8))) for _ in range(20_000)]
+    # As often as words of a language are.
+    often = list(itertools.accumulate(1 / rank for rank in range(1, 1 + len(words))))
 
     def text(count: int) -> str:
-        return " ".join(rng.choices(words, k=rng.randint(count // 2, 3 * count // 2)))
+        return " ".join(
+            rng.choices(words, cum_weights=often, k=rng.randint(count // 2, 3 * count // 2))
+        )
 
     with (folder / "rows.jsonl").open("w") as file:
         for i in range(rows):
             rejected = [text(12) for _ in range(7)]
             row = {"id": f"r{i}", "prompt": text(60), "chosen": text(12), "rejected": rejected}
             file.write(json.dumps(row) + "\n")
-    (folder / "template.jinja").write_text(TEMPLATE)
     train_tokenizer((text(60) for _ in range(2000)), 8000, folder / "model")
+    (folder / "model" / "chat_template.jinja").write_text(TEMPLATE)
 
 
-def start(tree: Path, folder: Path, cache: Path) -> dict[str, Any]:
+def start(tree: Path, folder: Path, cache: Path, model: Path) -> dict[str, Any]:
     """Reads and tokenizes the data set in a new process, with the package in `tree`."""
     done = subprocess.run(
-        [sys.executable, "-c", START, str(folder), str(cache)],
+        [sys.executable, "-c", START, str(folder), str(cache), str(model)],
         env={**os.environ, "PYTHONPATH": str(tree), "PYTHONWARNINGS": "ignore"},
         cwd=folder,
         capture_output=True,
@@ -101,13 +105,13 @@ def start(tree: Path, folder: Path, cache: Path) -> dict[str, Any]:
     return found
 
 
-def run(rows: int, trees: dict[str, Path]) -> dict[str, list[dict[str, Any]]]:
+def run(rows: int, trees: dict[str, Path], model: Path | None) -> dict[str, list[dict[str, Any]]]:
     """By tree, the first start and the second."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write(folder, rows)
         found = {
-            tree: [start(path, folder, folder / f"cache of {tree}") for _ in range(2)]
+            tree: [start(path, folder, folder / tree, model or folder / "model") for _ in range(2)]
             for tree, path in trees.items()
         }
     table = [
@@ -136,7 +140,7 @@ def main() -> None:
     trees = {"now": Path(__file__).parent.parent}
     if _BASELINE.value:
         trees = {"before": Path(_BASELINE.value).absolute(), **trees}
-    found = run(_ROWS.value, trees)
+    found = run(_ROWS.value, trees, Path(_MODEL.value).absolute() if _MODEL.value else None)
     if _OUTPUT.value:
         Path(_OUTPUT.value).write_text(json.dumps(found, indent=1) + "\n")
 
@@ -144,5 +148,8 @@ def main() -> None:
 if __name__ == "__main__":
     _ROWS = flags.DEFINE_integer("rows", 20_000, "How many rows.")
     _BASELINE = flags.DEFINE_string("baseline", "", "Folder of another commit to compare with.")
+    _MODEL = flags.DEFINE_string(
+        "model", "", "Folder of a tokenizer with a chat template; empty: one made on the spot."
+    )
     _OUTPUT = flags.DEFINE_string("output", "", "JSON file for the numbers.")
     cli.run(main)

@@ -12,13 +12,13 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import importlib.metadata
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
-import datasets
 import numpy as np
 
 import mass_dpo_jax
@@ -155,7 +155,7 @@ def listening() -> Iterator[Said]:
 
 def _key(data: Any, splits: Sequence[str], seed: int) -> str:
     path = Path(data.path)
-    versions = (mass_dpo_jax.__version__, datasets.__version__, np.__version__)
+    versions = (mass_dpo_jax.__version__, importlib.metadata.version("datasets"), np.__version__)
     sha = hashlib.sha256(repr((versions, list(splits), seed, str(path.resolve()))).encode())
     sha.update(json.dumps(data.to_dict(), sort_keys=True).encode())
     for file in sorted(Path(data_lib.__file__).parent.glob("*.py")):
