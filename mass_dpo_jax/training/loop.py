@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +49,7 @@ def _train(config: ConfigDict, workdir: Path, lock: run_folder.Lock) -> dict[str
     if begun:
         hosts.first_decides(lambda: origin.check_weights(workdir, weights))
     lock.take()
-    hosts.first_decides(
-        lambda: run_folder.check(workdir, config)
-    )  # Another may have come and gone.
-    if begun:
-        run_folder.say_changed(workdir, config)
-        config = origin.typed(config, workdir)
-    run_folder.claim(workdir, config)
-    if not begun:
-        save_description(setup.policy, config, workdir)
-    if hosts.first():
-        origin.write(workdir, setup.config, None if begun else weights)
+    config = _claim(setup, config, workdir, None if begun else weights)
     # The reference is a table: its weights are not needed after this.
     reference = Reference({}) if reference_params is None else setup.reference(reference_params)
     for split, logps in reference.logps.items():
@@ -138,6 +129,27 @@ def _train(config: ConfigDict, workdir: Path, lock: run_folder.Lock) -> dict[str
             save()
             raise
     return report.at_end({**frozen, **state.params}, total)
+
+
+def _claim(
+    setup: Setup, config: ConfigDict, workdir: Path, weights: Mapping[str, str] | None
+) -> ConfigDict:
+    """Writes what a run is, or that it goes on, and returns the settings that it keeps.
+
+    Args:
+      weights: digests of what it begins from; None: it goes on.
+    """
+    # Again: another training may have come and gone.
+    hosts.first_decides(lambda: run_folder.check(workdir, config))
+    if weights is None:
+        run_folder.say_changed(workdir, config)
+        config = origin.typed(config, workdir)
+    run_folder.claim(workdir, config)
+    if weights is not None:
+        save_description(setup.policy, config, workdir)
+    if hosts.first():
+        origin.write(workdir, setup.config, weights)
+    return config
 
 
 def _read_weights(setup: Setup, begun: bool) -> tuple[Any, Any, dict[str, str]]:
