@@ -15,7 +15,7 @@ from mass_dpo_jax.training import checkpoint, interruption, loggers, origin, run
 from mass_dpo_jax.training.optimizer import learning_rate, make_optimizer
 from mass_dpo_jax.training.policy import save_description
 from mass_dpo_jax.training.report import BadSteps, Report, StepLog, check_best
-from mass_dpo_jax.training.setup import Reference, Setup, prepare
+from mass_dpo_jax.training.setup import Reference, Setup, models_read, prepare
 from mass_dpo_jax.training.updates import Batches, TrainStep, abstract_state, first_state
 
 SPLITS = ("train", "validation", "test")
@@ -160,14 +160,15 @@ def _read_weights(setup: Setup, begun: bool) -> tuple[Any, Any, dict[str, str]]:
       digests of both by the setting that names them.
     """
     config, policy = setup.config, setup.policy
-    other = config.model.reference_path if setup.method.reference else ""
+    names = models_read(config, begun)
     params: Any = {}
     reference, digests = None, {}
-    if not begun or policy.lora or (setup.method.reference and not other):
+    if "path" in names or not config.model.path:
         params, digests["model.path"] = policy.read(
             config.model.path, config.seed, config.model.lora.path
         )
         reference = params if setup.method.reference else None
-    if other:
+    if "reference_path" in names:
+        other = config.model.reference_path
         reference, digests["model.reference_path"] = policy.read(other, config.seed)
     return params, reference, {name: digest for name, digest in digests.items() if digest}

@@ -27,10 +27,10 @@ from mass_dpo_jax.files import cache_folder
 from mass_dpo_jax.models import fused_attention
 from mass_dpo_jax.models import lora as lora_lib
 from mass_dpo_jax.models.logprobs import max_logits_of
+from mass_dpo_jax.training import checkpoint, scoring
 from mass_dpo_jax.training import mesh as mesh_lib
-from mass_dpo_jax.training import scoring
-from mass_dpo_jax.training.methods import Method, make_method
-from mass_dpo_jax.training.policy import Policy, check_model, open_policy
+from mass_dpo_jax.training.methods import Method, make_method, uses_reference
+from mass_dpo_jax.training.policy import Policy, check_model, open_policy, uses_lora
 from mass_dpo_jax.training.step import Program, Scorer
 
 LEAST_CHUNK = 4  # Candidates of a rectangle at a time: fewer leave a device idle.
@@ -156,8 +156,10 @@ def prepare(
     examples: dict[str, Sequence[Example]] = {}
     tokens: dict[str, Tokens] = {}
     if hosts.first():
-        if config.model.path:  # Reading data can take minutes, looking at a folder none.
-            check_model(Path(config.model.path), weights=not config.dry_run)
+        # Reading data can take minutes, looking at a folder none.
+        begun = workdir is not None and checkpoint.latest_step(workdir) is not None
+        for name in models_read(config, begun):
+            check_model(Path(config.model[name]), weights=not config.dry_run)
         examples = _load(config, splits)
         policy = open_policy(config, mesh, workdir, examples.get("train", ()))
         tokens = _tokenize(config, policy, examples)
@@ -167,6 +169,18 @@ def prepare(
     hosts.check_same({"config.model.path": f"{policy.config} {policy.lora}"})
     tokens = {split: hosts.fields_from_first(Tokens, tokens.get(split)) for split in there}
     return _of_tokens(config, policy, examples, tokens, training)
+
+
+def models_read(config: ConfigDict, begun: bool) -> list[str]:
+    """Returns the settings of `config.model` that name models whose weights a run reads.
+
+    Args:
+      begun: it has a checkpoint, with the weights that it trains.
+    """
+    other = uses_reference(config.method) and bool(config.model.reference_path)
+    is_reference = uses_reference(config.method) and not other
+    start = not begun or uses_lora(config.model.lora) or is_reference
+    return ["path"] * (start and bool(config.model.path)) + ["reference_path"] * other
 
 
 def _load(config: ConfigDict, splits: Sequence[str]) -> dict[str, Sequence[Example]]:
