@@ -318,12 +318,24 @@ def _quiet() -> None:
         absl_logging.set_verbosity(absl_logging.ERROR)
         # With tracebacks, of what is said in a line where it concerns the user.
         logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # Of orbax's tasks, too.
+        sys.unraisablehook = _but_for_closed_loops(sys.unraisablehook)
     ours = logging.getLogger("mass_dpo_jax")
     ours.setLevel(logging.INFO)
     ours.propagate = False
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     ours.addHandler(handler)
+
+
+def _but_for_closed_loops(usual: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """After a save that failed, which is said, tensorstore's threads find orbax's loop closed."""
+
+    def hook(found: Any) -> None:
+        if str(found.exc_value) != "Event loop is closed":
+            usual(found)
+
+    return hook
 
 
 def _doc() -> str:

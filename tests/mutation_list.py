@@ -1172,6 +1172,42 @@ MUTATIONS = (
         "test_hosts.py::test_data_goes_across_hosts_before_fsdp_and_tensor",
     ),
     Mutation(
+        "hosts: a process saves by its own view of the checkpoints",
+        "if hosts.first_decides(lambda: step in steps(self._workdir)):",
+        "if step in steps(self._workdir):",
+        "test_hosts.py::test_processes_that_see_different_things_stay_together",
+    ),
+    Mutation(
+        "hosts: a process reads what it finds itself",
+        "there = [only] if only is not None else hosts.first_decides(lambda: steps(workdir))",
+        "there = [only] if only is not None else steps(workdir)",
+        "test_hosts.py::test_processes_that_see_different_things_stay_together",
+    ),
+    Mutation(
+        "hosts: all processes read the data",
+        "    if hosts.first():\n        examples = _load(config, splits)",
+        "    if True:\n        examples = _load(config, splits)",
+        "test_hosts.py::test_processes_that_see_different_things_stay_together",
+    ),
+    Mutation(
+        "signals: an interruption that became another error has a traceback",
+        "if ctrl_c.noticed or issubclass(kind, KeyboardInterrupt):",
+        "if issubclass(kind, KeyboardInterrupt):",
+        "test_signals.py",
+    ),
+    Mutation(
+        "signals: Ctrl-C waits for what does not come back to Python",
+        "if not ctrl_c.noticed:",
+        "if False:",
+        "test_signals.py",
+    ),
+    Mutation(
+        "runs: a link to nowhere is followed",
+        "if path.is_symlink() and not path.exists():",
+        "if False:",
+        "test_train.py::test_a_workdir_that_cannot_be_written_is_refused_before_data_are_read",
+    ),
+    Mutation(
         "hosts: a mistake of one process is printed by none",
         '            print(f"error: {message}", file=sys.stderr, flush=True)\n',
         "",

@@ -18,7 +18,7 @@ from runs_for_tests import on_one_device
 
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.train import train
-from mass_dpo_jax.training import run_folder
+from mass_dpo_jax.training import loop, run_folder
 from mass_dpo_jax.training.methods import KINDS
 from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.refresh import NO_SET, Sets
@@ -546,6 +546,28 @@ def test_a_reference_with_other_special_tokens(tmp_path: Path, data: Path) -> No
     (other / "origin.json").unlink()  # As of a version that did not keep it.
     with pytest.raises(UserError, match=f"{other}: its architecture .*policy's: rms_norm_eps$"):
         train(tiny_config(data, **models), tmp_path / "refused")
+
+
+@pytest.mark.parametrize(
+    ("workdir", "message"),
+    [
+        ("link", "link is a link to {0}/gone, which is not there"),
+        ("link/runs/first", "link is a link to {0}/gone, which is not there"),
+        ("chain", "chain is a link to {0}/link, which is not there"),
+        ("data.jsonl", "a file stands where a folder is expected"),
+        ("data.jsonl/run", "data.jsonl cannot be written: Not a directory"),
+        ("system/run", "cannot be written: "),
+    ],
+)
+def test_a_workdir_that_cannot_be_written_is_refused_before_data_are_read(
+    tmp_path: Path, data: Path, workdir: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    (tmp_path / "chain").symlink_to(tmp_path / "link")
+    (tmp_path / "system").symlink_to("/proc")  # Where not even root can write.
+    monkeypatch.setattr(loop, "prepare", None)
+    with pytest.raises(UserError, match=f"--workdir=.*{message.format(tmp_path)}"):
+        train(tiny_config(data), tmp_path / workdir)
 
 
 def test_workdir_of_another_run_is_refused_and_kept(tmp_path: Path, data: Path) -> None:

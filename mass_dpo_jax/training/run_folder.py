@@ -60,11 +60,12 @@ def check(workdir: Path, config: ConfigDict) -> None:
     A run that has saved nothing yet has nothing to lose: its folder may be taken over. Files may
     have other names: that they are the same is seen when they are read.
     """
-    if workdir.is_symlink() and not workdir.exists():
-        raise UserError(
-            f"--workdir={workdir}: a link to {workdir.readlink()}, which is not there; is its "
-            "disk mounted?"
-        )
+    for path in (workdir, *workdir.parents):
+        if path.is_symlink() and not path.exists():
+            raise UserError(
+                f"--workdir={workdir}: {path} is a link to {path.readlink()}, which is not there; "
+                "is its disk mounted?"
+            )
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: a file stands where a folder is expected")
     if not (workdir / "config.json").exists():
