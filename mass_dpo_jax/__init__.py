@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -43,6 +44,13 @@ __all__ = [
     "select_negatives",
     "selection",
 ]
+
+# One of our commands, before it has imported anything.
+if sys.argv[:1] == ["-m"] and "-m" in sys.orig_argv:
+    if sys.orig_argv[sys.orig_argv.index("-m") + 1].startswith("mass_dpo_jax"):
+        from mass_dpo_jax import signals
+
+        signals.watch()
 
 # Of transformers only the tokenizers are used here: no advice to install PyTorch.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

@@ -172,17 +172,17 @@ def select_from_catalogue(
             `contrast`, or features or scores by which nobody can be chosen.
     """
     how = _settings(settings)
-    features = _array(features)
+    features = _array(features, "features")
     if features.ndim != 2 or features.shape[0] < 2 or n < 1:
         raise ValueError(
             f"expected features [N, D] with N >= 2, and n >= 1: got shape {features.shape}, n = {n}"
         )
     size, width = features.shape
-    scores = jnp.zeros(size) if scores is None else _array(scores)
-    mask = jnp.ones(size, bool) if mask is None else _array(mask).astype(bool)
+    scores = jnp.zeros(size) if scores is None else _array(scores, "scores")
+    mask = jnp.ones(size, bool) if mask is None else _array(mask, "mask").astype(bool)
     if chosen is None and how.criterion == "contrast":
         raise UserError("criterion='contrast' measures from the chosen response: give chosen=[D]")
-    chosen = jnp.zeros(width) if chosen is None else selection._array(chosen)
+    chosen = jnp.zeros(width) if chosen is None else selection.as_array(chosen, "chosen")
     if scores.shape != (size,) or mask.shape != (size,) or chosen.shape != (width,):
         raise ValueError(
             f"features {features.shape} need scores and mask of shape ({size},) and chosen of "
@@ -223,9 +223,9 @@ def _settings(settings: dict[str, Any]) -> Settings:
     return how
 
 
-def _array(x: Any) -> Any:
+def _array(x: Any, name: str) -> Any:
     """NumPy's stay on the host, from where each device gets its own part."""
-    return x if isinstance(x, np.ndarray) else selection._array(x)
+    return x if isinstance(x, np.ndarray) else selection.as_array(x, name)
 
 
 def all_devices() -> Mesh:

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict, config_flags
 from mass_dpo_jax import command_line
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax import help as help_lib
+from mass_dpo_jax import signals
 from mass_dpo_jax.command_line import configurations
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import FULL, write_whole
@@ -95,6 +96,10 @@ HOSTS = (
     "distributed", "coordinator_address", "num_processes", "process_id", "start_timeout",
     "peer_timeout",
 )  # fmt: skip
+
+
+# What systems, C++ and the loader of shared libraries say where the host has no more memory.
+NO_MEMORY = ("annot allocate memory", "bad_alloc", "failed to map segment")
 
 
 def required(holder: flags.FlagHolder[ConfigDict]) -> ConfigDict:
@@ -187,7 +192,7 @@ def run(
       default: the configuration where neither --config nor a run gives one.
     """
     hint = "the same command goes on from what was saved" if goes_on else "nothing was written"
-    interrupted = f"interrupted; {hint}"
+    signals.ctrl_c.line = interrupted = f"interrupted; {hint}"
 
     def guarded(argv: Sequence[str]) -> None:
         _quiet()
@@ -197,16 +202,15 @@ def run(
             if several:
                 _together(main, interrupted)
             else:
-                _within_memory(main)
-        except UserError as error:
-            _refuse(str(error))
-        except OSError as error:  # A full disk, a folder that may not be written, a long name.
-            if error.filename is None and error.errno not in FULL:
-                raise
-            _refuse(f"{error.filename or 'writing'}: {error.strerror}")
-        except KeyboardInterrupt:
-            print(interrupted, file=sys.stderr)
-            raise SystemExit(130) from None
+                _within_limits(main)
+        except (Exception, KeyboardInterrupt) as error:
+            # Libraries turn an interruption into errors of their own.
+            if isinstance(error, KeyboardInterrupt) or signals.ctrl_c.noticed:
+                print(interrupted, file=sys.stderr)
+                raise SystemExit(signals.STATUS) from None
+            if isinstance(error, UserError):
+                _refuse(str(error))
+            raise
 
     app.run(guarded, flags_parser=functools.partial(_parse, starts=goes_on, default=default))
 
@@ -259,27 +263,33 @@ def _together(main: Callable[[], None], interrupted: str) -> None:
     """Runs a command; if it fails on one of several processes, ends all of them."""
     from mass_dpo_jax import hosts
 
+    signals.ctrl_c.end = lambda: hosts.fail(interrupted, signals.STATUS)
     try:
-        _within_memory(main)
+        _within_limits(main)
         hosts.finish()
     except BaseException as error:
         if not hosts.several():
             raise
         if isinstance(error, UserError):
             hosts.fail(str(error), 2)
-        if isinstance(error, KeyboardInterrupt):
-            hosts.fail(interrupted, 130)
+        if isinstance(error, KeyboardInterrupt) or signals.ctrl_c.noticed:
+            hosts.fail(interrupted, signals.STATUS)
         if not hosts.lost(error):
             traceback.print_exc()
         hosts.fail(hosts.describe(error), 1)
 
 
-def _within_memory(main: Callable[[], None]) -> None:
-    """Runs a command; a device that has not the memory for it is for the user to mend."""
+def _within_limits(main: Callable[[], None]) -> None:
+    """Runs a command; what memory, disks and permissions do not allow is for the user to mend."""
     try:
         main()
-    except RuntimeError as error:  # Of which JAX's own errors are a kind.
+    except (MemoryError, OSError, ImportError, RuntimeError) as error:  # The last also JAX's own.
         message = str(error).partition("\n")[0]
+        if isinstance(error, MemoryError) or any(words in message for words in NO_MEMORY):
+            raise UserError(_host_needs_memory(error, message)) from error
+        if isinstance(error, OSError) and (error.filename or error.errno in FULL):
+            # A full disk, a folder that may not be written, a long name.
+            raise UserError(f"{error.filename or 'writing'}: {error.strerror}") from error
         if not message.startswith("RESOURCE_EXHAUSTED") or "memory" not in message:
             raise
         raise UserError(
@@ -289,10 +299,26 @@ def _within_memory(main: Callable[[], None]) -> None:
         ) from error
 
 
+def _host_needs_memory(error: BaseException, message: str) -> str:
+    """What to say where the host's memory, or the limit of a batch system, was not enough."""
+    what, helps = "", "a host with more, or a higher limit (ulimit -v, --mem of SLURM)"
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if "mass_dpo_jax/data/" in Path(frame.filename).as_posix():
+            what, helps = " to read the data", f"fewer rows by config.data.max_train, {helps}"
+        elif Path(frame.filename).name in ("weights.py", "policy.py", "checkpoint.py"):
+            what = " to load the weights"
+            helps = f"a smaller model, LoRA on config.model.lora.base=int8, {helps}"
+        if what:
+            break
+    return f"not enough memory on the host{what}; what helps: {helps} ({message or 'MemoryError'})"
+
+
 def _quiet() -> None:
     """Our own messages on standard output; of the libraries' only errors, unless asked for."""
     if not flags.FLAGS["verbosity"].present:
         absl_logging.set_verbosity(absl_logging.ERROR)
+        # With tracebacks, of what is said in a line where it concerns the user.
+        logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
     ours = logging.getLogger("mass_dpo_jax")
     ours.setLevel(logging.INFO)
     ours.propagate = False

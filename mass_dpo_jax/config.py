@@ -84,7 +84,10 @@ def default() -> ConfigDict:
     # Other names of jsonl's and hub's columns, e.g. prompt=question,rejected=wrong_answers; id= :
     # ids are not read, and rows numbered.
     c.data.columns = ""
-    c.data.max_prompt_length = 1024  # Tokens; the oldest history goes first, then the left side.
+    c.data.max_prompt_length = 1024  # Tokens, those of the template included.
+    # A longer prompt is cut (its oldest history or turns go, then the start of its text) | drop
+    # (its row goes, counted) | error.
+    c.data.long_prompt = "cut"
     c.data.max_response_length = 256  # Tokens, end of sequence included.
     c.data.long_response = "error"  # A longer one is an error | drop (leaves its pool, counted).
     c.data.list_candidates = True  # Does the prompt list the candidates? (Not for jsonl, hub.)
@@ -284,6 +287,7 @@ CHOICES = {
     "model.scratch.model_type": ("llama", "qwen3", "smollm3"),
     "data.name": ("jsonl", "hub", "lastfm", "movielens", "medmcqa", "qasc", "synthetic"),
     "data.on_bad_row": ("error", "skip"),
+    "data.long_prompt": ("cut", "drop", "error"),
     "data.long_response": ("error", "drop"),
     "selection.search": ("greedy", "exchange", "exhaustive"),
     "selection.features": ("policy", "reference"),

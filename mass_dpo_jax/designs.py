@@ -117,8 +117,9 @@ def weighted_gram(gram: jax.Array, weights: jax.Array) -> jax.Array:
     """
     # From the heaviest candidate the weighted mean is not far, so little cancels.
     gram = from_origin(gram, jnp.argmax(weights))
-    mean = gram @ weights
-    centred = gram - mean[:, None] - mean[None, :] + weights @ mean
+    mean = jnp.matmul(gram, weights, precision=lax.Precision.HIGHEST)
+    middle = jnp.matmul(weights, mean, precision=lax.Precision.HIGHEST)
+    centred = gram - mean[:, None] - mean[None, :] + middle
     roots = jnp.sqrt(weights)
     return roots[:, None] * roots[None, :] * centred
 
@@ -132,16 +133,18 @@ def excess(design: Design) -> jax.Array:
 
 
 def log_det(matrix: jax.Array) -> jax.Array:
-    """log det(I + M) of a small positive semi-definite M [k, k], by elimination."""
+    """log det(I + M) of a small positive semi-definite M [k, k], by elimination.
+
+    The identity is never added, so that a small value keeps its digits.
+    """
 
     def step(k: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         rest, total = state
         pivot = rest[k, k]
-        return rest - jnp.outer(rest[:, k], rest[k, :]) / pivot, total + jnp.log(pivot)
+        change = jnp.outer(rest[:, k], rest[k, :]) / (1.0 + pivot)
+        return rest - change, total + jnp.log1p(pivot)
 
-    size = matrix.shape[0]
-    start = (matrix + jnp.eye(size, dtype=matrix.dtype), jnp.zeros((), matrix.dtype))
-    return lax.fori_loop(0, size, step, start)[1]
+    return lax.fori_loop(0, matrix.shape[0], step, (matrix, jnp.zeros((), matrix.dtype)))[1]
 
 
 def search(design: Design, mask: jax.Array, n: int, how: str) -> Selection:
@@ -220,10 +223,17 @@ def _comparable(values: jax.Array, allowed: jax.Array) -> jax.Array:
     return jnp.where(allowed, jnp.where(jnp.isnan(values), worst, values), -jnp.inf)
 
 
+def _rounding(value: jax.Array) -> jax.Array:
+    """By how much values near this one may differ and be the same: they are sums of logarithms of
+    1 + gain, each with a rounding of its own size."""
+    size = jnp.abs(value)
+    return TIE * (size + jnp.minimum(size, 1.0))
+
+
 def _first_best(values: jax.Array) -> jax.Array:
     """The lowest index whose value is the largest, but for rounding."""
     most = jnp.max(values)
-    return jnp.argmax(values >= most - TIE * (1.0 + jnp.abs(most)))
+    return jnp.argmax(values >= most - _rounding(most))
 
 
 def _greedy(value: Value, mask: jax.Array, n: int) -> Selection:
@@ -264,7 +274,7 @@ def _exchange(value: Value, chosen: Selection, mask: jax.Array) -> Selection:
         indices, before, _ = state
         values = swapped(indices)
         best = _first_best(values)
-        better = values[best] > before + TIE * (1.0 + jnp.abs(before))
+        better = values[best] > before + _rounding(before)
         after = indices.at[best // size].set((best % size).astype(jnp.int32))
         return (
             jnp.where(better, after, indices),

@@ -53,6 +53,8 @@ __all__ = [
     "select_negatives",
 ]
 
+OVERLAP = 2**31 - 1  # Of the key by which `diagnostics` draws: no candidate has this number.
+
 
 def select(pools: Pool, n: int, settings: Settings) -> Selection:
     """Selects up to n negatives of every prompt.
@@ -117,8 +119,8 @@ def select_negatives(
 ) -> Selection:
     """Selects up to n negatives of one prompt or of many: the selector as a library call.
 
-    Arrays are NumPy's, JAX's, or any that speak DLPack, such as PyTorch's (on the CPU or on a GPU
-    that JAX sees too, detached from their graph); `torch.from_dlpack` takes back what is returned.
+    Arrays are NumPy's, JAX's, or any that speak DLPack, such as PyTorch's, slices and those that
+    have a gradient too; `torch.from_dlpack` takes back what is returned.
 
     Args:
         features: [C, D] or [B, C, D], pooled hidden states of each response, the chosen one first.
@@ -137,20 +139,21 @@ def select_negatives(
     Raises:
         ValueError: shapes do not fit together, or n < 1.
         UserError: an unknown name or a value out of range in `settings`; or of the negatives there
-            are, features or scores that are not finite, or too large to choose by in float32.
+            are, features or scores that are not finite, or too large to choose by in float32; or
+            something that is no array of real numbers.
     """
     known = [field.name for field in dataclasses.fields(Settings) if field.init]
     for name in settings:
         check_name("select_negatives", name, tuple(known))
-    features = _array(features)
+    features = as_array(features, "features")
     if features.ndim not in (2, 3) or features.shape[-2] < 2 or n < 1:
         raise ValueError(
             f"expected features [C, D] or [B, C, D] with C >= 2, and n >= 1: got shape "
             f"{features.shape}, n = {n}"
         )
     shape = (*features.shape[:-2], features.shape[-2] - 1)
-    scores = jnp.zeros(shape) if scores is None else _array(scores)
-    mask = jnp.ones(shape, bool) if mask is None else _array(mask).astype(bool)
+    scores = jnp.zeros(shape) if scores is None else as_array(scores, "scores")
+    mask = jnp.ones(shape, bool) if mask is None else as_array(mask, "mask").astype(bool)
     if scores.shape != shape or mask.shape != shape:
         raise ValueError(
             f"features {features.shape} need scores and mask of shape {shape}: got "
@@ -201,8 +204,8 @@ def grams(features: jax.Array, mask: jax.Array, settings: Settings) -> jax.Array
 def diagnostics(pools: Pool, chosen: Selection, settings: Settings) -> dict[str, jax.Array]:
     """Figures on a choice from scored pools: means over the batch, float32 scalars.
 
-    - `selection/random_overlap`: the share of picks that `random` would have made with the same
-      key; n / N is what chance gives.
+    - `selection/random_overlap`: the share of picks that `random` would have made; n / N is what
+      chance gives.
 
     And for designs:
 
@@ -218,7 +221,9 @@ def diagnostics(pools: Pool, chosen: Selection, settings: Settings) -> dict[str,
     size = pools.mask.shape[1]
 
     def overlap(pool: Pool, mine: Selection) -> jax.Array:
-        other = criteria.random(pool, n, settings)
+        # With noise of its own: a criterion that draws would meet itself.
+        apart = pool._replace(key=jax.random.fold_in(pool.key, OVERLAP))
+        other = criteria.random(apart, n, settings)
         theirs = jnp.zeros(size, bool).at[other.indices].max(other.valid)
         hits = jnp.sum(mine.valid & theirs[mine.indices])
         return hits / jnp.maximum(jnp.sum(mine.valid), 1)
@@ -246,8 +251,31 @@ def diagnostics(pools: Pool, chosen: Selection, settings: Settings) -> dict[str,
     return figures
 
 
-def _array(x: Any) -> jax.Array:
-    """A JAX array of the same values; without a copy where the other library allows it."""
-    if hasattr(x, "__dlpack__") and not hasattr(x, "__array_interface__"):
-        return jnp.from_dlpack(x)
-    return jnp.asarray(x)
+def as_array(x: Any, name: str) -> jax.Array:
+    """A JAX array of the same values; without a copy where the other library allows it.
+
+    Raises:
+        UserError: it is no array of real numbers; called by `name`.
+    """
+    foreign = hasattr(x, "__dlpack__") and not hasattr(x, "__array_interface__")
+    read = jnp.from_dlpack if foreign else jnp.asarray
+    given = x
+    try:
+        if foreign and hasattr(x, "detach"):
+            # PyTorch hands over neither what has a gradient nor slices.
+            given = x.detach().contiguous()
+        try:
+            found = read(given)
+        except (BufferError, RuntimeError, TypeError, ValueError):
+            if not hasattr(given, "cpu"):
+                raise
+            found = read(given.cpu())  # On a device that JAX does not see.
+        if jnp.issubdtype(found.dtype, jnp.complexfloating):
+            raise TypeError("complex numbers")
+    except (BufferError, RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0][:200]
+        raise UserError(
+            f"{name}: {type(x).__name__}: not read as an array of real numbers ({reason}); "
+            "expected one of NumPy or JAX, or a dense tensor of PyTorch"
+        ) from None
+    return found

@@ -131,6 +131,19 @@ def _jsonl(folder: Path) -> None:
     write_lines(folder / "test.jsonl", rows)
 
 
+def _written(folder: Path) -> None:
+    """Rows that went through CSV: lists and messages are text, as JSON and as Python prints it."""
+    user = {"role": "user", "content": "it's q"}
+    answers = [[{"role": "assistant", "content": c}] for c in "abc"]
+    rows = [
+        {"prompt": str([user]), "chosen": json.dumps(answers[0]), "rejected": str(answers[1:])},
+        {"prompt": "p", "chosen": "a", "rejected": "['b', \"it's c\"]", "tools": [None]},
+        {"prompt": user, "chosen": answers[0][0], "rejected": [None, answers[1][0]], "system": "s"},
+    ]
+    write_lines(folder / "eval.jsonl", rows)
+    write_lines(folder / "train.jsonl", [rows[1]] * 2)
+
+
 def _qasc(folder: Path) -> None:
     row = test_data_qasc.row
     write_lines(folder / "train.jsonl", [row(i, "A") for i in range(3)])
@@ -407,6 +420,7 @@ def _read_features(folder: Path) -> Iterator[Callable[[], Any]]:
 
 TARGETS: Mapping[str, Target] = {
     "jsonl": Target(_jsonl, _data("jsonl")),
+    "written": Target(_written, _data("jsonl")),
     "qasc": Target(_qasc, _data("qasc")),
     "lastfm": Target(_lastfm, _data("lastfm")),
     "movielens": Target(test_data_sequences.ml_100k, _data("movielens")),

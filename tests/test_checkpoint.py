@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -167,6 +168,8 @@ def test_single_bits(tmp_path: Path) -> None:
     saved = checkpoint.Checkpoints(tmp_path)
     saved.save(state, None, {})
     saved.close()
+    found = checkpoint.load_params(tmp_path, like)
+    np.testing.assert_array_equal(found["w"], values["w"])
     rng = np.random.default_rng(0)
     files = sorted(p for p in (tmp_path / "checkpoints/3/params").rglob("*") if p.is_file())
     noticed = 0
@@ -281,6 +284,25 @@ def test_the_best_is_kept_beside_the_newest(
     train(config, tmp_path / "run")
     assert checkpoint.steps(tmp_path / "run") == [4, 6]
     assert checkpoint.best_step([1, 2, 3], {}) is None
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_no_number_is_never_the_best(tmp_path: Path, bad: float) -> None:
+    for values in (
+        {100: 0.5, 200: bad},
+        {100: bad, 200: 0.5, 300: 0.2},
+        {100: bad, 200: bad, 300: -2.0, 400: bad},
+    ):
+        finite = {step: value for step, value in values.items() if math.isfinite(value)}
+        assert checkpoint.best_step([*values], values) == max(finite, key=finite.__getitem__)
+        # A run that goes on reads them from its log, and judges the same.
+        log = run_folder.MetricsLog(tmp_path, 0)
+        for step, value in values.items():
+            log.write(step, {"eval/rewards/margins": value})
+        log.close()
+        read = run_folder.by_step(tmp_path, "eval/rewards/margins")
+        assert checkpoint.best_step([*values], read) == checkpoint.best_step([*values], values)
+    assert checkpoint.best_step([100, 200], {100: bad, 200: bad}) is None
 
 
 @pytest.mark.parametrize(

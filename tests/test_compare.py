@@ -10,6 +10,7 @@ from helpers import tiny_config, write_jsonl
 
 from mass_dpo_jax.compare import compare
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.reports.comparison import read_logps
 from mass_dpo_jax.train import train
 
 
@@ -31,7 +32,7 @@ def test_table_and_paired_difference(tmp_path: Path) -> None:
         correct = []
         for name in ("logps-final.npy", "logps-start.npy"):
             logps = np.load(second / name)
-            best = np.where(logps < 0, logps, -np.inf)
+            best = np.where(np.load(second / "logps-exist.npy"), logps, -np.inf)
             correct.append((best[:, :1] > best[:, 1:]).all(1))
         return correct[0].astype(float) - correct[1]
 
@@ -56,3 +57,24 @@ def test_other_examples_and_unfinished_runs_are_refused(tmp_path: Path) -> None:
     (tmp_path / "two" / "metrics.json").unlink()
     with pytest.raises(UserError, match="two: not a finished run"):
         compare([tmp_path / "one", tmp_path / "two"])
+
+
+def test_a_log_prob_of_0_is_one(tmp_path: Path) -> None:
+    """As where the model has no doubt of a token. Files beside each other say who is missing."""
+    logps = np.array([[0, -1, 0, 0], [-2, 0, -3, 0], [-1, -1, -1, 0]], np.float32)
+    exists = np.array([[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 0]], bool)
+    path = tmp_path / "logps-final.npy"
+    np.save(path, logps)
+    # Without them, as runs once left them: only zeros at the end of a row are unknown.
+    found = np.array([[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 0]], bool)
+    np.testing.assert_array_equal(read_logps(path)[1], found)
+    np.save(tmp_path / "logps-exist.npy", exists)
+    for kept, there in zip(read_logps(path), (logps, exists), strict=True):
+        np.testing.assert_array_equal(kept, there)
+    for other in (exists[:, :3], exists.astype(np.float32), exists & False):
+        np.save(tmp_path / "logps-exist.npy", other)
+        with pytest.raises(UserError, match=r"logps-exist.npy: an array .* expected bool\[3, 4\]"):
+            read_logps(path)
+    np.save(path, -logps)
+    with pytest.raises(UserError, match="numbers above 0"):
+        read_logps(path)

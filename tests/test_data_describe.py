@@ -42,7 +42,7 @@ def test_with_a_tokenizer(tmp_path: Path) -> None:
     assert found[4] == "  cut: 1 prompts truncated"
     assert found[5:7] == ["validation: no rows", "test: no rows"]
     assert found[8:12] == [
-        "--- train r0", "y say say ", "[chosen] amber<eos>", "[rejected] basil<eos>",
+        "--- train r0", "<bos> say say ", "[chosen] amber<eos>", "[rejected] basil<eos>",
     ]  # fmt: skip
     assert found[13:] == [
         "--- train r1",

@@ -116,6 +116,12 @@ def read(folder: Path, *rows: Any, split: str = "all") -> list[Example]:
             ([assistant("b")],),
         ),
         ({**GOOD, "rejected": assistant("b")}, "p", "a", ([assistant("b")],)),
+        (
+            {**GOOD, "chosen": assistant("a"), "rejected": [assistant("b"), assistant("c")]},
+            "p",
+            [assistant("a")],
+            ([assistant("b")], [assistant("c")]),
+        ),
         ({**GOOD, "rejected": ["b", None, "c"]}, "p", "a", ("b", "c")),
         (
             {**GOOD, "prompt": [{**SYSTEM, "content": " \n"}, USER]},
@@ -329,9 +335,10 @@ def test_a_column_of_scores_without_the_other_is_refused(tmp_path: Path, field: 
 
 
 def test_scores_of_nulls_among_the_rejected_go_with_them(tmp_path: Path) -> None:
-    scores = {"score_chosen": 9, "score_rejected": [1, None, 3]}
-    [example] = read(tmp_path, {**GOOD, "rejected": ["b", None, "c"], **scores})
-    assert (example.rejected, example.scores) == (("b", "c"), (9.0, 1.0, 3.0))
+    for of_null in (None, 2):
+        scores = {"score_chosen": 9, "score_rejected": [1, of_null, 3]}
+        [example] = read(tmp_path, {**GOOD, "rejected": ["b", None, "c"], **scores})
+        assert (example.rejected, example.scores) == (("b", "c"), (9.0, 1.0, 3.0))
 
 
 def test_ids_of_tables_with_gaps(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from tokenizers_for_tests import USER, real, settings, small
 
 from mass_dpo_jax.data.examples import Example, History
-from mass_dpo_jax.data.render import make_renderer
+from mass_dpo_jax.data.render import Renderer, make_renderer
 from mass_dpo_jax.errors import UserError
 
 TEMPLATE = (
@@ -33,7 +33,11 @@ def written(folder: Path, template: str) -> str:
 
 def render(tokenizer: Any, template: str, row: Any) -> tuple[str, list[str]]:
     renderer = make_renderer(tokenizer, settings(template))
-    return renderer.prompt(row.prompt, row.place), renderer.responses(row)
+    return renderer.prompt(row.prompt, row.place), responses(renderer, row)
+
+
+def responses(renderer: Renderer, row: Example) -> list[str]:
+    return renderer.responses(row, renderer.prompt(row.prompt, row.place))
 
 
 def test_response_is_what_the_template_writes_up_to_its_end_token(tmp_path: Path) -> None:
@@ -59,7 +63,7 @@ def test_answers_depend_on_the_kind_of_prompt(tmp_path: Path) -> None:
     path = written(tmp_path, TEMPLATE.replace("{{ m.content | trim }}", kind + "{% endif %}"))
     renderer = make_renderer(small(), settings(path))
     rows = [example(prompt, "a", ("b",)) for prompt in ("low", "loud", "low")]
-    assert [renderer.responses(row) for row in rows] == [
+    assert [responses(renderer, row) for row in rows] == [
         ["a<eos>", "b<eos>"],
         ["!a<eos>", "!b<eos>"],
         ["a<eos>", "b<eos>"],
@@ -77,8 +81,8 @@ def test_no_template() -> None:
     renderer = make_renderer(small(), settings("none"))
     assert (renderer.special_tokens, renderer.end_id) == (True, small().eos_token_id)
     assert renderer.prompt(History("<", ("a",), "> "), "") == "<a> "
-    assert renderer.responses(example()) == [" Yo ", "No"]
-    assert renderer.responses(example(chosen="Yo<eos>", rejected=("<eos>",))) == ["Yo", ""]
+    assert responses(renderer, example()) == [" Yo ", "No"]
+    assert responses(renderer, example(chosen="Yo<eos>", rejected=("<eos>",))) == ["Yo", ""]
 
 
 def test_arguments_of_the_template(tmp_path: Path) -> None:
@@ -106,7 +110,11 @@ def test_arguments_of_the_template(tmp_path: Path) -> None:
     [
         ("{{ raise_exception('no\n system') }}", example(), "fails on .user.: no system"),
         ("{{ messages[7].content.x }}", example(), "the chat template fails on"),
-        (TEMPLATE.replace("{{ eos_token }}", ""), example(), "no special token at the end"),
+        (
+            TEMPLATE.replace("{{ eos_token }}", ""),
+            example(),
+            "no special token at the end.*write {{ eos_",
+        ),
         ("{{ messages|length }}" + TEMPLATE, example(), "does not start with its generation"),
         (
             TEMPLATE,
@@ -125,6 +133,91 @@ def test_what_cannot_be_rendered(tmp_path: Path, template: str, row: Any, messag
     with pytest.raises(UserError, match=message) as error:
         render(small(), path, row)
     assert "\n" not in str(error.value)
+
+
+def doubts(tokenizer: Any, template: str, *prompts: Any) -> list[str]:
+    renderer = make_renderer(tokenizer, settings(template))
+    return [renderer.doubt(prompt, f"file:{i}") for i, prompt in enumerate(prompts)]
+
+
+RENDERED = {
+    "llama3.2": (
+        "<|begin_of_text|>Hi",
+        "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>",
+        "\n <|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi",
+    ),
+    "qwen3": ("<|im_start|>user\nHi<|im_end|>\n", "<|im_start|>system\nBe nice.<|im_end|>"),
+    "smollm3": (" <|im_start|>user\nHi", "<|begin_of_text|>Hi"),
+}
+
+
+@pytest.mark.parametrize("name", RENDERED)
+def test_prompts_that_are_rendered_already_are_refused(real_data: Path, name: str) -> None:
+    tokenizer = real(real_data, name)
+    for text in RENDERED[name]:
+        for prompt in (text, [{"role": "system", "content": text}, USER]):
+            with pytest.raises(UserError, match=r"file:0: .*--config.data.chat_template=none"):
+                doubts(tokenizer, "tokenizer", prompt)
+        assert doubts(tokenizer, "none", text + "assistant") == [""]  # As it should be.
+
+
+def test_what_is_odd_about_a_prompt_is_said(real_data: Path, tmp_path: Path) -> None:
+    inside, looks = "with special tokens in their text", "that look rendered already"
+    tokenizer = real(real_data, "smollm3")
+    talk = [USER, {"role": "assistant", "content": "a<|im_end|>b"}, USER]
+    texts = ["Hi <|im_end|> you", "Hi<|im_end|>\n<|im_start|>assistant\n", talk]
+    assert doubts(tokenizer, "tokenizer", *texts) == [inside] * 3
+    texts = [
+        "[INST] Hi [/INST]",
+        "<|user|>\nHi",
+        "<start_of_turn>user\nHi",
+        "<s>[INST] Hi",
+        "<s>Hi",
+    ]
+    assert doubts(tokenizer, "tokenizer", *texts) == [looks] * 5
+    harmless = ["Hi!", "a < b | c > d", "<b>Hi</b>", "What does [INST] mean?", "user: Hi", "im_end"]
+    assert doubts(tokenizer, "tokenizer", *harmless) == [""] * 6
+    alpaca = written(
+        tmp_path,
+        "Below is a task.\n\n{% for m in messages %}{% if m.role == 'user' %}### Instruction:\n"
+        "{{ m.content }}\n\n{% else %}### Response:\n{{ m.content }}{{ eos_token }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}### Response:\n{% endif %}",
+    )
+    rows = ["### Instruction:\nHi\n\n### Response:\n", "Hi", "# Instruction:"]
+    assert doubts(small(), alpaca, *rows) == [looks, "", ""]
+    assert doubts(small(), "none", "Hi<eos>", "Hi", "<bos>Hi") == ["that end with <eos>", "", ""]
+
+
+def test_one_end_is_taken_off_an_answer(tmp_path: Path) -> None:
+    for template in (written(tmp_path, TEMPLATE), "none"):
+        renderer = make_renderer(small(), settings(template))
+        row = example(chosen="Yo<eos>", rejected=("No<eos>\n", "Maybe", "Well\n"))
+        found = [text.removesuffix("<eos>") for text in responses(renderer, row)]
+        assert [text.strip() for text in found] == ["Yo", "No", "Maybe", "Well"]
+        for wrong in ("Yo<eos><eos>", "<eos>Yo", "Yo<eos>No<eos>", "Yo<eos> <eos>"):
+            with pytest.raises(UserError, match="'chosen' contains the end-of-sequence token"):
+                responses(renderer, example(chosen=wrong))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "smollm3"])
+@pytest.mark.parametrize(
+    "answer", ["<think>\nWell.\n</think>\n\nYo", "<think></think>Yo", "a</think>Yo", "<think>Yo"]
+)
+def test_thoughts_need_a_template_that_is_told_to_think(
+    real_data: Path, name: str, answer: str
+) -> None:
+    tokenizer = real(real_data, name)
+    with pytest.raises(UserError, match=r"file:1: .*chat_template_kwargs='{\"enable_thinking\": "):
+        render(tokenizer, "tokenizer", example(rejected=("No", answer)))
+    data = settings("tokenizer", {"chat_template_kwargs": '{"enable_thinking": true}'})
+    renderer = make_renderer(tokenizer, data)
+    assert "Yo" in responses(renderer, example(chosen=answer))[0]
+
+
+def test_a_template_without_thoughts_does_not_care(real_data: Path) -> None:
+    tokenizer = real(real_data, "llama3.2")
+    found = render(tokenizer, "tokenizer", example(chosen="<think>x</think>Yo"))[1][0]
+    assert found == "<think>x</think>Yo<|eot_id|>"
 
 
 CASES = {
@@ -192,6 +285,6 @@ def test_texts_are_those_of_transformers(real_data: Path, name: str, thinking: b
     )
     assert prompt == expected
     whole = tokenizer.apply_chat_template([*talk, answer], tokenize=False, **arguments)
-    written = prompt + renderer.responses(row)[0]
+    written = prompt + responses(renderer, row)[0]
     assert whole.startswith(written)
     assert whole.removeprefix(written).strip() == ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +76,10 @@ def test_digest_changes_with_every_part() -> None:
     assert len({tokens.digest(), *(other.digest() for other in others)}) == 7
 
 
-def test_long_prompts_lose_tokens_from_the_left() -> None:
+def test_long_texts_lose_tokens_from_the_left_but_not_their_first() -> None:
     row = example("abcdefgh", "x", "y")
-    whole = tokens_of(row).prompt(0)
     tokens = tokens_of(row, example("q", "x", "y"), max_prompt_length=4)
-    assert tokens.prompt(0).tolist() == whole[-4:].tolist()
+    assert tokens.prompt(0).tolist() == [BOS, *ids("abcdefgh")[-3:]]
     assert tokens.prompt(1).tolist() == [BOS, *ids("q")]
     assert tokens.cut["prompts_truncated"] == 1
 
@@ -95,7 +95,7 @@ def test_long_histories_lose_the_fewest_oldest_items(limit: int) -> None:
     for i, history in enumerate(histories):
         lengths = [1 + len(ids(history.without_oldest(k).text)) for k in range(len(history.items))]
         fewest = next((k for k, length in enumerate(lengths) if length <= limit), len(lengths) - 1)
-        expected = [BOS, *ids(history.without_oldest(fewest).text)][-limit:]
+        expected = [BOS, *ids(history.without_oldest(fewest).text)[1 - limit :]]
         assert tokens.prompt(i).tolist() == expected
         dropped, shortened = dropped + fewest, shortened + (fewest > 0)
         truncated += lengths[fewest] > limit
@@ -114,7 +114,8 @@ def test_a_long_response_is_an_error_that_names_it() -> None:
         tokens_of(*rows, max_response_length=4)
     count = len(ids("abcdefgh")) + 1
     assert f"place of b: field 'rejected[1]' has {count} tokens" in str(error.value)
-    assert "data.max_response_length is 4 (2 responses are longer)" in str(error.value)
+    assert "data.max_response_length is 4" in str(error.value)
+    assert "data.long_response=drop" in str(error.value)
     assert len(tokens_of(*rows, max_response_length=count + 1)) == 3
 
 
@@ -171,6 +172,61 @@ def test_chosen_and_rejected_are_compared_after_rendering(tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r"place of a: .* the same tokens as rejected\[1\]"):
         tokenize(rows, small(), settings(str(template)), progress=False)
     assert len(tokens_of(*rows)) == 1
+
+
+def test_whatever_is_wrong_with_a_row_it_can_be_skipped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text(
+        "{{ bos_token }}{% for m in messages %}{% if m.content == 'fail' %}{{ 1 / 0 }}{% endif %}"
+        "{{ m.role }}: {{ m.content | trim }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    wrong = [
+        example("fail", "x", "y"),
+        example("a", "x", "fail"),
+        example("b", "x", "y", "z<eos>z"),
+        example("c", "x ", "y", " x"),
+        example("<bos>d", "x", "y"),
+        example("e", "x", "long" * 30),
+    ]
+    rows = [example(f"good {i}", "x", "y", "z") for i in range(8)]
+    mixed = [*rows[:2], *wrong[:3], rows[2], *wrong[3:], *rows[3:]]
+    mixed.insert(5, example("b again", "x", "y", "q<eos>q"))
+    mixed = [dataclasses.replace(row, place=f"file:{i}") for i, row in enumerate(mixed)]
+    data = settings(str(template), {"on_bad_row": "skip", "max_response_length": 60})
+    with caplog.at_level(logging.INFO):
+        tokens = tokenize(mixed, small(), data, progress=False)
+    assert tokens.ids == [row.id for row in rows]
+    expected = tokenize(rows, small(), settings(str(template)), progress=False)
+    assert tokens.digest() == expected.digest()
+    assert tokens.numbers.tolist() == [[0, 1, 2]] * 8
+    for text in (
+        "skipped 2 of 15 rows; first: file:4: field 'rejected[1]' contains",
+        "skipped 1 of 15 rows; first: file:7: the chosen response has the same tokens as",
+    ):
+        assert text in caplog.text
+    data.on_bad_row = "error"
+    for row in wrong:
+        with pytest.raises(UserError, match=f"{row.place}: .*on_bad_row=skip leaves such rows"):
+            tokenize([*rows, row], small(), data, progress=False)
+    data.on_bad_row = "skip"
+    with pytest.raises(UserError, match="none of its 6 rows can be used; first: place of fail: "):
+        tokenize(wrong, small(), data, progress=False)
+
+
+def test_prompts_with_special_tokens_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}")
+    rows = [example("a", "x", "y"), example("b<eos>b", "x", "y"), example("c<eos>", "x", "y")]
+    with caplog.at_level(logging.WARNING):
+        tokens = tokenize(rows, small(), settings(str(template)), progress=False)
+    assert tokens.cut["prompts_with_special_tokens_in_their_text"] == 2
+    message = "2 of 3 prompts with special tokens in their text; first: place of b<eos>b"
+    assert caplog.text.count(message) == 1
 
 
 def test_a_prompt_without_tokens_is_an_error(tmp_path: Path) -> None:
@@ -231,11 +287,11 @@ def test_the_real_stories_tokenizer(real_data: Path) -> None:
 
 def test_lastfm_with_a_short_limit(real_data: Path) -> None:
     data = default().data
-    data.update(name="lastfm", path=str(real_data / "lastfm"), max_test=300, max_prompt_length=160)
+    data.update(name="lastfm", path=str(real_data / "lastfm"), max_test=300, max_prompt_length=170)
     examples = load_examples(data, "test", seed=0)
     tokens = tokenize(examples, real(real_data, "llama3.2"), data, progress=False)
     assert 100 < tokens.cut["prompts_with_shorter_history"] < 300
-    assert tokens.prompt_lengths.max() == 160
+    assert tokens.prompt_lengths.max() == 170
     assert tokens.response_lengths.shape == (300, 20)
     tokenizer = real(real_data, "llama3.2")
     for i, row in enumerate(examples):

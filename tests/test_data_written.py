@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from data_for_tests import load, write_lines
 
+from mass_dpo_jax.data import row_notes
 from mass_dpo_jax.data.examples import Example, from_row
 from mass_dpo_jax.errors import UserError
 
@@ -132,6 +133,7 @@ def test_rows_of_arrays_are_rows_of_lists() -> None:
 
 def notes(folder: Path, caplog: Any, *rows: Any, **changes: Any) -> list[str]:
     caplog.clear()
+    row_notes._said.clear()
     file = write_lines(folder / "rows.jsonl", rows)
     with caplog.at_level(logging.INFO, "mass_dpo_jax"):
         load("jsonl", file, **changes)
@@ -199,6 +201,19 @@ def test_what_looks_wrong_is_counted_once(
 ) -> None:
     [said] = notes(tmp_path, caplog, *rows)
     assert said.startswith(f"W {message}")
+
+
+def test_a_file_that_is_read_for_three_splits_is_noted_once(tmp_path: Path, caplog: Any) -> None:
+    rows = [{**PLAIN, "prompt": f"p{i}", "rejected": ["b", None], "more": i} for i in range(20)]
+    file = write_lines(tmp_path / "rows.jsonl", rows)
+    with caplog.at_level(logging.INFO, "mass_dpo_jax"):
+        for split in ("train", "validation", "test"):
+            load("jsonl", file, split)
+    said = [r.getMessage() for r in caplog.records if "held out" not in r.getMessage()]
+    assert said == [
+        f"{file}: not read: more",
+        f"{file}: 20 of 20 rows have null among the rejected responses, which is left out",
+    ]
 
 
 def test_what_looks_right_is_not_warned_of(tmp_path: Path, caplog: Any) -> None:

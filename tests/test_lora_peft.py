@@ -26,12 +26,16 @@ from models_for_tests import (
 )
 from safetensors.numpy import load_file, save_file
 
+from mass_dpo_jax.config import default
+from mass_dpo_jax.data.vocabulary import train_tokenizer
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models import attention
 from mass_dpo_jax.models.adapters import Lora
 from mass_dpo_jax.models.config import load_config, parse_targets
 from mass_dpo_jax.models.lora import load_peft, load_peft_settings, save_peft
 from mass_dpo_jax.models.weights import load_hf
+from mass_dpo_jax.training.mesh import make_mesh
+from mass_dpo_jax.training.policy import open_policy
 
 
 def write_both(folder: Path, model_type: str, targets: str) -> tuple[Any, np.ndarray]:
@@ -258,8 +262,8 @@ def test_a_dropout_that_training_leaves_out_is_said_once(
 def test_folders_of_other_kinds_are_told(folder: Path) -> None:
     weights = (folder / "adapter_model.safetensors").rename(folder / "weights")
     for name, message in (
-        ("other", "no adapter_model.safetensors .found other, weights.; expected adapters"),
-        ("adapter_model.bin", "found adapter_model.bin, which is a pickle and not read: load it"),
+        ("other", "no adapter_model.safetensors; expected adapters .* found other, weights"),
+        ("adapter_model.bin", "found adapter_model.bin: pickles are not read; load it with PEFT"),
     ):
         (folder / name).touch()
         with pytest.raises(UserError, match=message):
@@ -276,9 +280,34 @@ def test_folders_of_other_kinds_are_told(folder: Path) -> None:
     path.write_text("[]")
     with pytest.raises(UserError, match="found list, expected a JSON object"):
         load_peft_settings(folder)
-    path.unlink()
-    with pytest.raises(UserError, match=r"no adapter_config.json"):
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    with pytest.raises(UserError, match=r"adapter_config.json: a Git LFS pointer"):
         load_peft_settings(folder)
+    path.rename(folder.parent / "secret")
+    path.symlink_to(folder.parent / "secret")
+    with pytest.raises(UserError, match=r"adapter_config.json: a link to .*secret"):
+        load_peft_settings(folder)
+    path.unlink()
+    with pytest.raises(UserError, match=r"no adapter_config.json; expected .* or a run; found a"):
+        load_peft_settings(folder)
+    with pytest.raises(UserError, match=r"nowhere: no such folder"):
+        load_peft_settings(folder / "nowhere")
+
+
+def test_folders_around_adapters_and_of_models_are_told(tmp_path: Path, folder: Path) -> None:
+    outer = tmp_path / "outer"
+    shutil.copytree(folder, outer / "checkpoint-7")
+    with pytest.raises(UserError, match="checkpoint-7 in it has one: give that folder"):
+        load_peft_settings(outer)
+    shutil.copytree(folder, tmp_path / "cache" / "snapshots" / "0a")
+    with pytest.raises(UserError, match=r"files lie in .*snapshots/0a: give that folder"):
+        load_peft_settings(tmp_path / "cache")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"a whole model .*: that is for --config.model.path"):
+        load_peft_settings(tmp_path / "model")
+    with pytest.raises(UserError, match=r"no adapter_config.json; 0a in it has one"):
+        load_peft_settings(tmp_path / "cache" / "snapshots")
 
 
 def test_names_of_adapters_in_names_of_tensors(folder: Path) -> None:
@@ -296,6 +325,21 @@ def test_names_of_adapters_in_names_of_tensors(folder: Path) -> None:
     save_file(named("default") | named("reference"), path)
     with pytest.raises(UserError, match="several adapters in one file: default, reference"):
         read_tensors(folder)
+
+
+def test_adapters_of_another_model_are_refused_before_weights_are_read(
+    adapters: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    train_tokenizer(["amber"], 270, base)
+    wider = hf_config("llama", hidden_size=32, vocab_size=300)
+    (base / "config.json").write_text(json.dumps(wider))
+    write_weights(base, random_tensors(load_config(base)))
+    config = default()
+    config.model.update(path=str(base))
+    config.model.lora.update(path=str(adapters), rank=0)
+    with pytest.raises(UserError, match=r"found shape \[4, 48\], expected \[4, 32\] .are these"):
+        open_policy(config, make_mesh(config.mesh), None, ())
 
 
 def test_tensors_that_are_refused(folder: Path) -> None:

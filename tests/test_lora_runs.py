@@ -254,7 +254,7 @@ def test_eight_devices_equal_one(
         ({"model.lora.alpha": 0.0}, "model.lora.alpha=0.0: expected a number above 0"),
         ({"model.lora.rank": -1}, "model.lora.rank=-1: expected 0 or more"),
         ({"model.path": ""}, "model.lora adapts a model: config.model.path is missing"),
-        ({"model.lora.path": "nowhere"}, r"nowhere: no adapter_config.json; expected adapters"),
+        ({"model.lora.path": "nowhere"}, r"nowhere: no such folder .no adapter_config.json"),
     ],
 )
 def test_settings_that_are_wrong(

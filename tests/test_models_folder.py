@@ -35,9 +35,10 @@ def write_model(folder: Path) -> Path:
     return folder
 
 
-def opened(folder: Path) -> Any:
+def opened(folder: Path, **changes: Any) -> Any:
     config = default()
     config.model.path = str(folder)
+    config.update(changes)
     return open_policy(config, make_mesh(config.mesh), None, ())
 
 
@@ -315,3 +316,12 @@ def test_a_tokenizer_needs_no_weights(tmp_path: Path) -> None:
     assert description_folder(folder) == folder
     (folder / "model.safetensors").write_text(POINTER)
     assert description_folder(folder) == folder
+
+
+def test_a_dry_run_needs_no_weights(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    assert opened(folder, dry_run=True).config.vocab_size == 300
+    (folder / "tokenizer.json").write_text(POINTER)
+    with pytest.raises(UserError, match=r"tokenizer.json: a Git LFS pointer"):
+        opened(folder, dry_run=True)

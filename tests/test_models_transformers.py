@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +16,7 @@ from models_for_tests import Candidates, hf_config, random_candidates, scored
 from tokenizers import Tokenizer
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models import attention
 from mass_dpo_jax.models.config import load_config
 from mass_dpo_jax.models.decoder import Decoder, abstract_decoder
@@ -90,6 +92,23 @@ def test_random_models(torch: ModuleType, tmp_path: Path, case: str) -> None:
     found = scored(ours, pool, pooling="response")
     assert relative_error(found.logps, logps) < 1e-4
     assert relative_error(found.features, features[0]) < 1e-4
+
+
+def test_a_head_that_a_tied_model_has_beside_its_embeddings(
+    torch: ModuleType, tmp_path: Path
+) -> None:
+    """We refuse it: what the message says to set gives what transformers 5 computes with it."""
+    random_folder(torch, tmp_path, hf_config("qwen3", tie_word_embeddings=False))
+    path = tmp_path / "config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"tie_word_embeddings": True}))
+    with pytest.raises(UserError, match=r'set "tie_word_embeddings": false in config.json'):
+        load(tmp_path)
+    pool = random_candidates(seed=1)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    logps, _ = reference(torch, theirs, pool)
+    path.write_text(json.dumps(settings | {"tie_word_embeddings": False}))
+    assert relative_error(scored(load(tmp_path), pool, pooling=None).logps, logps) < 1e-4
 
 
 def test_llama3_frequencies(torch: ModuleType, tmp_path: Path) -> None:

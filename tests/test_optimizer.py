@@ -54,12 +54,24 @@ def after(optimizer: optax.GradientTransformation, gradients: np.ndarray) -> Any
 def test_it_is_adamw_with_a_clipped_gradient(scale: float) -> None:
     gradients = np.random.default_rng(0).normal(size=(50, 40)) * scale
     train = settings(weight_decay=0.1, clip=0.3)
-    rate = optimizer_lib.learning_rate(train, 50)
+    rate = optimizer_lib._schedule(train.learning_rate, round(train.warmup_ratio * 50), 50)
     want = optax.chain(optax.clip_by_global_norm(0.3), optax.adamw(rate, weight_decay=0.1))
     ours, theirs = (after(o, gradients) for o in (make_optimizer(train, 50), want))
     assert jax.tree.structure(ours[1]) == jax.tree.structure(theirs[1])  # Old checkpoints load.
     np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-5, atol=1e-7)
     assert np.abs(ours[0]).min() > 0
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 10, 49, 50])
+@pytest.mark.parametrize("total", [50, 1])
+def test_the_rate_in_the_log_is_that_of_the_updates(warmup: int, total: int) -> None:
+    train = settings(learning_rate=2e-3, warmup_ratio=warmup / 50)
+    schedule = optimizer_lib._schedule(2e-3, round(warmup / 50 * total), total)
+    with jax.transfer_guard("disallow"):
+        rate = optimizer_lib.learning_rate(train, total)
+        found = [rate(step) for step in range(total + 3)]
+    want = [float(schedule(step)) for step in range(total + 3)]
+    np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("warmup", [0, 10])

@@ -112,7 +112,14 @@ def test_an_interruption_costs_no_evaluation(
 def test_a_second_signal_is_not_held_back() -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
+        for number, error in (
+            (signal.SIGINT, KeyboardInterrupt),
+            (signal.SIGTERM, interruption.Stopped),
+        ):
+            with pytest.raises(error), interruption.on_signals():
+                signal.raise_signal(number)  # There is nothing to save.
         with interruption.on_signals():
+            interruption.hold()
             signal.raise_signal(signal.SIGINT)
             with pytest.raises(interruption.Stopped, match="SIGINT"):
                 interruption.check()
@@ -121,6 +128,7 @@ def test_a_second_signal_is_not_held_back() -> None:
         # As `nohup` and shells have it for what runs in the background.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         with interruption.on_signals():
+            interruption.hold()
             signal.raise_signal(signal.SIGINT)
             interruption.check()
     finally:
@@ -358,6 +366,33 @@ def test_only_updates_skipped_in_a_row_end_a_run(tmp_path: Path) -> None:
     add(6, 1)
     with pytest.raises(BadSteps, match=r"step 6: the loss is not finite; .* row1; 2 updates in a"):
         steps.flush()
+
+
+@pytest.mark.parametrize("still", ["grad_norm", "update_ratio"])
+def test_steps_that_change_nothing_are_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture, still: str
+) -> None:
+    config = tiny_config(tmp_path, **{"train.learning_rate": 1e6, "train.max_skipped": 99})
+    steps = StepLog(SimpleNamespace(write=lambda *_: None), config, 0, 99)
+
+    def add(count: int, value: float, skipped: int = 0) -> str:
+        figures = {"loss": 2.5, "grad_norm": 1.0, "update_ratio": 1.0, "skipped": skipped}
+        for _ in range(count):
+            step[0] += 1
+            steps.add(step[0], {**figures, still: value}, ["row1"], np.array([bool(skipped)]))
+        return capsys.readouterr().out
+
+    step = [0]
+    for _ in range(3):  # Nine in a row, as a warm-up begins and a schedule ends.
+        assert add(9, 0.0) == ""
+        assert add(1, 0.5) == ""
+    assert "the update is skipped" in add(12, 0.0, skipped=1)
+    assert "has been 0" not in add(10, 0.0)  # The last one is written with the next.
+    said = add(15, 0.0)
+    what = "the gradient" if still == "grad_norm" else "the update of the weights"
+    assert said.count(f"{what} has been 0 for 10 steps") == 1
+    assert "(loss 2.5)" in said and "lower config.train.learning_rate (here 1e+06)" in said
+    steps.close()
 
 
 # --- Full disks.

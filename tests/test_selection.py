@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import doctest
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pools_for_tests import SIZE, make_pool, picks, run, to_select
@@ -303,6 +305,158 @@ def test_diagnostics():
     assert set(got) == {"selection/random_overlap"}
     # All of a pool is what random takes too.
     assert diagnose(many, SIZE, hard)["selection/random_overlap"] == 1.0
+
+
+def test_draws_do_not_meet_themselves_in_the_overlap_with_random():
+    """At the reference, where all weights are equal, a drawn set is a random one: n / N of it is in
+    another such set, not all of it."""
+    rows, n = 400, 3
+    pools = selection.Pool(
+        None,
+        jnp.zeros((rows, SIZE)),
+        jnp.ones((rows, SIZE), bool),
+        jax.random.split(jax.random.key(5), rows),
+    )
+    for replacement in (False, True):
+        how = Settings(criterion="sampled", replacement=replacement)
+        chosen = selection.select(pools, n, how)
+        overlap = float(selection.diagnostics(pools, chosen, how)["selection/random_overlap"])
+        assert overlap == pytest.approx(n / SIZE, abs=0.06)  # Four standard errors.
+
+
+@pytest.mark.parametrize("name", ["pool_fisher", "contrast", "set_fisher"])
+def test_every_product_of_a_design_is_in_full_float32(name):
+    """GPUs and TPUs round the factors of others."""
+    pool = make_pool(0)
+    how = Settings(criterion=name)
+    text = str(jax.make_jaxpr(lambda pool: run(pool, 3, how))(pool))
+    products = text.count("dot_general[")
+    assert products and text.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == products
+
+
+@pytest.mark.parametrize(
+    ("search", "ridge"),
+    [("greedy", 10.0), ("exhaustive", 1e4), slow("greedy", 0.1), slow("greedy", 1e4),
+     slow("exchange", 10.0), slow("exchange", 1e4)],
+)  # fmt: skip
+def test_small_values_choose_as_large_ones_do(search, ridge):
+    """Values of 1e-2 down to 1e-8: sums of log(1 + something small) once had no digits left, and
+    whatever differed by less than 4e-6 was a tie."""
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(60, SIZE + 1, 16)).astype(np.float32)
+    scores = rng.normal(0, 0.3, (60, SIZE)).astype(np.float32)
+    how = {"ridge": ridge, "feature_norm": "l2", "fisher_scale": True, "search": search}
+    found = selection.select_negatives(features, scores, n=2, criterion="set_fisher", **how)
+    same, values = 0, []
+    for row in range(60):
+        h = features[row].astype(np.float64)
+        h /= np.linalg.norm(h, axis=1, keepdims=True)
+        args = h, scores[row].astype(np.float64)
+        chosen = found.indices[row].tolist()
+        value = theory.set_logdet(*args, chosen, ridge / 0.01)
+        if search == "greedy":
+            same += chosen == list(theory.set_fisher(*args, 2, ridge=ridge / 0.01)[0])
+        else:
+            pairs = itertools.combinations(range(SIZE), 2)
+            best = max(theory.set_logdet(*args, list(pair), ridge / 0.01) for pair in pairs)
+            same += value >= best * (0.999 if search == "exhaustive" else 0.9)
+        values.append(float(np.log1p(np.float64(found.gains[row])).sum()) / value)
+    assert same >= 59
+    np.testing.assert_allclose(values, 1.0, rtol=1e-3)
+
+
+def test_equal_candidates_are_ties_however_small_their_value():
+    features = np.zeros((6, 8), np.float32)
+    features[1:, 0] = [2, 1, 2, 1, 2]
+    for ridge, search in ((1e7, "greedy"), (1e3, "exhaustive")):
+        found = selection.select_negatives(
+            features, n=1, criterion="set_fisher", ridge=ridge, search=search
+        )
+        assert found.indices.tolist() == [0]
+
+
+def test_slices_and_tensors_with_a_gradient_are_read(torch):
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(3, 12, 8)).astype(np.float32)
+    scores, mask = rng.normal(size=(3, 5)).astype(np.float32), rng.random((3, 5)) < 0.8
+    mask[:, :2] = True
+    want = selection.select_negatives(features[:, :6], scores, mask, n=2, criterion="contrast")
+    h = torch.from_numpy(features)
+    wide = torch.zeros(3, 10, dtype=torch.bool)
+    wide[:, ::2] = torch.from_numpy(mask)
+    with_gradient = torch.nn.Parameter(h.clone())
+    for same in (
+        h[:, :6],
+        h.transpose(0, 1).contiguous().transpose(0, 1)[:, :6],
+        with_gradient[:, :6],
+        (with_gradient * 1.0)[:, :6],
+        h[:, :6].double(),
+        features[:, :6],
+        list(h[:, :6]),
+    ):
+        found = selection.select_negatives(
+            same, torch.from_numpy(scores).requires_grad_(), wide[:, ::2], n=2,
+            criterion="contrast",
+        )  # fmt: skip
+        np.testing.assert_array_equal(found.indices, want.indices)
+    halves = selection.select_negatives(h[:, :6].bfloat16(), scores, mask, n=2)
+    rounded = jnp.asarray(features[:, :6]).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(
+        halves.indices, selection.select_negatives(rounded, scores, mask, n=2).indices
+    )
+    expanded = selection.select_negatives(h[:1, :6].expand(3, 6, 8), n=2)
+    assert (np.asarray(expanded.indices) == np.asarray(expanded.indices)[0]).all()
+    from mass_dpo_jax import select_from_catalogue
+
+    many = select_from_catalogue(with_gradient[0, 1:11:3], n=2)
+    some = select_from_catalogue(features[0, 1:11:3], n=2)
+    np.testing.assert_array_equal(many.indices, some.indices)
+
+
+class OnAnotherDevice:
+    """A tensor that JAX cannot look at where it is, and that says so as PyTorch's do."""
+
+    def __init__(self, array):
+        self._array = array
+
+    def __dlpack__(self, **_):
+        raise RuntimeError("Unknown device type 7")
+
+    def __dlpack_device__(self):
+        return 7, 0
+
+    def detach(self):
+        return self
+
+    contiguous = detach
+
+    def cpu(self):
+        return jnp.asarray(self._array)
+
+
+def test_a_tensor_of_a_device_that_jax_does_not_see_is_copied():
+    features = make_pool(3).features[0]
+    found = selection.select_negatives(OnAnotherDevice(features), n=3)
+    np.testing.assert_array_equal(found.indices, selection.select_negatives(features, n=3).indices)
+
+
+def test_what_is_no_array_of_real_numbers_is_one_line(torch):
+    h = torch.randn(4, 3)
+    for wrong, name in (
+        (h.to(torch.complex64), "Tensor"),
+        (h.to("meta"), "Tensor"),
+        (h.to_sparse(), "Tensor"),
+        (np.ones((4, 3), complex), "ndarray"),
+        (np.full((4, 3), None), "ndarray"),
+        (np.full((4, 3), "a"), "ndarray"),
+        ([[1.0, 2.0], [3.0]], "list"),
+        ("features.npy", "str"),
+        (None, "NoneType"),
+    ):
+        with pytest.raises(UserError, match=f"^features: {name}: not read as an array of real n"):
+            selection.select_negatives(wrong, n=1)
+    with pytest.raises(UserError, match=r"^scores: Tensor: not read"):
+        selection.select_negatives(h, torch.zeros(3, device="meta"), n=1)
 
 
 def test_the_library_call_takes_arrays_of_any_kind(torch):

@@ -23,7 +23,7 @@ from mass_dpo_jax.training.methods import KINDS
 from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.refresh import NO_SET, Sets
 from mass_dpo_jax.training.setup import Reference, prepare
-from mass_dpo_jax.training.step import Choice, KeptSets, Program, TrainState
+from mass_dpo_jax.training.step import Choice, KeptSets, Program, TrainState, _figures
 from mass_dpo_jax.training.updates import Batches, TrainStep
 
 pytestmark = pytest.mark.usefixtures("one_device", "strict_jax")
@@ -462,6 +462,24 @@ def test_a_set_in_another_order_has_not_changed(tmp_path: Path, data: Path) -> N
         changed = sets.changed(np.array([7, 2]), np.array([numbers]))
         shares.append(changed() if callable(changed) else changed)
     assert shares == [None, 0.5]
+
+
+def test_a_row_without_negatives_has_no_margin() -> None:
+    logps, rewards = jnp.array([[-1.0, -2.0, -3.0]] * 3), jnp.array([[3.0, 1.0, 2.0]] * 3)
+    valid = jnp.array([[True, True, True], [True, True, False], [True, False, False]])
+    found = _figures(logps, rewards, valid)
+    assert all(np.isfinite(value) for value in found.values())
+    assert found["rewards/margins_hard"] == pytest.approx((1 + 2 + 0) / 3)
+
+
+def test_draws_have_other_keys_than_random_weights(tmp_path: Path, data: Path) -> None:
+    setup = prepare(tiny_config(data, seed=3), tmp_path / "run", ("train",))
+    draws = [tuple(jax.random.key_data(setup.key(i)).tolist()) for i in range(50)]
+    weights = [
+        tuple(jax.random.key_data(jax.random.fold_in(jax.random.key(3), i)).tolist())
+        for i in range(50)
+    ]
+    assert len({*draws, *weights}) == 100
 
 
 def test_micro_batches_change_nothing_but_memory(tmp_path: Path, data: Path) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import shorten
 
+_PLAIN = (str, list, dict, int, bool, type(None))  # What most values are, for speed.
+
 
 def check_string(value: Any, field: str, place: str) -> str:
     """The value, if it is a string with something in it that can be written as UTF-8."""
@@ -51,6 +53,8 @@ def check_id(value: Any, default: str, place: str) -> str:
 
 def plain(value: Any) -> Any:
     """The value as JSON has it: NumPy's as Python's, a tuple as a list, NaN, a gap, as null."""
+    if type(value) in _PLAIN:
+        return value
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, tuple):

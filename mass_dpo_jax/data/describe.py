@@ -10,10 +10,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mass_dpo_jax import config as config_lib
-from mass_dpo_jax.data import load_examples, splits, warn_of_shared_prompts
+from mass_dpo_jax.data import splits
 from mass_dpo_jax.data.examples import Example, History, Text
+from mass_dpo_jax.data.kept import open_splits
+from mass_dpo_jax.data.token_cache import tokenize_once
 from mass_dpo_jax.data.tokenizer import load_tokenizer
-from mass_dpo_jax.data.tokens import Tokens, tokenize
+from mass_dpo_jax.data.tokens import Tokens
+from mass_dpo_jax.files import cache_folder
 from mass_dpo_jax.training.policy import description_folder
 
 
@@ -49,27 +52,25 @@ def describe(config: ConfigDict, show: int) -> Iterator[str]:
     """
     config = config_lib.checked(config)
     tokenizer = None
+    cache = cache_folder(config.cache_dir)
     shown: list[str] = []
-    loaded: dict[str, list[Example]] = {}
     if config.model.path:
         tokenizer = load_tokenizer(description_folder(Path(config.model.path)))
     else:
         yield "config.model.path is empty: lengths are in words, nothing is rendered or cut"
-    for split in splits.NAMES:
-        examples = load_examples(config.data, split, config.seed)
-        loaded[split] = examples
+    loaded = open_splits(cache, config.data, tuple(splits.NAMES), config.seed)
+    for split, examples in loaded.items():
         if not examples:
             yield f"{split}: no rows"
             continue
         if tokenizer is None:
             view = _in_words(examples, show)
         else:
-            tokens = tokenize(examples, tokenizer, config.data, progress=True)
+            tokens = tokenize_once(cache, examples, tokenizer, config.data, progress=True)
             view = _in_tokens(tokens, tokenizer, show)
         yield from _summary(split, view)
         shown += _rows(split, view)
         show = 0
-    warn_of_shared_prompts(loaded)
     yield from shown
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from mass_dpo_jax.data.checks import check_id, has_content, kind, plain
 from mass_dpo_jax.data.messages import Message as Message
 from mass_dpo_jax.data.messages import Text as Text
-from mass_dpo_jax.data.messages import read_text
+from mass_dpo_jax.data.messages import is_simple, read_text
 from mass_dpo_jax.data.written import decode_responses, is_list
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import shorten
@@ -121,7 +121,8 @@ def from_row(row: Any, default_id: str, place: str) -> Example:
         if field in row and has_content(row[field]):
             raise UserError(f"{place}: field {field!r} is not read here: {instead}")
     chosen = read_text(row["chosen"], "chosen", place)
-    listed = _rejected(row["rejected"], chosen, place)
+    single = isinstance(plain(row["chosen"]), Mapping)
+    listed = _rejected(row["rejected"], chosen, single, place)
     rejected = [text for text in listed if text is not None]
     prompt: Text
     if plain(row.get("prompt")) is not None:
@@ -138,7 +139,7 @@ def from_row(row: Any, default_id: str, place: str) -> Example:
     chosen = _answer(prompt, chosen, "chosen", place)
     numbers = (i for i, text in enumerate(listed) if text is not None)
     rejected = [
-        _answer(prompt, text, f"rejected[{i}]", place)
+        text if isinstance(text, str) else _answer(prompt, text, f"rejected[{i}]", place)
         for i, text in zip(numbers, rejected, strict=True)
     ]
     check_not_rejected(chosen, rejected, place)
@@ -201,8 +202,11 @@ def _number(value: Any, field: str, place: str) -> float | None:
     return float(value) if abs(value) <= LARGEST_SCORE else None
 
 
-def _rejected(value: Any, chosen: Any, place: str) -> list[Text | None]:
-    """The rejected responses; None where a list of them has null."""
+def _rejected(value: Any, chosen: Text, single: bool, place: str) -> list[Text | None]:
+    """The rejected responses; None where a list of them has null.
+
+    A list of messages is one response, or several where responses are `single` messages.
+    """
     value = plain(value)
     if isinstance(value, str) and not is_list(chosen):
         value = decode_responses(value, place)
@@ -213,11 +217,13 @@ def _rejected(value: Any, chosen: Any, place: str) -> list[Text | None]:
             f"{place}: field 'rejected' must be a response or a list of responses, "
             f"found {kind(value)}"
         )
+    if all(map(is_simple, value)) and value:
+        return value
     value = [plain(v) for v in value]
     there = [v for v in value if v is not None]
     if not there:
         raise UserError(f"{place}: field 'rejected' is empty")
-    if all(isinstance(v, Mapping) and ("role" in v or "from" in v) for v in there):
+    if not single and all(isinstance(v, Mapping) and ("role" in v or "from" in v) for v in there):
         return [read_text(there, "rejected", place)]
     return [
         None if v is None else read_text(v, f"rejected[{i}]", place) for i, v in enumerate(value)

@@ -124,4 +124,6 @@ def _read(path: str) -> Any:
         raise
     except Exception as error:  # Anything from no network to a broken file.
         message = " ".join(str(error).split())[:300]
+        if "Config name is missing" in message:
+            message += "; subsets cannot be named here: give the folder of one, downloaded"
         raise UserError(f"{path}: the dataset cannot be read: {message}") from None

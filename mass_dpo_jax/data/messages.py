@@ -23,6 +23,11 @@ _NOT_READ = {
 }
 
 
+def is_simple(value: Any) -> bool:
+    """Is it a string that `read_text` returns as it is? Quick, and false for some that are."""
+    return type(value) is str and value.isascii() and value[:1].isalnum()
+
+
 def read_text(value: Any, field: str, place: str) -> Text:
     """A string, or the messages of a list, of a single message, or of a text that holds those.
 
@@ -31,9 +36,11 @@ def read_text(value: Any, field: str, place: str) -> Text:
     """
     value = plain(value)
     if isinstance(value, str):
-        value = decode_messages(check_string(value, field, place), field, place)
-    if isinstance(value, str):
-        return value
+        value = check_string(value, field, place)
+        if value[0] in "[{" or value[0].isspace():
+            value = decode_messages(value, field, place)
+        if isinstance(value, str):
+            return value
     if isinstance(value, Mapping) and "role" in value and "content" in value:
         value = [value]
     if not isinstance(value, list):

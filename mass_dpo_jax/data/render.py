@@ -8,14 +8,19 @@ and every date a template can ask for is the configured one, unless its argument
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import inspect
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import chat_template_utils
 
+from mass_dpo_jax.data import probe
 from mass_dpo_jax.data.examples import Example, History, Message, Text
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import read_text, shorten
@@ -25,6 +30,13 @@ ARGUMENTS = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).p
     "documents"
 }
 PROBE = "response"  # Stands for any answer when we look at what the template writes around it.
+MOST_KNOWN = 100_000  # Answers whose text is kept.
+# How texts begin that chat templates have written, also those of other models.
+RENDERED = re.compile(
+    r"\s*(<[|\uff5c][^|\uff5c>]+[|\uff5c]>|<start_of_turn>|<bos>|<s>|\[INST\]|<<SYS>>)"
+)
+TAGS = ("<think>", "</think>")
+_THINK = "--config.data.chat_template_kwargs='{\"enable_thinking\": true}' lets it"
 
 
 class Renderer(Protocol):
@@ -36,8 +48,16 @@ class Renderer(Protocol):
     def prompt(self, prompt: Text | History, place: str) -> str:
         """The prompt's text, up to where the response starts."""
 
-    def responses(self, example: Example) -> list[str]:
-        """The texts of the chosen response and of all rejected ones."""
+    def responses(self, example: Example, prompt: str) -> list[str]:
+        """The texts of the chosen response and of all rejected ones, after this text of the
+        example's prompt."""
+
+    def doubt(self, prompt: Text | History, place: str) -> str:
+        """What is odd about a prompt, in a word or two to count by; "" is nothing.
+
+        Raises:
+          UserError: it cannot be meant.
+        """
 
 
 def make_renderer(tokenizer: Any, data: Any) -> Renderer:
@@ -94,7 +114,8 @@ class Plain:
         if tokenizer.eos_token_id is None:
             raise UserError(
                 "config.data.chat_template='none' ends every response with the end-of-sequence "
-                "token, but the model's tokenizer and config.json name none (eos_token)"
+                "token, but the model's tokenizer and config.json name none (eos_token; null in "
+                "tokenizer_config.json is none, whatever config.json says)"
             )
         self.end_id: int | None = tokenizer.eos_token_id
         self._end = tokenizer.eos_token
@@ -104,13 +125,16 @@ class Plain:
             return prompt.text
         return self._string(prompt, "prompt", place)
 
-    def responses(self, example: Example) -> list[str]:
-        texts = []
-        for field, response in _named(example):
-            text = self._string(response, field, example.place).removesuffix(self._end)
-            _check_no_end(text, self._end, field, example.place)
-            texts.append(text)
-        return texts
+    def responses(self, example: Example, prompt: str) -> list[str]:
+        return [
+            _without_end(self._string(response, field, example.place), self._end, field, example)
+            for field, response in _named(example)
+        ]
+
+    def doubt(self, prompt: Text | History, place: str) -> str:
+        """Special tokens are what a text that is rendered already should have, but for its end."""
+        text = self.prompt(prompt, place).rstrip()
+        return f"that end with {self._end}" if text.endswith(self._end) else ""
 
     def _string(self, text: Text, field: str, place: str) -> str:
         if isinstance(text, str):
@@ -119,6 +143,21 @@ class Plain:
             f"{place}: field {field!r} is a list of chat messages, which need a template: set "
             "data.chat_template to tokenizer or to a template file, or write strings"
         )
+
+
+@dataclasses.dataclass
+class Kind:
+    """What the template writes for answers after prompts of one kind.
+
+    Attributes:
+      end: the token that ends a response.
+      rule: says what is written for most answers, without rendering them.
+      known: the texts of answers that were rendered.
+    """
+
+    end: str
+    rule: probe.Rule | None
+    known: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 class Template:
@@ -132,49 +171,115 @@ class Template:
         # is handed to it into a string. The newline after the block is not part of the output.
         date = arguments["date_string"]
         macro = "{%- macro strftime_now(format) -%}{{ " + json.dumps(date) + " }}{%- endmacro %}\n"
+        self._source = template
         self._template = macro + template
         self._arguments = arguments
         self._tokenizer = tokenizer
         special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
         self._specials = sorted({*special, *tokenizer.all_special_tokens} - {""})
-        self._ends: dict[str, str] = {}  # What is written for the probe -> the end token in it.
-        self._known: dict[tuple[str, str], str] = {}  # (written for the probe, answer) -> text.
+        longest_first = sorted(self._specials, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self._kinds: dict[str, Kind] = {}  # What is written for PROBE -> what that says.
 
     def prompt(self, prompt: Text | History, place: str) -> str:
         return self._render(_messages(prompt), place, generation_prompt=True)
 
-    def responses(self, example: Example) -> list[str]:
-        """Answers repeat (titles, letters), so each is rendered once per kind of prompt.
+    def responses(self, example: Example, prompt: str) -> list[str]:
+        """Answers repeat (titles, letters), so each is rendered once per kind of prompt, and most
+        not at all.
 
         The kind of a prompt is what the template writes for the probe after it: an empty block of
         thoughts, say, where it follows the last question.
         """
         messages = _messages(example.prompt)
-        prompt = self._render(messages, example.place, generation_prompt=True)
-        kind = self._after(messages, prompt, PROBE, example.place)
-        end = self._ends.get(kind) or self._find_end(kind, example.place)
+        written = self._after(messages, prompt, PROBE, example.place)
+        kind = self._kinds.get(written) or self._look_at(written, messages, prompt, example.place)
         texts = []
         for field, response in _named(example):
             content = response if isinstance(response, str) else response[-1]["content"]
-            if (kind, content) not in self._known:
-                _check_no_end(content, end, field, example.place)
-                text = self._after(messages, prompt, content, example.place)
-                self._known[kind, content] = text[: text.index(end) + len(end)]
-            texts.append(self._known[kind, content])
+            text = kind.known.get(content)
+            if text is None:
+                text = self._response(kind, messages, prompt, content, field, example)
+            texts.append(text)
         return texts
+
+    def doubt(self, prompt: Text | History, place: str) -> str:
+        found = ""
+        for message in _messages(prompt):
+            text = message["content"]
+            start = text.lstrip()
+            token = self._special.match(start)
+            if token and token[0] in self._openers:
+                raise UserError(
+                    f"{place}: the prompt begins with {token[0]}, which the chat template writes "
+                    "itself, so it is rendered already: set --config.data.chat_template=none, or "
+                    "write the text alone"
+                )
+            if RENDERED.match(start) or (self._header and start.startswith(self._header)):
+                found = "that look rendered already"
+            elif not found and self._special.search(text):
+                found = "with special tokens in their text"
+        return found
+
+    @functools.cached_property
+    def _opening(self) -> str:
+        """What the template writes before the text of a user's only message."""
+        try:
+            return self.prompt(probe.TEXT, "").partition(probe.TEXT)[0]
+        except UserError:
+            return ""  # It wants other messages; those of the data will tell.
+
+    @functools.cached_property
+    def _openers(self) -> set[str]:
+        bos = self._tokenizer.bos_token
+        return {*self._special.findall(self._opening), *([bos] if bos else [])}
+
+    @functools.cached_property
+    def _header(self) -> str:
+        """The user's header where it is no special token, "### Instruction:" say."""
+        lines = self._special.sub("\n", self._opening).strip().splitlines()
+        header = lines[-1].strip() if lines else ""
+        return header if re.search(r"[^\w\s]", header) else ""
+
+    def _response(
+        self,
+        kind: Kind,
+        messages: list[Message],
+        prompt: str,
+        content: str,
+        field: str,
+        example: Example,
+    ) -> str:
+        answer = _without_end(content, kind.end, field, example)
+        # The templates that end the prompt with an empty block of thoughts.
+        if prompt.rstrip().endswith(TAGS[1]) and any(tag in answer for tag in TAGS):
+            raise UserError(
+                f"{example.place}: field {field!r} has {TAGS[0]}, and the chat template is told "
+                f"not to think: {_THINK}"
+            )
+        if kind.rule is not None and kind.rule.holds(answer):
+            text = kind.rule.before + answer + kind.rule.after
+        else:
+            text = self._after(messages, prompt, answer, example.place)
+        text = text[: text.index(kind.end) + len(kind.end)]
+        if len(kind.known) >= MOST_KNOWN:
+            kind.known.clear()
+        kind.known[content] = text
+        return text
 
     def _after(self, messages: list[Message], prompt: str, answer: str, place: str) -> str:
         """What the template writes after the generation prompt for an answer."""
         message = {"role": "assistant", "content": answer}
         text = self._render([*messages, message], place, generation_prompt=False)
         if not text.startswith(prompt):
+            advice = f"; {_THINK}" if any(tag in answer for tag in TAGS) else ""
             raise UserError(
                 f"{place}: the chat template's text with the answer {shorten(answer)} does not "
-                f"start with its generation prompt, which ends with {shorten(prompt[-40:])}"
+                f"start with its generation prompt, which ends with {shorten(prompt[-40:])}{advice}"
             )
         return text[len(prompt) :]
 
-    def _find_end(self, written: str, place: str) -> str:
+    def _look_at(self, written: str, messages: list[Message], prompt: str, place: str) -> Kind:
         _, found, tail = written.partition(PROBE)
         ends = [
             (tail.index(token), -len(token), token) for token in self._specials if token in tail
@@ -182,10 +287,32 @@ class Template:
         if not found or not ends:
             raise UserError(
                 f"{place}: the chat template writes no special token at the end of the assistant's "
-                f"message, so nothing says where a response ends: {shorten(written)}"
+                f"message, so nothing says where a response ends: {shorten(written)}; write "
+                "{{ eos_token }} after that message's content in the template"
             )
-        self._ends[written] = min(ends)[2]
-        return self._ends[written]
+        if len(self._kinds) >= MOST_KNOWN:
+            self._kinds.clear()
+        rule = self._find_rule(written, messages, prompt)
+        return self._kinds.setdefault(written, Kind(min(ends)[2], rule))
+
+    def _find_rule(self, written: str, messages: list[Message], prompt: str) -> probe.Rule | None:
+        # `apply_chat_template` would make an ordinary string of the probe.
+        compiled = chat_template_utils._compile_jinja_template(self._template)
+        context = {**self._tokenizer.special_tokens_map, **self._arguments}
+
+        def render(answer: str) -> str:
+            talk = [*messages, {"role": "assistant", "content": answer}]
+            text: str = compiled.render(
+                messages=talk, tools=None, documents=None, add_generation_prompt=False, **context
+            )
+            return text.removeprefix(prompt)
+
+        try:
+            if render(PROBE) == written:
+                return probe.find_rule(render, compiled.environment.parse(self._source))
+        except Exception:  # A template can do anything with a probe, but be told of it by a user.
+            pass
+        return None
 
     def _render(self, messages: list[Message], place: str, generation_prompt: bool) -> str:
         try:
@@ -216,9 +343,14 @@ def _named(example: Example) -> list[tuple[str, Text]]:
     return [("chosen", example.chosen), *rejected]
 
 
-def _check_no_end(text: str, end: str, field: str, place: str) -> None:
+def _without_end(text: str, end: str, field: str, example: Example) -> str:
+    """The text of a response without the end token that it may have at its end."""
+    if end not in text:
+        return text
+    text = text.rstrip().removesuffix(end) if text.rstrip().endswith(end) else text
     if end in text:
         raise UserError(
-            f"{place}: field {field!r} contains the end-of-sequence token {end}, which is added to "
-            "every response: leave it out of the text"
+            f"{example.place}: field {field!r} contains the end-of-sequence token {end}, which is "
+            "added to every response: leave it out of the text"
         )
+    return text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mass_dpo_jax.data.checks import has_content, plain
@@ -16,11 +16,12 @@ from mass_dpo_jax.data.written import is_list, is_response_list
 _OF_PROMPTS = ("system", "system_prompt", "history", "input", "context", "instruction")
 _TURNS = re.compile(r"(?:^|\n)\s*Human:.*\n\s*Assistant:", re.S)
 
+_said: set[str] = set()
 _log = logging.getLogger(__name__)
 
 
 class RowNotes:
-    """Looks at every row and its example with `add`; `log` says what there was, and how often."""
+    """Looks at every row and its example with `add`, and says at the end what there was."""
 
     def __init__(self, name: str, has_template: bool):
         self._name = name
@@ -35,10 +36,12 @@ class RowNotes:
             if column not in COLUMNS and column not in self._unread and has_content(value):
                 self._unread[column] = None
         rejected = plain(row["rejected"])
-        if isinstance(rejected, list) and any(plain(text) is None for text in rejected):
-            self._counts["null"] += 1
+        if isinstance(rejected, list):
+            if len(rejected) != len(example.rejected):  # Or it is one conversation.
+                self._counts["null"] += any(plain(text) is None for text in rejected)
         elif is_response_list(rejected):
-            self._counts["lists" if is_list(row["chosen"]) else "decoded"] += 1
+            is_text = isinstance(example.chosen, str) and is_list(row["chosen"])
+            self._counts["lists" if is_text else "decoded"] += 1
         for given, read in ((row.get("prompt"), example.prompt), (row["chosen"], example.chosen)):
             if isinstance(read, list) and isinstance(given, str) and given.lstrip()[:1] in "[{":
                 self._counts["messages"] += 1
@@ -50,20 +53,29 @@ class RowNotes:
         if self._has_template and isinstance(example.prompt, str):
             self._counts["turns"] += _TURNS.search(example.prompt) is not None
 
-    def log(self) -> None:
-        unread = [column for column in self._unread if column not in _OF_PROMPTS]
+    def lines(self) -> Iterator[tuple[int, str]]:
+        """What there is to say: the level of logging, and the message."""
+        unread = [str(column) for column in self._unread if column not in _OF_PROMPTS]
         if unread:
-            _log.info("%s: not read: %s", self._name, ", ".join(map(str, unread)))
+            yield logging.INFO, f"{self._name}: not read: {', '.join(unread)}"
         for column in self._unread:
             if column in _OF_PROMPTS:
-                _log.warning(
-                    "%s: not read: %s; where it belongs to the prompt, write it into prompt, or "
-                    "name it in config.data.columns",
-                    self._name, column,
-                )  # fmt: skip
+                yield (
+                    logging.WARNING,
+                    f"{self._name}: not read: {column}; where it belongs to the prompt, write it "
+                    "into prompt, or name it in config.data.columns",
+                )
         for what, message in _MESSAGES.items():
             if count := self._counts[what]:
-                _log.warning("%s: %d of %d rows %s", self._name, count, self._rows, message)
+                yield logging.WARNING, f"{self._name}: {count} of {self._rows} rows {message}"
+
+    def log(self, once: bool) -> None:
+        """Logs that; with `once` only what was not said before, of another part of the file."""
+        for level, message in self.lines():
+            if not (once and message in _said):
+                _log.log(level, "%s", message)
+            if once:
+                _said.add(message)
 
 
 _MESSAGES = {

@@ -53,14 +53,15 @@ def preferences(table: Table, data: Any, seed: int) -> list[Example]:
 
     An example without an id is called after its split (or file) and its row, counted from 0.
     """
-    return _part_of(table, read_preferences(table, f"{table.source.name}-", data), data, seed)
+    found = read_preferences(table, f"{table.source.name}-", data, say_once=True)
+    return _part_of(table, found, data, seed)
 
 
-def read_preferences(table: Table, prefix: str, data: Any) -> list[Example]:
+def read_preferences(table: Table, prefix: str, data: Any, say_once: bool = False) -> list[Example]:
     """All examples of a table; those without an id are called `prefix` and their row's number.
 
     Rows that are Examples already are taken as they are. What there is to say of the rows together
-    is logged, see `RowNotes`.
+    is logged, see `RowNotes`; with `say_once` not again for another split of the same rows.
 
     Raises:
       UserError: as `collect`.
@@ -80,7 +81,7 @@ def read_preferences(table: Table, prefix: str, data: Any) -> list[Example]:
     columns = ",".join(["id=", *others])
     advice = f"; several rows of one prompt? --config.data.columns={columns} numbers rows instead"
     found = _read(table, make, data.on_bad_row, advice)
-    notes.log()
+    notes.log(say_once)
     return found
 
 

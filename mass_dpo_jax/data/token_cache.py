@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -16,22 +17,29 @@ import numpy as np
 import transformers
 
 import mass_dpo_jax
+from mass_dpo_jax.data import bad_rows, flat, probe, prompts, render, row_checks, tokens
 from mass_dpo_jax.data import examples as examples_lib
-from mass_dpo_jax.data import flat, render, tokens
 from mass_dpo_jax.data.examples import Example, History
+from mass_dpo_jax.data.kept import WORTH, Examples, Said, listening
 from mass_dpo_jax.data.tokens import Tokens, tokenize
 
-WORTH = 20_000  # Responses; fewer are tokenized faster than they are looked up and explained.
 SETTINGS = (
-    "chat_template", "date", "chat_template_kwargs",
-    "max_prompt_length", "max_response_length", "long_response",
+    "chat_template", "date", "chat_template_kwargs", "on_bad_row",
+    "max_prompt_length", "max_response_length", "long_prompt", "long_response",
 )  # fmt: skip
-CODE = (examples_lib, flat, render, tokens)  # What the tokens depend on.
+# What the tokens depend on.
+CODE = (bad_rows, examples_lib, flat, probe, prompts, render, row_checks, tokens)
 _log = logging.getLogger(__name__)
 
 
 def tokenize_once(
-    folder: Path, examples: Sequence[Example], tokenizer: Any, data: Any, *, progress: bool
+    folder: Path,
+    examples: Sequence[Example],
+    tokenizer: Any,
+    data: Any,
+    *,
+    progress: bool,
+    max_positions: int | None = None,
 ) -> Tokens:
     """`tokenize`, or what an earlier run kept in `folder` of the same examples, tokenizer, limits
     and code. Files that are not as they were written are reported and made again.
@@ -39,26 +47,35 @@ def tokenize_once(
     Raises:
       UserError: as `tokenize`.
     """
-    count = sum(1 + len(example.rejected) for example in examples)
+    make = functools.partial(
+        tokenize, examples, tokenizer, data, progress=progress, max_positions=max_positions
+    )
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if count < WORTH or backend is None:
-        return tokenize(examples, tokenizer, data, progress=progress)
-    path = folder / f"tokens-{_digest(examples, tokenizer, backend, data)}"
+    # Of those that are kept there are enough; the sum would read them.
+    kept = isinstance(examples, Examples)
+    if backend is None or (not kept and sum(1 + len(e.rejected) for e in examples) < WORTH):
+        return make()
+    path = folder / f"tokens-{_digest(examples, tokenizer, backend, data, max_positions)}"
     try:
-        found = _read(path)
+        found, said = _read(path)
         _log.info(f"tokens: read from {path}")
+        for level, message in said:
+            _log.log(level, "%s", message)
         return found
     except FileNotFoundError:
         pass
     except (ValueError, OSError) as error:
         _log.warning(f"{path}: unreadable ({error}); tokenizing again")
         shutil.rmtree(path, ignore_errors=True)
-    found = tokenize(examples, tokenizer, data, progress=progress)
-    _write(path, found)
+    with listening() as heard:
+        found = make()
+    _write(path, found, heard)
     return found
 
 
-def _digest(examples: Sequence[Example], tokenizer: Any, backend: Any, data: Any) -> str:
+def _digest(
+    examples: Sequence[Example], tokenizer: Any, backend: Any, data: Any, max_positions: int | None
+) -> str:
     sha = hashlib.sha256(backend.to_str().encode())
     template = Path(data.chat_template)
     settings = {
@@ -66,11 +83,15 @@ def _digest(examples: Sequence[Example], tokenizer: Any, backend: Any, data: Any
         "data": {name: data[name] for name in SETTINGS},
         "file": template.read_text(errors="replace") if template.is_file() else "",
         "template": tokenizer.chat_template,
+        "max_positions": max_positions,
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
     }
     sha.update(json.dumps(settings, sort_keys=True).encode())
     for module in CODE:
         sha.update(Path(str(module.__file__)).read_bytes())
+    if isinstance(examples, Examples):
+        sha.update(examples.key.encode())
+        return sha.hexdigest()[:32]
     for example in examples:
         prompt: Any = example.prompt
         if isinstance(prompt, History):
@@ -80,12 +101,13 @@ def _digest(examples: Sequence[Example], tokenizer: Any, backend: Any, data: Any
     return sha.hexdigest()[:32]
 
 
-def _read(path: Path) -> Tokens:
+def _read(path: Path) -> tuple[Tokens, Said]:
+    """Tokens, and what was said when they were made."""
     text, _, checksum = (path / "rest.json").read_text().rpartition("\n")
     if hashlib.sha256(text.encode()).hexdigest() != checksum:
         raise ValueError("rest.json is not what was written")
     stored = json.loads(text)
-    checksums = stored.pop("arrays")
+    checksums, said = stored.pop("arrays"), stored.pop("said")
     arrays = {}
     for field in dataclasses.fields(Tokens):
         if field.name in checksums:
@@ -93,7 +115,7 @@ def _read(path: Path) -> Tokens:
             if _checksum(file) != checksums[field.name]:
                 raise ValueError(f"{file.name} is not what was written")
             arrays[field.name] = np.load(file, mmap_mode="r", allow_pickle=False)
-    return Tokens(**stored, **arrays)
+    return Tokens(**stored, **arrays), said
 
 
 def _checksum(file: Path) -> str:
@@ -101,7 +123,7 @@ def _checksum(file: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def _write(path: Path, found: Tokens) -> None:
+def _write(path: Path, found: Tokens, said: Said) -> None:
     """Renamed when whole: another run may look for it meanwhile."""
     fields = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
     arrays = {name: value for name, value in fields.items() if isinstance(value, np.ndarray)}
@@ -113,7 +135,7 @@ def _write(path: Path, found: Tokens) -> None:
         for name, value in arrays.items():
             np.save(temporary / f"{name}.npy", value)
         checksums = {name: _checksum(temporary / f"{name}.npy") for name in arrays}
-        text = json.dumps({**rest, "arrays": checksums})
+        text = json.dumps({**rest, "arrays": checksums, "said": said})
         checksum = hashlib.sha256(text.encode()).hexdigest()
         (temporary / "rest.json").write_text(f"{text}\n{checksum}")
         temporary.rename(path)

@@ -7,21 +7,33 @@ lengths, so it may equal the padding token.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from mass_dpo_jax.data.examples import Example, History
-from mass_dpo_jax.data.flat import Flat, encode_texts
+from mass_dpo_jax.data.bad_rows import BadRows
+from mass_dpo_jax.data.examples import Example
+from mass_dpo_jax.data.flat import Flat, encode_texts, find_added
+from mass_dpo_jax.data.prompts import Encoder
 from mass_dpo_jax.data.render import Renderer, make_renderer
+from mass_dpo_jax.data.row_checks import Rows, check_rows
 from mass_dpo_jax.errors import UserError
+
+ROWS = 4096  # Rendered and tokenized at a time: their texts and lists of tokens take memory.
+COUNTED = (
+    "prompts_with_shorter_history", "history_items_dropped", "prompts_truncated",
+    "prompts_too_long", "responses_too_long", "examples_dropped", "repeated_negatives",
+)  # fmt: skip
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +78,10 @@ class Tokens:
 
     def digest(self) -> str:
         """SHA-256 of ids and tokens: equal where every number computed from them is."""
+        return self._digest
+
+    @functools.cached_property
+    def _digest(self) -> str:
         sha = hashlib.sha256(json.dumps(self.ids).encode())
         for array in (
             self.prompt_lengths,
@@ -74,7 +90,7 @@ class Tokens:
             self.response_tokens,
         ):
             sha.update(str(array.shape).encode())
-            sha.update(np.ascontiguousarray(array, "<i4").tobytes())
+            sha.update(np.ascontiguousarray(array, "<i4").reshape(-1).view(np.uint8).data)
         return sha.hexdigest()
 
     @functools.cached_property
@@ -86,164 +102,217 @@ class Tokens:
         return np.cumsum(self.response_lengths.sum(1, dtype=np.int64))
 
 
-def tokenize(examples: Sequence[Example], tokenizer: Any, data: Any, *, progress: bool) -> Tokens:
+class Part(NamedTuple):
+    """The tokens of some examples, those that are left of them.
+
+    Attributes:
+      rows: int [m], which examples.
+      prompts: one list each.
+      counts: int [m], how many responses each has.
+      responses: of all of them, example by example.
+      numbers: int [sum of counts], as in `Tokens`.
+    """
+
+    rows: np.ndarray
+    prompts: Flat
+    counts: np.ndarray
+    responses: Flat
+    numbers: np.ndarray
+
+
+def tokenize(
+    examples: Sequence[Example],
+    tokenizer: Any,
+    data: Any,
+    *,
+    progress: bool,
+    max_positions: int | None = None,
+) -> Tokens:
     """Renders and tokenizes examples under the length limits of `data`.
 
-    A prompt over `data.max_prompt_length` loses the oldest items of its history, all but the
-    newest if need be, and then tokens from its left. A response over `data.max_response_length`
-    is an error (`data.long_response` = "error") or leaves its pool ("drop"), with its example if
-    it is the chosen one or no rejected one is left. `Tokens.cut` counts it all.
+    What becomes of a prompt over `data.max_prompt_length` says `data.long_prompt`: see `prompts`
+    for what is cut. A response over `data.max_response_length` is an error (`data.long_response` =
+    "error") or leaves its pool ("drop"), with its example if it is the chosen one or no rejected
+    one is left. `Tokens.cut` counts it all.
+
+    Args:
+      examples: of one split.
+      tokenizer: of Hugging Face.
+      data: the configuration's `data`.
+      progress: shows a bar on a terminal.
+      max_positions: most tokens of a prompt with a response that the model can tell apart.
 
     Raises:
-      UserError: names the row: a prompt without tokens, a response that is too long, a chosen
-        response that has the tokens of a rejected one (templates trim).
+      UserError: names the row that cannot be rendered, has no tokens or too many, a chosen response
+        with the tokens of a rejected one (templates trim), and more. With `data.on_bad_row` =
+        "skip" such rows are left out and counted in the log.
     """
     renderer = make_renderer(tokenizer, data)
+    work = _Work(renderer, tokenizer, data, max_positions)
     show = progress and sys.stderr.isatty()
+    with tqdm(total=len(examples), desc="Tokenizing", leave=False, disable=not show) as bar:
+        for start in range(0, len(examples), ROWS):
+            work.add(examples[start : start + ROWS], start)
+            bar.update(min(ROWS, len(examples) - start))
+            if work.bad and data.on_bad_row == "error":
+                examples = examples[: start + ROWS]
+                break
+    if work.bad:
+        rows = BadRows("tokenizing", data.on_bad_row)
+        for i in range(len(examples)):
+            with rows:
+                if i in work.bad:
+                    raise work.bad[i]
+        rows.done()
+    work.warn(len(examples))
+    return _joined(examples, work)
 
-    def encode(texts: Sequence[str], special_tokens: bool, what: str) -> Flat:
-        return encode_texts(tokenizer, texts, special_tokens, what if show else "")
 
-    places = [e.place for e in examples]
-    cut: dict[str, int] = {}
-    responses, counts = _responses(examples, renderer, encode, cut, show)
-    keep = _short_enough(responses.lengths, counts, places, data, cut)
-    kept = keep.sum(1) > 0
-    examples = [e for e, k in zip(examples, kept, strict=True) if k]
-    if not examples:
-        raise UserError(
-            f"no example is left: every one has a response over config.data.max_response_length="
-            f"{data.max_response_length}"
+class _Work:
+    """Tokenizes examples part by part, and collects the parts and what is wrong with rows."""
+
+    def __init__(
+        self, renderer: Renderer, tokenizer: Any, data: Any, max_positions: int | None
+    ) -> None:
+        self.parts: list[Part] = []
+        self.bad: dict[int, UserError] = {}  # By the example's place in the split.
+        self.cut: collections.Counter[str] = collections.Counter(dict.fromkeys(COUNTED, 0))
+        self._doubts: dict[str, list[str]] = {}  # What is odd about prompts -> their places.
+        self._renderer = renderer
+        self._data = data
+        self._max_positions = max_positions
+        self._encode = functools.partial(encode_texts, tokenizer)
+        first, last = find_added(tokenizer) if renderer.special_tokens else ([], [])
+        if last:
+            _log.warning(
+                "the tokenizer ends texts with %s: left out of the prompts, which go on",
+                " ".join(map(str, tokenizer.convert_ids_to_tokens(last))),
+            )
+        self._prompts = Encoder(renderer, self._encode, first, tokenizer.bos_token_id, data)
+
+    def add(self, examples: Sequence[Example], start: int) -> None:
+        bad: dict[int, UserError] = {}
+        dropped: set[int] = set()
+        prompts = self._prompts(examples, bad, dropped, self.cut)
+        texts: list[str] = []
+        rows, counts = [], []
+        for i, example in enumerate(examples):
+            if i in bad or i in dropped:
+                continue
+            try:
+                if doubt := self._renderer.doubt(example.prompt, example.place):
+                    self._doubts.setdefault(doubt, []).append(example.place)
+                if prompts.prompts[i] is not example.prompt:
+                    example = dataclasses.replace(example, prompt=prompts.prompts[i])
+                found = self._renderer.responses(example, prompts.texts[i])
+            except UserError as error:
+                bad[i] = error
+                continue
+            texts += found
+            rows.append(i)
+            counts.append(len(found))
+        part = self._part(
+            examples, np.array(rows, int), prompts.tokens, np.array(counts, int), texts, bad
         )
-    slots = np.arange(counts.max())[None, :] < counts[:, None]
-    responses = responses.take(np.flatnonzero(keep[slots]))
+        self.cut["examples_dropped"] += len(dropped)
+        self.parts.append(part._replace(rows=part.rows + start))
+        self.bad |= {start + i: error for i, error in bad.items()}
+
+    def _part(
+        self,
+        examples: Sequence[Example],
+        rows: np.ndarray,
+        prompts: Flat,
+        counts: np.ndarray,
+        texts: list[str],
+        bad: dict[int, UserError],
+    ) -> Part:
+        responses, same = self._responses(texts)
+        slots = np.arange(counts.max(initial=2))[None, :] < counts[:, None]
+        lengths = np.zeros(slots.shape, np.int64)
+        lengths[slots] = responses.lengths
+        kinds = np.full(slots.shape, -1)
+        kinds[slots] = same
+        keep = slots.copy()
+        prompts = prompts.take(rows)
+        places = [examples[i].place for i in rows]
+        checked = Rows(places, prompts.lengths, lengths, kinds)
+        for k, error in check_rows(checked, self._data, self._max_positions):
+            bad.setdefault(int(rows[k]), error)
+            keep[k] = False
+        good = np.asarray(keep.any(1))
+        long = keep & (lengths > self._data.max_response_length)
+        keep &= ~long
+        keep &= (keep[:, 0] & keep[:, 1:].any(1))[:, None]
+        left = np.asarray(keep.any(1))
+        self.cut["responses_too_long"] += int(long.sum())
+        self.cut["examples_dropped"] += int((good & ~left).sum())
+        ordered: np.ndarray = np.sort(np.where(good[:, None], kinds, -1)[:, 1:], axis=1)
+        repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+        self.cut["repeated_negatives"] += int(np.count_nonzero(repeated))
+        return Part(
+            rows[left],
+            prompts if left.all() else prompts.take(np.flatnonzero(left)),
+            keep[left].sum(1),
+            responses if keep[slots].all() else responses.take(np.flatnonzero(keep[slots])),
+            np.argwhere(keep)[:, 1].astype(np.int32),
+        )
+
+    def _responses(self, texts: list[str]) -> tuple[Flat, np.ndarray]:
+        """The tokens of texts, and numbers that texts with the same tokens share."""
+        numbers: dict[str, int] = {}
+        which = np.array([numbers.setdefault(text, len(numbers)) for text in texts], int)
+        unique = self._encode(list(numbers))
+        if self._renderer.end_id is not None:
+            ends = np.cumsum(unique.lengths)
+            unique = Flat(np.insert(unique.tokens, ends, self._renderer.end_id), unique.lengths + 1)
+        same = unique.number_equal()[which]
+        return unique if len(unique.lengths) == len(texts) else unique.take(which), same
+
+    def warn(self, count: int) -> None:
+        for what, places in self._doubts.items():
+            self.cut[f"prompts_{what.replace(' ', '_')}"] = len(places)
+            _log.warning("%d of %d prompts %s; first: %s", len(places), count, what, places[0])
+
+
+def _joined(examples: Sequence[Example], work: _Work) -> Tokens:
+    rows = np.concatenate([part.rows for part in work.parts])
+    if not len(rows):
+        raise UserError(
+            f"no example is left: {work.cut['examples_dropped']} are left out for their length "
+            "(config.data.long_prompt, config.data.long_response, which are drop); raise "
+            "config.data.max_prompt_length or config.data.max_response_length"
+        )
+    counts = np.concatenate([part.counts for part in work.parts])
     # Candidates that are left move up, so that a row's responses stay in one piece.
-    keep = keep[kept]
-    left = np.arange(keep.sum(1).max())[None, :] < keep.sum(1)[:, None]
+    slots = np.arange(counts.max())[None, :] < counts[:, None]
 
-    def moved_up(values: np.ndarray) -> np.ndarray:
-        table = np.zeros(left.shape, values.dtype)
-        table[left] = values
-        return table
+    def table(values: np.ndarray) -> np.ndarray:
+        made = np.zeros(slots.shape, values.dtype)
+        made[slots] = values
+        return made
 
-    prompts = _prompts(examples, renderer, encode, data.max_prompt_length, cut)
+    numbers = table(np.concatenate([part.numbers for part in work.parts]))
+    left = [examples[i] for i in rows.tolist()]
     return Tokens(
-        [e.id for e in examples],
-        prompts.tokens,
-        prompts.lengths.astype(np.int32),
-        responses.tokens,
-        moved_up(responses.lengths.astype(np.int32)),
-        cut,
-        moved_up(np.argwhere(keep)[:, 1].astype(np.int32)),
-        None if (scores := _scores(examples, keep.shape)) is None else moved_up(scores[keep]),
+        [example.id for example in left],
+        np.concatenate([part.prompts.tokens for part in work.parts]),
+        np.concatenate([part.prompts.lengths for part in work.parts]).astype(np.int32),
+        np.concatenate([part.responses.tokens for part in work.parts]),
+        table(np.concatenate([part.responses.lengths for part in work.parts]).astype(np.int32)),
+        dict(work.cut),
+        numbers,
+        _scores(left, numbers, slots),
     )
 
 
-def _scores(examples: Sequence[Example], shape: tuple[int, ...]) -> np.ndarray | None:
-    """The examples' scores, float32 `shape`; None where one has none."""
-    table = np.zeros(shape, np.float32)
-    for row, example in zip(table, examples, strict=True):
+def _scores(
+    examples: Sequence[Example], numbers: np.ndarray, slots: np.ndarray
+) -> np.ndarray | None:
+    """The scores of the responses that are left, float32 [M, C]; None where a row has none."""
+    table = np.zeros(slots.shape, np.float32)
+    for row, number, slot, example in zip(table, numbers, slots, examples, strict=True):
         if example.scores is None:
             return None
-        row[: len(example.scores)] = example.scores
+        row[slot] = np.array(example.scores, np.float32)[number[slot]]
     return table
-
-
-Encode = Callable[[Sequence[str], bool, str], Flat]
-
-
-def _prompts(
-    examples: Sequence[Example], renderer: Renderer, encode: Encode, limit: int, cut: dict[str, int]
-) -> Flat:
-    special = renderer.special_tokens
-    texts = [renderer.prompt(e.prompt, e.place) for e in examples]
-    flat = encode(texts, special, "Prompts")
-    for example, length in zip(examples, flat.lengths, strict=True):
-        if not length:
-            raise UserError(f"{example.place}: the prompt has no tokens")
-    long = {
-        i: e.prompt
-        for i, e in enumerate(examples)
-        if flat.lengths[i] > limit and isinstance(e.prompt, History) and len(e.prompt.items) > 1
-    }
-
-    def shorter(rows: np.ndarray, drop: np.ndarray) -> list[str]:
-        pairs = zip(rows.tolist(), drop.tolist(), strict=True)
-        return [renderer.prompt(long[i].without_oldest(k), examples[i].place) for i, k in pairs]
-
-    # Bisection, all rows side by side: the fewest items to drop are in (too_few, enough].
-    rows = np.array(list(long), int)
-    too_few = np.zeros(len(long), int)
-    enough = np.array([len(history.items) - 1 for history in long.values()], int)
-    while len(at := np.flatnonzero(enough - too_few > 1)):
-        middle = (too_few[at] + enough[at]) // 2
-        fits = encode(shorter(rows[at], middle), special, "Histories").lengths <= limit
-        enough[at] = np.where(fits, middle, enough[at])
-        too_few[at] = np.where(fits, too_few[at], middle)
-    cut["prompts_with_shorter_history"] = len(long)
-    cut["history_items_dropped"] = int(enough.sum())
-    if long:
-        for i, text in zip(rows.tolist(), shorter(rows, enough), strict=True):
-            texts[i] = text
-        flat = encode(texts, special, "Prompts")
-    cut["prompts_truncated"] = int((flat.lengths > limit).sum())
-    return flat.keep_right(limit)
-
-
-def _responses(
-    examples: Sequence[Example],
-    renderer: Renderer,
-    encode: Encode,
-    cut: dict[str, int],
-    show: bool,
-) -> tuple[Flat, np.ndarray]:
-    """All responses, example by example, and how many each example has."""
-    numbers: dict[str, int] = {}
-    which: list[int] = []
-    for example in tqdm(examples, "Rendering", leave=False, disable=not show):
-        which += [numbers.setdefault(text, len(numbers)) for text in renderer.responses(example)]
-    unique = encode(list(numbers), False, "Responses")
-    if renderer.end_id is not None:
-        ends = np.cumsum(unique.lengths)
-        unique = Flat(np.insert(unique.tokens, ends, renderer.end_id), unique.lengths + 1)
-    same = unique.number_equal()
-    counts = np.array([1 + len(e.rejected) for e in examples])
-    repeated, at = 0, 0
-    for example, count in zip(examples, counts.tolist(), strict=True):
-        chosen, *rejected = same[which[at : at + count]].tolist()
-        if chosen in rejected:
-            raise UserError(
-                f"{example.place}: the chosen response has the same tokens as "
-                f"rejected[{rejected.index(chosen)}]"
-            )
-        repeated += len(rejected) - len(set(rejected))
-        at += count
-    cut["repeated_negatives"] = repeated
-    return unique.take(np.array(which)), counts
-
-
-def _short_enough(
-    lengths: np.ndarray,
-    counts: np.ndarray,
-    places: Sequence[str],
-    data: Any,
-    cut: dict[str, int],
-) -> np.ndarray:
-    """Which candidates stay: bool [M, C]; a row of an example that goes is all false."""
-    slots = np.arange(counts.max())[None, :] < counts[:, None]
-    table = np.zeros(slots.shape, np.int64)
-    table[slots] = lengths
-    long = table > data.max_response_length
-    if long.any() and data.long_response != "drop":
-        row, column = np.argwhere(long)[0]
-        field = "chosen" if column == 0 else f"rejected[{column - 1}]"
-        raise UserError(
-            f"{places[row]}: field {field!r} has {table[row, column]} tokens, "
-            f"config.data.max_response_length is {data.max_response_length} ({long.sum()} "
-            "responses are longer): raise it, or leave them out with data.long_response=drop"
-        )
-    keep = slots & ~long
-    keep &= (keep[:, 0] & keep[:, 1:].any(1))[:, None]
-    cut["responses_too_long"] = int(long.sum())
-    cut["examples_dropped"] = int((~keep.any(1)).sum())
-    return keep

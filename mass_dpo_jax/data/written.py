@@ -33,8 +33,6 @@ def decode_messages(text: str, field: str, place: str) -> Any:
     Raises:
       UserError: it starts like messages, but cannot be read.
     """
-    if text.lstrip()[:1] not in ("[", "{"):
-        return text
     value = _parse(text)
     if is_messages(value) and (isinstance(value, list) or set(value) == {"role", "content"}):
         return value

@@ -6,16 +6,15 @@ It imports no JAX: settings and flags are checked by the names that stand here.
 from __future__ import annotations
 
 import dataclasses
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import read_json
-from mass_dpo_jax.models.folder import no_config, warn_once
+from mass_dpo_jax.models.fields import Reader
+from mass_dpo_jax.models.folder import no_config
 
-MOST_OF_AN_AXIS = 2**31 - 1  # What XLA counts an axis with.
 EXPORT_DTYPES = ("bfloat16", "float32")  # Of weights in a folder that is written.
 UNQUANTIZED = (
     "the unquantized original (to train adapters beside weights of 4 bits, --config=qlora "
@@ -157,7 +156,7 @@ class DecoderConfig:
         `rope_theta` with `rope_scaling` (before). Raises UserError for anything that this
         decoder does not compute exactly: better no model than a subtly different one.
         """
-        read = _Reader(config, place)
+        read = Reader(config, place)
         model_type = config.get("model_type")
         if not isinstance(model_type, str) or model_type not in FAMILIES:
             known = f"one of {', '.join(FAMILIES)} (other families are not supported)"
@@ -261,77 +260,7 @@ def load_config(folder: str | Path) -> DecoderConfig:
     return DecoderConfig.from_hf(config, str(path))
 
 
-class _Reader:
-    """Typed access to the fields of one `config.json`; every error names file and field."""
-
-    def __init__(self, config: Mapping[str, Any], place: str):
-        self.config = config
-        self.place = place
-
-    def error(self, field: str, found: Any, expected: str) -> UserError:
-        return UserError(f"{self.place}: {field}: found {found!r}, expected {expected}")
-
-    def integer(
-        self,
-        field: str,
-        default: int | None = None,
-        *,
-        none: int | None = None,
-        most: int = MOST_OF_AN_AXIS,
-    ) -> int:
-        """A positive integer; `default` where the field is absent, `none` where it is null."""
-        value = self.config.get(field, default)
-        value = none if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
-            raise self.error(field, value, f"a positive integer up to {most}")
-        return value
-
-    def list(self, field: str) -> Sequence[Any]:
-        """A list; empty where the field is absent or null."""
-        value = self.config.get(field)
-        if value is not None and not isinstance(value, list):
-            raise self.error(field, value, "a list")
-        return value or []
-
-    def token_ids(self, field: str, size: int) -> tuple[int, ...]:
-        """A token id or several of a vocabulary of `size`; none where the field is absent or null.
-
-        An id outside, as -1 of converted models, is warned of and left out.
-        """
-        value = self.config.get(field)
-        if value is None:
-            return ()
-        values = value if isinstance(value, list) else [value]
-        if not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
-            raise self.error(field, value, "an integer or a list of integers")
-        outside = [v for v in values if not 0 <= v < size]
-        if outside:
-            warn_once(
-                f"{self.place}: {field}: {outside[0]} is outside of the vocabulary (vocab_size is "
-                f"{size}), so it names no token and is left out"
-            )
-        return tuple(v for v in values if v not in outside)
-
-    def number(self, field: str, default: float) -> float:
-        return self.positive(field, self.config.get(field, default))
-
-    def positive(self, field: str, value: Any) -> float:
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, (int, float))
-            or not 0 < value <= sys.float_info.max
-        ):
-            raise self.error(field, value, "a positive number")
-        return float(value)
-
-    def flag(self, field: str, default: bool) -> bool:
-        value = self.config.get(field, default)
-        if not isinstance(value, bool):
-            raise self.error(field, value, "true or false")
-        return value
-
-
-def _refuse_unsupported(read: _Reader) -> None:
+def _refuse_unsupported(read: Reader) -> None:
     """UserError for settings that change what the model computes and that we do not compute."""
     config = read.config
     if (activation := config.get("hidden_act", "silu")) != "silu":
@@ -361,7 +290,7 @@ def _method(quantization: Any) -> str:
     return str(found.get("quant_method") or found.get("format") or "quantized")
 
 
-def _rope(read: _Reader, family: Family, max_positions: int) -> tuple[float, Llama3Scaling | None]:
+def _rope(read: Reader, family: Family, max_positions: int) -> tuple[float, Llama3Scaling | None]:
     """The rotary base and its scaling. Like transformers 5, a scaling outside wins over one in
     `rope_parameters`, and a base inside wins over one outside."""
     config = read.config
@@ -389,7 +318,7 @@ def _rope(read: _Reader, family: Family, max_positions: int) -> tuple[float, Lla
     return theta, Llama3Scaling(number("factor"), low, high, int(original))
 
 
-def _rope_layers(read: _Reader, family: Family, num_layers: int) -> tuple[bool, ...]:
+def _rope_layers(read: Reader, family: Family, num_layers: int) -> tuple[bool, ...]:
     if family.no_rope_interval is None:
         return (True,) * num_layers
     layers = read.config.get("no_rope_layers")  # in transformers, too, 1 means "has positions"

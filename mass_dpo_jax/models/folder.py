@@ -15,6 +15,7 @@ from mass_dpo_jax.files import check_links, read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTERS, ADAPTERS_SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 GENERATION = "generation_config.json"
 SMALL = (
     "config.json",
@@ -81,8 +82,11 @@ def check_folder(folder: Path) -> None:
 
 def damage(path: Path) -> str:
     """What a file is that its name does not say: cut short, a page of the web; "" for the rest."""
-    with path.open("rb") as file:
-        start = file.read(512)
+    try:
+        with path.open("rb") as file:
+            start = file.read(512)
+    except OSError:  # Who reads it says so.
+        return ""
     if not start:
         return f"is empty; {CUT}"
     if start.startswith(b"version https://git-lfs"):
@@ -125,24 +129,15 @@ def _damaged_tensors(path: Path, start: bytes) -> str:
 
 def no_config(folder: Path) -> str:
     """What a folder without config.json seems to be, for a message that begins with its name."""
-    if snapshots := sorted(folder.glob("snapshots/*/")):
-        newest = max(snapshots, key=lambda path: path.stat().st_mtime)
-        return f"the hub's cache of a model, whose files lie in {newest}: give that folder"
-    if cached := sorted(p.name for p in folder.glob("models--*")):
-        return (
-            f"the hub's cache ({_names(cached)}): give one model's folder, "
-            f"{folder / cached[0] / 'snapshots'}/HASH"
-        )
-    if (folder / "adapter_config.json").is_file():
+    if what := _files_inside(folder, "config.json"):
+        return what
+    if (folder / ADAPTERS_SETTINGS).is_file():
         return (
             f"adapters (adapter_config.json): give them as --config.model.lora.path={folder}, and "
             f"the model that they adapt{_base(folder)} as --config.model.path"
         )
     if what := other_weights(folder):
         return what
-    inside = sorted(p.parent.name for p in folder.glob("*/config.json"))
-    if inside:
-        return f"no config.json; {_names(inside)} in it has one: give that folder"
     data = [
         p.name for pattern in DATA for p in (*folder.glob(pattern), *folder.glob(f"*/{pattern}"))
     ]
@@ -164,7 +159,7 @@ def no_weights(folder: Path) -> str:
         if len(shards) < total:
             return f"{expected}; found {len(shards)} of {total} files ({_names(shards)}), {CUT}"
         return f"{expected}; found {_names(shards)}, so only the index is missing: fetch it"
-    if (folder / "adapter_model.safetensors").is_file():
+    if (folder / ADAPTERS).is_file():
         return (
             f"{expected}; found adapters (adapter_model.safetensors): give them as "
             f"--config.model.lora.path={folder}, and the model that they adapt{_base(folder)} as "
@@ -175,6 +170,44 @@ def no_weights(folder: Path) -> str:
     if tensors := sorted(p.name for p in folder.glob("*.safetensors")):
         return f"{expected}; found {_names(tensors)}: is it the model under another name?"
     return expected
+
+
+def no_adapters(folder: Path) -> str:
+    """What a folder without PEFT's two files has instead, for a message as `no_config`'s."""
+    expected = (
+        f"no {ADAPTERS}" if (folder / ADAPTERS_SETTINGS).is_file() else f"no {ADAPTERS_SETTINGS}"
+    )
+    expected += "; expected adapters in PEFT's format, or a run"
+    if not folder.is_dir():
+        return f"no such folder ({expected})"
+    if (folder / ADAPTERS).is_symlink():
+        return f"{ADAPTERS} is a link to {(folder / ADAPTERS).readlink()}, which is not there"
+    if (folder / "adapter_model.bin").is_file():
+        return (
+            f"{expected}; found adapter_model.bin: pickles are not read; load it with PEFT, whose "
+            "save_pretrained writes safetensors"
+        )
+    if what := _files_inside(folder, ADAPTERS_SETTINGS):
+        return what
+    if (folder / "config.json").is_file():
+        return f"{expected}; found a whole model (config.json): that is for --config.model.path"
+    found = sorted(p.name for p in folder.iterdir() if p.name != ADAPTERS_SETTINGS)
+    return f"{expected}; found {_names(found)}" if found else expected
+
+
+def _files_inside(folder: Path, name: str) -> str:
+    """Which folders in this one hold a file, if any: the hub's cache has them, and trainers."""
+    if snapshots := sorted(folder.glob("snapshots/*/")):
+        newest = max(snapshots, key=lambda path: path.stat().st_mtime)
+        return f"the hub's cache of a model, whose files lie in {newest}: give that folder"
+    if cached := sorted(p.name for p in folder.glob("models--*")):
+        return (
+            f"the hub's cache ({_names(cached)}): give one model's folder, "
+            f"{folder / cached[0] / 'snapshots'}/HASH"
+        )
+    if inside := sorted(path.parent.name for path in folder.glob(f"*/{name}")):
+        return f"no {name}; {_names(inside)} in it has one: give that folder"
+    return ""
 
 
 def other_weights(folder: Path) -> str:
@@ -188,7 +221,7 @@ def other_weights(folder: Path) -> str:
 def _base(folder: Path) -> str:
     """The name of the model that adapters were made for, in brackets, as far as they tell."""
     try:
-        found = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        found = json.loads((folder / ADAPTERS_SETTINGS).read_text(encoding="utf-8"))
         name = found["base_model_name_or_path"]
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return ""

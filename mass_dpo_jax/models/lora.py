@@ -6,7 +6,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,13 @@ import numpy as np
 import qwix
 
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.files import read_json
+from mass_dpo_jax.files import check_links, read_json
 from mass_dpo_jax.models.adapters import Lora
-from mass_dpo_jax.models.config import MOST_OF_AN_AXIS, PRODUCTS, TARGETS, DecoderConfig
-from mass_dpo_jax.models.folder import warn_once
+from mass_dpo_jax.models.config import PRODUCTS, TARGETS, DecoderConfig
+from mass_dpo_jax.models.fields import MOST_OF_AN_AXIS
+from mass_dpo_jax.models.folder import ADAPTERS as WEIGHTS
+from mass_dpo_jax.models.folder import ADAPTERS_SETTINGS as SETTINGS
+from mass_dpo_jax.models.folder import damage, no_adapters, warn_once
 from mass_dpo_jax.models.frozen import dense
 from mass_dpo_jax.models.tensors import (
     check_finite,
@@ -29,7 +32,6 @@ from mass_dpo_jax.models.tensors import (
     write_tensors,
 )
 
-SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NAME = "base_model.model.model.layers.{layer}.{module}.lora_{part}.weight"
 PARTS = {"a": "A", "b": "B"}
 LARGEST = float(np.finfo(np.float32).max)
@@ -139,7 +141,10 @@ def load_peft_settings(folder: Path) -> Lora:
     """
     path = folder / SETTINGS
     if not path.is_file():
-        raise UserError(f"{folder}: no {SETTINGS}; expected adapters in PEFT's format, or a run")
+        raise UserError(f"{folder}: {no_adapters(folder)}")
+    check_links(folder)
+    if what := damage(path):
+        raise UserError(f"{path}: {what}")
     found = read_json(path)
     if not isinstance(found, dict):
         raise UserError(f"{path}: found {type(found).__name__}, expected a JSON object")
@@ -195,26 +200,11 @@ def _check_setting(path: Path, field: str, value: Any) -> None:
 
 
 def _weights_file(folder: Path) -> Path:
-    """The file of adapters in a folder.
-
-    Raises:
-      UserError: there is none; names what there is instead.
-    """
+    """The file of adapters in a folder; UserError where there is none."""
     path = folder / WEIGHTS
-    if path.is_file():
-        return path
-    if path.is_symlink():
-        raise UserError(f"{path}: a link to {path.resolve()}, which is not there")
-    other = folder / "adapter_model.bin"
-    has = ""
-    if other.is_file():
-        has = (
-            f" (found {other.name}, which is a pickle and not read: load it with PEFT, and "
-            "save_pretrained writes safetensors)"
-        )
-    elif names := sorted(p.name for p in folder.iterdir() if p.name != SETTINGS):
-        has = f" (found {', '.join(names[:5])})"
-    raise UserError(f"{folder}: no {WEIGHTS}{has}; expected adapters in PEFT's format, or a run")
+    if not path.is_file():
+        raise UserError(f"{folder}: {no_adapters(folder)}")
+    return path
 
 
 def load_peft(folder: str | Path, config: DecoderConfig, like: Any) -> Any:
@@ -226,45 +216,63 @@ def load_peft(folder: str | Path, config: DecoderConfig, like: Any) -> Any:
       like: shapes with shardings, as `params["adapters"]`.
 
     Raises:
-      UserError: names the tensor that is missing, unknown or of a wrong shape.
+      UserError: as `check_peft`; or a tensor holds NaN or infinity.
     """
-    path = _weights_file(Path(folder))
-    with open_tensors(path) as file:
-        listed = sorted(file.keys())
-        for name in listed:
-            check_type(file, path, name)
-        tensors = _plain_names(path, {name: file.get_tensor(name) for name in listed})
+    path, file, names = check_peft(folder, config, like)
 
     def read(at: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        module, part = PRODUCTS[at[0].key], PARTS[at[1].key]
-        expected = list(leaf.shape[:0:-1])
         layers = []
-        for layer in range(config.num_layers):
-            name = NAME.format(layer=layer, module=module, part=part)
-            if name not in tensors:
-                hint = instead(name, listed)
-                raise UserError(f"{path}: missing tensor {name}, shape {expected}{hint}")
-            found = tensors.pop(name)
-            if list(found.shape) != expected:
-                raise UserError(
-                    f"{path}: tensor {name}: found shape {list(found.shape)}, expected {expected}"
-                )
-            layers.append(found.T.astype(np.float32))
+        for name in _names(at, config):
+            layers.append(file.get_tensor(names[name]).T.astype(np.float32))
             check_finite(layers[-1], path, name)
         return jax.device_put(np.stack(layers), leaf.sharding)
 
-    adapters = jax.tree.map_with_path(read, like)
-    if tensors:
-        raise UserError(f"{path}: unexpected tensor {min(tensors)} for its {SETTINGS}")
-    return adapters
+    return jax.tree.map_with_path(read, like)
 
 
-def _plain_names(path: Path, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Without the name of the adapters in `lora_A.NAME.weight`, which a model's own state has."""
-    plain = {
-        re.sub(r"(\.lora_[AB])\.[^.]+\.weight$", r"\1.weight", k): x for k, x in tensors.items()
-    }
-    if len(plain) < len(tensors):
-        names = {k.rsplit(".", 2)[1] for k in tensors if k.endswith(".weight")}
-        raise UserError(f"{path}: several adapters in one file: {', '.join(sorted(names))}")
+def check_peft(
+    folder: str | Path, config: DecoderConfig, like: Any
+) -> tuple[Path, Any, dict[str, str]]:
+    """The open file of a folder in PEFT's format and, under PEFT's names, its own; reads headers.
+
+    Raises:
+      UserError: names the tensor that is missing, unknown or of a wrong shape or type.
+    """
+    path = _weights_file(Path(folder))
+    file = open_tensors(path)
+    there = sorted(file.keys())
+    names = _plain_names(path, there)
+    unknown = set(names)
+    for at, leaf in jax.tree.leaves_with_path(like):
+        expected = list(leaf.shape[:0:-1])
+        for name in _names(at, config):
+            if name not in names:
+                hint = instead(name, there)
+                raise UserError(f"{path}: missing tensor {name}, shape {expected}{hint}")
+            if (found := file.get_slice(names[name]).get_shape()) != expected:
+                raise UserError(
+                    f"{path}: tensor {name}: found shape {found}, expected {expected} (are these "
+                    "adapters of another model?)"
+                )
+            check_type(file, path, names[name])
+            unknown.discard(name)
+    if unknown:
+        raise UserError(f"{path}: unexpected tensor {min(unknown)} for its {SETTINGS}")
+    return path, file, names
+
+
+def _names(at: Any, config: DecoderConfig) -> list[str]:
+    """PEFT's names of a part of a product's adapters, by its path in `params["adapters"]`."""
+    module, part = PRODUCTS[at[0].key], PARTS[at[1].key]
+    layers = range(config.num_layers)
+    return [NAME.format(layer=layer, module=module, part=part) for layer in layers]
+
+
+def _plain_names(path: Path, names: Sequence[str]) -> dict[str, str]:
+    """Those of a file under what they are without the name of the adapters in
+    `lora_A.NAME.weight`, which a model's own state has."""
+    plain = {re.sub(r"(\.lora_[AB])\.[^.]+\.weight$", r"\1.weight", name): name for name in names}
+    if len(plain) < len(names):
+        several = {name.rsplit(".", 2)[1] for name in names if name.endswith(".weight")}
+        raise UserError(f"{path}: several adapters in one file: {', '.join(sorted(several))}")
     return plain

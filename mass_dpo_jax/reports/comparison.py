@@ -15,7 +15,7 @@ from mass_dpo_jax.data import load_examples, synthetic
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import read_array, short_names
 from mass_dpo_jax.training import run_folder
-from mass_dpo_jax.training.report import FINAL_LOGPS, START_LOGPS
+from mass_dpo_jax.training.report import EXIST_LOGPS, FINAL_LOGPS, START_LOGPS
 
 COLUMNS = ("accuracy", "recall@3", "mrr", "ndcg@3")
 
@@ -62,12 +62,30 @@ def reference_rankings(config: ConfigDict, split: str) -> dict[str, dict[str, fl
 
 
 def read_logps(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probs `[M, C]` that a run has kept, and which of the candidates exist."""
+    """Log-probs `[M, C]` that a run has kept, and which of the candidates exist.
+
+    Raises:
+      UserError: a file is not there, or is something else.
+    """
     logps = read_array(path)
     if logps.ndim != 2 or 0 in logps.shape:
         raise UserError(f"{path}: an array {list(logps.shape)}, expected log-probs [M, C]")
-    # Missing candidates have log-prob 0 in the files; real ones are below.
-    return logps, logps < 0
+    if (logps > 0).any():
+        raise UserError(f"{path}: has numbers above 0, expected log-probs")
+    beside = path.with_name(EXIST_LOGPS)
+    if not beside.exists():
+        # Of an earlier run. Missing candidates are the last ones, with log-prob 0, which that of
+        # a response can be too: in float32, where the model has no doubt.
+        exists = np.logical_or.accumulate(logps[:, ::-1] != 0, axis=1)[:, ::-1]
+        exists[:, 0] = True
+        return logps, exists
+    exists = read_array(beside)
+    if exists.dtype != bool or exists.shape != logps.shape or not exists[:, 0].all():
+        raise UserError(
+            f"{beside}: an array {exists.dtype}{list(exists.shape)}, expected bool"
+            f"{list(logps.shape)}, true in the first column, for {path.name}"
+        )
+    return logps, exists
 
 
 def _read(run: Path) -> dict[str, Any]:
@@ -96,8 +114,6 @@ def _difference(name: str, ours: Path, theirs: Path) -> str:
     correct = []
     for path in (ours, theirs):
         logps, exists = read_logps(path)
-        if not exists[:, 0].all():
-            raise UserError(f"{path}: a chosen response's log-prob is not below 0")
         correct.append(metrics.per_example_rank(logps, exists) == 1)
     if len(correct[0]) != len(correct[1]):
         raise UserError(f"{ours}: {len(correct[0])} rows, but {theirs} has {len(correct[1])}")

@@ -14,6 +14,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import shutil
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from importlib import metadata
@@ -92,8 +93,12 @@ def about(workdir: Path) -> dict[str, Any]:
 
 
 def best_step(among: Sequence[int], values: Mapping[int, float]) -> int | None:
-    """The step with the highest value, the newest of equals; None: no step has one."""
-    known = [step for step in sorted(among) if step in values]
+    """The step with the highest value, the newest of equals; None: no step has one.
+
+    A value that is not finite is none: metrics.jsonl, which a run that goes on reads it from, has
+    null there.
+    """
+    known = [step for step in sorted(among) if math.isfinite(values.get(step, math.nan))]
     return max(reversed(known), key=values.__getitem__, default=None)
 
 

@@ -289,7 +289,8 @@ def _end_of_response(tokenizer: Any, config: ConfigDict) -> int:
     renderer = make_renderer(tokenizer, data)
     if renderer.end_id is not None:
         return renderer.end_id
-    text = renderer.responses(Example("", "question", "answer", ("other",), "chat template"))[0]
+    example = Example("", "question", "answer", ("other",), "chat template")
+    text = renderer.responses(example, renderer.prompt(example.prompt, example.place))[0]
     return int(tokenizer(text, add_special_tokens=False).input_ids[-1])
 
 

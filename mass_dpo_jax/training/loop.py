@@ -28,8 +28,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
 
 def _train(config: ConfigDict, workdir: Path, lock: run_folder.Lock) -> dict[str, Any]:
-    hosts.check_shared(workdir, "--workdir")
     hosts.first_decides(lambda: run_folder.check(workdir, config))
+    hosts.check_shared(workdir, "--workdir")
     loggers.check(config)
     if workdir.exists():  # Else it is made when everything has been found in order.
         lock.take()
@@ -37,6 +37,7 @@ def _train(config: ConfigDict, workdir: Path, lock: run_folder.Lock) -> dict[str
     if done is not None:
         _log.info(f"{workdir}: finished at step {done['step']}; nothing to do")
         return done
+    hosts.first_decides(lambda: run_folder.check_writable(workdir))
     check_best(config, SPLITS)
     begun = hosts.first_decides(lambda: checkpoint.latest_step(workdir)) is not None
     setup = prepare(origin.with_own_files(config, workdir) if begun else config, workdir, SPLITS)
@@ -118,6 +119,7 @@ def _train(config: ConfigDict, workdir: Path, lock: run_folder.Lock) -> dict[str
                 interruption.check()
                 batch = batches[step]
                 state, used, figures = train_step.update(state, batch)
+                interruption.hold()
                 changed = train_step.sets.changed(batch.rows, used.numbers)
                 more = {"learning_rate": rate(step), "selection/changed": changed}
                 rows = [ids[row] for row in batch.rows]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,9 +23,18 @@ from mass_dpo_jax.training.mesh import replicated
 HOST = "pinned_host"  # JAX's name of the host memory that a device can copy from and to.
 
 
-def learning_rate(train: ConfigDict, total_steps: int) -> optax.Schedule:
-    """Peak learning rate after warm-up, zero after `total_steps` updates."""
-    return _schedule(train.learning_rate, round(train.warmup_ratio * total_steps), total_steps)
+def learning_rate(train: ConfigDict, total_steps: int) -> Callable[[int], float]:
+    """The rate of each update, counted from 0, for the log: no device computes it."""
+    peak, warmup = train.learning_rate, round(train.warmup_ratio * total_steps)
+    decay = max(total_steps, warmup + 1) - warmup
+
+    def rate(step: int) -> float:
+        if step < warmup:
+            return float(peak * step / warmup)
+        done = min((step - warmup) / decay, 1.0)
+        return float(peak * (1 + math.cos(math.pi * done)) / 2)
+
+    return rate
 
 
 def make_optimizer(train: ConfigDict, total_steps: int) -> optax.GradientTransformationExtraArgs:

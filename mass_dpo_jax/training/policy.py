@@ -66,15 +66,18 @@ def description_folder(path: Path) -> Path:
     return path
 
 
-def check_model(path: Path) -> Path:
+def check_model(path: Path, weights: bool = True) -> Path:
     """Returns `description_folder(path)`.
+
+    Args:
+      weights: look at the headers of the weights' files too; a dry run needs none.
 
     Raises:
       UserError: what lies there is no model, or its weights are not those of its config.json.
     """
     folder = description_folder(path)
     architecture = load_config(folder)
-    if run_of(path) is None:
+    if weights and run_of(path) is None:
         check_hf(folder, architecture)
     return folder
 
@@ -278,7 +281,7 @@ def open_policy(
         folder = description_folder(workdir)
         architecture, tokenizer = load_config(folder), load_tokenizer(folder)
     elif config.model.path:
-        folder = check_model(Path(config.model.path))
+        folder = check_model(Path(config.model.path), weights=not config.dry_run)
         architecture, tokenizer = load_config(folder), load_tokenizer(folder)
     elif workdir is None:
         raise UserError("config.model.path is empty: expected a model folder or a run folder")
@@ -305,7 +308,11 @@ def open_policy(
         lora=lora,
     )
     graphdef, _ = nnx.split(model, nnx.Param)
-    return Policy(architecture, tokenizer, graphdef, mesh, lora, config.model.lora.base)
+    policy = Policy(architecture, tokenizer, graphdef, mesh, lora, config.model.lora.base)
+    adapters = config.model.lora.path
+    if adapters and run_of(Path(adapters)) is None:
+        lora_lib.check_peft(adapters, architecture, policy.abstract["adapters"])
+    return policy
 
 
 def described_tokenizer(policy: Policy, config: ConfigDict) -> PreTrainedTokenizerBase:

@@ -57,7 +57,7 @@ class Sets:
         self._window: int | None = None
         self._restored = restored is not None
         if restored is not None:
-            # Checkpoints of before 0.3 have zeros where there was no set.
+            # Earlier checkpoints have zeros where there was no set.
             self._last = np.where(restored.any(1, keepdims=True), restored, NO_SET)
         self._changed: float | None = None
 

@@ -21,11 +21,13 @@ from mass_dpo_jax.training.loggers import Log
 from mass_dpo_jax.training.methods import uses_reference
 from mass_dpo_jax.training.setup import Setup
 
+IDLE_STEPS = 10  # Updates in a row that change nothing, before that is said.
 MOST_SELECTED = 256  # Rows of the final split in which the report shows what is selected.
 if TYPE_CHECKING:
     from mass_dpo_jax import run_page
 
 METRICS, START_LOGPS, FINAL_LOGPS = "metrics.json", "logps-start.npy", "logps-final.npy"
+EXIST_LOGPS = "logps-exist.npy"
 
 
 def check_best(config: ConfigDict, splits: Collection[str]) -> None:
@@ -67,6 +69,7 @@ class StepLog:
         self._waiting: tuple[int, Mapping[str, Any], Sequence[str], Any] | None = None
         self._most = config.train.max_skipped
         self._skipped, self._complaint = 0, ""  # In a row.
+        self._idle, self._rate = 0, config.train.learning_rate  # Likewise.
         self._clock = time.perf_counter()
 
     def add(self, step: int, figures: Mapping[str, Any], ids: Sequence[str], bad: Any) -> None:
@@ -125,6 +128,16 @@ class StepLog:
         if self._skipped:
             self._complaint = _which(step, ids, hosts.whole(bad).reshape(-1))
             self.say(f"{self._complaint}; the update is skipped")
+        still = 0 in (figures.get("grad_norm"), figures.get("update_ratio"))
+        self._idle = self._idle + 1 if still and not self._skipped else 0
+        if self._idle == IDLE_STEPS:
+            what = "the gradient" if figures["grad_norm"] == 0 else "the update of the weights"
+            self.say(
+                f"step {step}: {what} has been 0 for {IDLE_STEPS} steps, so nothing more is learnt "
+                f"(loss {figures['loss']:.3g}). If the model is no good, an update has thrown it "
+                "far off: begin another run with a lower config.train.learning_rate (here "
+                f"{self._rate:g})"
+            )
 
     def _check(self) -> None:
         if self._skipped >= self._most:
@@ -149,7 +162,8 @@ class Report:
     """Evaluation at the start of a run, during it, and at its end.
 
     The start and the end are measured on the test split, or on the validation split where there
-    is no other; their log-probs are kept as `.npy` files `[M, C]` for comparisons row by row.
+    is no other; their log-probs are kept as `.npy` files `[M, C]` for comparisons row by row, and
+    in another which candidates exist.
     """
 
     def __init__(
@@ -177,7 +191,7 @@ class Report:
                 self._log.write(0, {f"eval/{name}": value for name, value in found.items()})
             if split == self._final:
                 start = found
-                run_folder.write_table(self._workdir / START_LOGPS, logps)
+                self._keep(START_LOGPS, split, logps)
         content = self._content(finished=False, step=0, start=start)
         run_folder.write_json(self._workdir / METRICS, content)
 
@@ -201,7 +215,7 @@ class Report:
             )
             assert before is not None
             gain = evaluation.gains(logps, before, self._valid(self._final))
-            run_folder.write_table(self._workdir / FINAL_LOGPS, logps)
+            self._keep(FINAL_LOGPS, self._final, logps)
             if self._setup.config.log.report:
                 tested = self._tested(self._final, params, before, logps)
         done = self._content(
@@ -264,6 +278,10 @@ class Report:
             chosen[some[:, None], numbers] = True
         chosen[:, 0] = False  # Also what stands for no negative.
         return chosen
+
+    def _keep(self, name: str, split: str, logps: np.ndarray) -> None:
+        run_folder.write_table(self._workdir / name, logps)
+        run_folder.write_table(self._workdir / EXIST_LOGPS, self._valid(split))
 
     def _valid(self, split: str) -> np.ndarray:
         return self._setup.tokens[split].response_lengths > 0

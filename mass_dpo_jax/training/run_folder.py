@@ -8,6 +8,7 @@ import contextlib
 import json
 import logging
 import math
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import NoneType
@@ -59,6 +60,11 @@ def check(workdir: Path, config: ConfigDict) -> None:
     A run that has saved nothing yet has nothing to lose: its folder may be taken over. Files may
     have other names: that they are the same is seen when they are read.
     """
+    if workdir.is_symlink() and not workdir.exists():
+        raise UserError(
+            f"--workdir={workdir}: a link to {workdir.readlink()}, which is not there; is its "
+            "disk mounted?"
+        )
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: a file stands where a folder is expected")
     if not (workdir / "config.json").exists():
@@ -113,6 +119,19 @@ def say_changed(workdir: Path, config: ConfigDict) -> None:
             "config.data.max_shapes: batches are put together otherwise, so that in the epoch at "
             "work some rows may come twice and others not at all"
         )
+
+
+def check_writable(workdir: Path) -> None:
+    """Raises UserError if nothing can be written in the folder or, where it is not there yet, next
+    to it: before data and weights are read."""
+    there = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=there, prefix=".mass_dpo_jax-"):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"--workdir={workdir}: {there} cannot be written: {error.strerror}"
+        ) from None
 
 
 def check_data(workdir: Path, digests: Mapping[str, str]) -> None:

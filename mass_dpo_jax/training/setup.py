@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,9 +17,9 @@ from ml_collections import ConfigDict
 
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax import hosts
-from mass_dpo_jax.data import load_examples, warn_of_shared_prompts
 from mass_dpo_jax.data.batches import Batch, Buckets, make_buckets
 from mass_dpo_jax.data.examples import Example
+from mass_dpo_jax.data.kept import open_splits
 from mass_dpo_jax.data.token_cache import tokenize_once
 from mass_dpo_jax.data.tokens import Tokens
 from mass_dpo_jax.errors import UserError
@@ -34,6 +34,7 @@ from mass_dpo_jax.training.policy import Policy, check_model, open_policy, uses_
 from mass_dpo_jax.training.step import Program, Scorer
 
 LEAST_CHUNK = 4  # Candidates of a rectangle at a time: fewer leave a device idle.
+DRAWS = 2**31 - 1  # Of the seed's key: numbers from 0 are those of random weights.
 _log = logging.getLogger(__name__)
 
 
@@ -65,13 +66,14 @@ class Setup:
     policy: Policy
     method: Method
     program: Program
-    examples: dict[str, list[Example]]
+    examples: Mapping[str, Sequence[Example]]
     tokens: dict[str, Tokens]
     buckets: dict[str, Buckets]
 
     def key(self, draw: int) -> jax.Array:
         """Of random choices, which differ between draws and not within one."""
-        return jax.random.fold_in(jax.random.key(self.config.seed), draw)
+        key = jax.random.fold_in(jax.random.key(self.config.seed), DRAWS)
+        return jax.random.fold_in(key, draw)
 
     def digests(self) -> dict[str, str]:
         """By split, a digest of the data as it is trained and evaluated on."""
@@ -153,11 +155,11 @@ def prepare(
       UserError: the configuration, the data or the model folder is not what it should be.
     """
     mesh = open_mesh(config)
-    examples: dict[str, list[Example]] = {}
+    examples: dict[str, Sequence[Example]] = {}
     tokens: dict[str, Tokens] = {}
     if hosts.first():
         if config.model.path:  # Reading data can take minutes, looking at a folder none.
-            check_model(Path(config.model.path))
+            check_model(Path(config.model.path), weights=not config.dry_run)
         examples = _load(config, splits)
         policy = open_policy(config, mesh, workdir, examples.get("train", ()))
         tokens = _tokenize(config, policy, examples)
@@ -169,11 +171,10 @@ def prepare(
     return _of_tokens(config, policy, examples, tokens, training)
 
 
-def _load(config: ConfigDict, splits: Sequence[str]) -> dict[str, list[Example]]:
+def _load(config: ConfigDict, splits: Sequence[str]) -> dict[str, Sequence[Example]]:
     """By split, those that have rows."""
-    found = {split: load_examples(config.data, split, config.seed) for split in splits}
+    found = open_splits(cache_folder(config.cache_dir), config.data, splits, config.seed)
     examples = {split: rows for split, rows in found.items() if rows}
-    warn_of_shared_prompts(examples)
     if splits[0] not in examples:
         raise UserError(
             f"{config.data.path or config.data.name}: split {splits[0]!r} has no rows of its "
@@ -184,7 +185,7 @@ def _load(config: ConfigDict, splits: Sequence[str]) -> dict[str, list[Example]]
 
 
 def prepare_examples(
-    config: ConfigDict, policy: Policy, examples: dict[str, list[Example]]
+    config: ConfigDict, policy: Policy, examples: Mapping[str, Sequence[Example]]
 ) -> Setup:
     """As `prepare`, for a policy and examples that are there already; trains on those of "train".
 
@@ -221,11 +222,18 @@ def _check_sizes(config: ConfigDict, mesh: Mesh) -> None:
 
 
 def _tokenize(
-    config: ConfigDict, policy: Policy, examples: dict[str, list[Example]]
+    config: ConfigDict, policy: Policy, examples: Mapping[str, Sequence[Example]]
 ) -> dict[str, Tokens]:
     cache = cache_folder(config.cache_dir)
     return {
-        split: tokenize_once(cache, rows, policy.tokenizer, config.data, progress=True)
+        split: tokenize_once(
+            cache,
+            rows,
+            policy.tokenizer,
+            config.data,
+            progress=True,
+            max_positions=policy.config.max_positions,
+        )
         for split, rows in examples.items()
     }
 
@@ -233,7 +241,7 @@ def _tokenize(
 def _of_tokens(
     config: ConfigDict,
     policy: Policy,
-    examples: dict[str, list[Example]],
+    examples: Mapping[str, Sequence[Example]],
     tokens: dict[str, Tokens],
     training: bool,
 ) -> Setup:

@@ -350,7 +350,8 @@ class Program:
 
 
 def _figures(logps: Array, rewards: Array, valid: Array) -> Metrics:
-    """TRL's names, over the responses trained on; the first column is the chosen one."""
+    """TRL's names, over the responses trained on; the first column is the chosen one. A row without
+    negatives counts as 0 in what compares with them."""
     negatives = valid[:, 1:]
     count = jnp.maximum(negatives.sum(1), 1)
 
@@ -358,12 +359,13 @@ def _figures(logps: Array, rewards: Array, valid: Array) -> Metrics:
         return (jnp.where(negatives, x[:, 1:], 0).sum(1) / count).mean()
 
     hardest = jnp.where(negatives, rewards[:, 1:], -jnp.inf).max(1)
+    hard = jnp.where(negatives.any(1), rewards[:, 0] - hardest, 0.0)
     return {
         "rewards/chosen": rewards[:, 0].mean(),
         "rewards/rejected": mean(rewards),
         "rewards/accuracies": mean((rewards[:, :1] > rewards).astype(jnp.float32)),
         "rewards/margins": mean(rewards[:, :1] - rewards),
-        "rewards/margins_hard": (rewards[:, 0] - hardest).mean(),
+        "rewards/margins_hard": hard.mean(),
         "logps/chosen": logps[:, 0].mean(),
         "logps/rejected": mean(logps),
     }

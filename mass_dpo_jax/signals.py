@@ -1,0 +1,92 @@
+"""Ctrl-C ends a command with one line and status 130, whatever the process is at.
+
+Python's own way is a KeyboardInterrupt once the main thread is back in Python: with a traceback
+from wherever that is, and a compilation or a read of minutes delays it. So a thread hears of
+signals at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, NoReturn
+
+STATUS = 130
+GRACE = 2.0  # Seconds in which the main thread may clean up before the process ends without it.
+
+
+def _end() -> NoReturn:
+    sys.stdout.flush()
+    os.write(2, f"{ctrl_c.line}\n".encode())
+    os._exit(STATUS)
+
+
+@dataclasses.dataclass
+class CtrlC:
+    """Of this process: the line to print, and how to end.
+
+    Attributes:
+      line: what was left.
+      noticed: the main thread has heard of it.
+      held: the first one only asks training to end, see training/interruption.py.
+      end: ends the process at once; several processes end together.
+    """
+
+    line: str = "interrupted; nothing was written"
+    noticed: bool = False
+    held: bool = False
+    end: Callable[[], NoReturn] = _end
+
+
+ctrl_c = CtrlC()
+
+
+def watch() -> None:
+    """Begins. For programs of ours alone, as their first act."""
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        return  # Ignored, by `nohup` or a shell that put the process in the background.
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    signal.signal(signal.SIGINT, _interrupt)
+    sys.excepthook = _without_traceback(sys.excepthook)
+    threading.Thread(target=_listen, args=(reader,), daemon=True).start()
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    del number, frame
+    ctrl_c.noticed = True
+    raise KeyboardInterrupt
+
+
+def _without_traceback(usual: Callable[..., Any]) -> Callable[..., Any]:
+    """Of an interruption none, and of whatever libraries turned it into."""
+
+    def hook(kind: type[BaseException], *rest: Any) -> None:
+        if ctrl_c.noticed or issubclass(kind, KeyboardInterrupt):
+            ctrl_c.end()
+        usual(kind, *rest)
+
+    return hook
+
+
+def _listen(reader: int) -> None:
+    pressed = 0
+    while number := os.read(reader, 1):
+        if number[0] != signal.SIGINT:
+            continue
+        pressed += 1
+        if pressed > 1:
+            ctrl_c.end()
+        elif not ctrl_c.held:
+            threading.Timer(GRACE, _end_unless_noticed).start()
+
+
+def _end_unless_noticed() -> None:
+    if not ctrl_c.noticed:
+        ctrl_c.end()

@@ -1,0 +1,150 @@
+"""Examples that are kept: the same ones, not read again, of the same bytes and settings only."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mass_dpo_jax.config import default
+from mass_dpo_jax.data import kept, load_examples
+from mass_dpo_jax.data.examples import Example, History
+from mass_dpo_jax.errors import UserError
+
+SPLITS = ("train", "validation", "test")
+
+
+@pytest.fixture(autouse=True)
+def _every_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept, "WORTH", 0)
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The splits that were read."""
+    found: list[str] = []
+
+    def counted(data: Any, split: str, seed: int) -> list[Example]:
+        found.append(split)
+        return load_examples(data, split, seed)
+
+    monkeypatch.setattr(kept, "load_examples", counted)
+    return found
+
+
+def write(path: Path, count: int = 30, **changes: Any) -> Any:
+    rows: list[dict[str, Any]] = [
+        {"prompt": f"say {i}", "chosen": "amber", "rejected": ["basil", "cedar"]}
+        for i in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"prompt": 3}\n')
+    data = default().data
+    data.update({"path": str(path), "on_bad_row": "skip", "max_test": 2, **changes})
+    return data
+
+
+def test_the_second_time_nothing_is_read(
+    tmp_path: Path, reads: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    data = write(tmp_path / "data.jsonl")
+    with caplog.at_level(logging.INFO):
+        first = kept.open_splits(tmp_path / "kept", data, SPLITS, 0)
+        said = [(r.levelno, r.getMessage()) for r in caplog.records]
+        caplog.clear()
+        second = kept.open_splits(tmp_path / "kept", data, SPLITS, 0)
+    assert len(reads) == 3
+    assert [(r.levelno, r.getMessage()) for r in caplog.records] == said
+    assert any("skipped 1 of 31 rows" in message for _, message in said)
+    for split in SPLITS:
+        assert list(second[split]) == list(first[split]) == load_examples(data, split, 0)
+        assert len(second[split]) == len(first[split])
+        assert second[split][0] == first[split][0] and second[split][:2] == first[split][:2]
+    assert len(reads) == 3
+
+
+def test_large_splits_are_read_where_they_are_looked_at(
+    tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept, "SMALL", 10)
+    data = write(tmp_path / "data.jsonl")
+    first = kept.open_splits(tmp_path / "kept", data, SPLITS, 0)
+    second = kept.open_splits(tmp_path / "kept", data, SPLITS, 0)
+    assert len(second["train"]) == len(first["train"]) > 10 and len(reads) == 3
+    assert list(second["test"]) == list(first["test"]) and len(reads) == 3
+    assert list(second["train"]) == list(first["train"])
+    assert reads[3:] == ["train"]
+    third = kept.open_splits(tmp_path / "kept", data, SPLITS, 0)
+    write(tmp_path / "data.jsonl", 31)
+    with pytest.raises(UserError, match=r"data.jsonl: has been changed since this run began"):
+        list(third["train"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path, data: path.write_text(path.read_text().replace("amber", "ember")),
+        lambda path, data: data.update(validation_share=0.3),
+        lambda path, data: data.update(max_train=3),
+        lambda path, data: data.update(on_bad_row="skip", columns="prompt=prompt"),
+    ],
+)
+def test_whatever_changes_is_read(
+    tmp_path: Path, reads: list[str], change: Callable[[Path, Any], Any]
+) -> None:
+    data = write(tmp_path / "data.jsonl")
+    kept.open_splits(tmp_path / "kept", data, SPLITS, 0)
+    kept.open_splits(tmp_path / "kept", data, SPLITS, 1)
+    assert len(reads) == 6
+    change(tmp_path / "data.jsonl", data)
+    found = kept.open_splits(tmp_path / "kept", data, SPLITS, 0)
+    assert len(reads) == 9
+    assert list(found["train"]) == load_examples(data, "train", 0)
+
+
+def test_every_file_of_a_folder_counts(tmp_path: Path, reads: list[str]) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    data = write(folder / "train.jsonl")
+    write(folder / "test.jsonl", 4)
+    data.path = str(folder)
+    kept.open_splits(tmp_path / "kept", data, ("train", "test"), 0)
+    kept.open_splits(tmp_path / "kept", data, ("train", "test"), 0)
+    assert len(reads) == 2
+    write(folder / "validation.jsonl", 5)
+    found = kept.open_splits(tmp_path / "kept", data, ("train", "test"), 0)
+    assert len(reads) == 4 and len(found["train"]) == 30
+
+
+def test_all_that_an_example_has_is_kept() -> None:
+    rows = [
+        Example("a", History("x", ("y", "z"), "w", "; "), "c", ("d",), "file:1", (2.0, 1.0)),
+        Example("b", [{"role": "user", "content": "q"}], "c", ("d",), "file:2"),
+        Example("c", "q", [{"role": "assistant", "content": "x"}], ("d",), "file:3"),
+    ]
+    for row in rows:
+        again = kept._example(json.loads(json.dumps(kept._row(row))))
+        assert again == row and type(again.prompt) is type(row.prompt)
+
+
+def test_a_damaged_file_is_made_again(
+    tmp_path: Path, reads: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    data = write(tmp_path / "data.jsonl")
+    kept.open_splits(tmp_path / "kept", data, SPLITS, 0)
+    [file] = (tmp_path / "kept").iterdir()
+    for content in ("", "{}", "[[], []]", file.read_text()[:-20]):
+        file.write_text(content)
+        with caplog.at_level(logging.WARNING):
+            found = kept.open_splits(tmp_path / "kept", data, SPLITS, 0)
+        assert list(found["test"]) == load_examples(data, "test", 0)
+        assert "reading the data again" in caplog.text
+
+
+def test_few_responses_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept, "WORTH", 1000)
+    found = kept.open_splits(tmp_path / "kept", write(tmp_path / "data.jsonl"), SPLITS, 0)
+    assert isinstance(found["train"], list) and not (tmp_path / "kept").exists()
