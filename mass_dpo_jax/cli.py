@@ -19,10 +19,9 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from mass_dpo_jax import command_line
+from mass_dpo_jax import command_line, signals
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax import help as help_lib
-from mass_dpo_jax import signals
 from mass_dpo_jax.command_line import configurations
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import FULL, write_whole
