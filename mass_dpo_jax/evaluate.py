@@ -31,7 +31,7 @@ def evaluate(config: ConfigDict, workdir: Path | None, split: str | None) -> dic
     """
     from mass_dpo_jax import evaluation
     from mass_dpo_jax.training import scoring
-    from mass_dpo_jax.training.setup import prepare_scoring
+    from mass_dpo_jax.training.scored_model import prepare_scoring
 
     config = config_lib.copied(config)
     workdir = None if workdir is None else run_given(workdir)

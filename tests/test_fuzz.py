@@ -15,7 +15,8 @@ from mass_dpo_jax.errors import UserError
 
 # Those that train a run first, or compile, are left to fuzz.py.
 COUNTS = {
-    "jsonl": 60, "written": 60, "qasc": 60, "lastfm": 60, "movielens": 40, "hetrec": 40, "medmcqa": 60,
+    "jsonl": 60, "written": 60, "qasc": 60, "lastfm": 60, "movielens": 40, "hetrec": 40,
+    "medmcqa": 60,
     "saved": 20, "parquet": 15, "tokenizer": 40, "caches": 60, "model": 40, "settings": 60,
 }  # fmt: skip
 

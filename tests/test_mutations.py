@@ -11,8 +11,8 @@ from mutation_list import MUTATIONS, locate
 ROOT = Path(__file__).parent.parent
 AREAS = set(
     "losses methods selection catalogue masks positions responses replay log-probs models export "
-    "lora optimizer steps refresh checkpoint resume loaders tokens batches metrics mesh hosts "
-    "config cli help files account reports".split()
+    "lora optimizer steps refresh checkpoint resume origin loaders tokens batches metrics mesh "
+    "hosts config cli help files account reports".split()
 ) | {"model card"}
 
 

@@ -425,3 +425,16 @@ def test_what_a_run_reads_again_is_refused_where_it_has_changed(
         with pytest.raises(UserError, match=message):
             command()
     assert not (tmp_path / "exported").exists()
+
+
+@pytest.mark.parametrize("home", ["full"], indirect=True)
+def test_a_run_without_a_reference_needs_no_base_once_it_has_begun(
+    home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(home)
+    config = settings(home, method="sft", **{"train.steps": 3, "train.checkpoint_every": 1})
+    train(config, tmp_path / "whole")
+    interrupted(config, tmp_path / "run")
+    remove(home / "base")
+    train(config, tmp_path / "run")
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")

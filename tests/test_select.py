@@ -23,7 +23,7 @@ from mass_dpo_jax.evaluate import evaluate
 from mass_dpo_jax.train import train
 from mass_dpo_jax.training import offline_selection
 from mass_dpo_jax.training.offline_selection import as_pairs, with_features, with_model
-from mass_dpo_jax.training.setup import prepare_scoring
+from mass_dpo_jax.training.scored_model import prepare_scoring
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from mass_dpo_jax.training import checkpoint, interruption, loggers, origin, run
 from mass_dpo_jax.training.optimizer import learning_rate, make_optimizer
 from mass_dpo_jax.training.policy import save_description
 from mass_dpo_jax.training.report import BadSteps, Report, StepLog, check_best
-from mass_dpo_jax.training.setup import Reference, Setup, prepare
+from mass_dpo_jax.training.setup import Reference, Setup, models_read, prepare
 from mass_dpo_jax.training.updates import Batches, TrainStep, abstract_state, first_state
 
 SPLITS = ("train", "validation", "test")
@@ -48,17 +49,7 @@ def _train(config: ConfigDict, workdir: Path, lock: run_folder.Lock) -> dict[str
     if begun:
         hosts.first_decides(lambda: origin.check_weights(workdir, weights))
     lock.take()
-    hosts.first_decides(
-        lambda: run_folder.check(workdir, config)
-    )  # Another may have come and gone.
-    if begun:
-        run_folder.say_changed(workdir, config)
-        config = origin.typed(config, workdir)
-    run_folder.claim(workdir, config)
-    if not begun:
-        save_description(setup.policy, config, workdir)
-    if hosts.first():
-        origin.write(workdir, setup.config, None if begun else weights)
+    config = _claim(setup, config, workdir, None if begun else weights)
     # The reference is a table: its weights are not needed after this.
     reference = Reference({}) if reference_params is None else setup.reference(reference_params)
     for split, logps in reference.logps.items():
@@ -140,6 +131,27 @@ def _train(config: ConfigDict, workdir: Path, lock: run_folder.Lock) -> dict[str
     return report.at_end({**frozen, **state.params}, total)
 
 
+def _claim(
+    setup: Setup, config: ConfigDict, workdir: Path, weights: Mapping[str, str] | None
+) -> ConfigDict:
+    """Writes what a run is, or that it goes on, and returns the settings that it keeps.
+
+    Args:
+      weights: digests of what it begins from; None: it goes on.
+    """
+    # Again: another training may have come and gone.
+    hosts.first_decides(lambda: run_folder.check(workdir, config))
+    if weights is None:
+        run_folder.say_changed(workdir, config)
+        config = origin.typed(config, workdir)
+    run_folder.claim(workdir, config)
+    if weights is not None:
+        save_description(setup.policy, config, workdir)
+    if hosts.first():
+        origin.write(workdir, setup.config, weights)
+    return config
+
+
 def _read_weights(setup: Setup, begun: bool) -> tuple[Any, Any, dict[str, str]]:
     """Reads the weights that training starts from and the reference's.
 
@@ -148,14 +160,15 @@ def _read_weights(setup: Setup, begun: bool) -> tuple[Any, Any, dict[str, str]]:
       digests of both by the setting that names them.
     """
     config, policy = setup.config, setup.policy
-    other = config.model.reference_path if setup.method.reference else ""
+    names = models_read(config, begun)
     params: Any = {}
     reference, digests = None, {}
-    if not begun or policy.lora or (setup.method.reference and not other):
+    if "path" in names or not config.model.path:
         params, digests["model.path"] = policy.read(
             config.model.path, config.seed, config.model.lora.path
         )
         reference = params if setup.method.reference else None
-    if other:
+    if "reference_path" in names:
+        other = config.model.reference_path
         reference, digests["model.reference_path"] = policy.read(other, config.seed)
     return params, reference, {name: digest for name, digest in digests.items() if digest}

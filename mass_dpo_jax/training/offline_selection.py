@@ -25,7 +25,8 @@ from mass_dpo_jax.run_paths import run_given
 from mass_dpo_jax.selection import Selection
 from mass_dpo_jax.training import scoring
 from mass_dpo_jax.training.methods import make_method
-from mass_dpo_jax.training.setup import prepare_scoring, say_small_pools
+from mass_dpo_jax.training.scored_model import prepare_scoring
+from mass_dpo_jax.training.setup import say_small_pools
 from mass_dpo_jax.training.step import Program
 
 # What a prompt has several of -> what a pair calls its own.

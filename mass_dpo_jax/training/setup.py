@@ -27,7 +27,7 @@ from mass_dpo_jax.files import cache_folder
 from mass_dpo_jax.models import fused_attention
 from mass_dpo_jax.models import lora as lora_lib
 from mass_dpo_jax.models.logprobs import max_logits_of
-from mass_dpo_jax.training import checkpoint, origin, scoring
+from mass_dpo_jax.training import checkpoint, scoring
 from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training.methods import Method, make_method, uses_reference
 from mass_dpo_jax.training.policy import Policy, check_model, open_policy, uses_lora
@@ -43,12 +43,10 @@ class Reference(NamedTuple):
 
     logps: float32 `[M, C]` of each split; empty where there is no reference.
     grams: float32 `[M, C, C]` of the split to choose from, where criteria see its features.
-    fingerprint: of the weights; empty likewise.
     """
 
     logps: dict[str, np.ndarray]
     grams: np.ndarray | None = None
-    fingerprint: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +113,7 @@ class Setup:
                 functools.partial(self.score, params, split, "reference"),
             )
         if not self.method.frozen_features or choosing not in self.tokens:
-            return Reference(logps, fingerprint=fingerprint)
+            return Reference(logps)
         how, tokens, scorer = self.config.selection, self.tokens[choosing], self.program.scorer
         grams = scoring.cached(
             folder,
@@ -127,7 +125,7 @@ class Setup:
                 "features",
             ),
         )
-        return Reference(logps, grams, fingerprint)
+        return Reference(logps, grams)
 
     def over_split(self, compute: Callable[[Batch], Any], split: str, label: str) -> Any:
         """What `compute` gives for every example of a split, see `scoring.over_split`."""
@@ -158,8 +156,10 @@ def prepare(
     examples: dict[str, Sequence[Example]] = {}
     tokens: dict[str, Tokens] = {}
     if hosts.first():
-        if config.model.path:  # Reading data can take minutes, looking at a folder none.
-            check_model(Path(config.model.path), weights=not config.dry_run)
+        # Reading data can take minutes, looking at a folder none.
+        begun = workdir is not None and checkpoint.latest_step(workdir) is not None
+        for name in models_read(config, begun):
+            check_model(Path(config.model[name]), weights=not config.dry_run)
         examples = _load(config, splits)
         policy = open_policy(config, mesh, workdir, examples.get("train", ()))
         tokens = _tokenize(config, policy, examples)
@@ -169,6 +169,18 @@ def prepare(
     hosts.check_same({"config.model.path": f"{policy.config} {policy.lora}"})
     tokens = {split: hosts.fields_from_first(Tokens, tokens.get(split)) for split in there}
     return _of_tokens(config, policy, examples, tokens, training)
+
+
+def models_read(config: ConfigDict, begun: bool) -> list[str]:
+    """Returns the settings of `config.model` that name models whose weights a run reads.
+
+    Args:
+      begun: it has a checkpoint, with the weights that it trains.
+    """
+    other = uses_reference(config.method) and bool(config.model.reference_path)
+    is_reference = uses_reference(config.method) and not other
+    start = not begun or uses_lora(config.model.lora) or is_reference
+    return ["path"] * (start and bool(config.model.path)) + ["reference_path"] * other
 
 
 def _load(config: ConfigDict, splits: Sequence[str]) -> dict[str, Sequence[Example]]:
@@ -276,109 +288,6 @@ def _of_tokens(
     most = config.data.max_shapes
     buckets = {s: make_buckets(t, method.num_negatives, most) for s, t in tokens.items()}
     return Setup(config, mesh, policy, method, program, examples, tokens, buckets)
-
-
-def prepare_scoring(
-    config: ConfigDict, workdir: Path | None, split: str | None, choosing: bool = False
-) -> tuple[Setup, str, Any, Reference]:
-    """For commands that only score: a run in `workdir`, or the model at `config.model.path`.
-
-    A run's reference is what it was trained against; that of another model is
-    `config.model.reference_path`, if given.
-
-    Args:
-      split: None is the test split or, of a single file without splits, all of it.
-      choosing: negatives are to be chosen from it.
-
-    Returns:
-      The setup with one split, that split's name, the weights, and what is needed of the reference,
-      if there is one.
-
-    Raises:
-      UserError: as `prepare`; a run and another model are given; or what a run needs of its start
-        is not what it was.
-    """
-    config = config.copy_and_resolve_references()  # The caller's may serve for another run.
-    if split is None:
-        split = "all" if Path(config.data.path).is_file() else "test"
-    if workdir is not None:
-        return _prepare_run(config, workdir, split, split if choosing else None)
-    if not config.model.path:
-        raise UserError("no model: give --workdir=RUN, or --config.model.path=FOLDER")
-    setup = prepare(config, None, (split,), training=False)
-    known = Reference({})
-    if config.model.reference_path:
-        params = setup.policy.weights(config.model.reference_path, config.seed)
-        known = setup.reference(params, split if choosing else None)
-    params = setup.policy.weights(config.model.path, config.seed, config.model.lora.path)
-    return setup, split, params, known
-
-
-def _prepare_run(
-    config: ConfigDict, workdir: Path, split: str, choosing: str | None
-) -> tuple[Setup, str, Any, Reference]:
-    """`prepare_scoring` of a run's newest checkpoint.
-
-    `config.model.path` may say where the model that it began from lies now.
-    """
-    if hosts.first_decides(lambda: checkpoint.latest_step(workdir)) is None:
-        raise UserError(f"{workdir}: {checkpoint.NONE_YET}")
-    own = origin.find_files(config_lib.load(workdir), workdir)
-    lora = uses_lora(own.model.lora)
-    base = own.model.path
-    other = config.model.reference_path or own.model.reference_path
-    read_again = lora or (uses_reference(own.method) and not other)
-    if read_again and "model.path" in origin.read(workdir)["weights"]:
-        if config.model.path not in ("", str(workdir)):
-            base = config.model.path
-    else:
-        _check_own("model.path", config, own, workdir)
-    _check_own("model.lora.path", config, own, workdir)
-    if origin.has_own(config, workdir, "data.chat_template"):
-        config.data.chat_template = "tokenizer"
-    reference, adapters = (other, "") if other else (base, own.model.lora.path)
-    config.model.path = base
-    config.model.lora.update(own.model.lora)
-    if lora:  # Beside their base, as they were trained.
-        config.model.lora.path = str(workdir)
-    setup = prepare(config, workdir, (split,), training=False)
-    known = Reference({})
-    if uses_reference(own.method) or config.model.reference_path:
-        params, digest = setup.policy.read(reference, own.seed, adapters)
-        _check_reference(config, own, workdir, reference, digest)
-        known = setup.reference(params, choosing)
-        del params
-    params, digest = setup.policy.read(
-        base if lora else str(workdir), own.seed, config.model.lora.path
-    )
-    if lora:
-        origin.check_weights(workdir, {"model.path": digest})
-    return setup, split, params, known
-
-
-def _check_reference(
-    config: ConfigDict, own: ConfigDict, workdir: Path, reference: str, digest: str
-) -> None:
-    """Raises UserError where a run's reference is not what it was; one that was asked for may
-    differ, which is said."""
-    name = "model.reference_path" if own.model.reference_path else "model.path"
-    try:
-        origin.check_weights(workdir, {name: digest})
-    except UserError:
-        if config.model.reference_path == own.model.reference_path:
-            raise
-        _log.warning(f"rewards are against {reference}, which the run was not trained against")
-
-
-def _check_own(name: str, config: ConfigDict, own: ConfigDict, workdir: Path) -> None:
-    """A run is scored with its own weights: others beside it would be ignored."""
-    given, known = (dict(config_lib.flat(c))[name] for c in (config, own))
-    same = {Path(path).absolute() for path in (known, workdir) if path}
-    if given and Path(given).absolute() not in same and not origin.has_own(config, workdir, name):
-        raise UserError(
-            f"config.{name}={given}: the model is that of the run in --workdir={workdir}; "
-            "expected one of them, not both"
-        )
 
 
 def check_pools(method: Method, tokens: Tokens) -> None:
