@@ -1437,8 +1437,8 @@ MUTATIONS = (
     ),
     Mutation(
         "loaders: what was said of the data is said once only",
-        '        for level, message in said:\n            _log.log(level, "%s", message)\n        return kept\n',
-        "        return kept\n",
+        '            _log.log(level, "%s", message)\n        return kept\n',
+        "            pass\n        return kept\n",
         "test_data_kept.py",
     ),
 )
