@@ -1035,7 +1035,7 @@ MUTATIONS = (
     ),
     Mutation(
         "tokens: a response has what the template writes behind its end",
-        "text[: text.index(end) + len(end)]",
+        "text[: text.index(kind.end) + len(kind.end)]",
         "text",
         "test_data_render.py",
     ),
@@ -1047,14 +1047,14 @@ MUTATIONS = (
     ),
     Mutation(
         "tokens: long prompts lose their end",
-        "keep = position >= np.repeat(self.lengths - limit, self.lengths)",
-        "keep = position < limit",
+        "keep |= position >= np.repeat(",
+        "keep |= position < np.repeat(",
         "test_data_tokens.py",
     ),
     Mutation(
         "tokens: a history loses one item too many",
-        "np.flatnonzero(enough - too_few > 1)",
-        "np.flatnonzero(enough - too_few > 2)",
+        "fits & (enough - too_few > 1)",
+        "fits & (enough - too_few > 2)",
         "test_data_tokens.py",
     ),
     Mutation(
