@@ -270,9 +270,13 @@ class _Work:
         return unique if len(unique.lengths) == len(texts) else unique.take(which), same
 
     def warn(self, count: int) -> None:
+        advice = "if they are rendered already, set --config.data.chat_template=none"
         for what, places in self._doubts.items():
             self.cut[f"prompts_{what.replace(' ', '_')}"] = len(places)
-            _log.warning("%d of %d prompts %s; first: %s", len(places), count, what, places[0])
+            _log.warning(
+                "%d of %d prompts %s; first: %s%s", len(places), count, what, places[0],
+                "" if self._renderer.special_tokens else f"; {advice}",
+            )  # fmt: skip
 
 
 def _joined(examples: Sequence[Example], work: _Work) -> Tokens:
