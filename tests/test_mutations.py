@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 AREAS = set(
     "losses methods selection catalogue masks positions responses replay log-probs models export "
     "lora optimizer steps refresh checkpoint resume origin loaders tokens batches metrics mesh "
-    "hosts config cli help files account reports".split()
+    "hosts signals runs config cli help files account reports".split()
 ) | {"model card"}
 
 

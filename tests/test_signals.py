@@ -58,8 +58,8 @@ MOMENTS = {
     "ml_collections:turned": EARLY,
     "jax.numpy:once": LINE,
     "transformers:turned": LINE,
-    "mass_dpo_jax.training.setup.load_examples:once": LINE,
-    "mass_dpo_jax.training.setup.load_examples:deaf": LINE,
+    "mass_dpo_jax.training.setup.open_splits:once": LINE,
+    "mass_dpo_jax.training.setup.open_splits:deaf": LINE,
     "mass_dpo_jax.training.setup.open_policy:twice": LINE,
     "mass_dpo_jax.training.loop._read_weights:once": LINE,
 }
