@@ -357,6 +357,11 @@ def _parse(argv: list[str], starts: bool, default: str | None) -> list[str]:
         path = dict(pairs).get("config", "")
         # Where ml_collections looks for the fields. No run is to remember that it was printed.
         sys.argv[1:] = [f"--{n}={value}" for n, value in pairs if n != command_line.PRINT]
+        if "config" in flags.FLAGS and not path:
+            fields = [word for word in sys.argv if word.startswith("--config.")]
+            flags.FLAGS([word for word in sys.argv if word not in fields])
+            if fields:  # Of a configuration that there is not, which is what is missing.
+                _given(None)
         rest = flags.FLAGS(sys.argv)
     except Exception as error:  # Mostly of the configuration, which is a program.
         _refuse(_what_failed(error, path))

@@ -17,6 +17,9 @@ LR = "did you mean --config.train.learning_rate=...?"
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        # A configuration that is not there is what is missing, not its settings.
+        ("train --workdir=nowhere --config.data.path=x", "--config is missing, and --workdir=no"),
+        ("evaluate --config.data.path=x", "--config is missing: expected a file or one of"),
         # Names that other programs have, or none.
         ("train --config=tiny --lr=1", f"--lr: no such flag; {LR} --help lists all"),
         ("train --config=tiny --learning_rate=1", f"--learning_rate: no such flag; {LR}"),
