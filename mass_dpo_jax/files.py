@@ -88,8 +88,11 @@ def write_whole(path: Path, parts: Iterable[str]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def parse_json(text: str, file: Path, line: int = 1) -> Any:
+def parse_json(text: str, file: Path, line: int = 1, unique_keys: bool = False) -> Any:
     """The value that a JSON text, which starts at a line of a file, stands for.
+
+    Args:
+      unique_keys: refuses an object that has a key twice; JSON itself takes the last one.
 
     Raises:
       UserError: the text is no JSON, is nested deeper than any file of ours, or has a number with
@@ -97,7 +100,7 @@ def parse_json(text: str, file: Path, line: int = 1) -> Any:
     """
     text = text.rstrip()  # So that what is missing is missed in the last line that is there.
     try:
-        found = json.loads(text)
+        found = json.loads(text, object_pairs_hook=_unique if unique_keys else None)
         if text.count("[") + text.count("{") <= DEEPEST or _depth(found) <= DEEPEST:
             return found
         what = "nested too deeply"
@@ -105,11 +108,25 @@ def parse_json(text: str, file: Path, line: int = 1) -> Any:
         broken = text.split("\n")[error.lineno - 1].strip()
         what = f"{error.msg} at column {error.colno}, in {shorten(broken)}"
         line += error.lineno - 1
+    except _TwiceError as error:
+        what = f"the key {error.args[0]!r} is there twice in one object: leave one of them"
     except ValueError:
         what = "a number has too many digits"
     except RecursionError:
         what = "nested too deeply"
     raise UserError(f"{file}:{line}: invalid JSON: {what}")
+
+
+class _TwiceError(Exception):
+    """A key is there twice."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _TwiceError(next(key for key in keys if keys.count(key) > 1))
+    return found
 
 
 def _depth(value: Any) -> int:

@@ -957,7 +957,7 @@ MUTATIONS = (
     ),
     Mutation(
         "loaders: answers in JSON are taken for a list of answers",
-        "if isinstance(value, str) and not is_list(chosen):",
+        "if isinstance(value, str) and not is_data(chosen):",
         "if isinstance(value, str):",
         "test_data_written.py",
     ),
@@ -1467,9 +1467,45 @@ MUTATIONS = (
     ),
     Mutation(
         "loaders: a file that changes under a run is read",
-        "if _key(data, splits, seed) != key:",
-        'if _key(data, splits, seed) == "":',
+        "        if _key(data, splits, seed) != key:",
+        '        if _key(data, splits, seed) == "":',
         "test_data_kept.py",
+    ),
+    Mutation(
+        "loaders: splits are of two files where one is replaced between them",
+        "        found = load()\n    if _key(data, splits, seed) != key:",
+        '        found = load()\n    if _key(data, splits, seed) == "":',
+        "test_data_kept.py",
+    ),
+    Mutation(
+        "loaders: a damaged text of a kept example is read",
+        "    if hashlib.sha256(text.encode()).hexdigest() != checksum:",
+        "    if not checksum:",
+        "test_data_kept.py",
+    ),
+    Mutation(
+        "loaders: the last of two equal keys counts",
+        "    if len(found) < len(pairs):",
+        "    if len(found) > len(pairs):",
+        "test_data_jsonl.py",
+    ),
+    Mutation(
+        "loaders: what answers begin with is a prompt, though a column has one",
+        "    return str(row[other]).strip() not in chosen",
+        "    return False",
+        "test_data_jsonl.py",
+    ),
+    Mutation(
+        "tokens: a message that the template leaves out is not missed",
+        "            if text not in written:",
+        "            if not written:",
+        "test_data_render.py",
+    ),
+    Mutation(
+        "tokens: special tokens in a response are taken for text",
+        "            self._with_special.add(content)",
+        "            pass",
+        "test_data_render.py",
     ),
     Mutation(
         "loaders: what was said of the data is said once only",

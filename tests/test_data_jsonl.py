@@ -153,6 +153,23 @@ def test_ids_are_given_or_count_rows_and_blank_lines_are_skipped(tmp_path: Path)
         ({**GOOD, "rejected": [None, None]}, "field 'rejected' is empty"),
         ({**GOOD, "prompt": ""}, "field 'prompt' is empty"),
         ({"chosen": "a", "rejected": ["b"]}, "'prompt' is missing, and .* no text in common"),
+        *[  # What answers begin with is no prompt where there is one by another name.
+            (
+                {name: "What?", "chosen": "It is a", "rejected": ["It is b"]},
+                f"'prompt' is missing; found .*; --config.data.columns=prompt={name} reads these",
+            )
+            for name in ("question", "Prompt", "prompts", "Instruction", "query")
+        ],
+        (
+            {"question": "p", "chosen": [assistant("a")], "rejected": [assistant("b")]},
+            "--config.data.columns=prompt=question reads these",
+        ),
+        (
+            {"prompt": "p", "choosen": "a", "Rejected": "b"},
+            "--config.data.columns=chosen=choosen,rejected=Rejected reads these",
+        ),
+        ('{"prompt": "p", "chosen": "a", "rejected": "b", "rejected": "c"}', "'rejected' is there"),
+        ('{"prompt": [{"role": "user", "role": "system", "content": "p"}]}', "'role' is there twi"),
         ({"chosen": "p", "rejected": ["pa"]}, "'prompt' is missing, and all of 'chosen' is the"),
         ({"chosen": "pab", "rejected": ["pb", "p"]}, r"all of 'rejected\[1\]' is the start of"),
         ({"chosen": "pa", "rejected": [[assistant("b")]]}, "expected all of one kind"),
@@ -422,6 +439,13 @@ def test_limits_that_leave_rows_out_are_said_and_no_others(tmp_path: Path, caplo
     ]
 
 
+def test_a_prompt_inside_the_answers_may_be_a_column_too(tmp_path: Path) -> None:
+    row = {"question": "Why?", "chosen": "Q: Why? A: So.", "rejected": "Q: Why? A: No."}
+    talk = {"question": "p", "chosen": [USER, assistant("a")], "rejected": [USER, assistant("b")]}
+    found = [example.prompt for example in read(tmp_path, row, talk, {**row, "question": None})]
+    assert found == ["Q: Why? A:", [USER], "Q: Why? A:"]
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     def error(path: Path) -> str:
         with pytest.raises(UserError) as error:
@@ -436,7 +460,8 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert "broken.jsonl.gz:1: cannot be read" in error(tmp_path / "broken.jsonl.gz")
     whole = gzip.compress(b"".join(b'{"x": %d}' % i for i in range(999)))
     (tmp_path / "broken.jsonl.gz").write_bytes(whole[:-9])
-    assert "broken.jsonl.gz:1: cannot be read" in error(tmp_path / "broken.jsonl.gz")
+    message = error(tmp_path / "broken.jsonl.gz")
+    assert "broken.jsonl.gz:1: cannot be read" in message and "the file whole? gzip -t" in message
     assert "nowhere: no such file or folder" in error(tmp_path / "nowhere")
     (tmp_path / "folder").mkdir()
     assert error(tmp_path / "folder") == (

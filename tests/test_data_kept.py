@@ -136,12 +136,50 @@ def test_a_damaged_file_is_made_again(
     data = write(tmp_path / "data.jsonl")
     kept.open_splits(tmp_path / "kept", data, SPLITS, 0)
     [file] = (tmp_path / "kept").iterdir()
-    for content in ("", "{}", "[[], []]", file.read_text()[:-20]):
+    text = file.read_text()
+    for content in ("", "{}", "[[], []]", text[:-20], text.replace("amber", "cedar", 1)):
         file.write_text(content)
         with caplog.at_level(logging.WARNING):
             found = kept.open_splits(tmp_path / "kept", data, SPLITS, 0)
         assert list(found["test"]) == load_examples(data, "test", 0)
         assert "reading the data again" in caplog.text
+
+
+@pytest.mark.parametrize("worth", [0, 1000])
+def test_a_file_that_changes_while_it_is_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worth: int
+) -> None:
+    """The splits would be of two files, and kept as if they were of the first."""
+    monkeypatch.setattr(kept, "WORTH", worth)
+    data = write(tmp_path / "data.jsonl")
+
+    def load(data: Any, split: str, seed: int) -> list[Example]:
+        found = load_examples(data, split, seed)
+        write(tmp_path / "data.jsonl", 20)
+        return found
+
+    monkeypatch.setattr(kept, "load_examples", load)
+    with pytest.raises(UserError, match="has been changed while it was read"):
+        kept.open_splits(tmp_path / "kept", data, SPLITS, 0)
+    found = kept.open_splits(tmp_path / "kept", data, SPLITS, 0)
+    assert {s: list(rows) for s, rows in found.items()} == {
+        s: load_examples(data, s, 0) for s in SPLITS
+    }
+
+
+def test_what_lies_beside_the_splits_changes_nothing(tmp_path: Path, reads: list[str]) -> None:
+    folder = tmp_path / "data"
+    (folder / "runs").mkdir(parents=True)
+    data = write(folder / "train.jsonl")
+    data.path = str(folder)
+    for text in ("step 1", "step 2"):
+        (folder / "runs" / "metrics.jsonl").write_text(text)
+        (folder / "train_log.txt").write_text(text)
+        kept.open_splits(tmp_path / "kept", data, ("train",), 0)
+    assert len(reads) == 1
+    (folder / "test.csv").write_text("prompt,chosen,rejected")  # It is warned of.
+    kept.open_splits(tmp_path / "kept", data, ("train",), 0)
+    assert len(reads) == 2
 
 
 def test_few_responses_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

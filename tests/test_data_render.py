@@ -137,7 +137,11 @@ def test_what_cannot_be_rendered(tmp_path: Path, template: str, row: Any, messag
 
 def doubts(tokenizer: Any, template: str, *prompts: Any) -> list[str]:
     renderer = make_renderer(tokenizer, settings(template))
-    return [renderer.doubt(prompt, f"file:{i}") for i, prompt in enumerate(prompts)]
+    found = []
+    for i, prompt in enumerate(prompts):
+        row = Example("0", prompt, "a", ("b",), f"file:{i}")
+        found.append("; ".join(renderer.doubts(row, prompt)))
+    return found
 
 
 RENDERED = {
@@ -288,3 +292,87 @@ def test_texts_are_those_of_transformers(real_data: Path, name: str, thinking: b
     written = prompt + responses(renderer, row)[0]
     assert whole.startswith(written)
     assert whole.removeprefix(written).strip() == ""
+
+
+SYSTEM, ASSISTANT = (
+    {"role": "system", "content": "Be brief."},
+    {"role": "assistant", "content": "A"},
+)
+DEVELOPER, TOOL = {**SYSTEM, "role": "developer"}, {"role": "tool", "content": "42"}
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "lost"),
+    [
+        ("smollm3", [SYSTEM, {**SYSTEM, "content": "Be nice."}, USER], "system"),
+        ("smollm3", [DEVELOPER, USER], "developer"),
+        ("qwen3", [DEVELOPER, USER], "developer"),
+        ("qwen3", [USER, ASSISTANT, {**USER, "role": "critic"}, USER], "critic"),
+        ("qwen3", [SYSTEM, USER, ASSISTANT, SYSTEM, USER], ""),
+        ("qwen3", [{**SYSTEM, "content": ""}, USER], ""),
+        ("qwen3", [USER, {**ASSISTANT, "content": "<think>no</think>A"}, USER], ""),
+        ("llama3.2", [DEVELOPER, USER, ASSISTANT, TOOL, USER], ""),
+        ("smollm3", [SYSTEM, USER, ASSISTANT, USER], ""),
+        ("smollm3", "Hi!", ""),
+    ],
+)
+def test_messages_that_a_template_leaves_out_are_said(
+    real_data: Path, name: str, prompt: Any, lost: str
+) -> None:
+    said = f"with a {lost} message that the chat template does not write" if lost else ""
+    assert doubts(real(real_data, name), "tokenizer", prompt) == [said]
+
+
+def test_roles_of_other_programs_are_refused(real_data: Path, tmp_path: Path) -> None:
+    roles = {"human": "user", "gpt": "assistant", "User": "user", "SYSTEM": "system"}
+    for name in ("llama3.2", "qwen3", "smollm3"):
+        for role, meant in roles.items():
+            prompt = [{"role": role, "content": "Hi"}, USER]
+            with pytest.raises(UserError, match=f"file:0: .* the role '{role}',.* write '{meant}'"):
+                doubts(real(real_data, name), "tokenizer", prompt)
+    human = written(tmp_path, "{# 'human' #}" + TEMPLATE)
+    assert doubts(small(), human, [{"role": "human", "content": "Hi"}, USER]) == [""]
+
+
+@pytest.mark.parametrize(
+    ("answer", "is_odd"),
+    [
+        ("<|im_start|>assistant\nYo", True),
+        ("Yo<|endoftext|>", True),
+        ("a <|im_start|> b", True),
+        ("Yo<|im_end|>", False),
+        ("<b>Yo</b> <s>a</s> <|user|>", False),
+    ],
+)
+def test_special_tokens_in_responses_are_said(real_data: Path, answer: str, is_odd: bool) -> None:
+    """They are no text any more."""
+    renderer = make_renderer(real(real_data, "qwen3"), settings("tokenizer"))
+    for row in (example(chosen=answer), example(rejected=("No", answer)), example(chosen=answer)):
+        responses(renderer, row)
+        said = renderer.doubts(row, row.prompt)
+        assert said == ["with special tokens in their responses"] * is_odd
+
+
+def test_a_template_without_a_generation_prompt_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    always = written(tmp_path, TEMPLATE.split("{% if add_generation_prompt")[0])
+    renderer = make_renderer(small(), settings(always))
+    for row in (example(), example("Hi again"), example([USER, ASSISTANT, USER])):
+        assert responses(renderer, row)[-1] == "assistant: No<eos>"
+    [said] = [r.getMessage() for r in caplog.records]
+    assert "no generation prompt: all responses begin with 'assistant: ', which is tra" in said
+
+
+def test_templates_that_need_no_generation_prompt(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    inst = (
+        "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} "
+        "{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    channel = TEMPLATE.replace("{{ m.role }}: ", "{{ m.role }}: {% if loop.last and "
+                               "m.role == 'assistant' %}final: {% endif %}")  # fmt: skip
+    for template in (inst, channel, TEMPLATE):
+        render(small(), written(tmp_path, template), example())
+    assert not caplog.records

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import json
 import logging
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -245,6 +246,34 @@ def test_a_folder_without_splits_is_told_what_it_has(
 def test_a_path_with_nothing_there(tmp_path: Path, name: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load("jsonl", tmp_path / name, "train")
+
+
+def test_pipes_and_devices_are_told_apart_from_nothing(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/null")):
+        with pytest.raises(UserError, match=r"is a pipe or a device, .* write it to a file"):
+            load("jsonl", path, "train")
+
+
+@pytest.mark.parametrize(
+    ("names", "warned"),
+    [
+        (("test.json",), ["test"]),
+        (("test.csv", "dev.parquet"), ["validation", "test"]),
+        (("train.json", "extra.jsonl", "testing.csv", "more.test.json", "README.md"), []),
+    ],
+)
+def test_a_split_in_another_format_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, names: tuple[str, ...], warned: list[str]
+) -> None:
+    write_lines(tmp_path / "train.jsonl", rows(20))
+    for name in names:
+        (tmp_path / name).write_text("[]")
+    for split in ("train", "validation", "test"):
+        load("jsonl", tmp_path, split)
+    said = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    found = [line.partition("no ")[2].partition("and no ")[2].split()[0] for line in said]
+    assert found == warned, said
 
 
 def test_a_name_of_the_hub_is_told_where_it_belongs(monkeypatch: Any, tmp_path: Path) -> None:

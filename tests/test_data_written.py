@@ -63,6 +63,10 @@ def test_a_round_trip_through_csv_changes_no_example(tmp_path: Path) -> None:
         ('{"role": "user", "content": "x", "id": 3}', "No."),
         ("x = ['a' 'b']", "x = ['a', 'b']"),
         ("a", "[1, 2, 3]"),
+        ('{"tags": ["b"]}', '["b", "c"]'),
+        ('```json\n{"tags": ["b"]}\n```', '["b", "c"]'),
+        ('```\n["b"]\n```\n', "['b', 'c']"),
+        ("{'tags': ['b']}", "['b', 'c']"),
         ("a", '{"b": ["c"]}'),
         ("a", "['b', 'c'] is a list."),
         ("a", "[b](http://c)"),
@@ -172,7 +176,7 @@ def test_columns_that_are_not_read_are_said_once(tmp_path: Path, caplog: Any) ->
         ),
         (
             [{**PLAIN, "chosen": '["x"]', "rejected": '["b"]'}, PLAIN],
-            "1 of 2 rows have a list written as text in rejected and in chosen, which is taken for",
+            "1 of 2 rows have a list written as text in rejected and another, or an object",
         ),
         (
             [{**ROW, "chosen": str(ANSWERS[0])}, ROW],
@@ -193,6 +197,10 @@ def test_columns_that_are_not_read_are_said_once(tmp_path: Path, caplog: Any) ->
         (
             [{"chosen": "Human: Hi\nAssistant: a", "rejected": "Human: Hi\nAssistant: b"}],
             "1 of 1 rows have a prompt with turns in it",
+        ),
+        (
+            [{"chosen": "Say: Paris", "rejected": ["Say: Parma", "Say: Pa!"]}, PLAIN],
+            "1 of 2 rows have no prompt, and answers that differ first in the middle of a word",
         ),
     ],
 )
@@ -225,6 +233,8 @@ def test_what_looks_right_is_not_warned_of(tmp_path: Path, caplog: Any) -> None:
         {**PLAIN, "score_chosen": None, "score_rejected": None},
         {"prompt": "p", "chosen": '{"a": 1}', "rejected": '{"a": 2}'},
         {"prompt": "p", "chosen": "a", "rejected": "[1]"},
+        {"chosen": "Say: Paris", "rejected": ["Say: Rome", "Say: Oslo"]},
+        {"chosen": "Is it I am?", "rejected": "Is it I'm?"},
         ROW,
         {**ROW, "prompt": USER["content"], "chosen": [USER, *ANSWERS[0]]},
     ]

@@ -9,15 +9,15 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 from mass_dpo_jax.data.checks import check_id, has_content, kind, plain
+from mass_dpo_jax.data.columns import describe_absent, has_prompt_elsewhere
 from mass_dpo_jax.data.messages import Message as Message
 from mass_dpo_jax.data.messages import Text as Text
 from mass_dpo_jax.data.messages import is_simple, read_text
-from mass_dpo_jax.data.written import decode_responses, is_list
+from mass_dpo_jax.data.written import decode_responses, is_data
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import shorten
 
 LARGEST_SCORE = 3e38  # What float32 holds.
-COLUMNS = ("id", "prompt", "chosen", "rejected", "score_chosen", "score_rejected")
 # Columns that change what a prompt is, and so are refused where there is something in them.
 NOT_READ = {
     "tools": "leave it out, or write what the template makes of it into the prompt",
@@ -28,19 +28,6 @@ NOT_READ = {
         "text says it all",
     ),
 }
-# What other programs call these columns.
-OTHER_NAMES = {
-    "prompt": ("question", "instruction", "query", "input", "problem"),
-    "chosen": (
-        "chosen_response", "response_chosen", "response_j", "chosen_answer", "answer_chosen",
-        "preferred", "preferred_output", "pos_answer", "accepted", "answer", "messages", "output",
-    ),
-    "rejected": (
-        "rejected_response", "rejected_responses", "response_rejected", "response_k",
-        "rejected_answer", "rejected_answers", "answer_rejected", "dispreferred",
-        "non_preferred_output", "neg_answer", "wrong_answers", "negatives",
-    ),
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +86,8 @@ def from_row(row: Any, default_id: str, place: str) -> Example:
 
     A string that is a list of messages, as JSON or as Python prints it, is that list. The string
     of `rejected` that is a list of strings, or of lists of messages, is that list, unless chosen
-    is a list as a string too: then these are answers in JSON. All other JSON in strings is text.
+    is a list or an object as a string: then these are answers in JSON. All other JSON in strings is
+    text.
 
     `score_chosen`, a number, and `score_rejected`, a list with a number for each rejected response
     (or one number, for one), are optional grades; a row where one is null or not finite has none.
@@ -116,7 +104,7 @@ def from_row(row: Any, default_id: str, place: str) -> Example:
         )
     for field in ("chosen", "rejected"):
         if plain(row.get(field)) is None:
-            raise UserError(f"{place}: {_absent(row, field)}")
+            raise UserError(f"{place}: {describe_absent(row, field)}")
     for field, instead in NOT_READ.items():
         if field in row and has_content(row[field]):
             raise UserError(f"{place}: field {field!r} is not read here: {instead}")
@@ -127,6 +115,8 @@ def from_row(row: Any, default_id: str, place: str) -> Example:
     prompt: Text
     if plain(row.get("prompt")) is not None:
         prompt = _whole_prompt(read_text(row["prompt"], "prompt", place), chosen)
+    elif has_prompt_elsewhere(row, chosen):
+        raise UserError(f"{place}: {describe_absent(row, 'prompt')}")
     elif isinstance(chosen, str):
         prompt, chosen, rejected = _common_start(chosen, rejected, place)
     else:
@@ -208,7 +198,7 @@ def _rejected(value: Any, chosen: Text, single: bool, place: str) -> list[Text |
     A list of messages is one response, or several where responses are `single` messages.
     """
     value = plain(value)
-    if isinstance(value, str) and not is_list(chosen):
+    if isinstance(value, str) and not is_data(chosen):
         value = decode_responses(value, place)
     if isinstance(value, str) or (isinstance(value, Mapping) and "role" in value):
         return [read_text(value, "rejected", place)]
@@ -315,20 +305,3 @@ def _not_one_answer(asked: Sequence[Message], response: Sequence[Message]) -> st
 
 def _ordinal(number: int) -> str:
     return {1: "first", 2: "second", 3: "third"}.get(number, f"{number}th")
-
-
-def _absent(row: Mapping[str, Any], field: str) -> str:
-    """What to say of a field that is missing or null."""
-    if field in row:
-        return f"field {field!r} is null"
-    found = ", ".join(map(str, row)) or "nothing"
-    wanted = {
-        name: next((other for other in OTHER_NAMES[name] if other in row), "")
-        for name in ("prompt", "chosen", "rejected")
-        if name not in row
-    }
-    known = ",".join(f"{name}={other}" for name, other in wanted.items() if other)
-    advice = f"--config.data.columns={field}=NAME reads it from another column"
-    if wanted.get(field):
-        advice = f"--config.data.columns={known} reads these"
-    return f"field {field!r} is missing; found {found}; {advice}"

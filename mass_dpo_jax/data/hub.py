@@ -41,7 +41,8 @@ def open_dataset(path: str, split: str, without: Collection[str] = ()) -> tables
         names = splits.by_split({name: name for name in data}, path)
         if not names:
             raise UserError(_no_split(path, list(data)))
-        splits.say_not_read(path, tuple(name for name in data if name not in names.values()))
+        left = tuple(name for name in data if name not in names.values())
+        splits.say_not_read(path, left, tuple(names))
         source = splits.resolve(split, [name for name in names if name not in without], path)
         rows = data[names[source.name]]
     name = path if isinstance(data, Dataset) else f"{path} {source.name}"

@@ -25,6 +25,7 @@ import mass_dpo_jax
 from mass_dpo_jax import data as data_lib
 from mass_dpo_jax.data import load_examples, warn_of_shared_prompts
 from mass_dpo_jax.data.examples import Example, History
+from mass_dpo_jax.data.splits import split_of
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import write_whole
 
@@ -85,7 +86,7 @@ def open_splits(
     key = _key(data, splits, seed)
     file = folder / f"examples-{key}.json"
     try:
-        stored, said = json.loads(file.read_text(encoding="utf-8"))
+        stored, said = json.loads(without_checksum(file.read_text(encoding="utf-8")))
         kept: dict[str, Sequence[Example]] = {
             split: _stored(stored[split], split, key, data, splits, seed) for split in splits
         }
@@ -99,6 +100,8 @@ def open_splits(
         return kept
     with listening() as heard:
         found = load()
+    if _key(data, splits, seed) != key:
+        raise UserError(f"{data.path}: has been changed while it was read; start again")
     if sum(1 + len(example.rejected) for rows in found.values() for example in rows) < WORTH:
         return {**found}
     content = {
@@ -107,10 +110,23 @@ def open_splits(
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(file, [json.dumps([content, heard])])
+        write_whole(file, [with_checksum(json.dumps([content, heard]))])
     except OSError as error:
-        _log.warning(f"{file}: {error.strerror}; the examples are not kept")
+        if not file.exists():  # Else another run was faster.
+            _log.warning(f"{file}: {error.strerror}; the examples are not kept")
     return {split: _given(f"{key} {split}", rows) for split, rows in found.items()}
+
+
+def with_checksum(text: str) -> str:
+    return f"{text}\n{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def without_checksum(text: str) -> str:
+    """Raises ValueError where the text is not what `with_checksum` was given."""
+    text, _, checksum = text.rpartition("\n")
+    if hashlib.sha256(text.encode()).hexdigest() != checksum:
+        raise ValueError("it is not what was written")
+    return text
 
 
 def _given(key: str, rows: list[Example]) -> Examples:
@@ -161,6 +177,8 @@ def _key(data: Any, splits: Sequence[str], seed: int) -> str:
     for file in sorted(Path(data_lib.__file__).parent.glob("*.py")):
         sha.update(file.read_bytes())
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    if path.is_dir() and data.name == "jsonl":  # Logs and runs may lie beside the splits.
+        files = [p for p in files if p.parent == path and split_of(p.name)]
     for file in files:
         with file.open("rb") as content:
             digest = hashlib.file_digest(content, "sha256").hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import shlex
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +28,12 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
             file.seek(0)
             for number, line in enumerate(file, 1):
                 yield number, line
-    except (OSError, EOFError, zlib.error) as error:
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(
+            f"{path}:{number + 1}: cannot be read: {error}; is the file whole? "
+            f"gzip -t {shlex.quote(str(path))}"
+        ) from None
+    except OSError as error:
         raise UserError(f"{path}:{number + 1}: cannot be read: {error}") from None
 
 

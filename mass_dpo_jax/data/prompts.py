@@ -135,7 +135,8 @@ class Encoder:
                 message = (
                     f"{examples[i].place}: without its text the prompt has "
                     f"{found.tokens.lengths[i]} tokens still, config.data.max_prompt_length is "
-                    f"{self._limit}: raise it"
+                    f"{self._limit}: raise it, or leave such prompts out with "
+                    "config.data.long_prompt=drop"
                 )
                 bad.setdefault(i, UserError(message))
         else:

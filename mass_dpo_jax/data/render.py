@@ -9,9 +9,9 @@ and every date a template can ask for is the configured one, unless its argument
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 import json
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
 from mass_dpo_jax.data import probe
+from mass_dpo_jax.data.doubts import Doubts
 from mass_dpo_jax.data.examples import Example, History, Message, Text
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import read_text, shorten
@@ -31,11 +32,8 @@ ARGUMENTS = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).p
 }
 PROBE = "response"  # Stands for any answer when we look at what the template writes around it.
 MOST_KNOWN = 100_000  # Answers whose text is kept.
-# How texts begin that chat templates have written, also those of other models.
-RENDERED = re.compile(
-    r"\s*(<[|\uff5c][^|\uff5c>]+[|\uff5c]>|<start_of_turn>|<bos>|<s>|\[INST\]|<<SYS>>)"
-)
 TAGS = ("<think>", "</think>")
+_log = logging.getLogger(__name__)
 _THINK = "--config.data.chat_template_kwargs='{\"enable_thinking\": true}' lets it"
 
 
@@ -52,8 +50,11 @@ class Renderer(Protocol):
         """The texts of the chosen response and of all rejected ones, after this text of the
         example's prompt."""
 
-    def doubt(self, prompt: Text | History, place: str) -> str:
-        """What is odd about a prompt, in a word or two to count by; "" is nothing.
+    def doubts(self, example: Example, prompt: Text | History) -> list[str]:
+        """What is odd about an example that is rendered, in words to count its prompt by.
+
+        Args:
+          prompt: what is left of its prompt.
 
         Raises:
           UserError: it cannot be meant.
@@ -131,10 +132,10 @@ class Plain:
             for field, response in _named(example)
         ]
 
-    def doubt(self, prompt: Text | History, place: str) -> str:
+    def doubts(self, example: Example, prompt: Text | History) -> list[str]:
         """Special tokens are what a text that is rendered already should have, but for its end."""
-        text = self.prompt(prompt, place).rstrip()
-        return f"that end with {self._end}" if text.endswith(self._end) else ""
+        text = self.prompt(prompt, example.place).rstrip()
+        return [f"that end with {self._end}"] if text.endswith(self._end) else []
 
     def _string(self, text: Text, field: str, place: str) -> str:
         if isinstance(text, str):
@@ -180,6 +181,12 @@ class Template:
         longest_first = sorted(self._specials, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._kinds: dict[str, Kind] = {}  # What is written for PROBE -> what that says.
+        self._doubts = Doubts(
+            lambda messages: self._render(messages, "", generation_prompt=True),
+            template, self._special, tokenizer.bos_token,
+        )  # fmt: skip
+        self._with_special: set[str] = set()  # Answers.
+        self._starts: set[str] = set()  # Of responses, that we warned of.
 
     def prompt(self, prompt: Text | History, place: str) -> str:
         return self._render(_messages(prompt), place, generation_prompt=True)
@@ -196,50 +203,23 @@ class Template:
         kind = self._kinds.get(written) or self._look_at(written, messages, prompt, example.place)
         texts = []
         for field, response in _named(example):
-            content = response if isinstance(response, str) else response[-1]["content"]
+            content = _content(response)
             text = kind.known.get(content)
             if text is None:
                 text = self._response(kind, messages, prompt, content, field, example)
             texts.append(text)
         return texts
 
-    def doubt(self, prompt: Text | History, place: str) -> str:
-        found = ""
-        for message in _messages(prompt):
-            text = message["content"]
-            start = text.lstrip()
-            token = self._special.match(start)
-            if token and token[0] in self._openers:
-                raise UserError(
-                    f"{place}: the prompt begins with {token[0]}, which the chat template writes "
-                    "itself, so it is rendered already: set --config.data.chat_template=none, or "
-                    "write the text alone"
-                )
-            if RENDERED.match(start) or (self._header and start.startswith(self._header)):
-                found = "that look rendered already"
-            elif not found and self._special.search(text):
-                found = "with special tokens in their text"
-        return found
-
-    @functools.cached_property
-    def _opening(self) -> str:
-        """What the template writes before the text of a user's only message."""
-        try:
-            return self.prompt(probe.TEXT, "").partition(probe.TEXT)[0]
-        except UserError:
-            return ""  # It wants other messages; those of the data will tell.
-
-    @functools.cached_property
-    def _openers(self) -> set[str]:
-        bos = self._tokenizer.bos_token
-        return {*self._special.findall(self._opening), *([bos] if bos else [])}
-
-    @functools.cached_property
-    def _header(self) -> str:
-        """The user's header where it is no special token, "### Instruction:" say."""
-        lines = self._special.sub("\n", self._opening).strip().splitlines()
-        header = lines[-1].strip() if lines else ""
-        return header if re.search(r"[^\w\s]", header) else ""
+    def doubts(self, example: Example, prompt: Text | History) -> list[str]:
+        found = [
+            self._doubts.of_texts(_messages(example.prompt), example.place),
+            self._doubts.of_roles(_messages(prompt)),
+        ]
+        if self._with_special and any(
+            _content(response) in self._with_special for _, response in _named(example)
+        ):
+            found.append("with special tokens in their responses")
+        return [doubt for doubt in found if doubt]
 
     def _response(
         self,
@@ -251,6 +231,8 @@ class Template:
         example: Example,
     ) -> str:
         answer = _without_end(content, kind.end, field, example)
+        if any(token not in TAGS for token in self._special.findall(answer)):
+            self._with_special.add(content)
         # The templates that end the prompt with an empty block of thoughts.
         if prompt.rstrip().endswith(TAGS[1]) and any(tag in answer for tag in TAGS):
             raise UserError(
@@ -280,16 +262,29 @@ class Template:
         return text[len(prompt) :]
 
     def _look_at(self, written: str, messages: list[Message], prompt: str, place: str) -> Kind:
-        _, found, tail = written.partition(PROBE)
+        start, found, tail = written.partition(PROBE)
+        if not found:
+            raise UserError(
+                f"{place}: the chat template does not write an answer as it is: for {PROBE!r} "
+                f"{shorten(written)}"
+            )
         ends = [
             (tail.index(token), -len(token), token) for token in self._specials if token in tail
         ]
-        if not found or not ends:
+        if not ends:
             raise UserError(
                 f"{place}: the chat template writes no special token at the end of the assistant's "
                 f"message, so nothing says where a response ends: {shorten(written)}; write "
                 "{{ eos_token }} after that message's content in the template"
             )
+        if start.strip() and start not in self._starts:
+            self._starts.add(start)
+            if self._render(messages, place, generation_prompt=False) == prompt:
+                _log.warning(
+                    "the chat template has no generation prompt: all responses begin with %s, "
+                    "which is trained too; write that under {%% if add_generation_prompt %%}",
+                    shorten(start),
+                )
         if len(self._kinds) >= MOST_KNOWN:
             self._kinds.clear()
         rule = self._find_rule(written, messages, prompt)
@@ -336,6 +331,10 @@ def _messages(prompt: Text | History) -> list[Message]:
     if isinstance(prompt, History):
         prompt = prompt.text
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def _content(response: Text) -> str:
+    return response if isinstance(response, str) else response[-1]["content"]
 
 
 def _named(example: Example) -> list[tuple[str, Text]]:

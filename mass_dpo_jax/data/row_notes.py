@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mass_dpo_jax.data.checks import has_content, plain
-from mass_dpo_jax.data.examples import COLUMNS, Example
-from mass_dpo_jax.data.written import is_list, is_response_list
+from mass_dpo_jax.data.columns import COLUMNS
+from mass_dpo_jax.data.examples import Example
+from mass_dpo_jax.data.written import is_data, is_response_list
 
 # Columns that other programs put into the prompt.
 _OF_PROMPTS = ("system", "system_prompt", "history", "input", "context", "instruction")
@@ -40,12 +41,16 @@ class RowNotes:
             if len(rejected) != len(example.rejected):  # Or it is one conversation.
                 self._counts["null"] += any(plain(text) is None for text in rejected)
         elif is_response_list(rejected):
-            is_text = isinstance(example.chosen, str) and is_list(row["chosen"])
+            is_text = isinstance(example.chosen, str) and is_data(row["chosen"])
             self._counts["lists" if is_text else "decoded"] += 1
         for given, read in ((row.get("prompt"), example.prompt), (row["chosen"], example.chosen)):
             if isinstance(read, list) and isinstance(given, str) and given.lstrip()[:1] in "[{":
                 self._counts["messages"] += 1
                 break
+        if plain(row.get("prompt")) is None and isinstance(example.prompt, str):
+            starts = (str(text[0]) for text in (example.chosen, *example.rejected))
+            split = example.prompt[-1].isalnum() and any(start.isalnum() for start in starts)
+            self._counts["letters"] += split
         if example.scores is not None:
             self._counts["inverted"] += example.scores[0] < max(example.scores[1:])
         elif any(row.get(field) is not None for field in ("score_chosen", "score_rejected")):
@@ -81,8 +86,12 @@ class RowNotes:
 _MESSAGES = {
     "null": "have null among the rejected responses, which is left out",
     "messages": "have chat messages written as text, which are read as messages",
-    "decoded": "have a list written as text in rejected, which is read as that list",
-    "lists": "have a list written as text in rejected and in chosen, which is taken for an answer",
+    "decoded": "have a list written as text in rejected, which is read as that list; where it is "
+    'an answer, write a list of one: ["[...]"]',
+    "lists": "have a list written as text in rejected and another, or an object, in chosen, which "
+    "are taken for answers",
+    "letters": "have no prompt, and answers that differ first in the middle of a word, whose "
+    "beginning is taken for a part of the prompt: write prompt in a field of its own",
     "unscored": "have scores that are null or not finite, which are not read",
     "inverted": "have a score_rejected above score_chosen: are the columns swapped?",
     "turns": "have a prompt with turns in it, Human: and Assistant:, which the chat template makes "

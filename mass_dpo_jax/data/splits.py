@@ -170,16 +170,34 @@ def find_file(
     files = by_split({name: _word(name, patterns) for name in names}, str(path))
     if not files:
         raise UserError(_no_split_in(path, names, patterns))
-    say_not_read(str(path), tuple(name for name in names if name not in files.values()))
+    left = tuple(name for name in names if name not in files.values())
+    say_not_read(str(path), left, tuple(files))
     source = resolve(split, [name for name in files if name not in without], str(path))
     return path / files[source.name], source
 
 
 @functools.cache  # Once, not for every split.
-def say_not_read(place: str, names: tuple[str, ...]) -> None:
-    """Logs which files of a folder, or splits of a dataset, are not read, but for notes on them."""
+def say_not_read(place: str, names: tuple[str, ...], found: tuple[str, ...]) -> None:
+    """Logs which files of a folder, or splits of a dataset, are not read, but for notes on them.
+
+    Warns of a file that is called like a split that was not `found`: `test.csv` beside
+    `train.jsonl`, say.
+    """
     if names := tuple(n for n in names if not n.startswith(("README", "LICENSE"))):
         _log.info("%s: not read: %s", place, _listing(names))
+    for name in names:
+        split = split_of(name)
+        if split and split not in found:
+            _log.warning(
+                "%s: %s is in no format that is read there, and no %s split is: convert it, or "
+                "take it away", place, name, split,
+            )  # fmt: skip
+
+
+def split_of(name: str) -> str:
+    """The split that a file is called like, whatever its format; "" for other names."""
+    word = name.split(".")[0].lower()
+    return next((split for split, aliases in NAMES.items() if word in aliases), "")
 
 
 def _word(name: str, patterns: Sequence[str]) -> str:
@@ -194,6 +212,11 @@ def _word(name: str, patterns: Sequence[str]) -> str:
 
 def _nothing_at(path: Path) -> str:
     text = str(path)
+    if path.exists():
+        return (
+            f"{path}: is a pipe or a device, and config.data.path is read several times; write it "
+            "to a file, as in zcat FILE.gz > pairs.jsonl"
+        )
     if any(sign in text for sign in "*?,["):
         return (
             f"{path}: no such file or folder; config.data.path takes one, no pattern and no list: "

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, 
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from mass_dpo_jax.data import examples, lines, splits
+from mass_dpo_jax.data import columns, examples, lines, splits
 from mass_dpo_jax.data.bad_rows import BadRows
 from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.data.row_notes import RowNotes
@@ -94,10 +94,10 @@ def _columns(text: str) -> dict[str, str]:
     for part in text.split(",") if text else []:
         ours, equals, theirs = (word.strip() for word in part.partition("="))
         missing = not theirs and not (equals and ours in OPTIONAL)
-        if ours not in examples.COLUMNS or missing or ours in names:
+        if ours not in columns.COLUMNS or missing or ours in names:
             raise UserError(
                 f"config.data.columns={text!r}: {part!r}, expected each of "
-                f"{', '.join(examples.COLUMNS)} at most once, as in prompt=question,chosen=answer; "
+                f"{', '.join(columns.COLUMNS)} at most once, as in prompt=question,chosen=answer; "
                 f"and {', '.join(f'{name}=' for name in OPTIONAL)} to read no such column"
             )
         names[ours] = theirs
@@ -165,7 +165,7 @@ def _objects(file: Path) -> Iterator[tuple[str, Any]]:
             continue
         place = f"{file}:{number}"
         try:
-            row = parse_json(lines.decode(line, place), file, number)
+            row = parse_json(lines.decode(line, place), file, number, unique_keys=True)
         except UserError as error:
             row = error
         yield place, row

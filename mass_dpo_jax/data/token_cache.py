@@ -17,10 +17,17 @@ import numpy as np
 import transformers
 
 import mass_dpo_jax
-from mass_dpo_jax.data import bad_rows, flat, probe, prompts, render, row_checks, tokens
+from mass_dpo_jax.data import bad_rows, doubts, flat, probe, prompts, render, row_checks, tokens
 from mass_dpo_jax.data import examples as examples_lib
 from mass_dpo_jax.data.examples import Example, History
-from mass_dpo_jax.data.kept import WORTH, Examples, Said, listening
+from mass_dpo_jax.data.kept import (
+    WORTH,
+    Examples,
+    Said,
+    listening,
+    with_checksum,
+    without_checksum,
+)
 from mass_dpo_jax.data.tokens import Tokens, tokenize
 
 SETTINGS = (
@@ -28,7 +35,7 @@ SETTINGS = (
     "max_prompt_length", "max_response_length", "long_prompt", "long_response",
 )  # fmt: skip
 # What the tokens depend on.
-CODE = (bad_rows, examples_lib, flat, probe, prompts, render, row_checks, tokens)
+CODE = (bad_rows, doubts, examples_lib, flat, probe, prompts, render, row_checks, tokens)
 _log = logging.getLogger(__name__)
 
 
@@ -103,10 +110,7 @@ def _digest(
 
 def _read(path: Path) -> tuple[Tokens, Said]:
     """Tokens, and what was said when they were made."""
-    text, _, checksum = (path / "rest.json").read_text().rpartition("\n")
-    if hashlib.sha256(text.encode()).hexdigest() != checksum:
-        raise ValueError("rest.json is not what was written")
-    stored = json.loads(text)
+    stored = json.loads(without_checksum((path / "rest.json").read_text()))
     checksums, said = stored.pop("arrays"), stored.pop("said")
     arrays = {}
     for field in dataclasses.fields(Tokens):
@@ -136,8 +140,7 @@ def _write(path: Path, found: Tokens, said: Said) -> None:
             np.save(temporary / f"{name}.npy", value)
         checksums = {name: _checksum(temporary / f"{name}.npy") for name in arrays}
         text = json.dumps({**rest, "arrays": checksums, "said": said})
-        checksum = hashlib.sha256(text.encode()).hexdigest()
-        (temporary / "rest.json").write_text(f"{text}\n{checksum}")
+        (temporary / "rest.json").write_text(with_checksum(text))
         temporary.rename(path)
     except OSError as error:
         if not path.exists():  # Else another run was faster.

@@ -200,11 +200,11 @@ class _Work:
             if i in bad or i in dropped:
                 continue
             try:
-                if doubt := self._renderer.doubt(example.prompt, example.place):
+                prompt = prompts.prompts[i]
+                shorter = dataclasses.replace(example, prompt=prompt)
+                found = self._renderer.responses(shorter, prompts.texts[i])
+                for doubt in self._renderer.doubts(example, prompt):
                     self._doubts.setdefault(doubt, []).append(example.place)
-                if prompts.prompts[i] is not example.prompt:
-                    example = dataclasses.replace(example, prompt=prompts.prompts[i])
-                found = self._renderer.responses(example, prompts.texts[i])
             except UserError as error:
                 bad[i] = error
                 continue
@@ -270,13 +270,21 @@ class _Work:
         return unique if len(unique.lengths) == len(texts) else unique.take(which), same
 
     def warn(self, count: int) -> None:
-        advice = "if they are rendered already, set --config.data.chat_template=none"
         for what, places in self._doubts.items():
             self.cut[f"prompts_{what.replace(' ', '_')}"] = len(places)
             _log.warning(
                 "%d of %d prompts %s; first: %s%s", len(places), count, what, places[0],
-                "" if self._renderer.special_tokens else f"; {advice}",
+                "" if self._renderer.special_tokens else f"; {_advice(what)}",
             )  # fmt: skip
+
+
+def _advice(doubt: str) -> str:
+    """What to do about a doubt of a chat template's."""
+    if "does not write" in doubt:
+        return "write its text into a message that the template writes, or use another template"
+    if "responses" in doubt:
+        return "leave them out of texts that mean something else by them"
+    return "if they are rendered already, set --config.data.chat_template=none"
 
 
 def _joined(examples: Sequence[Example], work: _Work) -> Tokens:

@@ -2,7 +2,7 @@
 
 Both JSON and Python's way to print lists are read. An answer may be JSON of its own, so little is
 taken for anything but text: chat messages with a role that there is, and nothing else beside them;
-and a list of responses in place of several, where the chosen response is no list.
+and a list of responses in place of several, where the chosen response is no list or object.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ LONGEST = 1 << 20  # Characters; nothing longer is decoded.
 # The start of a list of objects with such a first key, and a role that there is.
 _MESSAGES = re.compile(r"""\s*\[[\s\[]*\{\s*(['"])(?:role|content)\1\s*:""")
 _ROLE = re.compile(rf"""(['"])role\1\s*:\s*(['"])(?:{"|".join(ROLES)})\2""")
+_FENCED = re.compile(r"\s*```\w*\n(.*?)```\s*", re.S)
 _SHAREGPT = re.compile(r"""\s*\[[\s\[]*\{\s*(['"])(?:from|value)\1\s*:""")
 
 
@@ -76,14 +77,18 @@ def is_messages(value: Any) -> bool:
     return isinstance(value, Mapping) and "content" in value and value.get("role") in ROLES
 
 
-def is_list(text: Any) -> bool:
-    """Is a text a JSON or Python list?"""
-    return isinstance(text, str) and text.lstrip()[:1] == "[" and _parse(text) is not None
+def is_data(text: Any) -> bool:
+    """Is a text a list or an object of JSON or Python, also fenced as a block of Markdown?"""
+    if not isinstance(text, str):
+        return False
+    if fenced := _FENCED.fullmatch(text):
+        text = fenced[1]
+    return text.lstrip()[:1] in ("[", "{") and _parse(text) is not None
 
 
 def is_response_list(text: Any) -> bool:
     """Is a text a list of responses, or would it be if it were no answer?"""
-    return is_list(text) and _are_responses(_parse(text))
+    return isinstance(text, str) and text.lstrip()[:1] == "[" and _are_responses(_parse(text))
 
 
 def _are_responses(value: Any) -> bool:
