@@ -133,6 +133,8 @@ def test_rows_of_arrays_are_rows_of_lists() -> None:
     }
     assert read(row) == read({**ROW, "id": 3, "score_chosen": 2, "score_rejected": [1, 0.5]})
     assert read({**PLAIN, "rejected": ("b", "c")}).rejected == ("b", "c")
+    gaps = {"id": pd.NA, "score_chosen": pd.NA, "score_rejected": pd.NA}
+    assert read({**PLAIN, "rejected": ["b", pd.NA], **gaps}) == read({**PLAIN, "rejected": "b"})
 
 
 def notes(folder: Path, caplog: Any, *rows: Any, **changes: Any) -> list[str]:

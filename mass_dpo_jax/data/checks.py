@@ -52,14 +52,15 @@ def check_id(value: Any, default: str, place: str) -> str:
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON has it: NumPy's as Python's, a tuple as a list, NaN, a gap, as null."""
+    """The value as JSON has it: NumPy's as Python's, a tuple as a list, gaps (NaN, pandas.NA) as null."""
     if type(value) in _PLAIN:
         return value
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, tuple):
         return list(value)
-    return None if isinstance(value, float) and math.isnan(value) else value
+    is_gap = type(value).__name__ == "NAType" or (isinstance(value, float) and math.isnan(value))
+    return None if is_gap else value
 
 
 def has_content(value: Any) -> bool:
