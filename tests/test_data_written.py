@@ -20,6 +20,7 @@ USER = {"role": "user", "content": 'What\'s "it"?\nSay it.'}
 ANSWERS = [[{"role": "assistant", "content": text}] for text in ('It\'s a "café".', "b", "c\n'd'")]
 ROW: dict[str, Any] = {"prompt": [USER], "chosen": ANSWERS[0], "rejected": ANSWERS[1:]}
 PLAIN: dict[str, Any] = {"prompt": "p", "chosen": "a", "rejected": ["it's b", 'say "c"']}
+TWICE = {"prompt": "2 + 2", "chosen": "2 + 2 = 4", "rejected": ["2 + 2 = 5"]}
 
 
 def read(row: Any) -> Example:
@@ -201,6 +202,10 @@ def test_columns_that_are_not_read_are_said_once(tmp_path: Path, caplog: Any) ->
             "1 of 1 rows have a prompt with turns in it",
         ),
         (
+            [{"prompt": "Once", "chosen": "Once a", "rejected": ["Once b", "Once"]}, PLAIN, TWICE],
+            "2 of 3 rows have responses that all begin with the prompt, which the model then gets",
+        ),
+        (
             [{"chosen": "Say: Paris", "rejected": ["Say: Parma", "Say: Pa!"]}, PLAIN],
             "1 of 2 rows have no prompt, and answers that differ first in the middle of a word",
         ),
@@ -236,6 +241,7 @@ def test_what_looks_right_is_not_warned_of(tmp_path: Path, caplog: Any) -> None:
         {"prompt": "p", "chosen": '{"a": 1}', "rejected": '{"a": 2}'},
         {"prompt": "p", "chosen": "a", "rejected": "[1]"},
         {"chosen": "Say: Paris", "rejected": ["Say: Rome", "Say: Oslo"]},
+        TWICE,  # Of few rows that means nothing.
         {"chosen": "Is it I am?", "rejected": "Is it I'm?"},
         ROW,
         {**ROW, "prompt": USER["content"], "chosen": [USER, *ANSWERS[0]]},

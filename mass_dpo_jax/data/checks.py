@@ -52,7 +52,7 @@ def check_id(value: Any, default: str, place: str) -> str:
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON has it: NumPy's as Python's, a tuple as a list, gaps (NaN, pandas.NA) as null."""
+    """The value as JSON has it: NumPy's as Python's, a tuple as a list, a gap, NaN say, as null."""
     if type(value) in _PLAIN:
         return value
     if hasattr(value, "tolist"):

@@ -51,6 +51,11 @@ class RowNotes:
             starts = (str(text[0]) for text in (example.chosen, *example.rejected))
             split = example.prompt[-1].isalnum() and any(start.isalnum() for start in starts)
             self._counts["letters"] += split
+        prompt, answers = example.prompt, (example.chosen, *example.rejected)
+        if isinstance(prompt, str) and all(
+            isinstance(text, str) and text.startswith(prompt) for text in answers
+        ):
+            self._counts["repeated"] += 1
         if example.scores is not None:
             self._counts["inverted"] += example.scores[0] < max(example.scores[1:])
         elif any(row.get(field) is not None for field in ("score_chosen", "score_rejected")):
@@ -71,7 +76,10 @@ class RowNotes:
                     "into prompt, or name it in config.data.columns",
                 )
         for what, message in _MESSAGES.items():
-            if count := self._counts[what]:
+            count = self._counts[what]
+            if what == "repeated" and 2 * count <= self._rows:
+                continue  # Answers to a sum may all begin with it, but not those to most prompts.
+            if count:
                 yield logging.WARNING, f"{self._name}: {count} of {self._rows} rows {message}"
 
     def log(self, once: bool) -> None:
@@ -92,6 +100,8 @@ _MESSAGES = {
     "are taken for answers",
     "letters": "have no prompt, and answers that differ first in the middle of a word, whose "
     "beginning is taken for a part of the prompt: write prompt in a field of its own",
+    "repeated": "have responses that all begin with the prompt, which the model then gets twice: "
+    "write the responses without it",
     "unscored": "have scores that are null or not finite, which are not read",
     "inverted": "have a score_rejected above score_chosen: are the columns swapped?",
     "turns": "have a prompt with turns in it, Human: and Assistant:, which the chat template makes "
