@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,14 @@ def test_what_lies_beside_the_splits_changes_nothing(tmp_path: Path, reads: list
     (folder / "test.csv").write_text("prompt,chosen,rejected")  # It is warned of.
     kept.open_splits(tmp_path / "kept", data, ("train",), 0)
     assert len(reads) == 2
+
+
+def test_a_pipe_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    data = write(tmp_path / "data.jsonl")
+    data.path = str(tmp_path / "pipe")
+    with pytest.raises(UserError, match="is a pipe or a device"):
+        kept.open_splits(tmp_path / "kept", data, SPLITS, 0)
 
 
 def test_few_responses_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -176,9 +176,12 @@ def _key(data: Any, splits: Sequence[str], seed: int) -> str:
     sha.update(json.dumps(data.to_dict(), sort_keys=True).encode())
     for file in sorted(Path(data_lib.__file__).parent.glob("*.py")):
         sha.update(file.read_bytes())
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    if path.is_dir() and data.name == "jsonl":  # Logs and runs may lie beside the splits.
-        files = [p for p in files if p.parent == path and split_of(p.name)]
+    if path.is_file():
+        files = [path]
+    elif data.name == "jsonl" and path.is_dir():  # Logs and runs may lie beside the splits.
+        files = sorted(p for p in path.iterdir() if p.is_file() and split_of(p.name))
+    else:
+        files = sorted(p for p in path.rglob("*") if p.is_file())
     for file in files:
         with file.open("rb") as content:
             digest = hashlib.file_digest(content, "sha256").hexdigest()
