@@ -26,7 +26,7 @@ from mass_dpo_jax.command_line import configurations
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import FULL, write_whole
 from mass_dpo_jax.process_group import Group
-from mass_dpo_jax.run_paths import what_instead
+from mass_dpo_jax.run_paths import run_of_part, what_instead
 
 _log = logging.getLogger(__name__)
 # Settings of which nothing but training takes notice. Sizes of batches are compared by all.
@@ -139,10 +139,12 @@ def output_file(path: Path | None, kind: str, *inputs: str | Path) -> Path:
       inputs: files that the command reads, which it must not replace; empty ones are none.
 
     Raises:
-      UserError: nothing can be written there, or an input would be lost.
+      UserError: nothing can be written there, or an input or a part of a run would be lost.
     """
     if path is None:
         raise UserError(f"--output is missing: the {kind} file to write")
+    if str(path) == "-" or path.is_relative_to("/dev"):  # /dev/stdout would become a file itself.
+        raise UserError(f"--output={path}: no ordinary file; expected the {kind} file to write")
     from mass_dpo_jax import hosts
 
     if not hosts.first():
@@ -151,9 +153,13 @@ def output_file(path: Path | None, kind: str, *inputs: str | Path) -> Path:
         raise UserError(f"--output={path}: its folder does not exist")
     if path.exists() and not path.is_file():  # A folder, or a device.
         raise UserError(f"--output={path}: no ordinary file; expected the {kind} file to write")
-    for read in inputs:
-        if read and path.exists() and Path(read).exists() and path.samefile(read):
-            raise UserError(f"--output={path}: would replace the input {read}; name another file")
+    if path.exists() and (run := run_of_part(path.resolve())):
+        raise UserError(f"--output={path}: is a part of the run {run}; name another file")
+    for read in map(Path, filter(None, inputs)):
+        inside = read.is_dir() and path.resolve().is_relative_to(read.resolve())
+        if path.exists() and read.exists() and (inside or path.samefile(read)):
+            what = f"a file in the folder of the data, {read}" if inside else f"the input {read}"
+            raise UserError(f"--output={path}: would replace {what}; name another file")
     return path
 
 

@@ -233,7 +233,8 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def copied(config: ConfigDict) -> ConfigDict:
-    """Returns a copy to change, whose paths have `~` and variables replaced.
+    """Returns a copy to change, whose paths have `~` and variables replaced, and whose values are
+    of Python's own types where others are kinds of these (NumPy's float64, members of an enum).
 
     Raises:
       UserError: it is no configuration, lacks settings or has others, or a path is none.
@@ -241,12 +242,14 @@ def copied(config: ConfigDict) -> ConfigDict:
     _check_kind(config)
     if isinstance(config, FrozenConfigDict):
         config = config.as_configdict()
-    copy = config.copy_and_resolve_references()
-    fields = dict(flat(copy))
+    fields = dict(flat(config.copy_and_resolve_references()))
     check_types(fields)
     _check_known(fields)
-    for name in PATHS:
-        _set(copy, name, expand(fields[name], f"config.{name}"))
+    copy = default()
+    for name, usual in flat(default()):
+        kind = type(usual)
+        value = str.__str__(fields[name]) if kind is str else kind(fields[name])
+        _set(copy, name, expand(value, f"config.{name}") if name in PATHS else value)
     return copy
 
 
@@ -399,7 +402,8 @@ def check_types(fields: Mapping[str, Any]) -> None:
                 "update(...), which keeps the other settings"
             )
         found, kind = fields[name], type(value)
-        if type(found) is not kind and not (kind is float and type(found) is int):
+        fits = isinstance(found, (int, float) if kind is float else kind)
+        if not fits or (isinstance(found, bool) and kind is not bool):
             raise UserError(f"config.{name}={found!r}: expected {_KINDS[kind]}")
         if found != found:  # NaN.
             raise UserError(f"config.{name}={found!r}: expected a number")

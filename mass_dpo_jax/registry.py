@@ -8,16 +8,18 @@ that come with the package are in criteria.py; selection.py applies them.
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mass_dpo_jax import designs
 from mass_dpo_jax.designs import Design, Selection
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.names import choice as did_you_mean
 
 FEATURE_NORMS = ("none", "l2")
 BUILT_IN = ("pool_fisher", "contrast", "set_fisher", "hardest", "sampled", "random", "all")
@@ -64,8 +66,10 @@ class Settings:
         object.__setattr__(self, "definition", CRITERIA[self.criterion])
         check_name("selection.search", self.search, designs.SEARCHES)
         check_name("selection.feature_norm", self.feature_norm, FEATURE_NORMS)
-        _check_positive("selection.ridge", self.ridge)
-        _check_positive("beta", self.beta)
+        for field in ("ridge", "beta"):
+            object.__setattr__(self, field, _positive(field, getattr(self, field)))
+        for field in ("fisher_scale", "replacement"):
+            object.__setattr__(self, field, _switch(field, getattr(self, field)))
 
     @property
     def needs_scoring(self) -> bool:
@@ -187,12 +191,24 @@ def in_order(order: jax.Array, mask: jax.Array, n: int) -> Selection:
     return designs.nothing(n)._replace(indices=indices, valid=valid)
 
 
-def check_name(field: str, name: str, names: tuple[str, ...]) -> None:
-    if name not in names:
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
-        raise UserError(f"{field}={name!r} is none of {', '.join(names)}; nearest: {near!r}")
+def check_name(field: str, name: str, known: tuple[str, ...]) -> None:
+    if name not in known:
+        meant = did_you_mean(str(name), known)
+        raise UserError(f"{field}={name!r}: expected one of {', '.join(known)}{meant}")
 
 
-def _check_positive(field: str, value: float) -> None:
-    if not value > 0:
-        raise UserError(f"{field} must be > 0, got {value}")
+def _positive(field: str, value: Any) -> float:
+    """A number above 0 of any library as Python's own, by which programs are kept."""
+    try:
+        number = math.nan if isinstance(value, (str, bool)) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise UserError(f"{field}={value!r}: expected a finite number above 0")
+    return number
+
+
+def _switch(field: str, value: Any) -> bool:
+    if not isinstance(value, (bool, np.bool_)):  # "False" would count as true.
+        raise UserError(f"{field}={value!r}: expected True or False")
+    return bool(value)

@@ -95,6 +95,17 @@ def test_a_copy_leaves_the_caller_s_alone_and_can_be_made_of_a_frozen_one() -> N
         assert found.to_dict() == {**config.to_dict(), "model": found.model.to_dict()}
 
 
+def test_numbers_and_names_of_other_libraries_are_python_s_own() -> None:
+    for value in np.logspace(-2, 0, 3):
+        config = default()
+        config.beta, config.train.learning_rate, config.method = value, value, np.str_("sdpo")
+        copy = checked(config)
+        assert copy.beta == value
+        assert [type(x) for x in (copy.beta, copy.train.learning_rate, copy.method)] == [
+            float, float, str,
+        ]  # fmt: skip
+
+
 def test_paths_are_expanded_as_a_shell_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("DATA", "/data")
