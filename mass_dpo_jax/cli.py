@@ -35,6 +35,7 @@ TRAINING = (
     "train.moments train.offload train.eval train.checkpoint train.keep train.max log. dry_run "
     "device_memory sft_weight"
 ).split()
+CHOOSING = ("selection.", "num_negatives", "odpo.")  # Training and `select`.
 LIMITS = ("data.max_train", "data.max_validation", "data.max_test")
 
 
@@ -203,7 +204,7 @@ def run(
         _quiet()
         try:
             several = _join()
-            _say_unread(unread)
+            say_unread("this command", unread)
             if several:
                 _together(main, interrupted)
             else:
@@ -258,10 +259,16 @@ def _settings() -> dict[str, Any]:
     return values
 
 
-def _say_unread(unread: Sequence[str]) -> None:
+def say_unread(reader: str, unread: Sequence[str]) -> None:
+    """Says which settings on the command line have no effect.
+
+    Args:
+      reader: on what.
+      unread: beginnings of the names of such settings.
+    """
     names = [word.partition("=")[0] for word in sys.argv[1:]]
     if ignored := [n for n in names if n.startswith(tuple(f"--config.{u}" for u in unread))]:
-        _log.info(f"no effect on this command: {', '.join(dict.fromkeys(ignored))}")
+        _log.info(f"no effect on {reader}: {', '.join(dict.fromkeys(ignored))}")
 
 
 def _together(main: Callable[[], None], interrupted: str) -> None:
@@ -369,6 +376,8 @@ def _parse(argv: list[str], starts: bool, default: str | None) -> list[str]:
             if fields:  # Of a configuration that there is not, which is what is missing.
                 _given(None)
         rest = flags.FLAGS(sys.argv)
+        if path and flags.FLAGS["config"].value is None:
+            raise UserError(f"--config={path}: get_config() returns None; expected the settings")
     except Exception as error:  # Mostly of the configuration, which is a program.
         _refuse(_what_failed(error, path))
     if not asked and not printing:

@@ -6,6 +6,8 @@ A setting's comment, at the end of its line or on lines before it, is what --hel
 
 from __future__ import annotations
 
+import numbers
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,9 +22,16 @@ from mass_dpo_jax.run_paths import check_run
 
 
 class Settings(ConfigDict):
-    """A ConfigDict that says what was meant where a field does not exist."""
+    """A ConfigDict that says what was meant where a field does not exist, and takes NumPy's
+    numbers and paths of pathlib as Python's own numbers and strings."""
 
     def __setitem__(self, key: str, value: Any) -> None:
+        if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+            value = int(value)
+        elif isinstance(value, numbers.Real) and not isinstance(value, bool):
+            value = float(value)
+        elif isinstance(value, os.PathLike):
+            value = os.fspath(value)
         if self.is_locked and key not in self:
             # What ml_collections itself says lists all fields there are, and no other group's.
             raise KeyError(f"{key}: no such setting{_meant(key)}")
@@ -233,8 +242,7 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def copied(config: ConfigDict) -> ConfigDict:
-    """Returns a copy to change, whose paths have `~` and variables replaced, and whose values are
-    of Python's own types where others are kinds of these (NumPy's float64, members of an enum).
+    """Returns a copy to change, whose paths have `~` and variables replaced.
 
     Raises:
       UserError: it is no configuration, lacks settings or has others, or a path is none.
@@ -242,14 +250,12 @@ def copied(config: ConfigDict) -> ConfigDict:
     _check_kind(config)
     if isinstance(config, FrozenConfigDict):
         config = config.as_configdict()
-    fields = dict(flat(config.copy_and_resolve_references()))
+    copy = config.copy_and_resolve_references()
+    fields = dict(flat(copy))
     check_types(fields)
     _check_known(fields)
-    copy = default()
-    for name, usual in flat(default()):
-        kind = type(usual)
-        value = str.__str__(fields[name]) if kind is str else kind(fields[name])
-        _set(copy, name, expand(value, f"config.{name}") if name in PATHS else value)
+    for name in PATHS:
+        _set(copy, name, expand(fields[name], f"config.{name}"))
     return copy
 
 
@@ -402,8 +408,7 @@ def check_types(fields: Mapping[str, Any]) -> None:
                 "update(...), which keeps the other settings"
             )
         found, kind = fields[name], type(value)
-        fits = isinstance(found, (int, float) if kind is float else kind)
-        if not fits or (isinstance(found, bool) and kind is not bool):
+        if type(found) is not kind and not (kind is float and type(found) is int):
             raise UserError(f"config.{name}={found!r}: expected {_KINDS[kind]}")
         if found != found:  # NaN.
             raise UserError(f"config.{name}={found!r}: expected a number")

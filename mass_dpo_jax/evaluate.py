@@ -67,4 +67,4 @@ if __name__ == "__main__":
     _WORKDIR = cli.define_path("workdir", "A run's folder.")
     _SPLIT = cli.define_split()
     _OUTPUT = cli.define_path("output", "A JSON file for the metrics.")
-    cli.run(main, unread=cli.TRAINING)
+    cli.run(main, unread=[*cli.TRAINING, *cli.CHOOSING])

@@ -266,7 +266,7 @@ def as_mask(x: Any) -> jax.Array:
     or what is added to scores."""
     found = as_array(x, "mask")
     if not ((found == 0) | (found == 1)).all():
-        raise UserError("mask: expected bool, true where there is a negative (or 1, and 0 elsewhere)")
+        raise UserError("mask: expected bool, or 1 where there is a negative and 0 elsewhere")
     return found.astype(bool)
 
 

@@ -307,7 +307,7 @@ def test_mistakes_are_told() -> None:
         one(features, n=3, criterion="contrast")
     with pytest.raises(UserError, match="'set_fisher': expected one of pool_fisher, contrast"):
         one(features, n=3, criterion="set_fisher")
-    with pytest.raises(UserError, match="^a setting of select_from_catalogue='search': expected one"):
+    with pytest.raises(UserError, match=r"^a setting of select_from_catalogue='search': ex"):
         one(features, n=3, search="exchange")
-    with pytest.raises(UserError, match="^ridge=0.0: expected a finite number"):
+    with pytest.raises(UserError, match=r"^ridge=0\.0: expected a finite number"):
         one(features, n=3, ridge=0.0)
