@@ -156,7 +156,7 @@ def output_file(path: Path | None, kind: str, *inputs: str | Path) -> Path:
         raise UserError(f"--output={path}: no ordinary file; expected the {kind} file to write")
     if path.exists() and (run := run_of_part(path.resolve())):
         raise UserError(f"--output={path}: is a part of the run {run}; name another file")
-    for read in map(Path, filter(None, inputs)):
+    for read in (Path(name) for name in inputs if name):
         inside = read.is_dir() and path.resolve().is_relative_to(read.resolve())
         if path.exists() and read.exists() and (inside or path.samefile(read)):
             what = f"a file in the folder of the data, {read}" if inside else f"the input {read}"

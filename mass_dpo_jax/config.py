@@ -26,10 +26,8 @@ class Settings(ConfigDict):
     numbers and paths of pathlib as Python's own numbers and strings."""
 
     def __setitem__(self, key: str, value: Any) -> None:
-        if isinstance(value, numbers.Integral) and not isinstance(value, bool):
-            value = int(value)
-        elif isinstance(value, numbers.Real) and not isinstance(value, bool):
-            value = float(value)
+        if isinstance(value, numbers.Real) and type(value) is not bool:
+            value = int(value) if isinstance(value, numbers.Integral) else float(value)
         elif isinstance(value, os.PathLike):
             value = os.fspath(value)
         if self.is_locked and key not in self:

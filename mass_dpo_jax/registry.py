@@ -8,6 +8,7 @@ that come with the package are in criteria.py; selection.py applies them.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -70,6 +71,9 @@ class Settings:
             object.__setattr__(self, field, _positive(field, getattr(self, field)))
         for field in ("fisher_scale", "replacement"):
             object.__setattr__(self, field, _switch(field, getattr(self, field)))
+        if self.criterion not in BUILT_IN and self.definition not in _tried:
+            _try(self)
+            _tried.add(self.definition)
 
     @property
     def needs_scoring(self) -> bool:
@@ -105,6 +109,7 @@ class Criterion:
 
 
 CRITERIA: dict[str, Criterion] = {}
+_tried: set[Criterion] = set()  # Of somebody's own, those that chose what they may.
 
 
 def names() -> tuple[str, ...]:
@@ -189,6 +194,38 @@ def in_order(order: jax.Array, mask: jax.Array, n: int) -> Selection:
     valid = jnp.arange(n) < jnp.sum(mask)
     indices = jnp.where(valid, order, 0).astype(jnp.int32)
     return designs.nothing(n)._replace(indices=indices, valid=valid)
+
+
+def _try(settings: Settings) -> None:
+    """Raises UserError where a criterion chooses from a small pool what it must not: in a compiled
+    step nobody would notice that it trains on what is masked, or on one negative twice.
+
+    Errors of its own come where it is used, with their place.
+    """
+    definition, masked, size = settings.definition, (0, 3), 6
+    mask = jnp.ones(size, bool).at[jnp.array(masked)].set(False)
+    for sign, n in itertools.product((1.0, -1.0), (2, 5)):  # 5: more than there are.
+        scores = sign * jnp.array([9.0, 0.5, -1.0, 7.0, 0.25, 2.0])
+        pool = Pool(None, scores if definition.needs_scoring else None, mask, jax.random.key(0))
+        try:
+            found = definition.choose(pool, n, settings)
+            indices, valid = np.asarray(found.indices), np.asarray(found.valid)
+        except Exception:
+            return
+        place = f"criterion {settings.criterion!r}"
+        if indices.shape != (n,) or valid.shape != (n,) or indices.dtype.kind not in "iu":
+            raise UserError(
+                f"{place}: asked for {n} of {size}, gives indices {indices.dtype}"
+                f"{list(indices.shape)} and valid {list(valid.shape)}, expected integers and bool "
+                f"[{n}]"
+            )
+        picks = indices[valid.astype(bool)].tolist()
+        if len({*picks}) < len(picks) or not {*picks} <= {*range(size)} - {*masked}:
+            raise UserError(
+                f"{place}: of {size} negatives of which {masked[0]} and {masked[1]} are masked, "
+                f"chose {picks} as valid; expected others, each once (registry.in_order takes an "
+                "order with the masked ones at its end)"
+            )
 
 
 def check_name(field: str, name: str, known: tuple[str, ...]) -> None:

@@ -272,6 +272,12 @@ MUTATIONS = (
         "test_selection.py::test_what_is_no_whole_number_or_no_mask_is_refused",
     ),
     Mutation(
+        "criteria: one of somebody's own may choose what is masked",
+        "or not {*picks} <= {*range(size)} - {*masked}:",
+        "or not {*picks} <= {*range(size)}:",
+        "test_criteria.py::test_a_criterion_that_chooses_what_it_must_not_is_refused",
+    ),
+    Mutation(
         "selection: a word passes for a switch",
         "if not isinstance(value, (bool, np.bool_)):",
         "if value is None:",
@@ -303,8 +309,8 @@ MUTATIONS = (
     ),
     Mutation(
         "config: NumPy's integers are refused",
-        "value = int(value)\n        elif",
-        "pass\n        elif",
+        "int(value) if isinstance(value, numbers.Integral) else float(value)",
+        "float(value)",
         "test_config.py::test_numbers_of_numpy_and_paths_are_python_s_own",
     ),
     Mutation(

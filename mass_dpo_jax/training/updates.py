@@ -123,7 +123,7 @@ class TrainStep:
             UserError: they are something else.
         """
         setup = self._batches.setup
-        if jax.tree.structure(params) != jax.tree.structure(setup.policy.abstract):
+        if len({jax.tree.structure(x) for x in (params, setup.policy.abstract)}) > 1:
             raise UserError(
                 f"params: a {type(params).__name__} with other entries than this model's weights; "
                 "expected Model.params"
