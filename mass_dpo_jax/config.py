@@ -26,8 +26,9 @@ class Settings(ConfigDict):
     numbers and paths of pathlib as Python's own numbers and strings."""
 
     def __setitem__(self, key: str, value: Any) -> None:
-        if isinstance(value, numbers.Real) and type(value) is not bool:
-            value = int(value) if isinstance(value, numbers.Integral) else float(value)
+        kind = type(value)
+        if kind is not bool and issubclass(kind, numbers.Real):
+            value = int(value) if issubclass(kind, numbers.Integral) else float(value)
         elif isinstance(value, os.PathLike):
             value = os.fspath(value)
         if self.is_locked and key not in self:
