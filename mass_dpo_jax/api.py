@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.data import splits, tables
 from mass_dpo_jax.data.examples import Example
-from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.errors import UserError, expect
 from mass_dpo_jax.files import expand_path
 from mass_dpo_jax.models.config import DecoderConfig
 from mass_dpo_jax.training import origin
@@ -30,6 +30,7 @@ from mass_dpo_jax.training.step import TrainState
 from mass_dpo_jax.training.updates import Batches, TrainStep
 
 Rows = Iterable[Mapping[str, Any] | Example]
+MODEL = "what load_model returns"
 
 
 class Scores(NamedTuple):
@@ -112,6 +113,7 @@ class Model:
     def updated(self, state: TrainState) -> Model:
         """This model with a state's weights: no copy, so the next step on that state, which takes
         its arrays, takes them from this model too."""
+        expect(state, TrainState, "state", "what a train step returns first")
         return dataclasses.replace(self, params={**self.params, **state.params})
 
     def save(self, folder: str | Path, dtype: str = "float32") -> None:
@@ -181,10 +183,12 @@ def batches(
     Raises:
         UserError: a setting is not what it should be, or a row, unless `data.on_bad_row` is "skip".
     """
+    reference = model if reference is None else reference
+    for name, given in (("model", model), ("reference", reference)):
+        expect(given, Model, name, MODEL)
     config = config_lib.copied(model.config if config is None else config)
     config.model = model.config.model
     setup = prepare_examples(config, model.policy, {"train": _examples(examples, config.data)})
-    reference = model if reference is None else reference
     model.policy.check_like(reference.architecture, "reference")
     if reference.policy.lora != model.policy.lora:
         raise UserError("reference: its adapters are of another form than the policy's")
@@ -203,11 +207,21 @@ def make_train_step(
         batches: what it will be called with, in order.
         optimizer: any of optax; None: that of the configuration's `train`, AdamW with warm-up,
             cosine decay and a clipped gradient.
+
+    Raises:
+        UserError: an argument is something else.
     """
+    expect(model, Model, "model", MODEL)
+    expect(batches, Batches, "batches", "what batches(model, rows) returns, all of them")
     if optimizer is None:
         chosen = make_optimizer(batches.setup.config.train, len(batches))
-    else:
+    elif callable(getattr(optimizer, "init", None)) and hasattr(optimizer, "update"):
         chosen = unless_bad(optimizer)
+    else:
+        raise UserError(
+            f"optimizer: found a {type(optimizer).__name__}, expected one of optax, as optax.adam("
+            "1e-5)"
+        )
     _, frozen = model.policy.split(model.params)
     return TrainStep(batches, chosen, frozen)
 

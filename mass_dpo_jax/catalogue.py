@@ -171,7 +171,7 @@ def select_from_catalogue(
         UserError: an unknown name or a value out of range in `settings`, no `chosen` for
             `contrast`, or features or scores by which nobody can be chosen.
     """
-    how = _settings(settings)
+    how, n = _settings(settings), selection.whole(n, "n")
     features = _array(features, "features")
     if features.ndim != 2 or features.shape[0] < 2 or n < 1:
         raise ValueError(
@@ -179,7 +179,7 @@ def select_from_catalogue(
         )
     size, width = features.shape
     scores = jnp.zeros(size) if scores is None else _array(scores, "scores")
-    mask = jnp.ones(size, bool) if mask is None else _array(mask, "mask").astype(bool)
+    mask = jnp.ones(size, bool) if mask is None else selection.as_mask(mask)
     if chosen is None and how.criterion == "contrast":
         raise UserError("criterion='contrast' measures from the chosen response: give chosen=[D]")
     chosen = jnp.zeros(width) if chosen is None else selection.as_array(chosen, "chosen")
@@ -217,7 +217,7 @@ def _finite(
 def _settings(settings: dict[str, Any]) -> Settings:
     known = ("criterion", "ridge", "feature_norm", "fisher_scale", "beta")
     for name in settings:
-        registry.check_name("select_from_catalogue", name, known)
+        registry.check_name("a setting of select_from_catalogue", name, known)
     how = Settings(**settings)
     registry.check_name("criterion", how.criterion, CRITERIA)
     return how

@@ -26,7 +26,7 @@ from mass_dpo_jax.command_line import configurations
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import FULL, write_whole
 from mass_dpo_jax.process_group import Group
-from mass_dpo_jax.run_paths import what_instead
+from mass_dpo_jax.run_paths import run_of_part, what_instead
 
 _log = logging.getLogger(__name__)
 # Settings of which nothing but training takes notice. Sizes of batches are compared by all.
@@ -35,6 +35,7 @@ TRAINING = (
     "train.moments train.offload train.eval train.checkpoint train.keep train.max log. dry_run "
     "device_memory sft_weight"
 ).split()
+CHOOSING = ("selection.", "num_negatives", "odpo.")  # Training and `select`.
 LIMITS = ("data.max_train", "data.max_validation", "data.max_test")
 
 
@@ -139,10 +140,12 @@ def output_file(path: Path | None, kind: str, *inputs: str | Path) -> Path:
       inputs: files that the command reads, which it must not replace; empty ones are none.
 
     Raises:
-      UserError: nothing can be written there, or an input would be lost.
+      UserError: nothing can be written there, or an input or a part of a run would be lost.
     """
     if path is None:
         raise UserError(f"--output is missing: the {kind} file to write")
+    if str(path) == "-" or path.is_relative_to("/dev"):  # /dev/stdout would become a file itself.
+        raise UserError(f"--output={path}: no ordinary file; expected the {kind} file to write")
     from mass_dpo_jax import hosts
 
     if not hosts.first():
@@ -151,9 +154,13 @@ def output_file(path: Path | None, kind: str, *inputs: str | Path) -> Path:
         raise UserError(f"--output={path}: its folder does not exist")
     if path.exists() and not path.is_file():  # A folder, or a device.
         raise UserError(f"--output={path}: no ordinary file; expected the {kind} file to write")
-    for read in inputs:
-        if read and path.exists() and Path(read).exists() and path.samefile(read):
-            raise UserError(f"--output={path}: would replace the input {read}; name another file")
+    if path.exists() and (run := run_of_part(path.resolve())):
+        raise UserError(f"--output={path}: is a part of the run {run}; name another file")
+    for read in (Path(name) for name in inputs if name):
+        inside = read.is_dir() and path.resolve().is_relative_to(read.resolve())
+        if path.exists() and read.exists() and (inside or path.samefile(read)):
+            what = f"a file in the folder of the data, {read}" if inside else f"the input {read}"
+            raise UserError(f"--output={path}: would replace {what}; name another file")
     return path
 
 
@@ -197,7 +204,7 @@ def run(
         _quiet()
         try:
             several = _join()
-            _say_unread(unread)
+            say_unread("this command", unread)
             if several:
                 _together(main, interrupted)
             else:
@@ -252,10 +259,16 @@ def _settings() -> dict[str, Any]:
     return values
 
 
-def _say_unread(unread: Sequence[str]) -> None:
+def say_unread(reader: str, unread: Sequence[str]) -> None:
+    """Says which settings on the command line have no effect.
+
+    Args:
+      reader: on what.
+      unread: beginnings of the names of such settings.
+    """
     names = [word.partition("=")[0] for word in sys.argv[1:]]
     if ignored := [n for n in names if n.startswith(tuple(f"--config.{u}" for u in unread))]:
-        _log.info(f"no effect on this command: {', '.join(dict.fromkeys(ignored))}")
+        _log.info(f"no effect on {reader}: {', '.join(dict.fromkeys(ignored))}")
 
 
 def _together(main: Callable[[], None], interrupted: str) -> None:
@@ -363,6 +376,8 @@ def _parse(argv: list[str], starts: bool, default: str | None) -> list[str]:
             if fields:  # Of a configuration that there is not, which is what is missing.
                 _given(None)
         rest = flags.FLAGS(sys.argv)
+        if path and flags.FLAGS["config"].value is None:
+            raise UserError(f"--config={path}: get_config() returns None; expected the settings")
     except Exception as error:  # Mostly of the configuration, which is a program.
         _refuse(_what_failed(error, path))
     if not asked and not printing:

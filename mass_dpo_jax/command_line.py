@@ -223,6 +223,8 @@ def _as_flag(word: str) -> str:
         return f"did you mean --{word}?"
     if word in configurations():
         return f"did you mean --config={word}?"
+    if "workdir" in flags.FLAGS and is_run(Path(word)):
+        return f"did you mean --workdir={word}?"
     return "flags look like --name=value"
 
 

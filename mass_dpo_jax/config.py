@@ -6,6 +6,8 @@ A setting's comment, at the end of its line or on lines before it, is what --hel
 
 from __future__ import annotations
 
+import numbers
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,9 +22,15 @@ from mass_dpo_jax.run_paths import check_run
 
 
 class Settings(ConfigDict):
-    """A ConfigDict that says what was meant where a field does not exist."""
+    """A ConfigDict that says what was meant where a field does not exist, and takes NumPy's
+    numbers and paths of pathlib as Python's own numbers and strings."""
 
     def __setitem__(self, key: str, value: Any) -> None:
+        kind = type(value)
+        if kind is not bool and issubclass(kind, numbers.Real):
+            value = int(value) if issubclass(kind, numbers.Integral) else float(value)
+        elif isinstance(value, os.PathLike):
+            value = os.fspath(value)
         if self.is_locked and key not in self:
             # What ml_collections itself says lists all fields there are, and no other group's.
             raise KeyError(f"{key}: no such setting{_meant(key)}")

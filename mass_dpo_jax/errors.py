@@ -1,6 +1,8 @@
-"""The one exception that stands for a user's mistake."""
+"""The one exception that stands for a user's mistake, and what raises it of an argument."""
 
 from __future__ import annotations
+
+from typing import Any
 
 MOST = 1000  # Characters of a message; what is longer loses its middle.
 
@@ -20,3 +22,9 @@ class UserError(ValueError):
             shown = (c if c.isprintable() else repr(c)[1:-1] for c in message)
             message = "".join(shown)
         super().__init__(message)
+
+
+def expect(value: Any, kind: type | tuple[type, ...], name: str, what: str) -> None:
+    """Raises UserError where an argument, called by `name`, is of another kind than `what`."""
+    if not isinstance(value, kind):
+        raise UserError(f"{name}: found a {type(value).__name__}, expected {what}")

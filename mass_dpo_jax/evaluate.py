@@ -49,11 +49,10 @@ def main() -> None:
     config = cli.required(_CONFIG)
     from mass_dpo_jax import hosts
 
-    workdir, output = _WORKDIR.value, None
+    output = None
     if _OUTPUT.value is not None:
-        theirs = "" if workdir is None else workdir / "metrics.json"  # The run's own.
-        output = cli.output_file(_OUTPUT.value, "JSON", config.data.path, theirs)
-    found = evaluate(config, workdir, _SPLIT.value)
+        output = cli.output_file(_OUTPUT.value, "JSON", config.data.path)
+    found = evaluate(config, _WORKDIR.value, _SPLIT.value)
     for name, value in found.items():
         if not name.endswith("_se"):
             error = found.get(f"{name}_se")
@@ -68,4 +67,4 @@ if __name__ == "__main__":
     _WORKDIR = cli.define_path("workdir", "A run's folder.")
     _SPLIT = cli.define_split()
     _OUTPUT = cli.define_path("output", "A JSON file for the metrics.")
-    cli.run(main, unread=cli.TRAINING)
+    cli.run(main, unread=[*cli.TRAINING, *cli.CHOOSING])

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.errors import UserError, expect
 from mass_dpo_jax.formats import HEAD, name_binary
 
 if TYPE_CHECKING:
@@ -62,19 +62,21 @@ def expand_path(path: str | Path, place: str) -> Path:
     """Returns `expand` of a path as a `Path`.
 
     Raises:
-      UserError: as `expand`, or the path is empty.
+      UserError: as `expand`, or it is empty or no path.
     """
+    expect(path, (str, os.PathLike), place, "a path")
     if not str(path):
         raise UserError(f"{place}: expected a path, found an empty string")
     return Path(expand(str(path), place))
 
 
 def write_whole(path: Path, parts: Iterable[str]) -> None:
-    """Writes a text file from its parts, whole or not at all.
+    """Writes a text file from its parts, whole or not at all; a link's target, not the link.
 
     Raises:
       OSError: it cannot be written; names the file.
     """
+    path = path.resolve()
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:

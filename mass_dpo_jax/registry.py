@@ -8,16 +8,19 @@ that come with the package are in criteria.py; selection.py applies them.
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import itertools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mass_dpo_jax import designs
 from mass_dpo_jax.designs import Design, Selection
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.names import choice as did_you_mean
 
 FEATURE_NORMS = ("none", "l2")
 BUILT_IN = ("pool_fisher", "contrast", "set_fisher", "hardest", "sampled", "random", "all")
@@ -64,8 +67,13 @@ class Settings:
         object.__setattr__(self, "definition", CRITERIA[self.criterion])
         check_name("selection.search", self.search, designs.SEARCHES)
         check_name("selection.feature_norm", self.feature_norm, FEATURE_NORMS)
-        _check_positive("selection.ridge", self.ridge)
-        _check_positive("beta", self.beta)
+        for field in ("ridge", "beta"):
+            object.__setattr__(self, field, _positive(field, getattr(self, field)))
+        for field in ("fisher_scale", "replacement"):
+            object.__setattr__(self, field, _switch(field, getattr(self, field)))
+        if self.criterion not in BUILT_IN and self.definition not in _tried:
+            _try(self)
+            _tried.add(self.definition)
 
     @property
     def needs_scoring(self) -> bool:
@@ -101,6 +109,7 @@ class Criterion:
 
 
 CRITERIA: dict[str, Criterion] = {}
+_tried: set[Criterion] = set()  # Of somebody's own, those that chose what they may.
 
 
 def names() -> tuple[str, ...]:
@@ -187,12 +196,56 @@ def in_order(order: jax.Array, mask: jax.Array, n: int) -> Selection:
     return designs.nothing(n)._replace(indices=indices, valid=valid)
 
 
-def check_name(field: str, name: str, names: tuple[str, ...]) -> None:
-    if name not in names:
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
-        raise UserError(f"{field}={name!r} is none of {', '.join(names)}; nearest: {near!r}")
+def _try(settings: Settings) -> None:
+    """Raises UserError where a criterion chooses from a small pool what it must not: in a compiled
+    step nobody would notice that it trains on what is masked, or on one negative twice.
+
+    Errors of its own come where it is used, with their place.
+    """
+    definition, masked, size = settings.definition, (0, 3), 6
+    mask = jnp.ones(size, bool).at[jnp.array(masked)].set(False)
+    for sign, n in itertools.product((1.0, -1.0), (2, 5)):  # 5: more than there are.
+        scores = sign * jnp.array([9.0, 0.5, -1.0, 7.0, 0.25, 2.0])
+        pool = Pool(None, scores if definition.needs_scoring else None, mask, jax.random.key(0))
+        try:
+            found = definition.choose(pool, n, settings)
+            indices, valid = np.asarray(found.indices), np.asarray(found.valid)
+        except Exception:
+            return
+        place = f"criterion {settings.criterion!r}"
+        if indices.shape != (n,) or valid.shape != (n,) or indices.dtype.kind not in "iu":
+            raise UserError(
+                f"{place}: asked for {n} of {size}, gives indices {indices.dtype}"
+                f"{list(indices.shape)} and valid {list(valid.shape)}, expected integers and bool "
+                f"[{n}]"
+            )
+        picks = indices[valid.astype(bool)].tolist()
+        if len({*picks}) < len(picks) or not {*picks} <= {*range(size)} - {*masked}:
+            raise UserError(
+                f"{place}: of {size} negatives of which {masked[0]} and {masked[1]} are masked, "
+                f"chose {picks} as valid; expected others, each once (registry.in_order takes an "
+                "order with the masked ones at its end)"
+            )
 
 
-def _check_positive(field: str, value: float) -> None:
-    if not value > 0:
-        raise UserError(f"{field} must be > 0, got {value}")
+def check_name(field: str, name: str, known: tuple[str, ...]) -> None:
+    if name not in known:
+        meant = did_you_mean(str(name), known)
+        raise UserError(f"{field}={name!r}: expected one of {', '.join(known)}{meant}")
+
+
+def _positive(field: str, value: Any) -> float:
+    """A number above 0 of any library as Python's own, by which programs are kept."""
+    try:
+        number = math.nan if isinstance(value, (str, bool)) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise UserError(f"{field}={value!r}: expected a finite number above 0")
+    return number
+
+
+def _switch(field: str, value: Any) -> bool:
+    if not isinstance(value, (bool, np.bool_)):  # "False" would count as true.
+        raise UserError(f"{field}={value!r}: expected True or False")
+    return bool(value)

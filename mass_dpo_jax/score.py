@@ -74,4 +74,4 @@ if __name__ == "__main__":
     _WORKDIR = cli.define_path("workdir", "A run's folder.")
     _SPLIT = cli.define_split()
     _OUTPUT = cli.define_path("output", "The JSON-lines file to write.")
-    cli.run(main, unread=[*cli.TRAINING, *cli.LIMITS])
+    cli.run(main, unread=[*cli.TRAINING, *cli.CHOOSING, *cli.LIMITS])

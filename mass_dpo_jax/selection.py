@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -140,11 +141,12 @@ def select_negatives(
         ValueError: shapes do not fit together, or n < 1.
         UserError: an unknown name or a value out of range in `settings`; or of the negatives there
             are, features or scores that are not finite, or too large to choose by in float32; or
-            something that is no array of real numbers.
+            something that is no array of real numbers, no mask or no whole number.
     """
     known = [field.name for field in dataclasses.fields(Settings) if field.init]
     for name in settings:
-        check_name("select_negatives", name, tuple(known))
+        check_name("a setting of select_negatives", name, tuple(known))
+    n, seed = whole(n, "n"), whole(seed, "seed")
     features = as_array(features, "features")
     if features.ndim not in (2, 3) or features.shape[-2] < 2 or n < 1:
         raise ValueError(
@@ -153,7 +155,7 @@ def select_negatives(
         )
     shape = (*features.shape[:-2], features.shape[-2] - 1)
     scores = jnp.zeros(shape) if scores is None else as_array(scores, "scores")
-    mask = jnp.ones(shape, bool) if mask is None else as_array(mask, "mask").astype(bool)
+    mask = jnp.ones(shape, bool) if mask is None else as_mask(mask)
     if scores.shape != shape or mask.shape != shape:
         raise ValueError(
             f"features {features.shape} need scores and mask of shape {shape}: got "
@@ -249,6 +251,23 @@ def diagnostics(pools: Pool, chosen: Selection, settings: Settings) -> dict[str,
         values = [jnp.log1p(gains).sum() for gains in (chosen.gains[0], best.gains)]
         figures["selection/optimality"] = jnp.where(values[1] > 0, values[0] / values[1], 1.0)
     return figures
+
+
+def whole(x: Any, name: str) -> int:
+    """An integer of any library as Python's own; raises UserError of anything else."""
+    try:
+        return operator.index(x)
+    except TypeError:
+        raise UserError(f"{name}={x!r}: expected a whole number") from None
+
+
+def as_mask(x: Any) -> jax.Array:
+    """A bool array; raises UserError of one that has more to say than who is there, such as indices
+    or what is added to scores."""
+    found = as_array(x, "mask")
+    if not ((found == 0) | (found == 1)).all():
+        raise UserError("mask: expected bool, or 1 where there is a negative and 0 elsewhere")
+    return found.astype(bool)
 
 
 def as_array(x: Any, name: str) -> jax.Array:

@@ -52,8 +52,9 @@ def main() -> None:
     config = cli.required(_CONFIG)
     from mass_dpo_jax import evaluation, hosts
     from mass_dpo_jax.dry_run import dry_run
-    from mass_dpo_jax.training import checkpoint, interruption, loop
+    from mass_dpo_jax.training import checkpoint, interruption, loop, methods
 
+    cli.say_unread("this training", methods.unread(config))
     if config.dry_run:
         if hosts.several():
             raise UserError("config.dry_run: expected one process; it only needs the mesh's sizes")

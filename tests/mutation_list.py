@@ -261,9 +261,57 @@ MUTATIONS = (
     ),
     Mutation(
         "selection: a ridge of 0 passes",
-        "if not value > 0:",
-        "if not value >= 0:",
+        "if not 0 < number < math.inf:",
+        "if not 0 <= number < math.inf:",
         "test_selection.py::test_settings_that_cannot_be_are_errors_in_one_line",
+    ),
+    Mutation(
+        "selection: indices pass for a mask",
+        "if not ((found == 0) | (found == 1)).all():",
+        "if not (found >= 0).all():",
+        "test_selection.py::test_what_is_no_whole_number_or_no_mask_is_refused",
+    ),
+    Mutation(
+        "selection: one of somebody's own may choose what is masked",
+        "or not {*picks} <= {*range(size)} - {*masked}:",
+        "or not {*picks} <= {*range(size)}:",
+        "test_criteria.py::test_a_criterion_that_chooses_what_it_must_not_is_refused",
+    ),
+    Mutation(
+        "selection: a word passes for a switch",
+        "if not isinstance(value, (bool, np.bool_)):",
+        "if value is None:",
+        "test_selection.py::test_settings_that_cannot_be_are_errors_in_one_line",
+    ),
+    Mutation(
+        "refresh: kept sets are of any batches",
+        "if sets is not None and not np.array_equal(",
+        "if sets is None and not np.array_equal(",
+        "test_api.py::test_kept_sets_are_of_the_batches_that_a_step_was_made_for",
+    ),
+    Mutation(
+        "cli: an output replaces a part of a run",
+        "if path.exists() and (run := run_of_part(path.resolve())):",
+        "if path.exists() and (run := run_of_part(path / path.name)):",
+        "test_commands.py::test_an_output_replaces_no_file_of_a_run_or_of_a_data_folder",
+    ),
+    Mutation(
+        "cli: an output replaces a link",
+        "path = path.resolve()",
+        "path = path.absolute()",
+        "test_commands.py::test_an_output_goes_where_a_link_points",
+    ),
+    Mutation(
+        "methods: settings of LoRA without LoRA pass in silence",
+        '"model.lora.alpha model.lora.targets model.lora.base": lora,',
+        '"model.lora.alpha model.lora.targets model.lora.base": True,',
+        "test_command_line.py::test_settings_that_a_training_does_not_read",
+    ),
+    Mutation(
+        "config: NumPy's integers are refused",
+        "int(value) if issubclass(kind, numbers.Integral) else float(value)",
+        "float(value)",
+        "test_config.py::test_numbers_of_numpy_and_paths_are_python_s_own",
     ),
     Mutation(
         "selection: overlap with random counts places that are not valid",
@@ -1281,7 +1329,7 @@ MUTATIONS = (
     ),
     Mutation(
         "cli: a checkpoint is taken for a new run's folder",
-        "if run := _around(workdir):",
+        "if run := run_of_part(workdir):",
         "if run := None:",
         "test_run_paths.py::test_where_no_run_can_be_written",
     ),

@@ -145,6 +145,21 @@ def test_a_loop_of_ones_own_is_the_command(
 
 
 @pytest.mark.usefixtures("one_device")
+def test_kept_sets_are_of_the_batches_that_a_step_was_made_for(
+    tmp_path: Path, folder: Path
+) -> None:
+    config = config_of(folder, tmp_path, **{"selection.refresh": "once"})
+    model = mdj.load_model(folder, config)
+    rows = mdj.load_examples(config.data, "train", 0)
+    batches = mdj.batches(model, rows)
+    step = mdj.make_train_step(model, batches)
+    config.seed = 1  # Another order.
+    with pytest.raises(mdj.UserError, match=r"^batch: of other batches than"):
+        step(step.init(model.params), mdj.batches(model, rows, config)[0])
+    step(step.init(model.params), batches[1])  # In another order they may come.
+
+
+@pytest.mark.usefixtures("one_device")
 @pytest.mark.parametrize("refresh", ["3", slow("once"), slow("epoch")])
 def test_another_step_function_goes_on_inside_a_window(
     tmp_path: Path, folder: Path, refresh: str, said: Callable[[], str]
@@ -293,6 +308,28 @@ def test_mistakes(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(IndexError):
         batches[4]
     assert batches[-1].step == 3
+    step = mdj.make_train_step(model, batches)
+    state = step.init(model.params)
+    mixed_up: list[tuple[Callable[[], Any], str]] = [
+        (lambda: mdj.load_model(model), "path: found a Model, expected a path"),  # type: ignore
+        (lambda: mdj.batches([row], model), "model: found a list, expected what load_model"),  # type: ignore
+        (lambda: mdj.batches(model, [row], reference=folder), "reference: found a PosixPath"),  # type: ignore
+        (lambda: mdj.make_train_step(model, list(batches)), "batches: found a list, exp"),  # type: ignore
+        (lambda: mdj.make_train_step(model, batches, optax.adam), "optimizer: found a function"),  # type: ignore
+        (lambda: step.init(model), "params: a Model with other entries"),
+        (lambda: step(model.params, batches[0]), "state: found a dict, expected that of init"),
+        (lambda: step(state, [row]), "batch: found a list"),  # type: ignore
+        (lambda: model.updated(model.params), "state: found a dict"),
+        (lambda: model.save(None), "folder: found a NoneType, expected a path"),  # type: ignore
+    ]
+    for call, message in mixed_up:
+        with pytest.raises(mdj.UserError, match=f"^{message}"):
+            call()
+    with pytest.raises(TypeError, match="slice"):
+        batches[1:3]  # type: ignore
+    step(state, batches[0])
+    with pytest.raises(mdj.UserError, match=r"^state: its arrays went into an"):
+        step(state, batches[1])
 
 
 def test_importing_the_package_imports_no_jax() -> None:

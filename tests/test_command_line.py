@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 from processes import command, environment, refused
 
 from mass_dpo_jax import config as config_lib
+from mass_dpo_jax.training import methods
 
 LR = "did you mean --config.train.learning_rate=...?"
 
@@ -153,6 +155,10 @@ def test_a_configuration_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "other.py").write_text("def get_config():\n    return {'train': {'steps': 3}}\n")
     line = refused("mass_dpo_jax.train", f"--config={tmp_path / 'other.py'}", "--workdir=x")
     assert "config: found a dict, expected what default_config() returns" in line
+    (tmp_path / "none.py").write_text("def get_config():\n    pass\n")
+    done = command("mass_dpo_jax.train", f"--config={tmp_path / 'none.py'}", "--workdir=x")
+    message = "none.py: get_config() returns None; expected the settings"
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith(message)
 
 
 def test_settings_without_an_effect_are_named(tmp_path: Path) -> None:
@@ -165,6 +171,53 @@ def test_settings_without_an_effect_are_named(tmp_path: Path) -> None:
     words = (f"--output={tmp_path / 'a'}", "--config.data.max_test=3")
     done = command("mass_dpo_jax.score", "--config=tiny", *words)
     assert done.stdout.startswith("no effect on this command: --config.data.max_test\n")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "selection.replacement odpo. model.lora. device_memory_gb"),
+        ({"selection.criterion": "all"}, "selection.search selection.refresh num_negatives"),
+        ({"selection.criterion": "hardest"}, "selection.ridge selection.pooling"),
+        ({"method": "sdpo"}, "selection.criterion selection.features"),
+        ({"method": "dpo"}, "num_negatives"),
+        ({"method": "pl_sampled"}, "selection.criterion selection.fisher_scale"),
+        ({"method": "sft"}, "beta num_negatives selection.refresh model.reference_path"),
+        ({"method": "mppo"}, "beta model.reference_path"),
+        ({"train.steps": 3}, "train.epochs"),
+        ({"model.path": "folder"}, "model.scratch."),
+    ],
+)
+def test_settings_that_a_training_does_not_read(changes: dict[str, Any], expected: str) -> None:
+    config = config_lib.default()
+    usual = set(methods.unread(config))
+    config.update_from_flattened_dict(changes)
+    found = set(methods.unread(config))
+    for name in expected.split():
+        assert any(other.startswith(name) for other in found)
+        assert not changes or not any(other.startswith(name) for other in usual)
+    read = {
+        "odpo": "odpo.alpha", "pl_sampled": "selection.replacement", "dpo_k": "num_negatives"
+    }  # fmt: skip
+    for method, name in read.items():
+        config.method = method
+        assert name not in methods.unread(config)
+    config.model.lora.rank = 8
+    assert not any(name.startswith("model.lora") for name in methods.unread(config))
+
+
+def test_a_run_without_its_flag(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.json").write_text("{}")
+    line = refused("mass_dpo_jax.evaluate", str(run))
+    assert line == f"error: unexpected argument '{run}'; did you mean --workdir={run}?"
+
+
+def test_a_training_names_the_settings_that_it_does_not_read(tmp_path: Path) -> None:
+    words = ("--config=tiny", "--config.method=sdpo", "--config.selection.criterion=contrast")
+    done = command("mass_dpo_jax.train", *words, "--config.data.path=none")
+    assert done.stdout == "no effect on this training: --config.selection.criterion\n"
 
 
 def test_home_and_variables_in_quotes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

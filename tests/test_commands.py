@@ -234,6 +234,8 @@ def test_what_an_output_must_not_be(tmp_path: Path) -> None:
     for value, message in (
         (tmp_path, "no ordinary file; expected the JSON file"),
         ("/dev/null", "no ordinary file"),
+        ("/dev/stdout", "no ordinary file"),  # It can be a link to one, which is the terminal's.
+        ("-", "no ordinary file"),
         (tmp_path / "missing" / "file", "its folder does not exist"),
         (link, f"would replace the input {data}"),
     ):
@@ -243,6 +245,30 @@ def test_what_an_output_must_not_be(tmp_path: Path) -> None:
     for name in ("score", "select", "evaluate"):  # Said before there is a model to read.
         words = (f"mass_dpo_jax.{name}", "--config=llama3", f"--config.data.path={data}")
         assert "would replace the input" in refused(*words, f"--output={link}")
+
+
+def test_an_output_replaces_no_file_of_a_run_or_of_a_data_folder(tmp_path: Path) -> None:
+    run, data, link = tmp_path / "run", tmp_path / "data", tmp_path / "link.json"
+    (run / "checkpoints").mkdir(parents=True)
+    data.mkdir()
+    for file in (run / "config.json", run / "metrics.jsonl", run / "scores.jsonl", data / "a"):
+        file.write_text("before")
+    link.symlink_to(run / "config.json")
+    for path in (run / "config.json", run / "metrics.jsonl", link):
+        with pytest.raises(UserError, match=f"^--output={path}: is a part of the run {run}; name"):
+            cli.output_file(path, "JSON")
+    with pytest.raises(UserError, match=f"would replace a file in the folder of the data, {data}"):
+        cli.output_file(data / "a", "JSON", data)
+    for path in (run / "scores.jsonl", data / "new"):
+        assert cli.output_file(path, "JSON", data) == path
+
+
+def test_an_output_goes_where_a_link_points(tmp_path: Path) -> None:
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.write_text("before")
+    link.symlink_to(target)
+    cli.write_lines(link, [1])
+    assert link.is_symlink() and target.read_text() == "1\n"
 
 
 def test_a_full_disk_leaves_an_output_as_it_was(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers import tiny_config, write_jsonl
 from ml_collections import ConfigDict, FrozenConfigDict
@@ -93,6 +94,19 @@ def test_a_copy_leaves_the_caller_s_alone_and_can_be_made_of_a_frozen_one() -> N
         found.model.path = "elsewhere"
         assert given.model.path == ""
         assert found.to_dict() == {**config.to_dict(), "model": found.model.to_dict()}
+
+
+def test_numbers_of_numpy_and_paths_are_python_s_own() -> None:
+    config = config_lib.default()
+    config.beta, config.num_negatives = np.logspace(-2, 0, 3)[1], np.arange(5)[2]
+    config.train.learning_rate, config.data.path = np.float32(0.5), Path("rows.jsonl")
+    config.update_from_flattened_dict({"train.clip": np.float64(0.25), "eval.batch_size": 8})
+    found = config_lib.checked(config)
+    values = found.beta, found.num_negatives, found.train.learning_rate, found.data.path
+    assert values == (0.1, 2, 0.5, "rows.jsonl") and found.train.clip == 0.25
+    assert [type(value) for value in values] == [float, int, float, str]
+    with pytest.raises(TypeError, match="num_negatives"):
+        config.num_negatives = np.float64(2)
 
 
 def test_paths_are_expanded_as_a_shell_does(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,45 @@ pytestmark = pytest.mark.usefixtures("strict_jax")
 DESIGNS = ["pool_fisher", "contrast", "set_fisher"]
 
 
+def _chosen(indices, valid=None):
+    indices = jnp.asarray(indices)
+    valid = jnp.ones(indices.shape, bool) if valid is None else valid
+    return designs.nothing(len(indices))._replace(indices=indices, valid=valid)
+
+
+@pytest.mark.parametrize(
+    ("choose", "message"),
+    [
+        (lambda p, n: selection.in_order(jnp.argsort(-p.scores), p.mask, n), r"chose \[0, 3\]"),
+        (lambda p, n: selection.in_order(jnp.argsort(p.scores), p.mask, n), "chose .*0, .*"),
+        (lambda p, n: _chosen([4] * n), r"chose \[4, 4\] as valid; expected others, each once"),
+        (lambda p, n: _chosen(jnp.arange(n) + 4), r"chose \[4, 5, 6, 7, 8\]"),
+        (lambda p, n: _chosen(jnp.arange(n) - 1), r"chose \[-1, 0\]"),
+        (lambda p, n: _chosen([1, 2]), r"asked for 5 of 6, gives indices int32\[2\]"),
+        (lambda p, n: _chosen(jnp.argsort(~p.mask)), r"asked for 2 of 6, .*int32\[6\]"),
+        (lambda p, n: _chosen(jnp.ones(n)), r"float32\[2\].* expected integers and bool \[2\]"),
+    ],
+)
+def test_a_criterion_that_chooses_what_it_must_not_is_refused(monkeypatch, choose, message):
+    monkeypatch.setattr(registry, "CRITERIA", dict(registry.CRITERIA))
+    selection.criterion("mine", needs_scoring=True)(lambda pool, n, settings: choose(pool, n))
+    for _ in range(2):
+        with pytest.raises(UserError, match=f"^criterion 'mine': .*{message}"):
+            Settings(criterion="mine")
+
+
+def test_a_criterion_may_choose_fewer_and_its_own_errors_are_its_own(monkeypatch):
+    monkeypatch.setattr(registry, "CRITERIA", dict(registry.CRITERIA))
+    selection.criterion("one", needs_scoring=True)(
+        lambda p, n, _: _chosen(jnp.argsort(~p.mask)[:n], jnp.arange(n) < 1)
+    )
+    selection.criterion("broken", needs_scoring=True)(lambda p, n, _: 1 / 0)
+    found = selection.select_negatives(np.eye(4), n=2, criterion="one")
+    assert found.valid.tolist() == [True, False]
+    with pytest.raises(ZeroDivisionError):
+        selection.select_negatives(np.eye(4), n=2, criterion="broken")
+
+
 def test_all_keeps_the_order_and_refuses_to_drop_any():
     pool = make_pool(8, valid=7)._replace(features=None, scores=None)
     got = run(pool, SIZE, Settings(criterion="all"))

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from pools_for_tests import SIZE, make_pool, picks, run, to_select
 
 from mass_dpo_jax import criteria, designs, registry, selection, theory
+from mass_dpo_jax.catalogue import select_from_catalogue
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.selection import Settings
 
@@ -476,7 +477,7 @@ def test_the_library_call_takes_arrays_of_any_kind(torch):
         selection.select_negatives(features, scores[:10], n=3)
     with pytest.raises(ValueError, match="n = 0"):
         selection.select_negatives(features, n=0)
-    with pytest.raises(UserError, match=r"'criterium' .* 'criterion'"):
+    with pytest.raises(UserError, match=r"'criterium': .*; did you mean criterion\?"):
         selection.select_negatives(features, n=1, criterium="random")
 
 
@@ -513,16 +514,55 @@ def test_the_examples_in_docstrings_run(module):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("criterion", "pool_fischer", "selection.criterion='pool_fischer' .* 'pool_fisher'"),
-        ("feature_norm", "L2", "selection.feature_norm='L2' .* 'l2'"),
-        ("ridge", 0.0, "selection.ridge must be > 0"),
-        ("ridge", float("nan"), "selection.ridge must be > 0"),
-        ("beta", -1.0, "beta must be > 0"),
+        (
+            "criterion",
+            "pool_fischer",
+            "criterion='pool_fischer': .* did you mean pool_fisher",
+        ),
+        ("feature_norm", "L2", "selection.feature_norm='L2': .* did you mean l2"),
+        ("criterion", None, "selection.criterion=None: expected one of pool_fisher, .*, all$"),
+        ("ridge", 0.0, "^ridge=0.0: expected a finite number above 0"),
+        ("ridge", float("nan"), "^ridge=nan: expected a finite number above 0"),
+        ("ridge", np.inf, "^ridge=inf: expected a finite number above 0"),
+        ("ridge", "0.1", "^ridge='0.1': expected a finite number above 0"),
+        ("ridge", None, "^ridge=None: expected a finite number above 0"),
+        ("beta", -1.0, "^beta=-1.0: expected a finite number above 0"),
+        ("beta", True, "^beta=True: expected a finite number above 0"),
+        ("fisher_scale", "False", "^fisher_scale='False': expected True or False"),
+        ("replacement", 0, "^replacement=0: expected True or False"),
     ],
 )
 def test_settings_that_cannot_be_are_errors_in_one_line(field, value, message):
     with pytest.raises(UserError, match=message):
         Settings(**{field: value})
+
+
+def test_numbers_of_any_library_are_settings_with_the_same_programs():
+    ridge = np.float32(0.25)
+    for number in (ridge, np.array(ridge), jnp.array(ridge)):
+        found = Settings(ridge=number, fisher_scale=np.True_)
+        assert found == Settings(ridge=0.25, fisher_scale=True) and type(found.ridge) is float
+
+
+def test_what_is_no_whole_number_or_no_mask_is_refused():
+    features = np.random.default_rng(0).normal(size=(2, 5, 3))
+    for n in (2.0, "2", None, 2.5):
+        for select in (selection.select_negatives, select_from_catalogue):
+            with pytest.raises(UserError, match=f"^n={n!r}: expected a whole number"):
+                select(features[0], n=n)
+    with pytest.raises(UserError, match=r"^seed=0.5: expected a whole number"):
+        selection.select_negatives(features, n=2, seed=0.5)
+    indices, added, shares = [[0, 1, 2, 3]] * 2, [[0, -np.inf, 0, 0]] * 2, np.full((2, 4), 0.5)
+    for mask in (indices, added, shares, np.full((2, 4), np.nan)):
+        with pytest.raises(UserError, match=r"^mask: expected bool, or 1 where"):
+            selection.select_negatives(features, mask=mask, n=2)
+        with pytest.raises(UserError, match=r"^mask: expected bool"):
+            select_from_catalogue(features[0, 1:], mask=np.asarray(mask)[0], n=2)
+    there = np.array([[True, False, True, True], [False, True, True, False]])
+    expected = selection.select_negatives(features, mask=there, n=np.int64(2)).indices
+    for mask in (there.astype(int), there.astype(np.float32), there.tolist()):
+        found = selection.select_negatives(features, mask=mask, n=jnp.int32(2)).indices
+        assert (found == expected).all()
 
 
 def test_grams_one_by_one_are_those_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 
 from mass_dpo_jax import losses
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.registry import CRITERIA
 from mass_dpo_jax.selection import Settings
 
 
@@ -195,3 +196,29 @@ def make_method(config: ConfigDict, largest_pool: int) -> Method:
         odpo_alpha=config.odpo.alpha,
         frozen_features=config.selection.features == "reference" and settings.needs_features,
     )
+
+
+def unread(config: ConfigDict) -> list[str]:
+    """Returns the settings that nothing reads in a training with this configuration."""
+    kind = KINDS[config.method]
+    criterion = CRITERIA[kind.criterion or config.selection.criterion]
+    chosen = criterion is not CRITERIA["all"] and kind.most != 0
+    lora = bool(config.model.lora.rank or config.model.lora.path)
+    design = (
+        "selection.search selection.ridge selection.feature_norm selection.fisher_scale "
+        "selection.features selection.pooling"
+    )
+    read = {
+        "selection.criterion": not kind.criterion,
+        design: criterion.design is not None and kind.most != 0,
+        "selection.replacement": criterion.weighted,
+        "selection.refresh": chosen,
+        "num_negatives": chosen and kind.most is None,
+        "odpo.offset odpo.alpha": config.method == "odpo",
+        "beta model.reference_path": kind.reference,
+        "model.lora.alpha model.lora.targets model.lora.base": lora,
+        "model.scratch.": not config.model.path,
+        "train.epochs": not config.train.steps,
+        "device_memory_gb": config.dry_run,
+    }
+    return [name for names, is_read in read.items() if not is_read for name in names.split()]

@@ -243,7 +243,7 @@ def _read(path: Path) -> Mapping[str, np.ndarray]:
                 f"{path}: {name} {list(found.shape)}, expected {list(shape)} for features "
                 f"{list(features.shape)}"
             )
-        if found.dtype.kind not in kinds:
+        if found.dtype.kind not in kinds or (name == "mask" and (found > 1).any()):
             raise UserError(f"{path}: {name} {found.dtype}, expected {words}")
     return arrays
 

@@ -333,7 +333,7 @@ def _check_grades(tokens: Tokens) -> None:
     above = tokens.scores[:, :1] > tokens.scores[:, 1:]
     bad = np.flatnonzero((~above & (tokens.response_lengths[:, 1:] > 0)).any(1))
     if len(bad):
-        chosen, *rejected = tokens.scores[bad[0]].tolist()
+        chosen, *rejected = tokens.scores[bad[0], tokens.response_lengths[bad[0]] > 0].tolist()
         raise UserError(
             f"config.method=odpo: example {tokens.ids[bad[0]]!r}: score_chosen {chosen} is not "
             f"above every score_rejected (the largest is {max(rejected)})"

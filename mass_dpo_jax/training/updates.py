@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import numpy as np
 import optax
 
 from mass_dpo_jax.data.batches import Batch, Order, make_batch
+from mass_dpo_jax.errors import UserError, expect
 from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training.optimizer import memory_of_moments, state_shapes
 from mass_dpo_jax.training.refresh import Sets
@@ -64,7 +66,7 @@ class Batches:
         Raises:
             IndexError: there is no such update.
         """
-        step = range(self._total)[step]
+        step = range(self._total)[operator.index(step)]  # No slices.
         rows, shape = self.order(step)
         refs = self.reference.logps.get("train")
 
@@ -116,8 +118,16 @@ class TrainStep:
 
         Args:
             params: of the model, as `Model.params`.
+
+        Raises:
+            UserError: they are something else.
         """
         setup = self._batches.setup
+        if len({jax.tree.structure(x) for x in (params, setup.policy.abstract)}) > 1:
+            raise UserError(
+                f"params: a {type(params).__name__} with other entries than this model's weights; "
+                "expected Model.params"
+            )
         trained, _ = setup.policy.split(params)
         like = abstract_state(setup, self.optimizer)
         return first_state(like, self.optimizer, jax.tree.map(jnp.copy, trained))
@@ -130,8 +140,8 @@ class TrainStep:
             batch: of the step that the state is at.
 
         Raises:
-            UserError: the criterion was registered again since the batches were made, or the
-                state's `sets` are those of other examples.
+            UserError: an argument is something else, the criterion was registered again since the
+                batches were made, or the state's `sets` are those of other examples.
 
         Returns:
             The next state; and figures by name, float32 scalars on the devices: `loss` (nats),
@@ -143,9 +153,21 @@ class TrainStep:
 
     def update(self, state: TrainState, batch: StepBatch) -> tuple[TrainState, Trained, Metrics]:
         """As a call, and what it trained on."""
+        expect(state, TrainState, "state", "that of init(model.params), or the last step's")
+        expect(batch, StepBatch, "batch", "one of those that the step was made for")
+        if isinstance(state.step, jax.Array) and state.step.is_deleted():
+            raise UserError(
+                "state: its arrays went into another step; expected what that one returned, as in "
+                "state, metrics = step(state, batch), or init(model.params) to begin again"
+            )
         setup = self._batches.setup
         setup.method.selection.check_current()
         sets = self.sets.at(batch.step, {**self._frozen, **state.params}, state.sets)
+        if sets is not None and not np.array_equal(batch.rows, self._batches.order(batch.step)[0]):
+            raise UserError(
+                "batch: of other batches than the step was made for, whose sets of negatives it "
+                "keeps; make_train_step(model, batches) makes one for these"
+            )
         state, used, figures = setup.program.train_step(
             self.optimizer,
             state._replace(sets=None),
