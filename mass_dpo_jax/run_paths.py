@@ -21,7 +21,7 @@ SHOWN = 3  # Of the runs in a folder.
 
 def check_run(folder: Path) -> None:
     """Raises UserError where a path is no run folder, and says what to give instead."""
-    if not (folder / "config.json").is_file() or _around(folder):
+    if not (folder / "config.json").is_file() or run_around(folder):
         raise UserError(f"{folder}: {what_instead(folder)}")
 
 
@@ -38,7 +38,7 @@ def run_given(workdir: str | Path) -> Path:
 
 def check_new(workdir: Path) -> None:
     """Raises UserError where no run can be written, before hours of work are lost to it."""
-    if run := _around(workdir):
+    if run := run_around(workdir):
         raise UserError(
             f"--workdir={workdir}: inside of the run {run}; expected a folder beside it"
         )
@@ -55,7 +55,7 @@ def check_new(workdir: Path) -> None:
 
 def what_instead(folder: Path) -> str:
     """Returns what a path is that is no run folder, and what to give instead."""
-    if run := _around(folder):
+    if run := run_around(folder):
         text = f"inside of the run {run}; expected {run}, whose newest checkpoint is taken"
         if folder.parent.name == CHECKPOINTS:
             text += f" (this one is export's --step={folder.name}, and can be config.model.path)"
@@ -78,7 +78,7 @@ def what_instead(folder: Path) -> str:
     )
 
 
-def _around(path: Path) -> Path | None:
+def run_around(path: Path) -> Path | None:
     """The run that the path is a part of."""
     for parent in path.parents:
         if path.relative_to(parent).parts[0] in WRITTEN and is_run(parent):

@@ -837,8 +837,8 @@ MUTATIONS = (
     ),
     Mutation(
         "origin: adapters are read where they lay",
-        "    if (workdir / ADAPTERS).is_dir():\n        found",
-        "    if False:\n        found",
+        "if config.model.lora.path and (workdir / ADAPTERS).is_dir():\n        found",
+        "if False:\n        found",
         "test_origin.py::test_what_a_run_has_itself_may_change_outside",
     ),
     Mutation(
@@ -852,6 +852,42 @@ MUTATIONS = (
         "found.update_from_flattened_dict({name: path})",
         "pass",
         "test_origin.py::test_what_a_run_has_itself_may_change_outside",
+    ),
+    Mutation(
+        "origin: a run's own adapters are removed before they are copied",
+        "if adapters and origin.is_same(Path(adapters), own):",
+        "if False:",
+        "test_origin.py::test_a_run_without_a_checkpoint_begins_again_by_its_own_files",
+    ),
+    Mutation(
+        "origin: other line ends are another template",
+        'line.rstrip(b"\\r\\n") for line in lines',
+        "line for line in lines",
+        "test_origin.py::test_line_ends_of_a_template_are_no_change",
+    ),
+    Mutation(
+        "origin: any file beside a tokenizer's is one too many",
+        "return not hidden and path.suffix in",
+        "return hidden or path.suffix not in",
+        "test_origin.py::test_only_files_that_are_read_are_missed_or_too_many",
+    ),
+    Mutation(
+        "lora: adapters are added to weights that have them",
+        'if itself or origin.has_own(config, run[0], "model.lora.path"):',
+        "if itself:",
+        "test_origin.py::test_adapters_are_not_added_to_weights_that_have_them",
+    ),
+    Mutation(
+        "lora: a pattern of targets is a name",
+        "named = there\n",
+        "named = [named]\n",
+        "test_lora_peft.py::test_settings_that_change_nothing_are_accepted",
+    ),
+    Mutation(
+        "card: the settings have folders of the machine",
+        "for name in origin.PATHS:\n",
+        "for name in origin.PATHS[:4]:\n",
+        "test_origin.py::test_a_card_shows_no_folder_of_the_machine",
     ),
     Mutation(
         "origin: the reference is drawn with another seed",
