@@ -831,14 +831,15 @@ MUTATIONS = (
     ),
     Mutation(
         "origin: edited files of a run pass",
-        "if differ := sorted(n for n in {*there, *wanted} if there.get(n) != wanted.get(n)):",
+        "if differ := sorted(n for n in names if there.get(n) != wanted.get(n)):",
         "if differ := sorted({*there} - {*wanted}):",
         "test_origin.py::test_what_a_run_reads_again_is_refused_where_it_has_changed",
     ),
     Mutation(
         "origin: adapters are read where they lay",
-        "if config.model.lora.path and (workdir / ADAPTERS).is_dir():\n        found",
-        "if False:\n        found",
+        " and (workdir / ADAPTERS).is_dir():\n        found.model.lora.path = "
+        "str(workdir / ADAPTERS)\n    return found",
+        " and False:\n        pass\n    return found",
         "test_origin.py::test_what_a_run_has_itself_may_change_outside",
     ),
     Mutation(
@@ -861,8 +862,8 @@ MUTATIONS = (
     ),
     Mutation(
         "origin: other line ends are another template",
-        'line.rstrip(b"\\r\\n") for line in lines',
-        "line for line in lines",
+        r'read_bytes().replace(b"\r\n", b"\n")',
+        "read_bytes()",
         "test_origin.py::test_line_ends_of_a_template_are_no_change",
     ),
     Mutation(

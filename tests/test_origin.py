@@ -24,6 +24,7 @@ from mass_dpo_jax.models.adapters import Lora
 from mass_dpo_jax.models.config import load_config
 from mass_dpo_jax.score import score
 from mass_dpo_jax.train import train
+from mass_dpo_jax.training import origin
 from mass_dpo_jax.training.offline_selection import with_model
 from mass_dpo_jax.training.setup import prepare
 from mass_dpo_jax.training.updates import Batches
@@ -450,7 +451,7 @@ def test_a_run_without_a_checkpoint_begins_again_by_its_own_files(
         interrupted(settings(home, **lora), tmp_path / name, at=0)
     remove(home / "adapters")
     train(config_lib.get_config(str(tmp_path / "cut")), tmp_path / "cut")
-    assert losses(tmp_path / "cut") == losses(home / "run")
+    np.testing.assert_allclose(losses(tmp_path / "cut"), losses(home / "run"), rtol=1e-5)
     # Adapters that an earlier start left are none of a run that asks for none.
     monkeypatch.setattr("mass_dpo_jax.training.loop.save_description", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -470,15 +471,18 @@ def test_line_ends_of_a_template_are_no_change(
     template = home / "lines.jinja"
     template.write_bytes(text.replace("\n", "\r\n").encode())
     config = settings(home, **{"data.chat_template": "lines.jinja", "train.checkpoint_every": 1})
-    for name in ("same", "copy"):
-        interrupted(config, tmp_path / name, at=1)
-    train(config, tmp_path / "same")
-    copy = home / "copy.jinja"
-    copy.write_bytes(text.encode())
+    interrupted(config, tmp_path / "run", at=1)
+    for ends in ("\r\n", "\n", "\r"):
+        template.write_bytes(text.replace("\n", ends).encode())
+        origin.with_own_files(config, tmp_path / "run")
+    template.rename(home / "copy.jinja")
     config.data.chat_template = "copy.jinja"
-    train(config, tmp_path / "copy")
+    train(config, tmp_path / "run")
     assert "is not what the run began with" not in caplog.text
-    assert losses(tmp_path / "copy") == losses(tmp_path / "same")
+    (home / "lines.jinja").write_text(text + "x")
+    config.data.chat_template = "lines.jinja"
+    origin.with_own_files(config, tmp_path / "run")
+    assert "lines.jinja is not what the run began with" in caplog.text
 
 
 @pytest.mark.parametrize("home", ["lora"], indirect=True)
@@ -511,10 +515,13 @@ def test_adapters_are_not_added_to_weights_that_have_them(
     found, wanted = list(score(own, None, "test")), list(score(own, home / "run", "test"))
     for row, other in zip(found, wanted, strict=True):
         np.testing.assert_allclose(row["logps"], other["logps"], rtol=1e-5)
-    train(settings(home, **{"model.path": "run", "model.lora.rank": 2}), tmp_path / "merged")
-    train(settings(home, **{"model.lora.path": "run"}), tmp_path / "beside")
     write_adapters(home / "others", home / "base", alpha=4.0)
-    train(settings(home, **again | {"model.lora.path": "others"}), tmp_path / "others")
+    for changes in (
+        {"model.path": "run", "model.lora.rank": 2},
+        {"model.lora.path": "run"},
+        again | {"model.lora.path": "others"},
+    ):
+        prepare(settings(home, **changes), None, ("train",))
 
 
 def in_model(name: str) -> Callable[[Path], Any]:
@@ -551,7 +558,8 @@ def test_only_files_that_are_read_are_missed_or_too_many(
         remove(home / "run" / "model" / name)
     description = home / "run" / "model" / "config.json"
     edit_json(description, eos_token_id=[2, 7], max_position_embeddings=9999)
-    assert evaluate(config_lib.get_config("run"), Path("run"), "test") == before
+    found = evaluate(config_lib.get_config("run"), Path("run"), "test")
+    assert found == pytest.approx(before, abs=1e-5)
     description.unlink()
     with pytest.raises(UserError):
         evaluate(config_lib.get_config("run"), Path("run"), "test")

@@ -185,8 +185,7 @@ def _content(path: Path) -> dict[str, str]:
     """Digests of a template's text, or of the files of PEFT's in a folder; nothing where there are
     none."""
     if path.is_file():  # The copy has the line ends of this system.
-        lines = path.read_bytes().splitlines(keepends=True)
-        text = b"\n".join(line.rstrip(b"\r\n") for line in lines)
+        text = path.read_bytes().replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         return {"": hashlib.sha256(text).hexdigest()}
     return {name: _digest(path / name) for name in PEFT if (path / name).is_file()}
 
