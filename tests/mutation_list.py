@@ -874,8 +874,8 @@ MUTATIONS = (
     ),
     Mutation(
         "lora: adapters are added to weights that have them",
-        'if itself or origin.has_own(config, run[0], "model.lora.path"):',
-        "if itself:",
+        'if itself or first or origin.has_own(config, run[0], "model.lora.path"):',
+        "if itself or first:",
         "test_origin.py::test_adapters_are_not_added_to_weights_that_have_them",
     ),
     Mutation(
@@ -885,7 +885,7 @@ MUTATIONS = (
         "test_lora_peft.py::test_settings_that_change_nothing_are_accepted",
     ),
     Mutation(
-        "card: the settings have folders of the machine",
+        "export: a card has folders of the machine",
         "for name in origin.PATHS:\n",
         "for name in origin.PATHS[:4]:\n",
         "test_origin.py::test_a_card_shows_no_folder_of_the_machine",
@@ -1318,7 +1318,7 @@ MUTATIONS = (
     ),
     Mutation(
         "cli: a checkpoint is taken for a new run's folder",
-        "if run := _around(workdir):",
+        "if run := run_around(workdir):",
         "if run := None:",
         "test_run_paths.py::test_where_no_run_can_be_written",
     ),

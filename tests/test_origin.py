@@ -510,6 +510,13 @@ def test_adapters_are_not_added_to_weights_that_have_them(
         list(score(own, None, "test"))
     assert not (tmp_path / "next").exists()
 
+    # Of a run that was begun by a version without these files.
+    older = shutil.copytree("run", tmp_path / "older")
+    (older / "origin.json").unlink()
+    remove(older / "adapters")
+    with pytest.raises(UserError, match="already"):
+        train(settings(home, **again | {"model.path": str(older)}), tmp_path / "next")
+
     # What the message says to do.
     own.model.lora.path = ""
     found, wanted = list(score(own, None, "test")), list(score(own, home / "run", "test"))

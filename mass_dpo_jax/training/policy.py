@@ -341,11 +341,15 @@ def _check_added_once(config: ConfigDict) -> None:
     """Raises UserError where the model of a run has the adapters that are to be added already."""
     path, adapters = config.model.path, config.model.lora.path
     run = run_of(Path(path))
-    if not adapters or run is None or not uses_lora(config_lib.load(run[0]).model.lora):
+    if not adapters or run is None:
+        return
+    began = origin.find_files(config_lib.load(run[0]), run[0]).model.lora
+    if not uses_lora(began):
         return
     other = run_of(Path(adapters))
     itself = other is not None and origin.is_same(other[0], run[0])
-    if itself or origin.has_own(config, run[0], "model.lora.path"):
+    first = bool(began.path) and origin.is_same(Path(adapters), Path(began.path))
+    if itself or first or origin.has_own(config, run[0], "model.lora.path"):
         raise UserError(
             f"config.model.lora.path={adapters}: the model at config.model.path={path} has these "
             "adapters in its weights already; leave them out, --config.model.lora.path= (and "
