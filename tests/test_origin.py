@@ -635,3 +635,20 @@ def test_a_card_shows_no_folder_of_the_machine(
     assert adapters["base_model_name_or_path"] == "org/base"
     with pytest.raises(UserError, match="--dtype=bfloat16: adapters are written in float32"):
         export(tmp_path / "next", tmp_path / "other", adapters=True, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("home", ["lora"], indirect=True)
+def test_a_part_of_a_run_that_is_no_model_is_told(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(home)
+    parts = {
+        "run/checkpoints": "a part of the run run: give that, or run/checkpoints/STEP",
+        "run/model": "a part of the run run: give that, or run/checkpoints/STEP",
+        "run/checkpoints/99": "run: no checkpoint of step 99; found 2",
+    }
+    for path, message in parts.items():
+        with pytest.raises(UserError, match=message):
+            mdj.load_model(path)
+    with pytest.raises(UserError, match="run: no checkpoint of step 1; found 2"):
+        prepare(settings(home, **{"model.lora.path": "run/checkpoints/1"}), None, ("train",))
