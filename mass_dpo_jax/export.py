@@ -47,8 +47,8 @@ def export(
       step: of the checkpoint; None: the newest.
       dtype: "float32" or "bfloat16", of the stored weights; None: `model.dtype` of the run.
       max_shard_gb: of a file, in 10^9 bytes.
-      base_model: what the card calls the model that training started from; empty: the name of
-        its folder.
+      base_model: what the card, or the adapters' settings, call the model that training started
+        from; empty: the name of its folder.
       adapters: of a run with LoRA, write the adapters alone, in PEFT's format.
       base_path: of a run with LoRA, where its base lies now; empty: where it lay.
 

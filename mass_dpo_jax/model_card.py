@@ -14,9 +14,9 @@ from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.data.render import template_arguments
 from mass_dpo_jax.models.config import DecoderConfig
 from mass_dpo_jax.reports.metrics_log import read_metrics
-from mass_dpo_jax.training import run_folder
+from mass_dpo_jax.training import origin, run_folder
 from mass_dpo_jax.training.methods import KINDS
-from mass_dpo_jax.training.policy import is_run
+from mass_dpo_jax.training.policy import run_of
 
 REWARD = (
     "The reward of a response is r = beta * (log-probability of the response under this model - "
@@ -89,6 +89,9 @@ def write(
       dtype: of the stored weights.
       base_model: what to call the model that training started from; empty: by its folder.
     """
+    config = config.copy_and_resolve_references()
+    known = origin.read(workdir)["paths"]
+    config.update_from_flattened_dict({n: known[n] for n in origin.PATHS if n in known})
     base = base_model or base_name(config.model.path)
     parts = [
         _front_matter(config, base),
@@ -108,9 +111,9 @@ def base_name(path: str) -> str:
     A folder of the hub's cache is called by its repository, any other by its own name.
     """
     seen = set()
-    while path and is_run(Path(path)) and path not in seen:
+    while path and path not in seen and (run := run_of(Path(path))):
         seen.add(path)
-        path = config_lib.load(Path(path)).model.path
+        path = origin.find_files(config_lib.load(run[0]), run[0]).model.path
     if not path:
         return ""
     for part in reversed(Path(path).parts):
@@ -123,7 +126,7 @@ def _front_matter(config: ConfigDict, base: str) -> str:
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     if base:
         lines += [f"base_model: {json.dumps(base)}"]
-    if config.data.name == "hub" and not Path(config.data.path).exists():
+    if config.data.name == "hub" and not _is_local(config.data.path):
         lines += ["datasets:", f"- {json.dumps(config.data.path)}"]
     tags = ["mass_dpo_jax", "jax", config.method.replace("_", "-")]
     if config.method != "sft":
@@ -289,7 +292,7 @@ def _training(config: ConfigDict, step: int) -> str:
     """The configuration; of paths of the machine it ran on, only the last part."""
     settings: dict[str, Any] = dict(config_lib.flat(config))
     settings.pop("cache_dir")
-    for name in ("model.path", "model.reference_path", "data.path", "data.chat_template"):
+    for name in origin.PATHS:
         settings[name] = _last(settings[name])
     return (
         f"Trained with mass_dpo_jax {mass_dpo_jax.__version__}, {step} updates of "
@@ -301,5 +304,8 @@ def _training(config: ConfigDict, step: int) -> str:
 
 def _last(path: str) -> str:
     """A path without the folders above it; a name of the hub stays as it is."""
-    local = Path(path).is_absolute() or Path(path).exists()
-    return Path(path).name if local else path
+    return Path(path).name if _is_local(path) else path
+
+
+def _is_local(path: str) -> bool:
+    return Path(path).is_absolute() or Path(path).exists()

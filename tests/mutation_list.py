@@ -879,14 +879,15 @@ MUTATIONS = (
     ),
     Mutation(
         "origin: edited files of a run pass",
-        "if differ := sorted(n for n in {*there, *wanted} if there.get(n) != wanted.get(n)):",
+        "if differ := sorted(n for n in names if there.get(n) != wanted.get(n)):",
         "if differ := sorted({*there} - {*wanted}):",
         "test_origin.py::test_what_a_run_reads_again_is_refused_where_it_has_changed",
     ),
     Mutation(
         "origin: adapters are read where they lay",
-        "    if (workdir / ADAPTERS).is_dir():\n        found",
-        "    if False:\n        found",
+        " and (workdir / ADAPTERS).is_dir():\n        found.model.lora.path = "
+        "str(workdir / ADAPTERS)\n    return found",
+        " and False:\n        pass\n    return found",
         "test_origin.py::test_what_a_run_has_itself_may_change_outside",
     ),
     Mutation(
@@ -900,6 +901,42 @@ MUTATIONS = (
         "found.update_from_flattened_dict({name: path})",
         "pass",
         "test_origin.py::test_what_a_run_has_itself_may_change_outside",
+    ),
+    Mutation(
+        "origin: a run's own adapters are removed before they are copied",
+        "if adapters and origin.is_same(Path(adapters), own):",
+        "if False:",
+        "test_origin.py::test_a_run_without_a_checkpoint_begins_again_by_its_own_files",
+    ),
+    Mutation(
+        "origin: other line ends are another template",
+        r'read_bytes().replace(b"\r\n", b"\n")',
+        "read_bytes()",
+        "test_origin.py::test_line_ends_of_a_template_are_no_change",
+    ),
+    Mutation(
+        "origin: any file beside a tokenizer's is one too many",
+        "return not hidden and path.suffix in",
+        "return hidden or path.suffix not in",
+        "test_origin.py::test_only_files_that_are_read_are_missed_or_too_many",
+    ),
+    Mutation(
+        "lora: adapters are added to weights that have them",
+        'if itself or first or origin.has_own(config, run[0], "model.lora.path"):',
+        "if itself or first:",
+        "test_origin.py::test_adapters_are_not_added_to_weights_that_have_them",
+    ),
+    Mutation(
+        "lora: a pattern of targets is a name",
+        "named = there\n",
+        "named = [named]\n",
+        "test_lora_peft.py::test_settings_that_change_nothing_are_accepted",
+    ),
+    Mutation(
+        "export: a card has folders of the machine",
+        "for name in origin.PATHS:\n",
+        "for name in origin.PATHS[:4]:\n",
+        "test_origin.py::test_a_card_shows_no_folder_of_the_machine",
     ),
     Mutation(
         "origin: the reference is drawn with another seed",

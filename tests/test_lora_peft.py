@@ -144,6 +144,10 @@ HARMLESS = (
     {"auto_mapping": {"base_model_class": "LlamaForCausalLM"}, "task_type": None},
     {"ensure_weight_tying": True},
     {"layers_to_transform": []},
+    {"exclude_modules": ["lm_head"]},
+    {"fan_in_fan_out": True},
+    {"target_modules": ["self_attn.q_proj"]},
+    {"target_modules": r"^(?!.*lm_head).*\.(q_proj|c_attn)$"},
     {"one_day": None, "another_day": False, "a_third_day": []},
 )
 
@@ -160,7 +164,6 @@ def test_settings_that_change_nothing_are_accepted(folder: Path) -> None:
     "changes",
     [
         {"use_dora": True},
-        {"fan_in_fan_out": True},
         {"bias": "all"},
         {"bias": "lora_only"},
         {"task_type": "SEQ_CLS"},
@@ -180,7 +183,6 @@ def test_settings_that_change_nothing_are_accepted(folder: Path) -> None:
         {"rank_pattern": {"q_proj": 2}},
         {"arrow_config": {"top_k": 3}},
         {"corda_config": {"corda_method": "kpm"}},
-        {"exclude_modules": ["lm_head"]},
         {"kasa_config": {"beta": 1e-4}},
         {"layer_replication": [[0, 4], [2, 5]]},
         {"layers_to_transform": 0},
@@ -217,7 +219,9 @@ def test_settings_that_compute_something_else_or_are_unknown_are_refused(
 def test_values_that_are_none(folder: Path) -> None:
     for changes, message in (
         ({"target_modules": ["q_proj", "lm_head"]}, "found 'lm_head', expected some of"),
-        ({"target_modules": r".*\.q_proj"}, "target_modules: found .* expected a list"),
+        ({"target_modules": ["mlp.q_proj"]}, "found 'mlp.q_proj', expected some of"),
+        ({"target_modules": ["proj"]}, "found 'proj', expected some of"),
+        ({"target_modules": {"q_proj": 1}}, "expected a list of names"),
         ({"target_modules": []}, "expected a list of names"),
         ({"r": 0}, "r: found 0, expected a positive integer"),
         ({"r": 4.0}, "r: found 4.0, expected a positive integer"),

@@ -24,6 +24,7 @@ from mass_dpo_jax.models.adapters import Lora
 from mass_dpo_jax.models.config import load_config
 from mass_dpo_jax.score import score
 from mass_dpo_jax.train import train
+from mass_dpo_jax.training import origin
 from mass_dpo_jax.training.offline_selection import with_model
 from mass_dpo_jax.training.setup import prepare
 from mass_dpo_jax.training.updates import Batches
@@ -373,7 +374,7 @@ HARMFUL: dict[str, tuple[Callable[[Path], Any], str]] = {
     "the base's weights are others": (
         lambda home: write_base(home / "base", seed=1),
         "config.model.path: its weights are not those that the run began with.*"
-        "--config.model.path=",
+        "(--config.model.path=|--base_path=|put those of before)",
     ),
     "the base computes otherwise": (
         lambda home: edit_json(
@@ -438,3 +439,216 @@ def test_a_run_without_a_reference_needs_no_base_once_it_has_begun(
     remove(home / "base")
     train(config, tmp_path / "run")
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("home", ["lora"], indirect=True)
+def test_a_run_without_a_checkpoint_begins_again_by_its_own_files(
+    home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(home)
+    lora = {"model.lora.path": "adapters", "model.lora.base": "nf4"}
+    for name in ("cut", "other"):
+        interrupted(settings(home, **lora), tmp_path / name, at=0)
+    remove(home / "adapters")
+    train(config_lib.get_config(str(tmp_path / "cut")), tmp_path / "cut")
+    np.testing.assert_allclose(losses(tmp_path / "cut"), losses(home / "run"), rtol=1e-5)
+    # Adapters that an earlier start left are none of a run that asks for none.
+    monkeypatch.setattr("mass_dpo_jax.training.loop.save_description", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(settings(home), tmp_path / "other")
+    assert config_lib.get_config(str(tmp_path / "other")).model.lora.path == ""
+
+
+@pytest.mark.parametrize("home", ["full"], indirect=True)
+def test_line_ends_of_a_template_are_no_change(
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.chdir(home)
+    text = "\n" + TEMPLATE + "{# a #}\n\n"
+    template = home / "lines.jinja"
+    template.write_bytes(text.replace("\n", "\r\n").encode())
+    config = settings(home, **{"data.chat_template": "lines.jinja", "train.checkpoint_every": 1})
+    interrupted(config, tmp_path / "run", at=1)
+    for ends in ("\r\n", "\n", "\r"):
+        template.write_bytes(text.replace("\n", ends).encode())
+        origin.with_own_files(config, tmp_path / "run")
+    template.rename(home / "copy.jinja")
+    config.data.chat_template = "copy.jinja"
+    train(config, tmp_path / "run")
+    assert "is not what the run began with" not in caplog.text
+    (home / "lines.jinja").write_text(text + "x")
+    config.data.chat_template = "lines.jinja"
+    origin.with_own_files(config, tmp_path / "run")
+    assert "lines.jinja is not what the run began with" in caplog.text
+
+
+@pytest.mark.parametrize("home", ["lora"], indirect=True)
+def test_adapters_are_not_added_to_weights_that_have_them(
+    home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(home)
+    (home / "link").symlink_to("run")
+    again = {"model.path": "run", "model.lora.path": "adapters"}
+    # What a run with other settings is advised to do: its command with another model and folder.
+    for changes in (
+        again,
+        again | {"model.path": "link/checkpoints/2"},
+        again | {"model.lora.path": "link/adapters"},
+        again | {"model.lora.path": "run"},
+        again | {"model.lora.path": "link/checkpoints/2"},
+    ):
+        with pytest.raises(UserError, match=r"these adapters .* already.*lora\.path= "):
+            train(settings(home, **changes), tmp_path / "next")
+    own = config_lib.get_config("run")
+    with pytest.raises(UserError, match="already"):
+        mdj.load_model("run", own)
+    own.model.path = "run"
+    with pytest.raises(UserError, match="already"):
+        list(score(own, None, "test"))
+    assert not (tmp_path / "next").exists()
+
+    # Of a run that was begun by a version without these files.
+    older = shutil.copytree("run", tmp_path / "older")
+    (older / "origin.json").unlink()
+    remove(older / "adapters")
+    with pytest.raises(UserError, match="already"):
+        train(settings(home, **again | {"model.path": str(older)}), tmp_path / "next")
+
+    # What the message says to do.
+    own.model.lora.path = ""
+    found, wanted = list(score(own, None, "test")), list(score(own, home / "run", "test"))
+    for row, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(row["logps"], other["logps"], rtol=1e-5)
+    write_adapters(home / "others", home / "base", alpha=4.0)
+    for changes in (
+        {"model.path": "run", "model.lora.rank": 2},
+        {"model.lora.path": "run"},
+        again | {"model.lora.path": "others"},
+    ):
+        prepare(settings(home, **changes), None, ("train",))
+
+
+def in_model(name: str) -> Callable[[Path], Any]:
+    """Writes a file into a run's `model/`."""
+    return lambda home: (home / "run" / "model" / name).write_text("{}")
+
+
+INTO_MODEL = {
+    ".DS_Store": True,
+    "._tokenizer.json": True,
+    "README.md": True,
+    "chat_template.jinja~": True,
+    "generation_config.json": True,
+    "added_tokens.json": False,
+    "chat_template.json": False,
+    "merges.txt": False,
+    "tokenizer.model": False,
+}
+
+
+@pytest.mark.parametrize("home", ["full"], indirect=True)
+def test_only_files_that_are_read_are_missed_or_too_many(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(home)
+    before = evaluate(config_lib.get_config("run"), Path("run"), "test")
+    for name, harmless in INTO_MODEL.items():
+        in_model(name)(home)
+        if harmless:
+            assert evaluate(config_lib.get_config("run"), Path("run"), "test") == before
+        else:
+            with pytest.raises(UserError, match=f"{name}: not what the run began with"):
+                evaluate(config_lib.get_config("run"), Path("run"), "test")
+        remove(home / "run" / "model" / name)
+    description = home / "run" / "model" / "config.json"
+    edit_json(description, eos_token_id=[2, 7], max_position_embeddings=9999)
+    found = evaluate(config_lib.get_config("run"), Path("run"), "test")
+    assert found == pytest.approx(before, abs=1e-5)
+    description.unlink()
+    with pytest.raises(UserError):
+        evaluate(config_lib.get_config("run"), Path("run"), "test")
+
+
+@pytest.mark.parametrize("home", ["lora"], indirect=True)
+def test_a_base_of_a_run_that_is_a_base_is_put_back_where_it_was(
+    home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its path would be another model's for the run that began from it."""
+    monkeypatch.chdir(home)
+    train(settings(home, **{"model.path": "run"}), tmp_path / "next")
+    here = config_lib.get_config(str(tmp_path / "next"))
+    before = evaluate(here, tmp_path / "next", "test")
+    (home / "base").rename(home / "base2")
+    commands: list[Callable[[], Any]] = [
+        lambda: evaluate(here, tmp_path / "next", "test"),
+        lambda: train(settings(home, **{"model.path": "run"}), tmp_path / "new"),
+        lambda: mdj.load_model(home / "run"),
+    ]
+    for command in commands:
+        with pytest.raises(UserError, match="base is gone; put it, or a link to it, at") as caught:
+            command()
+        assert "--config.model.path=" not in str(caught.value)
+    write_base(home / "base", seed=1)
+    for command in commands:
+        with pytest.raises(UserError, match="put those of before, or a link to them, at") as caught:
+            command()
+        assert "--config.model.path=" not in str(caught.value)
+    remove(home / "base")
+    (home / "base").symlink_to("base2")
+    assert evaluate(here, tmp_path / "next", "test") == before
+
+
+@pytest.mark.parametrize("home", ["full"], indirect=True)
+def test_a_reference_that_is_gone_is_named_by_its_own_flag(
+    home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(home)
+    with pytest.raises(
+        UserError, match=r"nowhere: no such folder.*--config\.model\.reference_path="
+    ):
+        train(settings(home, **{"model.reference_path": "nowhere"}), tmp_path / "run")
+
+
+@pytest.mark.parametrize("home", ["full"], indirect=True)
+def test_a_card_shows_no_folder_of_the_machine(
+    home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(home)
+    paths = {
+        "data.path": str(home / "data.jsonl"),
+        "data.chat_template": str(home / "t.jinja"),
+        "model.lora.path": str(home / "adapters"),
+        "model.path": "run/checkpoints/2",
+    }
+    train(settings(home, **paths), tmp_path / "next")
+    monkeypatch.chdir(tmp_path)  # Not where paths count from.
+    export(tmp_path / "next", tmp_path / "exported")
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert str(home.parent) not in card and "checkpoints/" not in card
+    assert 'base_model: "base"' in card
+
+    export(tmp_path / "next", tmp_path / "adapters", adapters=True, base_model="org/base")
+    adapters = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
+    assert adapters["base_model_name_or_path"] == "org/base"
+    with pytest.raises(UserError, match="--dtype=bfloat16: adapters are written in float32"):
+        export(tmp_path / "next", tmp_path / "other", adapters=True, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("home", ["lora"], indirect=True)
+def test_a_part_of_a_run_that_is_no_model_is_told(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(home)
+    parts = {
+        "run/checkpoints": "a part of the run run: give that, or run/checkpoints/STEP",
+        "run/model": "a part of the run run: give that, or run/checkpoints/STEP",
+        "run/checkpoints/99": "run: no checkpoint of step 99; found 2",
+    }
+    for path, message in parts.items():
+        with pytest.raises(UserError, match=message):
+            mdj.load_model(path)
+    with pytest.raises(UserError, match="run: no checkpoint of step 1; found 2"):
+        prepare(settings(home, **{"model.lora.path": "run/checkpoints/1"}), None, ("train",))

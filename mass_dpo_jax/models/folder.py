@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import check_links, read_json
+from mass_dpo_jax.run_paths import CHECKPOINTS, run_of_part
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -59,9 +60,13 @@ def warn_once(message: str) -> None:
     _log.warning(message)
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path, setting: str = "model.path") -> None:
     """Raises UserError unless this is a folder whose small files are what their names say, and of
-    which only weights are links to elsewhere."""
+    which only weights are links to elsewhere.
+
+    Args:
+      setting: what names it, for messages.
+    """
     if folder.is_file():
         kind = "GGUF is not read; " if folder.suffix == ".gguf" else ""
         raise UserError(f"model folder {folder}: a file; {kind}expected the folder of a model")
@@ -69,7 +74,7 @@ def check_folder(folder: Path) -> None:
         raise UserError(
             f"model folder {folder}: no such folder; expected a run, or what `hf download NAME "
             "--local-dir FOLDER` leaves of a model on the Hugging Face hub; if it has moved, "
-            "--config.model.path=FOLDER says so"
+            f"--config.{setting}=FOLDER says so"
         )
     check_links(folder)
     for name in SMALL:
@@ -129,6 +134,8 @@ def _damaged_tensors(path: Path, start: bytes) -> str:
 
 def no_config(folder: Path) -> str:
     """What a folder without config.json seems to be, for a message that begins with its name."""
+    if what := _part_of_run(folder):
+        return what
     if what := _files_inside(folder, "config.json"):
         return what
     if (folder / ADAPTERS_SETTINGS).is_file():
@@ -150,6 +157,8 @@ def no_config(folder: Path) -> str:
 
 def no_weights(folder: Path) -> str:
     """What a folder has instead of weights, for a message that begins with its name."""
+    if what := _part_of_run(folder):
+        return what
     expected = f"no weights: expected {WEIGHTS} or {INDEX}"
     for name in (WEIGHTS, INDEX):
         if (folder / name).is_symlink():
@@ -208,6 +217,12 @@ def _files_inside(folder: Path, name: str) -> str:
     if inside := sorted(path.parent.name for path in folder.glob(f"*/{name}")):
         return f"no {name}; {_names(inside)} in it has one: give that folder"
     return ""
+
+
+def _part_of_run(folder: Path) -> str:
+    """Which run a folder is a part of, if any, and what names its weights."""
+    run = run_of_part(folder)
+    return f"a part of the run {run}: give that, or {run / CHECKPOINTS}/STEP" if run else ""
 
 
 def other_weights(folder: Path) -> str:

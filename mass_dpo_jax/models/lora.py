@@ -36,12 +36,13 @@ NAME = "base_model.model.model.layers.{layer}.{module}.lora_{part}.weight"
 PARTS = {"a": "A", "b": "B"}
 LARGEST = float(np.finfo(np.float32).max)
 
-# Of PEFT's settings, those that say nothing of what adapters compute or that are read below ...
+# Of PEFT's settings, those that say nothing of what adapters compute, that are read below or that
+# choose products, of which there must be tensors ...
 NOT_COMPUTED = frozenset(
     (
         "r lora_alpha use_rslora target_modules lora_dropout base_model_name_or_path revision "
         "peft_version auto_mapping inference_mode runtime_config eva_config megatron_core "
-        "qalora_group_size ensure_weight_tying"
+        "qalora_group_size ensure_weight_tying exclude_modules"
     ).split()
 )
 # ... and the values of others with which they compute what ours do. All that is in neither, also
@@ -52,6 +53,7 @@ COMPUTED_ALIKE: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     # Others subtract the adapters that they draw from the base's weights, when PEFT loads them too.
     "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),
+    "fan_in_fan_out": (True,),  # PEFT takes it as false where a layer is linear, as all of ours.
 }
 
 
@@ -167,16 +169,21 @@ def load_peft_settings(folder: Path) -> Lora:
     if root:  # Their alpha / sqrt(r) is our alpha / r.
         alpha *= math.sqrt(rank)
     named = found.get("target_modules")
+    there = _modules(_weights_file(folder))
     if named == "all-linear":
         named = list(TARGETS)
+    elif isinstance(named, str):  # A pattern, of which the file has what it matched.
+        named = there
     if not isinstance(named, list) or not named:
-        raise UserError(f"{path}: target_modules: found {named!r}, expected a list of names")
+        raise UserError(
+            f"{path}: target_modules: found {found.get('target_modules')!r}, expected a list of "
+            "names"
+        )
     for name in named:
-        if not isinstance(name, str) or name not in TARGETS:
+        if not isinstance(name, str) or _product(name) is None:
             known = ", ".join(TARGETS)
             raise UserError(f"{path}: target_modules: found {name!r}, expected some of {known}")
-    targets = tuple(ours for theirs, ours in TARGETS.items() if theirs in named)
-    _weights_file(folder)
+    targets = tuple(ours for ours in PRODUCTS if ours in map(_product, named))
     if found.get("lora_dropout"):
         warn_once(
             f"{path}: lora_dropout={found['lora_dropout']}: not used, training goes on without"
@@ -197,6 +204,17 @@ def _check_setting(path: Path, field: str, value: Any) -> None:
         "(alpha / r) (x A) B are read; merge others into their base (merge_and_unload of PEFT, "
         "where it can) and give that as config.model.path"
     )
+
+
+def _product(name: str) -> str | None:
+    """Our name of the product that PEFT calls so: `q_proj` or `self_attn.q_proj`."""
+    return next((x for x, theirs in PRODUCTS.items() if f".{theirs}".endswith(f".{name}")), None)
+
+
+def _modules(path: Path) -> list[str]:
+    """The names of the products that a file has adapters of."""
+    names = list(open_tensors(path).keys())
+    return [x for x in TARGETS if any(f".{x}.lora_A." in name for name in names)]
 
 
 def _weights_file(folder: Path) -> Path:

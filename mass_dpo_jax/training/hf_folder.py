@@ -76,7 +76,9 @@ def export(
         _check_dtype(dtype)
     _check_free(output)
     if adapters:
-        _save_adapters(config, workdir, step, output)
+        if dtype not in (None, "float32"):
+            raise UserError(f"--dtype={dtype}: adapters are written in float32; leave it out")
+        _save_adapters(config, workdir, step, output, base_model or config.model.path)
         return
     described = description_folder(workdir)
     decoder = load_config(described)
@@ -196,7 +198,9 @@ def _check_free(output: Path) -> None:
         raise UserError(f"{output}: exists and is not empty: choose another folder or remove it")
 
 
-def _save_adapters(config: ConfigDict, workdir: Path, step: int, output: Path) -> None:
+def _save_adapters(
+    config: ConfigDict, workdir: Path, step: int, output: Path, base_model: str
+) -> None:
     lora = read_lora(origin.find_files(config, workdir).model.lora)
     if lora is None:
         raise UserError(f"--adapters: {workdir} is a run without LoRA")
@@ -204,7 +208,7 @@ def _save_adapters(config: ConfigDict, workdir: Path, step: int, output: Path) -
     found = adapters_of(read, lora)
     read.check()
     with _appearing(output) as temporary:
-        lora_lib.save_peft(temporary, found, lora, config.model.path)
+        lora_lib.save_peft(temporary, found, lora, base_model)
     _log.info(f"step {step} of {workdir}, adapters, written to {output}")
 
 
@@ -226,7 +230,9 @@ def _merging(
     graphdef = nnx.graphdef(abstract_decoder(decoder))
     policy = Policy(decoder, tokenizer, graphdef, mesh, lora, config.model.lora.base)
     params, digest = policy.read(base, 0)
-    origin.check_weights(workdir, {"model.path": digest})
+    origin.check_weights(
+        workdir, {"model.path": digest}, "name those of before by --base_path=PATH"
+    )
     params["adapters"] = adapters_of(read, lora)
     merged = lora_lib.merge(params, lora)
 

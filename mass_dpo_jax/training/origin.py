@@ -29,6 +29,8 @@ MODEL = "model"  # config.json and the tokenizer.
 ADAPTERS = "adapters"  # Where model.lora.path was set: PEFT's format.
 TEMPLATE = f"{MODEL}/chat_template.jinja"
 PEFT = ("adapter_config.json", "adapter_model.safetensors")
+# Of config.json: they change no computation.
+NOT_COMPUTED = "initializer_range max_position_embeddings bos_token_id eos_token_id".split()
 # Settings that name files of a user's.
 PATHS = ("data.path", "data.chat_template", "model.path", "model.reference_path", "model.lora.path")
 _log = logging.getLogger(__name__)
@@ -74,8 +76,8 @@ def _absolute_paths(config: ConfigDict, workdir: Path) -> dict[str, str]:
     run's own copies."""
     fields = dict(config_lib.flat(config))
     paths = {name: Path(fields[name]).absolute() for name in PATHS if _is_path(config, name)}
-    own = (workdir / ADAPTERS).absolute()
-    return {name: str(path) for name, path in paths.items() if path.exists() and path != own}
+    own = workdir / ADAPTERS
+    return {n: str(path) for n, path in paths.items() if path.exists() and not is_same(path, own)}
 
 
 def _is_path(config: ConfigDict, name: str) -> bool:
@@ -107,7 +109,7 @@ def find_files(config: ConfigDict, workdir: Path) -> ConfigDict:
             warn_once(f"config.{name}: {path} is gone; taking {Path(typed).absolute()}")
             path = typed
         found.update_from_flattened_dict({name: path})
-    if (workdir / ADAPTERS).is_dir():
+    if config.model.lora.path and (workdir / ADAPTERS).is_dir():
         found.model.lora.path = str(workdir / ADAPTERS)
     return found
 
@@ -121,10 +123,11 @@ def typed(config: ConfigDict, workdir: Path) -> ConfigDict:
     known = read(workdir)["paths"]
     if known:
         fields, own = (dict(config_lib.flat(c)) for c in (config, config_lib.load(workdir)))
-        own_adapters = str((workdir / ADAPTERS).absolute())
         for name in PATHS:
-            here = str(Path(fields[name]).absolute()) if fields[name] else ""
-            if here and here in (known.get(name), own_adapters):
+            there = [known[name]] if name in known else []
+            if name == "model.lora.path":
+                there.append(str(workdir / ADAPTERS))
+            if fields[name] and any(is_same(Path(fields[name]), Path(path)) for path in there):
                 kept.update_from_flattened_dict({name: own[name]})
     return kept
 
@@ -152,11 +155,10 @@ def with_own_files(config: ConfigDict, workdir: Path) -> ConfigDict:
 def has_own(config: ConfigDict, workdir: Path, name: str) -> bool:
     """Is this setting the file or folder that a run was started with, or one with the content of
     the run's copy?"""
-    value = dict(config_lib.flat(config))[name]
     if not _is_path(config, name):
         return False
-    here = Path(value).absolute()
-    if str(here) == read(workdir)["paths"].get(name):
+    here = Path(dict(config_lib.flat(config))[name])
+    if (known := read(workdir)["paths"].get(name)) and is_same(here, Path(known)):
         return True
     copy = {"model.lora.path": workdir / ADAPTERS, "data.chat_template": workdir / TEMPLATE}
     if name not in copy:
@@ -164,54 +166,73 @@ def has_own(config: ConfigDict, workdir: Path, name: str) -> bool:
     return here.exists() and bool(_content(here)) and _content(here) == _content(copy[name])
 
 
+def is_same(path: Path, other: Path) -> bool:
+    """Do two paths name one file or folder, by whatever links?"""
+    return path.resolve() == other.resolve()
+
+
 def _copies(config: ConfigDict, workdir: Path) -> dict[str, tuple[str, Path]]:
     """The files that a run has copies of: where they lay and where the copy is, by setting."""
     found = {}
     if _is_path(config, "data.chat_template"):
         found["data.chat_template"] = config.data.chat_template, workdir / TEMPLATE
-    if (
-        config.model.lora.path
-        and Path(config.model.lora.path).absolute() != (workdir / ADAPTERS).absolute()
-    ):
+    if config.model.lora.path and not is_same(Path(config.model.lora.path), workdir / ADAPTERS):
         found["model.lora.path"] = config.model.lora.path, workdir / ADAPTERS
     return {name: own for name, own in found.items() if own[1].exists()}
 
 
 def _content(path: Path) -> dict[str, str]:
-    """Digests of a file, or of the files of PEFT's in a folder; nothing where there are none."""
-    files = [path] if path.is_file() else [path / name for name in PEFT]
-    return {"" if file == path else file.name: _digest(file) for file in files if file.is_file()}
+    """Digests of a template's text, or of the files of PEFT's in a folder; nothing where there are
+    none."""
+    if path.is_file():  # The copy has the line ends of this system.
+        text = path.read_bytes().replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        return {"": hashlib.sha256(text).hexdigest()}
+    return {name: _digest(path / name) for name in PEFT if (path / name).is_file()}
 
 
 def check_files(workdir: Path, folder: str) -> None:
     """Raises UserError where files in a run's `model/` or `adapters/` are not those that it began
-    with."""
+    with, or others that change how it is read have come in."""
     known = read(workdir)["files"]
     if not known:
         return
     there = _digests(workdir, (folder,))
     wanted = {name: digest for name, digest in known.items() if name.startswith(f"{folder}/")}
-    if differ := sorted(n for n in {*there, *wanted} if there.get(n) != wanted.get(n)):
+    names = {*wanted, *(name for name in there if _is_read(name))}
+    if differ := sorted(n for n in names if there.get(n) != wanted.get(n)):
         raise UserError(
             f"{workdir / differ[0]}: not what the run began with (changed, added or removed since "
             "then); restore it, or begin another run"
         )
 
 
-def check_weights(workdir: Path, found: Mapping[str, str]) -> None:
+def _is_read(name: str) -> bool:
+    """May a file of this name be one that a tokenizer is made of? File managers, editors and git
+    leave others beside them."""
+    path = Path(name)
+    hidden = any(part.startswith(".") for part in path.parts)
+    return not hidden and path.suffix in (".json", ".jinja", ".model", ".txt", ".safetensors")
+
+
+def check_weights(workdir: Path, found: Mapping[str, str], advice: str = "") -> None:
     """Raises UserError where weights that a run reads and does not save are not those that it began
     with, and names the setting.
 
     Args:
       found: digests as for `write`, of those that were read.
+      advice: how to name those of before; empty: by the setting.
     """
     known = read(workdir)["weights"]
     for name, digest in found.items():
         if known.get(name, digest) != digest:
             raise UserError(
                 f"{workdir}: config.{name}: its weights are not those that the run began with. "
-                f"Nothing is lost: name those of before by --config.{name}=PATH, or choose another "
-                "--workdir"
+                "Nothing is lost: "
+                + (
+                    advice
+                    or f"name those of before by --config.{name}=PATH (of a run that has gone on, "
+                    "RUN/checkpoints/STEP), or choose another --workdir"
+                )
             )
 
 
@@ -229,7 +250,9 @@ def _files(workdir: Path, folders: tuple[str, ...]) -> Iterator[Path]:
 
 
 def _digest(path: Path) -> str:
-    if path.parent.name == MODEL and path.name == "config.json":
-        return hashlib.sha256(repr(load_config(path.parent).computed()).encode()).hexdigest()
+    if path.parent.name == MODEL and path.name == "config.json":  # However it is written.
+        load_config(path.parent)  # Says what is wrong with it.
+        fields = {**read_json(path), **dict.fromkeys(NOT_COMPUTED)}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
     with path.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()

@@ -56,18 +56,31 @@ def run_of(path: Path) -> tuple[Path, int | None] | None:
     return None
 
 
-def description_folder(path: Path) -> Path:
-    """Where config.json and tokenizer lie, for a run, its checkpoint or a Hugging Face folder."""
+def _check_step(folder: Path, step: int | None) -> None:
+    """Raises UserError where a run has no checkpoint of that step, and says which it has."""
+    there = checkpoint.steps(folder)
+    if step is not None and step not in there:
+        shown = ", ".join(map(str, there)) or "none"
+        raise UserError(f"{folder}: no checkpoint of step {step}; found {shown}")
+
+
+def description_folder(path: Path, setting: str = "model.path") -> Path:
+    """Where config.json and tokenizer lie, for a run, its checkpoint or a Hugging Face folder.
+
+    Args:
+      setting: what names it, for messages.
+    """
     run = run_of(path)
     if run is not None:
+        _check_step(*run)
         origin.check_files(run[0], origin.MODEL)
         path = run[0] / origin.MODEL
-    check_folder(path)
+    check_folder(path, setting)
     return path
 
 
-def check_model(path: Path, weights: bool = True) -> Path:
-    """Returns `description_folder(path)`.
+def check_model(path: Path, weights: bool = True, setting: str = "model.path") -> Path:
+    """Returns `description_folder(path, setting)`.
 
     Args:
       weights: look at the headers of the weights' files too; a dry run needs none.
@@ -75,7 +88,7 @@ def check_model(path: Path, weights: bool = True) -> Path:
     Raises:
       UserError: what lies there is no model, or its weights are not those of its config.json.
     """
-    folder = description_folder(path)
+    folder = description_folder(path, setting)
     architecture = load_config(folder)
     if weights and run_of(path) is None:
         check_hf(folder, architecture)
@@ -201,8 +214,15 @@ class Policy:
         assert lora is not None
         run = dataclasses.replace(self, lora=lora, stored=model.lora.base)
         adapters = folder if step is None else folder / checkpoint.FOLDER / str(step)
+        # Not by --config.model.path, which names the run.
+        if not Path(model.path).exists():
+            raise UserError(
+                f"{folder}: a run with LoRA whose base is gone; put it, or a link to it, at "
+                f"{model.path}"
+            )
         params, digest = run.read(model.path, 0, str(adapters))
-        origin.check_weights(folder, {"model.path": digest})
+        advice = f"put those of before, or a link to them, at {model.path}"
+        origin.check_weights(folder, {"model.path": digest}, advice)
         # Of its parts: what merging makes of them is rounded, otherwise on another machine.
         digest = hashlib.sha256(
             f"{digest} {lora} {scoring.fingerprint(params['adapters'])}".encode()
@@ -235,8 +255,9 @@ def read_lora(settings: ConfigDict) -> Lora | None:
         return Lora(settings.rank, settings.alpha, parse_targets(settings.targets))
     folder = Path(settings.path)
     run = run_of(folder)
-    if not folder.is_dir() or run is None:
+    if run is None:
         return lora_lib.load_peft_settings(folder)
+    _check_step(*run)
     found = read_lora(origin.find_files(config_lib.load(run[0]), run[0]).model.lora)
     if found is None:
         raise UserError(f"config.model.lora.path={folder}: a run without LoRA")
@@ -282,6 +303,7 @@ def open_policy(
         architecture, tokenizer = load_config(folder), load_tokenizer(folder)
     elif config.model.path:
         folder = check_model(Path(config.model.path), weights=not config.dry_run)
+        _check_added_once(config)
         architecture, tokenizer = load_config(folder), load_tokenizer(folder)
     elif workdir is None:
         raise UserError("config.model.path is empty: expected a model folder or a run folder")
@@ -315,6 +337,27 @@ def open_policy(
     return policy
 
 
+def _check_added_once(config: ConfigDict) -> None:
+    """Raises UserError where the model of a run has the adapters that are to be added already."""
+    path, adapters = config.model.path, config.model.lora.path
+    run = run_of(Path(path))
+    if not adapters or run is None:
+        return
+    began = origin.find_files(config_lib.load(run[0]), run[0]).model.lora
+    if not uses_lora(began):
+        return
+    other = run_of(Path(adapters))
+    itself = other is not None and origin.is_same(other[0], run[0])
+    first = bool(began.path) and origin.is_same(Path(adapters), Path(began.path))
+    if itself or first or origin.has_own(config, run[0], "model.lora.path"):
+        raise UserError(
+            f"config.model.lora.path={adapters}: the model at config.model.path={path} has these "
+            "adapters in its weights already; leave them out, --config.model.lora.path= (and "
+            "--config.model.lora.rank=16, say, to train new ones), or go on with them on their "
+            f"base, --config.model.path=BASE --config.model.lora.path={run[0]}"
+        )
+
+
 def described_tokenizer(policy: Policy, config: ConfigDict) -> PreTrainedTokenizerBase:
     """A policy's tokenizer with the chat template that texts are rendered by."""
     if config.data.chat_template in ("tokenizer", "none"):
@@ -338,9 +381,12 @@ def save_description(policy: Policy, config: ConfigDict, workdir: Path) -> None:
         generation = description_folder(Path(config.model.path)) / GENERATION
         if generation.is_file():
             (folder / GENERATION).write_bytes(generation.read_bytes())
-    shutil.rmtree(workdir / origin.ADAPTERS, ignore_errors=True)
-    if config.model.lora.path:
-        _copy_adapters(config, Path(config.model.lora.path), workdir / origin.ADAPTERS)
+    adapters, own = config.model.lora.path, workdir / origin.ADAPTERS
+    if adapters and origin.is_same(Path(adapters), own):
+        return  # It was stopped before its first checkpoint, and is begun again by its own files.
+    shutil.rmtree(own, ignore_errors=True)
+    if adapters:
+        _copy_adapters(config, Path(adapters), own)
 
 
 def _copy_adapters(config: ConfigDict, path: Path, folder: Path) -> None:

@@ -70,7 +70,7 @@ def _prepare_run(
     other = config.model.reference_path or own.model.reference_path
     read_again = lora or (uses_reference(own.method) and not other)
     if read_again and "model.path" in origin.read(workdir)["weights"]:
-        if config.model.path not in ("", str(workdir)):
+        if config.model.path and not origin.is_same(Path(config.model.path), workdir):
             base = config.model.path
     else:
         _check_own("model.path", config, own, workdir)
@@ -114,8 +114,8 @@ def _check_reference(
 def _check_own(name: str, config: ConfigDict, own: ConfigDict, workdir: Path) -> None:
     """A run is scored with its own weights: others beside it would be ignored."""
     given, known = (dict(config_lib.flat(c))[name] for c in (config, own))
-    same = {Path(path).absolute() for path in (known, workdir) if path}
-    if given and Path(given).absolute() not in same and not origin.has_own(config, workdir, name):
+    same = any(origin.is_same(Path(given), Path(path)) for path in (known, workdir) if path)
+    if given and not same and not origin.has_own(config, workdir, name):
         raise UserError(
             f"config.{name}={given}: the model is that of the run in --workdir={workdir}; "
             "expected one of them, not both"

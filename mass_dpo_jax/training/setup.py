@@ -159,7 +159,7 @@ def prepare(
         # Reading data can take minutes, looking at a folder none.
         begun = workdir is not None and checkpoint.latest_step(workdir) is not None
         for name in models_read(config, begun):
-            check_model(Path(config.model[name]), weights=not config.dry_run)
+            check_model(Path(config.model[name]), not config.dry_run, f"model.{name}")
         examples = _load(config, splits)
         policy = open_policy(config, mesh, workdir, examples.get("train", ()))
         tokens = _tokenize(config, policy, examples)
