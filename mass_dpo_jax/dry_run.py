@@ -60,6 +60,7 @@ def dry_run(config: ConfigDict, workdir: Path | None, splits: Sequence[str]) -> 
         group, field = name.split(".")
         mesh_lib.check_batch(mesh, name, config[group][field])
     here = config.copy_and_resolve_references()
+    here.dry_run = True  # Also of a caller who has not set it: no weights are needed.
     here.mesh.update(data=1, fsdp=1, tensor=-1)  # Whatever devices there are: they hold nothing.
     if config.model.attention == "fused":  # And need not be able to.
         here.model.attention = "plain"

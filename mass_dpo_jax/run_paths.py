@@ -42,9 +42,13 @@ def check_new(workdir: Path) -> None:
         raise UserError(
             f"--workdir={workdir}: inside of the run {run}; expected a folder beside it"
         )
-    if workdir.is_symlink() and not workdir.exists():
-        raise UserError(f"--workdir={workdir}: a link to {workdir.readlink()}, which is not there")
-    if workdir.is_file():
+    for path in (workdir, *workdir.parents):
+        if path.is_symlink() and not path.exists():
+            raise UserError(
+                f"--workdir={workdir}: {path} is a link to {path.readlink()}, which is not there; "
+                "is its disk mounted?"
+            )
+    if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: a file stands where a folder is expected")
     parent = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
     if not parent.is_dir():

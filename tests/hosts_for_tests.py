@@ -172,7 +172,7 @@ def read_share(folder: Path) -> float:
 def waits(folder: Path) -> dict[str, Any]:
     """What this process finds where processes see different things, see test_hosts.py."""
     found: dict[str, Any] = {}
-    me, real = jax.process_index(), (hosts._get, setup_lib.load_examples, checkpoint.steps)
+    me, real = jax.process_index(), (hosts._get, setup_lib.open_splits, checkpoint.steps)
     longest = 0.0
 
     def get(key: str) -> Any:
@@ -190,7 +190,7 @@ def waits(folder: Path) -> dict[str, Any]:
     # Of reading that takes one process longer than networks wait.
     config = tiny_config(folder / "data.jsonl", **{"mesh.data": 2, "mesh.fsdp": 1})
     config.cache_dir = str(folder / f"cache{me}")
-    with mock.patch.object(hosts, "_get", get), mock.patch.object(setup_lib, "load_examples", load):
+    with mock.patch.object(hosts, "_get", get), mock.patch.object(setup_lib, "open_splits", load):
         setup = prepare(config, folder / "run", ("train",))
     tokens = setup.tokens["train"]
     found["waited"], found["digest"] = longest, tokens.digest()

@@ -122,6 +122,9 @@ def test_runs_of_the_same_name_are_told_apart(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(curves, "plot", lambda runs, output: shown.extend(runs))
     monkeypatch.setattr(sys, "argv", ["curves", "a/run", f"{tmp_path}/b/run", "b/other", "c/a/run"])
     monkeypatch.chdir(tmp_path)
+    for run in ("a/run", "b/run", "b/other", "c/a/run"):
+        Path(run).mkdir(parents=True)
+        Path(run, "config.json").write_text("{}")
     curves_command.main()
     assert shown == [f"{tmp_path.name}/a/run", "b/run", "other", "c/a/run"]
     assert short_names([Path()]) == [tmp_path.name]

@@ -555,7 +555,7 @@ def test_a_reference_with_other_special_tokens(tmp_path: Path, data: Path) -> No
         ("link/runs/first", "link is a link to {0}/gone, which is not there"),
         ("chain", "chain is a link to {0}/link, which is not there"),
         ("data.jsonl", "a file stands where a folder is expected"),
-        ("data.jsonl/run", "data.jsonl cannot be written: Not a directory"),
+        ("data.jsonl/run", "data.jsonl is a file, expected a folder"),
         ("system/run", "cannot be written: "),
     ],
 )

@@ -21,6 +21,7 @@ from mass_dpo_jax import config as config_lib
 from mass_dpo_jax import hosts
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.files import parse_json, read_json, write_whole
+from mass_dpo_jax.run_paths import check_new
 from mass_dpo_jax.training import origin
 from mass_dpo_jax.training.checkpoint import about, latest_step
 
@@ -60,14 +61,7 @@ def check(workdir: Path, config: ConfigDict) -> None:
     A run that has saved nothing yet has nothing to lose: its folder may be taken over. Files may
     have other names: that they are the same is seen when they are read.
     """
-    for path in (workdir, *workdir.parents):
-        if path.is_symlink() and not path.exists():
-            raise UserError(
-                f"--workdir={workdir}: {path} is a link to {path.readlink()}, which is not there; "
-                "is its disk mounted?"
-            )
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"--workdir={workdir}: a file stands where a folder is expected")
+    check_new(workdir)
     if not (workdir / "config.json").exists():
         if (workdir / "model" / "config.json").exists():  # A run writes it after its own.
             raise UserError(
