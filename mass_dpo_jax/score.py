@@ -34,6 +34,7 @@ def score(config: ConfigDict, workdir: Path | None, split: str | None) -> Iterat
     """
     import numpy as np
 
+    from mass_dpo_jax import hosts
     from mass_dpo_jax.training import scoring
     from mass_dpo_jax.training.scored_model import prepare_scoring
 
@@ -45,6 +46,8 @@ def score(config: ConfigDict, workdir: Path | None, split: str | None) -> Iterat
     logps = setup.score(params, split, "scoring")
     scoring.check_finite(logps, tokens, str(workdir or config.model.path))
     scoring.check_finite(refs, tokens, "the reference")
+    if not hosts.first():  # It has no texts, and writes nothing.
+        return
     sizes = {example.id: 1 + len(example.rejected) for example in setup.examples[split]}
     for row, example_id in enumerate(tokens.ids):
         there = tokens.response_lengths[row] > 0
