@@ -14,30 +14,32 @@ EARLY = "interrupted; nothing was written\n"
 # Python runs a module of this name first. This one sends a signal, or two, when the command comes
 # to some moment: the import of a module, or the call of a function.
 AT_A_MOMENT = """
-import builtins, hashlib, os, signal, sys
+import builtins, hashlib, os, signal, sys, threading, time
 where, how = os.environ["MOMENT"].split(":")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # A shell may have it ignored.
 real = builtins.__import__
 
 def now():
-    os.kill(os.getpid(), signal.SIGINT)
-    if how == "twice":  # The second one comes while the first is being seen to.
-        try:
-            wait()
-        finally:
-            os.kill(os.getpid(), signal.SIGINT)
-            wait()
+    send(0.3)  # While this thread is at something.
+    if how == "once":
+        time.sleep(60)
+    elif how == "twice":
+        send(0.6)
+        wait()
     elif how == "deaf":
         wait()
     elif how == "turned":  # Into another error, as libraries do.
         try:
-            import time; time.sleep(60)
+            time.sleep(60)
         except KeyboardInterrupt:
             raise ImportError("something else") from None
 
+def send(later):
+    threading.Timer(later, os.kill, (os.getpid(), signal.SIGINT)).start()
+
 def wait():
-    # A minute or more in C, during which no Python runs in this thread.
-    hashlib.pbkdf2_hmac("sha256", b"", b"", 2 * 10**8)
+    # Many minutes in C, during which no Python runs in this thread.
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2 * 10**9)
 
 def traced(name, *args, **kwargs):
     found = real(name, *args, **kwargs)
