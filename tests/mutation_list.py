@@ -879,7 +879,7 @@ MUTATIONS = (
     ),
     Mutation(
         "origin: edited files of a run pass",
-        "if differ := sorted(n for n in names if there.get(n) != wanted.get(n)):",
+        "if differ := sorted(n for n in names if there.get(n) != known.get(n)):",
         "if differ := sorted({*there} - {*wanted}):",
         "test_origin.py::test_what_a_run_reads_again_is_refused_where_it_has_changed",
     ),

@@ -428,6 +428,25 @@ def test_what_a_run_reads_again_is_refused_where_it_has_changed(
     assert not (tmp_path / "exported").exists()
 
 
+@pytest.mark.parametrize("home", ["lora"], indirect=True)
+def test_the_adapters_that_a_run_keeps_are_those_it_began_from(home: Path, tmp_path: Path) -> None:
+    run = home / "run"
+    here = config_lib.get_config(str(run))
+    edit_json(run / "adapters" / "adapter_config.json", lora_alpha=32)
+    (run / "metrics.json").unlink()  # As if it had been cut off before its end.
+    for command in (
+        lambda: train(here, run),
+        lambda: evaluate(here, run, "test"),
+        lambda: list(score(here, run, "test")),
+        lambda: list(with_model(here, run, "train")),
+        lambda: export(run, tmp_path / "exported"),
+        lambda: export(run, tmp_path / "exported", adapters=True),
+        lambda: mdj.load_model(run),
+    ):
+        with pytest.raises(UserError, match=r"run/adapters/adapter_config\.json: not what the run"):
+            command()
+
+
 @pytest.mark.parametrize("home", ["full"], indirect=True)
 def test_a_run_without_a_reference_needs_no_base_once_it_has_begun(
     home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

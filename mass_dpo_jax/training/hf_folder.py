@@ -75,12 +75,12 @@ def export(
     if dtype is not None:
         _check_dtype(dtype)
     _check_free(output)
+    described = description_folder(workdir)
     if adapters:
         if dtype not in (None, "float32"):
             raise UserError(f"--dtype={dtype}: adapters are written in float32; leave it out")
         _save_adapters(config, workdir, step, output, base_model or config.model.path)
         return
-    described = description_folder(workdir)
     decoder = load_config(described)
     tokenizer = load_tokenizer(described)
     dtype = dtype or config.model.dtype

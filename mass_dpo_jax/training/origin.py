@@ -190,16 +190,15 @@ def _content(path: Path) -> dict[str, str]:
     return {name: _digest(path / name) for name in PEFT if (path / name).is_file()}
 
 
-def check_files(workdir: Path, folder: str) -> None:
+def check_files(workdir: Path) -> None:
     """Raises UserError where files in a run's `model/` or `adapters/` are not those that it began
     with, or others that change how it is read have come in."""
     known = read(workdir)["files"]
     if not known:
         return
-    there = _digests(workdir, (folder,))
-    wanted = {name: digest for name, digest in known.items() if name.startswith(f"{folder}/")}
-    names = {*wanted, *(name for name in there if _is_read(name))}
-    if differ := sorted(n for n in names if there.get(n) != wanted.get(n)):
+    there = _digests(workdir)
+    names = {*known, *(name for name in there if _is_read(name))}
+    if differ := sorted(n for n in names if there.get(n) != known.get(n)):
         raise UserError(
             f"{workdir / differ[0]}: not what the run began with (changed, added or removed since "
             "then); restore it, or begin another run"
@@ -236,14 +235,12 @@ def check_weights(workdir: Path, found: Mapping[str, str], advice: str = "") -> 
             )
 
 
-def _digests(workdir: Path, folders: tuple[str, ...] = (MODEL, ADAPTERS)) -> dict[str, str]:
-    return {
-        path.relative_to(workdir).as_posix(): _digest(path) for path in _files(workdir, folders)
-    }
+def _digests(workdir: Path) -> dict[str, str]:
+    return {path.relative_to(workdir).as_posix(): _digest(path) for path in _files(workdir)}
 
 
-def _files(workdir: Path, folders: tuple[str, ...]) -> Iterator[Path]:
-    for folder in folders:
+def _files(workdir: Path) -> Iterator[Path]:
+    for folder in (MODEL, ADAPTERS):
         for path in sorted((workdir / folder).rglob("*")):
             if path.is_file() and path.name != GENERATION:  # It changes no computation.
                 yield path

@@ -73,7 +73,7 @@ def description_folder(path: Path, setting: str = "model.path") -> Path:
     run = run_of(path)
     if run is not None:
         _check_step(*run)
-        origin.check_files(run[0], origin.MODEL)
+        origin.check_files(run[0])
         path = run[0] / origin.MODEL
     check_folder(path, setting)
     return path
