@@ -14,14 +14,15 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import tiny
-from mass_dpo_jax import cli, metrics
 from mass_dpo_jax import config as config_lib
+from mass_dpo_jax import metrics
+from mass_dpo_jax.cli import commands
 from mass_dpo_jax.data import load_examples
 from mass_dpo_jax.data.examples import Example, History
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.reports.comparison import read_logps
 from mass_dpo_jax.train import train
-from mass_dpo_jax.training.report import FINAL_LOGPS, START_LOGPS
+from mass_dpo_jax.training.monitor import FINAL_LOGPS, START_LOGPS
 
 WORLDS = ("plain", "clusters", "long", "lastfm")
 RANDOM, ALL = "random-step", "all"  # The baselines that the tables compare with.
@@ -179,7 +180,7 @@ class Bench:
             data.mkdir(parents=True, exist_ok=True)
             if not (data / "train.jsonl").exists():
                 examples = load_examples(config.data, "train", cell.seed)
-                cli.write_lines(data / "train.jsonl", cold_rows(examples, cell.seed))
+                commands.write_lines(data / "train.jsonl", cold_rows(examples, cell.seed))
             config.data.update(name="jsonl", path=str(data), validation_share=0.0)
         train(config, self.output / name)
         return self.output / name

@@ -28,17 +28,17 @@ from absl import flags
 
 from benchmarks import machine
 from benchmarks.workloads import Case, Workload, changed, trace
-from mass_dpo_jax import cli
 from mass_dpo_jax import config as config_lib
-from mass_dpo_jax.dry_run import abstract_mesh
+from mass_dpo_jax.cli import commands
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.estimate import memory as account_lib
+from mass_dpo_jax.estimate.dry_run import abstract_mesh
+from mass_dpo_jax.estimate.memory import Account
+from mass_dpo_jax.estimate.sizes import Layout, of_device
 from mass_dpo_jax.models.config import DecoderConfig
 from mass_dpo_jax.models.decoder import REMAT
 from mass_dpo_jax.models.fused_attention import Fused
-from mass_dpo_jax.training import account as account_lib
-from mass_dpo_jax.training.account import Account
 from mass_dpo_jax.training.optimizer import make_optimizer
-from mass_dpo_jax.training.sizes import Layout, of_device
 from mass_dpo_jax.training.step import Program
 
 SMALL = Workload(
@@ -256,4 +256,4 @@ if __name__ == "__main__":
     _REMAT = flags.DEFINE_list("remat", ["dots", "full"], "Of dots, full.")
     _LAYOUT = flags.DEFINE_enum("layout", "packed", ["packed", "rectangle"], "Ours.")
     _OUTPUT = flags.DEFINE_string("output", None, "A JSON file to write the figures to.")
-    cli.run(main)
+    commands.run(main)

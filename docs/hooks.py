@@ -17,7 +17,7 @@ from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
 from mass_dpo_jax import config as config_lib
-from mass_dpo_jax import help as help_lib
+from mass_dpo_jax.cli import help as help_lib
 
 ROOT = Path(__file__).parent.parent
 LINK = re.compile(r"(?<=\]\()(\.\./[^)#\s]+)(?=[)#])")

@@ -5,5 +5,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 install run "-e ."
 say "Training in runs/quickstart (about two minutes on two cores)"
-exec "$venv/bin/python" -m mass_dpo_jax.quickstart --config=configs/tiny.py \
+exec "$venv/bin/python" -m examples.quickstart --config=configs/tiny.py \
   --workdir=runs/quickstart "$@"

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mass_dpo_jax import losses, metrics, selection
     from mass_dpo_jax.api import Model, Scores, batches, load_model, make_train_step
-    from mass_dpo_jax.catalogue import select_from_catalogue
     from mass_dpo_jax.config import default as default_config
     from mass_dpo_jax.data import load_examples
     from mass_dpo_jax.data.examples import Example
     from mass_dpo_jax.errors import UserError
     from mass_dpo_jax.selection import select_negatives
+    from mass_dpo_jax.selection.catalogue import select_from_catalogue
     from mass_dpo_jax.training.step import TrainState
     from mass_dpo_jax.training.updates import Batches, StepBatch, TrainStep
 
@@ -48,7 +48,7 @@ __all__ = [
 # One of our commands, before it has imported anything.
 if sys.argv[:1] == ["-m"] and "-m" in sys.orig_argv:
     if sys.orig_argv[sys.orig_argv.index("-m") + 1].startswith("mass_dpo_jax"):
-        from mass_dpo_jax import signals
+        from mass_dpo_jax.utils import signals
 
         signals.watch()
 
@@ -70,7 +70,7 @@ _PLACES = {
     "load_examples": "data",
     "load_model": "api",
     "make_train_step": "api",
-    "select_from_catalogue": "catalogue",
+    "select_from_catalogue": "selection.catalogue",
     "select_negatives": "selection",
 }
 

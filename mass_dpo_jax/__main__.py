@@ -7,7 +7,7 @@ import difflib
 import sys
 from pathlib import Path
 
-from mass_dpo_jax.help import HELP, refuse, say
+from mass_dpo_jax.cli.help import HELP, refuse, say
 
 
 def main() -> None:

@@ -19,15 +19,15 @@ from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.data import splits, tables
 from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.errors import UserError, expect
-from mass_dpo_jax.files import expand_path
 from mass_dpo_jax.models.config import DecoderConfig
-from mass_dpo_jax.training import origin
+from mass_dpo_jax.runs import origin
 from mass_dpo_jax.training.hf_folder import save_model
 from mass_dpo_jax.training.optimizer import make_optimizer, unless_bad
 from mass_dpo_jax.training.policy import Policy, open_policy, run_of
 from mass_dpo_jax.training.setup import Reference, open_mesh, prepare_examples
 from mass_dpo_jax.training.step import TrainState
 from mass_dpo_jax.training.updates import Batches, TrainStep
+from mass_dpo_jax.utils.files import expand_path
 
 Rows = Iterable[Mapping[str, Any] | Example]
 MODEL = "what load_model returns"

@@ -15,8 +15,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mass_dpo_jax.files import expand_path
-from mass_dpo_jax.help import Parser, path, say
+from mass_dpo_jax.cli.help import Parser, path, say
+from mass_dpo_jax.utils.files import expand_path
 
 
 def compare(runs: Sequence[Path]) -> str:

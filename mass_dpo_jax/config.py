@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, FieldReference, FrozenConfigDict
 
-from mass_dpo_jax import names
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.files import expand, read_json
 from mass_dpo_jax.models.config import parse_targets
-from mass_dpo_jax.run_paths import check_run
+from mass_dpo_jax.utils import names
+from mass_dpo_jax.utils.files import expand, read_json
+from mass_dpo_jax.utils.run_paths import check_run
 
 
 class Settings(ConfigDict):
@@ -196,7 +196,7 @@ def get_config(workdir: str = "") -> ConfigDict:
     """The defaults or, for `--config=.../config.py:DIR`, the configuration of the run in DIR."""
     if not workdir:
         return default()
-    from mass_dpo_jax.training import origin
+    from mass_dpo_jax.runs import origin
 
     return origin.find_files(load(Path(workdir)), Path(workdir))
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mass_dpo_jax.files import short_names
-from mass_dpo_jax.help import Parser, path, png
-from mass_dpo_jax.run_paths import check_run
+from mass_dpo_jax.cli.help import Parser, path, png
+from mass_dpo_jax.utils.files import short_names
+from mass_dpo_jax.utils.run_paths import check_run
 
 
 def main() -> None:

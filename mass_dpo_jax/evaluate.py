@@ -17,10 +17,10 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from mass_dpo_jax import cli
 from mass_dpo_jax import config as config_lib
-from mass_dpo_jax.files import write_whole
-from mass_dpo_jax.run_paths import run_given
+from mass_dpo_jax.cli import commands
+from mass_dpo_jax.utils.files import write_whole
+from mass_dpo_jax.utils.run_paths import run_given
 
 
 def evaluate(config: ConfigDict, workdir: Path | None, split: str | None) -> dict[str, float]:
@@ -29,8 +29,7 @@ def evaluate(config: ConfigDict, workdir: Path | None, split: str | None) -> dic
     Raises:
       UserError: something in the configuration, the data or the model folder is wrong.
     """
-    from mass_dpo_jax import evaluation
-    from mass_dpo_jax.training import scoring
+    from mass_dpo_jax.training import evaluation, scoring
     from mass_dpo_jax.training.scored_model import prepare_scoring
 
     config = config_lib.copied(config)
@@ -46,25 +45,25 @@ def evaluate(config: ConfigDict, workdir: Path | None, split: str | None) -> dic
 
 
 def main() -> None:
-    config = cli.required(_CONFIG)
-    from mass_dpo_jax import hosts
+    config = commands.required(_CONFIG)
+    from mass_dpo_jax.utils import distributed
 
     output = None
     if _OUTPUT.value is not None:
-        output = cli.output_file(_OUTPUT.value, "JSON", config.data.path)
+        output = commands.output_file(_OUTPUT.value, "JSON", config.data.path)
     found = evaluate(config, _WORKDIR.value, _SPLIT.value)
     for name, value in found.items():
         if not name.endswith("_se"):
             error = found.get(f"{name}_se")
             print(f"{name:24} {value:9.4f}" + ("" if error is None else f" ± {error:.4f}"))
-    if output is not None and hosts.first():
+    if output is not None and distributed.first():
         write_whole(output, [json.dumps(found, indent=2) + "\n"])
 
 
 if __name__ == "__main__":
-    _CONFIG = cli.define_config()
-    cli.define_hosts()
-    _WORKDIR = cli.define_path("workdir", "A run's folder.")
-    _SPLIT = cli.define_split()
-    _OUTPUT = cli.define_path("output", "A JSON file for the metrics.")
-    cli.run(main, unread=[*cli.TRAINING, *cli.CHOOSING])
+    _CONFIG = commands.define_config()
+    commands.define_hosts()
+    _WORKDIR = commands.define_path("workdir", "A run's folder.")
+    _SPLIT = commands.define_split()
+    _OUTPUT = commands.define_path("output", "A JSON file for the metrics.")
+    commands.run(main, unread=[*commands.TRAINING, *commands.CHOOSING])

@@ -21,11 +21,11 @@ from pathlib import Path
 
 from absl import flags
 
-from mass_dpo_jax import cli
+from mass_dpo_jax.cli import commands
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.files import expand, expand_path
 from mass_dpo_jax.models.config import EXPORT_DTYPES
-from mass_dpo_jax.run_paths import run_given
+from mass_dpo_jax.utils.files import expand, expand_path
+from mass_dpo_jax.utils.run_paths import run_given
 
 
 def export(
@@ -88,8 +88,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    _WORKDIR = cli.define_path("workdir", "A run's folder.")
-    _OUTPUT = cli.define_path("output", "The folder to write; it must not exist.")
+    _WORKDIR = commands.define_path("workdir", "A run's folder.")
+    _OUTPUT = commands.define_path("output", "The folder to write; it must not exist.")
     _STEP = flags.DEFINE_integer("step", None, "Of which checkpoint. Left out: the newest.")
     _DTYPE = flags.DEFINE_enum(
         "dtype", None, EXPORT_DTYPES, "Of the stored weights. Left out: the run's."
@@ -107,4 +107,4 @@ if __name__ == "__main__":
         "The model training started from, as the hub calls it (meta-llama/Llama-3.2-3B-Instruct). "
         "Left out: the name of its folder.",
     )
-    cli.run(main)
+    commands.run(main)

@@ -15,8 +15,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mass_dpo_jax.files import expand_path
-from mass_dpo_jax.help import Parser, path
+from mass_dpo_jax.cli.help import Parser, path
+from mass_dpo_jax.utils.files import expand_path
 
 
 def make_report(folders: Sequence[Path], output: Path, numbers: Path | None = None) -> None:
@@ -28,7 +28,7 @@ def make_report(folders: Sequence[Path], output: Path, numbers: Path | None = No
     Raises:
       UserError: there are no runs, or `numbers` is not a table of the paper's numbers.
     """
-    from mass_dpo_jax.paper import report
+    from mass_dpo_jax.reports.paper import report
 
     report.make_report(
         [expand_path(folder, "folders") for folder in folders],

@@ -21,9 +21,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mass_dpo_jax import cli
 from mass_dpo_jax import config as config_lib
-from mass_dpo_jax.run_paths import run_given
+from mass_dpo_jax.cli import commands
+from mass_dpo_jax.utils.run_paths import run_given
 
 
 def score(config: ConfigDict, workdir: Path | None, split: str | None) -> Iterator[dict[str, Any]]:
@@ -34,9 +34,9 @@ def score(config: ConfigDict, workdir: Path | None, split: str | None) -> Iterat
     """
     import numpy as np
 
-    from mass_dpo_jax import hosts
     from mass_dpo_jax.training import scoring
     from mass_dpo_jax.training.scored_model import prepare_scoring
+    from mass_dpo_jax.utils import distributed
 
     config = config_lib.copied(config)
     workdir = None if workdir is None else run_given(workdir)
@@ -46,7 +46,7 @@ def score(config: ConfigDict, workdir: Path | None, split: str | None) -> Iterat
     logps = setup.score(params, split, "scoring")
     scoring.check_finite(logps, tokens, str(workdir or config.model.path))
     scoring.check_finite(refs, tokens, "the reference")
-    if not hosts.first():  # It has no texts, and writes nothing.
+    if not distributed.first():  # It has no texts, and writes nothing.
         return
     sizes = {example.id: 1 + len(example.rejected) for example in setup.examples[split]}
     for row, example_id in enumerate(tokens.ids):
@@ -65,16 +65,16 @@ def score(config: ConfigDict, workdir: Path | None, split: str | None) -> Iterat
 
 
 def main() -> None:
-    config = cli.required(_CONFIG)
-    output = cli.output_file(_OUTPUT.value, "JSON-lines", config.data.path)
-    count = cli.write_lines(output, score(config, _WORKDIR.value, _SPLIT.value))
+    config = commands.required(_CONFIG)
+    output = commands.output_file(_OUTPUT.value, "JSON-lines", config.data.path)
+    count = commands.write_lines(output, score(config, _WORKDIR.value, _SPLIT.value))
     print(f"{count} examples written to {output}")
 
 
 if __name__ == "__main__":
-    _CONFIG = cli.define_config()
-    cli.define_hosts()
-    _WORKDIR = cli.define_path("workdir", "A run's folder.")
-    _SPLIT = cli.define_split()
-    _OUTPUT = cli.define_path("output", "The JSON-lines file to write.")
-    cli.run(main, unread=[*cli.TRAINING, *cli.CHOOSING, *cli.LIMITS])
+    _CONFIG = commands.define_config()
+    commands.define_hosts()
+    _WORKDIR = commands.define_path("workdir", "A run's folder.")
+    _SPLIT = commands.define_split()
+    _OUTPUT = commands.define_path("output", "The JSON-lines file to write.")
+    commands.run(main, unread=[*commands.TRAINING, *commands.CHOOSING, *commands.LIMITS])

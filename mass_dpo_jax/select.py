@@ -28,8 +28,8 @@ from __future__ import annotations
 
 from absl import flags
 
-from mass_dpo_jax import cli
 from mass_dpo_jax import config as config_lib
+from mass_dpo_jax.cli import commands
 
 FORMATS = ("lists", "pairs")
 
@@ -37,25 +37,25 @@ FORMATS = ("lists", "pairs")
 def main() -> None:
     config = config_lib.copied(_CONFIG.value or config_lib.default())
     inputs = (config.data.path, _FEATURES.value or "")
-    output = cli.output_file(_OUTPUT.value, "JSON-lines", *inputs)
+    output = commands.output_file(_OUTPUT.value, "JSON-lines", *inputs)
     from mass_dpo_jax.training.offline_selection import as_pairs, with_features, with_model
 
     if _FEATURES.value:
         rows = with_features(config, _FEATURES.value, _SPLIT.value)
     else:
-        rows = with_model(cli.required(_CONFIG), _WORKDIR.value, _SPLIT.value)
+        rows = with_model(commands.required(_CONFIG), _WORKDIR.value, _SPLIT.value)
     if _FORMAT.value == "pairs":
         rows = as_pairs(rows, chat=not _FEATURES.value and config.data.chat_template != "none")
-    count = cli.write_lines(output, rows)
+    count = commands.write_lines(output, rows)
     print(f"{count} {'pairs' if _FORMAT.value == 'pairs' else 'rows'} written to {output}")
 
 
 if __name__ == "__main__":
-    _CONFIG = cli.define_config()
-    cli.define_hosts()
-    _WORKDIR = cli.define_path("workdir", "A run's folder.")
-    _SPLIT = cli.define_split()
-    _FEATURES = cli.define_path("features", "A .npy or .safetensors file, no model.")
+    _CONFIG = commands.define_config()
+    commands.define_hosts()
+    _WORKDIR = commands.define_path("workdir", "A run's folder.")
+    _SPLIT = commands.define_split()
+    _FEATURES = commands.define_path("features", "A .npy or .safetensors file, no model.")
     _FORMAT = flags.DEFINE_enum("format", "lists", FORMATS, "Rows per prompt, or per pair.")
-    _OUTPUT = cli.define_path("output", "The JSON-lines file to write.")
-    cli.run(main, default=config_lib.__file__, unread=[*cli.TRAINING, *cli.LIMITS])
+    _OUTPUT = commands.define_path("output", "The JSON-lines file to write.")
+    commands.run(main, default=config_lib.__file__, unread=[*commands.TRAINING, *commands.LIMITS])

@@ -20,11 +20,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mass_dpo_jax import cli
 from mass_dpo_jax import config as config_lib
+from mass_dpo_jax.cli import commands
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.files import expand_path
-from mass_dpo_jax.run_paths import check_new
+from mass_dpo_jax.utils.files import expand_path
+from mass_dpo_jax.utils.run_paths import check_new
 
 
 def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
@@ -49,14 +49,14 @@ def main() -> None:
     workdir = _WORKDIR.value
     if workdir is not None:
         check_new(workdir)
-    config = cli.required(_CONFIG)
-    from mass_dpo_jax import evaluation, hosts
-    from mass_dpo_jax.dry_run import dry_run
-    from mass_dpo_jax.training import checkpoint, interruption, loop, methods
+    config = commands.required(_CONFIG)
+    from mass_dpo_jax.estimate.dry_run import dry_run
+    from mass_dpo_jax.training import checkpoint, evaluation, interruption, loop, methods
+    from mass_dpo_jax.utils import distributed
 
-    cli.say_unread("this training", methods.unread(config))
+    commands.say_unread("this training", methods.unread(config))
     if config.dry_run:
-        if hosts.several():
+        if distributed.several():
             raise UserError("config.dry_run: expected one process; it only needs the mesh's sizes")
         print(dry_run(config, workdir, loop.SPLITS))
         return
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    _CONFIG = cli.define_config()
-    cli.define_hosts()
-    _WORKDIR = cli.define_path("workdir", "Folder that the run keeps all it writes in.")
-    cli.run(main, goes_on=True)
+    _CONFIG = commands.define_config()
+    commands.define_hosts()
+    _WORKDIR = commands.define_path("workdir", "Folder that the run keeps all it writes in.")
+    commands.run(main, goes_on=True)

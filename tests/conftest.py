@@ -19,7 +19,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from processes import ACCELERATOR, xla_flags
+
+from tests.support.processes import ACCELERATOR, xla_flags
 
 REQUIRE = os.environ.get("MASS_DPO_REQUIRE_DATA") == "1"
 CACHE = tempfile.mkdtemp(prefix="mass_dpo_jax_tests_")
@@ -106,7 +107,7 @@ def _few_mappings() -> Iterator[None]:
 @pytest.fixture
 def one_device() -> Iterator[None]:
     """Runs see one of the simulated devices: faster, and what most users have."""
-    from runs_for_tests import on_one_device
+    from tests.support.runs import on_one_device
 
     with on_one_device():
         yield

@@ -17,18 +17,18 @@ import numpy as np
 import optax
 import pytest
 from datasets import Dataset, DatasetDict
-from helpers import WORDS, log_lines, slow, tiny_config, write_jsonl
 from ml_collections import ConfigDict
-from models_for_tests import hf_config
 from pandas import DataFrame
-from processes import python
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import mass_dpo_jax as mdj
-from mass_dpo_jax import registry
 from mass_dpo_jax.data.vocabulary import train_tokenizer
 from mass_dpo_jax.score import score
+from mass_dpo_jax.selection import registry
 from mass_dpo_jax.train import train
+from tests.support.helpers import WORDS, log_lines, slow, tiny_config, write_jsonl
+from tests.support.models import hf_config
+from tests.support.processes import python
 
 LORA = {"model.lora.rank": 2, "model.lora.targets": "q_proj,down_proj"}
 

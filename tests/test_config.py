@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import tiny_config, write_jsonl
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.train import train
+from tests.support.helpers import tiny_config, write_jsonl
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-from processes import python
 
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.config import CHOICES, PAPER_DATA
+from tests.support.processes import python
 
 
 @pytest.mark.parametrize("name", CHOICES["data.name"])

@@ -132,4 +132,4 @@ def test_the_library_is_lazy_and_a_model_needs_no_plotting() -> None:
     assert packages & required() <= MODEL
     assert not packages & {"pandas", "scipy", "torch"}
     commands = {f"mass_dpo_jax.{name}" for name in COMMANDS if name != "data"}
-    assert not commands & set(loaded) and "mass_dpo_jax.cli" not in loaded
+    assert not commands & set(loaded) and "mass_dpo_jax.cli.commands" not in loaded

@@ -14,9 +14,10 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
-from packages_for_tests import ROOT, build, install
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from tests.support.packages import ROOT, build, install
 
 NAMES = ("llama3", "qlora", "qwen3", "smollm3", "tiny")
 

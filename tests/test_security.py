@@ -13,19 +13,19 @@ from typing import Any
 import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict
-from helpers import write_jsonl
-from models_for_tests import hf_config
-from processes import environment, python
-from tokenizers_for_tests import small
 
 from mass_dpo_jax.config import default
 from mass_dpo_jax.data import load_examples
 from mass_dpo_jax.data.tokenizer import load_tokenizer
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.files import read_array
 from mass_dpo_jax.models.config import load_config
 from mass_dpo_jax.models.weights import INDEX, load_hf
 from mass_dpo_jax.training.policy import description_folder
+from mass_dpo_jax.utils.files import read_array
+from tests.support.helpers import write_jsonl
+from tests.support.models import hf_config
+from tests.support.processes import environment, python
+from tests.support.tokenizers import small
 
 ROOT = Path(__file__).parent.parent
 RUN_CODE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "torch"}
@@ -81,7 +81,7 @@ def audited(folder: Path, module: str, *words: str) -> list[str]:
     (folder / "home").mkdir(exist_ok=True)
     variables = environment(**home, JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT))
     variables.pop("HF_HUB_OFFLINE")
-    done = python(ROOT / "tests" / "audited.py", report, folder, module, *words, env=variables)
+    done = python(ROOT / "tests/support/audited.py", report, folder, module, *words, env=variables)
     assert done.returncode == 0, done.stderr
     return report.read_text().splitlines()
 
@@ -100,7 +100,7 @@ def test_the_hook_sees_what_it_watches(tmp_path: Path) -> None:
         "try:\n    socket.create_connection(('127.0.0.1', 9), 1)\nexcept OSError:\n    pass\n"
     )
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); import audited, runpy;"
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import tests.support.audited, runpy;"
         f"audited.watch(audited.Path({str(tmp_path / 'report')!r}), [{str(inside)!r}]);"
         f"runpy.run_path({str(program)!r})"
     )

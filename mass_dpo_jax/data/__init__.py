@@ -67,6 +67,6 @@ def load_examples(data: Any, split: str, seed: int) -> list[Example]:
     if data.num_candidates < 2:
         raise UserError(f"config.data.num_candidates={data.num_candidates}: expected 2 or more")
     # A reader is the module of its name, imported when it is asked for.
-    reader = importlib.import_module(f"{__name__}.{data.name}")
+    reader = importlib.import_module(f"{__name__}.readers.{data.name}")
     examples: list[Example] = reader.load(data, split, seed)
     return splits.limit(examples, data, split, seed)

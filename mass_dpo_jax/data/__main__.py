@@ -13,21 +13,21 @@ from __future__ import annotations
 
 from absl import flags
 
-from mass_dpo_jax import cli
+from mass_dpo_jax.cli import commands
 from mass_dpo_jax.errors import UserError
 
 
 def main() -> None:
     if _SHOW.value < 0:
         raise UserError(f"--show={_SHOW.value}: expected 0 or more")
-    config = cli.required(_CONFIG)
-    from mass_dpo_jax.data.describe import describe
+    config = commands.required(_CONFIG)
+    from mass_dpo_jax.reports.describe_data import describe
 
     for line in describe(config, _SHOW.value):
         print(line)
 
 
 if __name__ == "__main__":
-    _CONFIG = cli.define_config()
+    _CONFIG = commands.define_config()
     _SHOW = flags.DEFINE_integer("show", 2, "How many rows of the first split to show in full.")
-    cli.run(main, unread=cli.TRAINING)
+    commands.run(main, unread=commands.TRAINING)

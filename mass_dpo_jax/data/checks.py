@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.files import shorten
+from mass_dpo_jax.utils.files import shorten
 
 _PLAIN = (str, list, dict, int, bool, type(None))  # What most values are, for speed.
 

@@ -15,7 +15,7 @@ from mass_dpo_jax.data.messages import Text as Text
 from mass_dpo_jax.data.messages import is_simple, read_text
 from mass_dpo_jax.data.written import decode_responses, is_data
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.files import shorten
+from mass_dpo_jax.utils.files import shorten
 
 LARGEST_SCORE = 3e38  # What float32 holds.
 # Columns that change what a prompt is, and so are refused where there is something in them.

@@ -27,7 +27,7 @@ from mass_dpo_jax.data import load_examples, warn_of_shared_prompts
 from mass_dpo_jax.data.examples import Example, History
 from mass_dpo_jax.data.splits import split_of
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.files import write_whole
+from mass_dpo_jax.utils.files import write_whole
 
 WORTH = 20_000  # Responses; fewer are read faster than they are looked up and explained.
 SMALL = 5000  # Examples that are kept.
@@ -174,7 +174,7 @@ def _key(data: Any, splits: Sequence[str], seed: int) -> str:
     versions = (mass_dpo_jax.__version__, importlib.metadata.version("datasets"), np.__version__)
     sha = hashlib.sha256(repr((versions, list(splits), seed, str(path.resolve()))).encode())
     sha.update(json.dumps(data.to_dict(), sort_keys=True).encode())
-    for file in sorted(Path(data_lib.__file__).parent.glob("*.py")):
+    for file in sorted(Path(data_lib.__file__).parent.rglob("*.py")):
         sha.update(file.read_bytes())
     if path.is_file():
         files = [path]

@@ -9,8 +9,8 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from mass_dpo_jax import formats
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.utils import formats
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:

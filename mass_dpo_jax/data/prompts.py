@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mass_dpo_jax.data.examples import Example, History, Message, Text
-from mass_dpo_jax.data.flat import Flat
+from mass_dpo_jax.data.ragged import Flat
 from mass_dpo_jax.data.render import Renderer
 from mass_dpo_jax.errors import UserError
 

@@ -24,7 +24,7 @@ from mass_dpo_jax.data import probe
 from mass_dpo_jax.data.doubts import Doubts
 from mass_dpo_jax.data.examples import Example, History, Message, Text
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.files import read_text, shorten
+from mass_dpo_jax.utils.files import read_text, shorten
 
 # Of `apply_chat_template` itself.
 ARGUMENTS = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {

@@ -11,7 +11,7 @@ from mass_dpo_jax.data.bad_rows import BadRows
 from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.data.row_notes import RowNotes
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.files import parse_json
+from mass_dpo_jax.utils.files import parse_json
 
 OPTIONAL = ("id", "score_chosen", "score_rejected")  # Columns that `data.columns` can leave out.
 

@@ -17,7 +17,7 @@ import numpy as np
 import transformers
 
 import mass_dpo_jax
-from mass_dpo_jax.data import bad_rows, doubts, flat, probe, prompts, render, row_checks, tokens
+from mass_dpo_jax.data import bad_rows, doubts, probe, prompts, ragged, render, row_checks, tokens
 from mass_dpo_jax.data import examples as examples_lib
 from mass_dpo_jax.data.examples import Example, History
 from mass_dpo_jax.data.kept import (
@@ -35,7 +35,7 @@ SETTINGS = (
     "max_prompt_length", "max_response_length", "long_prompt", "long_response",
 )  # fmt: skip
 # What the tokens depend on.
-CODE = (bad_rows, doubts, examples_lib, flat, probe, prompts, render, row_checks, tokens)
+CODE = (bad_rows, doubts, examples_lib, ragged, probe, prompts, render, row_checks, tokens)
 _log = logging.getLogger(__name__)
 
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mass_dpo_jax.data.flat import refusals
+from mass_dpo_jax.data.ragged import refusals
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.files import read_json
+from mass_dpo_jax.utils.files import read_json
 
 SETTINGS = "tokenizer_config.json"
 # Files that the library makes a fast tokenizer of where there is no tokenizer.json.

@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from mass_dpo_jax.data.bad_rows import BadRows
 from mass_dpo_jax.data.examples import Example
-from mass_dpo_jax.data.flat import Flat, encode_texts, find_added
 from mass_dpo_jax.data.prompts import Encoder
+from mass_dpo_jax.data.ragged import Flat, encode_texts, find_added
 from mass_dpo_jax.data.render import Renderer, make_renderer
 from mass_dpo_jax.data.row_checks import Rows, check_rows
 from mass_dpo_jax.errors import UserError

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mass_dpo_jax.models.config import DecoderConfig
-from mass_dpo_jax.models.frozen import product
-from mass_dpo_jax.models.known import known
+from mass_dpo_jax.models.precomputed import known
+from mass_dpo_jax.models.quantize import product
 from mass_dpo_jax.models.rotary import rotate
 
 # Products with weights whose values the rest of a layer needs, by the names of `Block`'s fields.

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.files import read_json
 from mass_dpo_jax.models.fields import Reader
 from mass_dpo_jax.models.folder import no_config
+from mass_dpo_jax.utils.files import read_json
 
 EXPORT_DTYPES = ("bfloat16", "float32")  # Of weights in a folder that is written.
 UNQUANTIZED = (

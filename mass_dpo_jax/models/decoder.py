@@ -19,9 +19,9 @@ from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.models.adapters import Adapters, Lora
 from mass_dpo_jax.models.block import OF_ALL, Block, RMSNorm
 from mass_dpo_jax.models.config import DecoderConfig
+from mass_dpo_jax.models.lora import Adapters, Lora
 from mass_dpo_jax.models.rotary import rope_frequencies
 
 # (queries [B, t, H, K], keys [B, T, KV, K], values [B, T, KV, K], extra) -> (what the queries saw

@@ -11,8 +11,8 @@ import logging
 from pathlib import Path
 
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.files import check_links, read_json
-from mass_dpo_jax.run_paths import CHECKPOINTS, run_of_part
+from mass_dpo_jax.utils.files import check_links, read_json
+from mass_dpo_jax.utils.run_paths import CHECKPOINTS, run_of_part
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

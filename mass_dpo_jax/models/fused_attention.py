@@ -31,12 +31,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
-from mass_dpo_jax import hosts
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models import attention as plain
 from mass_dpo_jax.models.attention import Attention
 from mass_dpo_jax.models.config import DecoderConfig
 from mass_dpo_jax.models.decoder import BATCH
+from mass_dpo_jax.utils import distributed
 
 if TYPE_CHECKING:
     from mass_dpo_jax.models.decoder import Attend
@@ -182,7 +182,7 @@ def choose(setting: str, config: DecoderConfig, dtype: DTypeLike, mesh: Mesh) ->
     if setting == "plain":
         return plain
     # One process without the kernel is enough: their programs must be the same.
-    found = next(filter(None, hosts.from_all(obstacle(config, jnp.dtype(dtype), mesh))), None)
+    found = next(filter(None, distributed.from_all(obstacle(config, jnp.dtype(dtype), mesh))), None)
     if found is None:
         return Fused.on(mesh)
     if setting == "fused":
@@ -201,7 +201,7 @@ def obstacle(config: DecoderConfig, dtype: jnp.dtype, mesh: Mesh) -> str | None:
         return f"the kernel needs config.model.dtype=bfloat16, not {dtype.name}"
     if config.num_kv_heads % tensor:
         return f"config.mesh.tensor={tensor} does not divide {config.num_kv_heads} key-value heads"
-    if hosts.several():
+    if distributed.several():
         # Each tries its own devices: where one fails, the others would wait for it for ever.
         own = np.array(mesh.local_devices).reshape(-1, 1, 1)
         mesh = Mesh(own, mesh.axis_names, axis_types=mesh.axis_types)

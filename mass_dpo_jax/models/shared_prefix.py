@@ -21,8 +21,8 @@ from mass_dpo_jax.models import attention as plain_attention
 from mass_dpo_jax.models.attention import Attention
 from mass_dpo_jax.models.decoder import Attend, Decoder, Ends
 from mass_dpo_jax.models.decoder import Record as Layers
-from mass_dpo_jax.models.known import known
 from mass_dpo_jax.models.logprobs import MAX_LOGITS, token_logps
+from mass_dpo_jax.models.precomputed import known
 
 
 class Record(NamedTuple):

@@ -18,7 +18,6 @@ from jax.typing import DTypeLike
 from tqdm import tqdm
 
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.files import read_json
 from mass_dpo_jax.models.config import PRODUCTS, DecoderConfig
 from mass_dpo_jax.models.decoder import abstract_decoder
 from mass_dpo_jax.models.folder import CUT, INDEX, damage, no_weights
@@ -30,6 +29,7 @@ from mass_dpo_jax.models.tensors import (
     open_tensors,
     write_tensors,
 )
+from mass_dpo_jax.utils.files import read_json
 
 SHARD = "model-{:05}-of-{:05}.safetensors"
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from mass_dpo_jax import baselines, metrics
 from mass_dpo_jax import config as config_lib
-from mass_dpo_jax.data import load_examples, synthetic
+from mass_dpo_jax import metrics
+from mass_dpo_jax.data import load_examples
+from mass_dpo_jax.data.readers import synthetic
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.files import read_array, short_names
-from mass_dpo_jax.training import run_folder
-from mass_dpo_jax.training.report import EXIST_LOGPS, FINAL_LOGPS, START_LOGPS
+from mass_dpo_jax.reports import baselines
+from mass_dpo_jax.runs import run_folder
+from mass_dpo_jax.training.monitor import EXIST_LOGPS, FINAL_LOGPS, START_LOGPS
+from mass_dpo_jax.utils.files import read_array, short_names
 
 COLUMNS = ("accuracy", "recall@3", "mrr", "ndcg@3")
 

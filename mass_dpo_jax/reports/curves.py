@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.reports.metrics_log import Series, read_metrics
+from mass_dpo_jax.runs.metrics_files import Series, read_metrics
 
 # Okabe and Ito's colours, told apart with any colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -19,18 +19,18 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from mass_dpo_jax import config as config_lib
-from mass_dpo_jax import model_card
 from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.data.render import make_renderer
 from mass_dpo_jax.data.tokenizer import load_tokenizer
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.files import read_json
-from mass_dpo_jax.models import lora as lora_lib
+from mass_dpo_jax.models import peft_format as lora_lib
 from mass_dpo_jax.models.config import EXPORT_DTYPES, DecoderConfig, load_config
 from mass_dpo_jax.models.decoder import abstract_decoder
 from mass_dpo_jax.models.folder import GENERATION
 from mass_dpo_jax.models.weights import save_hf
-from mass_dpo_jax.training import checkpoint, origin
+from mass_dpo_jax.reports import model_card
+from mass_dpo_jax.runs import origin
+from mass_dpo_jax.training import checkpoint
 from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training.policy import (
     Policy,
@@ -41,6 +41,7 @@ from mass_dpo_jax.training.policy import (
     read_lora,
     uses_lora,
 )
+from mass_dpo_jax.utils.files import read_json
 
 _log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NoReturn
 import jax
 from jax.experimental import multihost_utils
 
-from mass_dpo_jax.signals import ctrl_c
+from mass_dpo_jax.utils.signals import ctrl_c
 
 SIGNALS = (int(signal.SIGTERM), int(signal.SIGINT))
 

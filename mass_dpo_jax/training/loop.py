@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from mass_dpo_jax import hosts
-from mass_dpo_jax.training import checkpoint, interruption, loggers, origin, run_folder, scoring
+from mass_dpo_jax.runs import loggers, origin, run_folder
+from mass_dpo_jax.training import checkpoint, interruption, scoring
+from mass_dpo_jax.training.monitor import BadSteps, Report, StepLog, check_best
 from mass_dpo_jax.training.optimizer import learning_rate, make_optimizer
 from mass_dpo_jax.training.policy import save_description
-from mass_dpo_jax.training.report import BadSteps, Report, StepLog, check_best
 from mass_dpo_jax.training.setup import Reference, Setup, models_read, prepare
 from mass_dpo_jax.training.updates import Batches, TrainStep, abstract_state, first_state
+from mass_dpo_jax.utils import distributed
 
 SPLITS = ("train", "validation", "test")
 _log = logging.getLogger(__name__)
@@ -30,25 +31,25 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
 
 def _train(config: ConfigDict, workdir: Path, lock: run_folder.Lock) -> dict[str, Any]:
-    hosts.first_decides(lambda: run_folder.check(workdir, config))
-    hosts.check_shared(workdir, "--workdir")
+    distributed.first_decides(lambda: run_folder.check(workdir, config))
+    distributed.check_shared(workdir, "--workdir")
     loggers.check(config)
     if workdir.exists():  # Else it is made when everything has been found in order.
         lock.take()
-    done = hosts.first_decides(lambda: run_folder.finished(workdir))
+    done = distributed.first_decides(lambda: run_folder.finished(workdir))
     if done is not None:
         _log.info(f"{workdir}: finished at step {done['step']}; nothing to do")
         return done
-    hosts.first_decides(lambda: run_folder.check_writable(workdir))
+    distributed.first_decides(lambda: run_folder.check_writable(workdir))
     check_best(config, SPLITS)
-    begun = hosts.first_decides(lambda: checkpoint.latest_step(workdir)) is not None
+    begun = distributed.first_decides(lambda: checkpoint.latest_step(workdir)) is not None
     setup = prepare(origin.with_own_files(config, workdir) if begun else config, workdir, SPLITS)
     check_best(config, setup.tokens)
     digests = setup.digests()
-    hosts.first_decides(lambda: run_folder.check_data(workdir, digests))
+    distributed.first_decides(lambda: run_folder.check_data(workdir, digests))
     params, reference_params, weights = _read_weights(setup, begun)
     if begun:
-        hosts.first_decides(lambda: origin.check_weights(workdir, weights))
+        distributed.first_decides(lambda: origin.check_weights(workdir, weights))
     lock.take()
     config = _claim(setup, config, workdir, None if begun else weights)
     # The reference is a table: its weights are not needed after this.
@@ -67,7 +68,9 @@ def _train(config: ConfigDict, workdir: Path, lock: run_folder.Lock) -> dict[str
     optimizer = make_optimizer(config.train, total)
     like = abstract_state(setup, optimizer)
     best = f"eval/{config.train.keep_best}"
-    values = dict(hosts.first_decides(lambda: list(run_folder.by_step(workdir, best).items())))
+    values = dict(
+        distributed.first_decides(lambda: list(run_folder.by_step(workdir, best).items()))
+    )
     saved = checkpoint.Checkpoints(workdir, config.train.keep_checkpoints, values)
     negatives = None
     if saved.latest() is None:
@@ -78,7 +81,7 @@ def _train(config: ConfigDict, workdir: Path, lock: run_folder.Lock) -> dict[str
         _log.info(f"{workdir}: going on from step {int(state.step)} of {total}")
 
     start = int(state.step)
-    evaluated = hosts.first_decides(lambda: sorted(run_folder.evaluated(workdir)))
+    evaluated = distributed.first_decides(lambda: sorted(run_folder.evaluated(workdir)))
     log = loggers.Logs(config, workdir, start)
     report = Report(setup, reference.logps, workdir, log)
     rate = learning_rate(config.train, total)
@@ -142,14 +145,14 @@ def _claim(
       weights: digests of what it begins from; None: it goes on.
     """
     # Again: another training may have come and gone.
-    hosts.first_decides(lambda: run_folder.check(workdir, config))
+    distributed.first_decides(lambda: run_folder.check(workdir, config))
     if weights is None:
         run_folder.say_changed(workdir, config)
         config = origin.typed(config, workdir)
     run_folder.claim(workdir, config)
     if weights is not None:
         save_description(setup.policy, config, workdir)
-    if hosts.first():
+    if distributed.first():
         origin.write(workdir, setup.config, weights)
     return config
 

@@ -18,10 +18,10 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.models.adapters import Lora
 from mass_dpo_jax.models.config import DecoderConfig
 from mass_dpo_jax.models.decoder import BATCH, Splits, abstract_decoder, param_dims
-from mass_dpo_jax.models.frozen import store
+from mass_dpo_jax.models.lora import Lora
+from mass_dpo_jax.models.quantize import store
 
 AXES = ("data", "fsdp", "tensor")
 _log = logging.getLogger(__name__)

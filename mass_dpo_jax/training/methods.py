@@ -27,8 +27,8 @@ from ml_collections import ConfigDict
 
 from mass_dpo_jax import losses
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.registry import CRITERIA
 from mass_dpo_jax.selection import Settings
+from mass_dpo_jax.selection.registry import CRITERIA
 
 
 class Responses(NamedTuple):

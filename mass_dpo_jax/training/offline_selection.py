@@ -15,19 +15,20 @@ from ml_collections import ConfigDict
 from safetensors import SafetensorError, safe_open
 
 from mass_dpo_jax import config as config_lib
-from mass_dpo_jax import hosts, selection
 from mass_dpo_jax.data import load_examples
 from mass_dpo_jax.data.batches import Batch
 from mass_dpo_jax.data.examples import Example, History, Message, Text
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.files import expand_path, read_array
-from mass_dpo_jax.run_paths import run_given
 from mass_dpo_jax.selection import Selection
+from mass_dpo_jax.selection import batch as batch_lib
 from mass_dpo_jax.training import scoring
 from mass_dpo_jax.training.methods import make_method
 from mass_dpo_jax.training.scored_model import prepare_scoring
 from mass_dpo_jax.training.setup import say_small_pools
 from mass_dpo_jax.training.step import Program
+from mass_dpo_jax.utils import distributed
+from mass_dpo_jax.utils.files import expand_path, read_array
+from mass_dpo_jax.utils.run_paths import run_given
 
 # What a prompt has several of -> what a pair calls its own.
 PAIRED = {"rejected": "rejected", "selected": "selected", "gains": "gain", "weights": "weight"}
@@ -80,7 +81,7 @@ def with_model(config: ConfigDict, workdir: Path | None, split: str | None) -> I
         names = [f"{workdir or config.model.path}: example {tokens.ids[row]!r}" for row in rows]
         selection.check(picks, beyond, method.selection, names)
         chosen |= zip(rows.tolist(), _rows(picks, method.sampled), strict=True)
-    if not hosts.first():  # It has no texts, and writes nothing.
+    if not distributed.first():  # It has no texts, and writes nothing.
         return
     by_id = {example.id: example for example in setup.examples[split]}
     for row, example_id in enumerate(tokens.ids):
@@ -141,7 +142,7 @@ def with_features(config: ConfigDict, path: Path, split: str | None) -> Iterator
     key = jax.random.key(config.seed)
     for start in scoring.progress_bar(range(0, rows, AT_A_TIME), desc="selecting", unit="batch"):
         part = slice(start, start + AT_A_TIME)
-        found, beyond = selection.select_features(
+        found, beyond = batch_lib.select_features(
             _numbers(path, start, "features", features[part], there[part]),
             _numbers(path, start, "scores", scores[part], mask[part]),
             mask[part],
@@ -185,7 +186,7 @@ def _rows(chosen: Selection, weighted: bool) -> list[Row]:
         return [float(str(value)) for value in values]  # The shortest decimal that is this float32.
 
     found = []
-    for indices, valid, gains, weights in zip(*map(hosts.whole, chosen), strict=True):
+    for indices, valid, gains, weights in zip(*map(distributed.whole, chosen), strict=True):
         row = {"selected": indices[valid].tolist(), "gains": floats(gains[valid])}
         found.append(row | ({"weights": floats(weights[valid])} if weighted else {}))
     return found

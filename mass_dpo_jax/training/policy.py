@@ -20,20 +20,21 @@ from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
 from mass_dpo_jax import config as config_lib
-from mass_dpo_jax import hosts
 from mass_dpo_jax.data.examples import Example, History
 from mass_dpo_jax.data.tokenizer import load_tokenizer
 from mass_dpo_jax.data.vocabulary import train_tokenizer
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.models import lora as lora_lib
-from mass_dpo_jax.models.adapters import Adapters, Lora
+from mass_dpo_jax.models import peft_format as lora_lib
 from mass_dpo_jax.models.config import DecoderConfig, load_config, parse_targets
 from mass_dpo_jax.models.decoder import Decoder, abstract_decoder
 from mass_dpo_jax.models.folder import GENERATION, check_folder
-from mass_dpo_jax.models.frozen import store
+from mass_dpo_jax.models.lora import Adapters, Lora
+from mass_dpo_jax.models.quantize import store
 from mass_dpo_jax.models.weights import check_hf, load_hf
-from mass_dpo_jax.training import checkpoint, origin, scoring
+from mass_dpo_jax.runs import origin
+from mass_dpo_jax.training import checkpoint, scoring
 from mass_dpo_jax.training.mesh import hidden_splits, names, param_shapes
+from mass_dpo_jax.utils import distributed
 
 TOKENIZER_EXAMPLES = 20_000  # A vocabulary does not change with more.
 
@@ -202,7 +203,9 @@ class Policy:
         params = nnx.to_pure_dict(state)
         if self.lora is None:
             return Weights(params, scoring.fingerprint(params))
-        digest = scoring.digest_of((n, s, hosts.whole(x)) for n, (s, x) in sorted(sums.items()))
+        digest = scoring.digest_of(
+            (n, s, distributed.whole(x)) for n, (s, x) in sorted(sums.items())
+        )
         return Weights(params, digest)
 
     def _of_run(self, folder: Path, step: int | None, whole: Any) -> Weights:
@@ -311,7 +314,7 @@ def open_policy(
         folder = workdir / origin.MODEL
         # What there is may be of a run with other settings that saved nothing, which this one takes
         # over. The first process opens its policy before the others.
-        if hosts.first():
+        if distributed.first():
             train_tokenizer(_texts(examples), config.model.scratch.vocab_size, folder)
         tokenizer = load_tokenizer(folder)
         architecture = _scratch(config, tokenizer)
@@ -370,7 +373,7 @@ def described_tokenizer(policy: Policy, config: ConfigDict) -> PreTrainedTokeniz
 def save_description(policy: Policy, config: ConfigDict, workdir: Path) -> None:
     """Writes what a run needs of its start: config.json, the tokenizer with the chat template of
     training, what the model's folder says of generation, and the adapters it begins from."""
-    if not hosts.first():
+    if not distributed.first():
         return
     folder = workdir / origin.MODEL
     folder.mkdir(parents=True, exist_ok=True)

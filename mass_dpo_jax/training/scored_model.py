@@ -9,12 +9,13 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mass_dpo_jax import config as config_lib
-from mass_dpo_jax import hosts
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.training import checkpoint, origin
+from mass_dpo_jax.runs import origin
+from mass_dpo_jax.training import checkpoint
 from mass_dpo_jax.training.methods import uses_reference
 from mass_dpo_jax.training.policy import uses_lora
 from mass_dpo_jax.training.setup import Reference, Setup, prepare
+from mass_dpo_jax.utils import distributed
 
 _log = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ def _prepare_run(
 
     `config.model.path` may say where the model that it began from lies now.
     """
-    if hosts.first_decides(lambda: checkpoint.latest_step(workdir)) is None:
+    if distributed.first_decides(lambda: checkpoint.latest_step(workdir)) is None:
         raise UserError(f"{workdir}: {checkpoint.NONE_YET}")
     own = origin.find_files(config_lib.load(workdir), workdir)
     lora = uses_lora(own.model.lora)

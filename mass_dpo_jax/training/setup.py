@@ -16,22 +16,22 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mass_dpo_jax import config as config_lib
-from mass_dpo_jax import hosts
 from mass_dpo_jax.data.batches import Batch, Buckets, make_buckets
 from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.data.kept import open_splits
 from mass_dpo_jax.data.token_cache import tokenize_once
 from mass_dpo_jax.data.tokens import Tokens
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.files import cache_folder
 from mass_dpo_jax.models import fused_attention
-from mass_dpo_jax.models import lora as lora_lib
+from mass_dpo_jax.models import peft_format as lora_lib
 from mass_dpo_jax.models.logprobs import max_logits_of
 from mass_dpo_jax.training import checkpoint, scoring
 from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training.methods import Method, make_method, uses_reference
 from mass_dpo_jax.training.policy import Policy, check_model, open_policy, uses_lora
 from mass_dpo_jax.training.step import Program, Scorer
+from mass_dpo_jax.utils import distributed
+from mass_dpo_jax.utils.files import cache_folder
 
 LEAST_CHUNK = 4  # Candidates of a rectangle at a time: fewer leave a device idle.
 DRAWS = 2**31 - 1  # Of the seed's key: numbers from 0 are those of random weights.
@@ -155,7 +155,7 @@ def prepare(
     mesh = open_mesh(config)
     examples: dict[str, Sequence[Example]] = {}
     tokens: dict[str, Tokens] = {}
-    if hosts.first():
+    if distributed.first():
         # Reading data can take minutes, looking at a folder none.
         begun = workdir is not None and checkpoint.latest_step(workdir) is not None
         for name in models_read(config, begun):
@@ -163,11 +163,13 @@ def prepare(
         examples = _load(config, splits)
         policy = open_policy(config, mesh, workdir, examples.get("train", ()))
         tokens = _tokenize(config, policy, examples)
-    there = hosts.first_decides(lambda: list(tokens))
-    if not hosts.first():  # What is trained on comes from the first one, so that it is the same.
+    there = distributed.first_decides(lambda: list(tokens))
+    if (
+        not distributed.first()
+    ):  # What is trained on comes from the first one, so that it is the same.
         policy = open_policy(config, mesh, workdir, ())
-    hosts.check_same({"config.model.path": f"{policy.config} {policy.lora}"})
-    tokens = {split: hosts.fields_from_first(Tokens, tokens.get(split)) for split in there}
+    distributed.check_same({"config.model.path": f"{policy.config} {policy.lora}"})
+    tokens = {split: distributed.fields_from_first(Tokens, tokens.get(split)) for split in there}
     return _of_tokens(config, policy, examples, tokens, training)
 
 
@@ -219,7 +221,7 @@ def open_mesh(config: ConfigDict) -> Mesh:
     if config.model.dtype == "float32":
         # GPUs and TPUs otherwise multiply float32 matrices in fewer bits.
         jax.config.update("jax_default_matmul_precision", "highest")
-    if jax.process_count() > 1 and not hosts.several():
+    if jax.process_count() > 1 and not distributed.several():
         raise UserError(
             f"this is one of {jax.process_count()} processes: start each with --distributed"
         )

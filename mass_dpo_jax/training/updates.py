@@ -14,8 +14,8 @@ import optax
 from mass_dpo_jax.data.batches import Batch, Order, make_batch
 from mass_dpo_jax.errors import UserError, expect
 from mass_dpo_jax.training import mesh as mesh_lib
+from mass_dpo_jax.training.negatives import Sets
 from mass_dpo_jax.training.optimizer import memory_of_moments, state_shapes
-from mass_dpo_jax.training.refresh import Sets
 from mass_dpo_jax.training.setup import Reference, Setup
 from mass_dpo_jax.training.step import Metrics, Params, Trained, TrainState
 

@@ -1,4 +1,0 @@
-"""From run folders to the paper's tables and figures: what `mass_dpo_jax.report` is made of.
-
-And the simulation of its Theorem 5.1, which `mass_dpo_jax.simulation` runs.
-"""

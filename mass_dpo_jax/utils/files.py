@@ -1,0 +1,228 @@
+"""Files that others wrote, or that an interruption cut short: read, or refused with their place.
+Those of ours are written whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import tokenize
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mass_dpo_jax.errors import UserError, expect
+from mass_dpo_jax.utils.formats import HEAD, name_binary
+
+if TYPE_CHECKING:
+    import numpy as np
+
+DEEPEST = 100  # Python itself follows about 1000 levels, fewer where much has been called already.
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # Errors that come without a file's name.
+
+
+def cache_folder(setting: str) -> Path:
+    """Returns `setting` or, where that is empty, mass_dpo_jax in the user's cache folder."""
+    if setting:
+        return Path(setting)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mass_dpo_jax"
+
+
+def expand(path: str, place: str) -> str:
+    """Returns a path with `~` and variables replaced, as a shell does where it sees them.
+
+    Args:
+      place: the flag or setting that has it.
+
+    Raises:
+      UserError: a variable is not set, there is no such user, or quotes or blanks surround it.
+    """
+    if path == "~" or path.startswith("~/"):
+        path = str(Path(path).expanduser())
+    if not path or os.path.lexists(path.partition("\0")[0]):
+        return path
+    if path.startswith("~"):
+        try:
+            path = str(Path(path).expanduser())
+        except RuntimeError:
+            raise UserError(f"{place}={path}: no user of that name; a file is ./{path}") from None
+    path = os.path.expandvars(path)
+    if unset := re.search(r"\$(\w+|\{\w+\})", path):
+        raise UserError(f"{place}={path}: the variable {unset[1].strip('{}')} is not set")
+    if path != path.strip().strip("\"'“”"):
+        raise UserError(f"{place}={path!r}: expected a path without quotes or blanks around it")
+    if "\0" in path:
+        raise UserError(f"{place}={path!r}: expected a path without NUL characters")
+    return path
+
+
+def expand_path(path: str | Path, place: str) -> Path:
+    """Returns `expand` of a path as a `Path`.
+
+    Raises:
+      UserError: as `expand`, or it is empty or no path.
+    """
+    expect(path, (str, os.PathLike), place, "a path")
+    if not str(path):
+        raise UserError(f"{place}: expected a path, found an empty string")
+    return Path(expand(str(path), place))
+
+
+def write_whole(path: Path, parts: Iterable[str]) -> None:
+    """Writes a text file from its parts, whole or not at all; a link's target, not the link.
+
+    Raises:
+      OSError: it cannot be written; names the file.
+    """
+    path = path.resolve()
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(parts)
+        temporary.replace(path)
+    except OSError as error:
+        if error.filename is None and error.errno in FULL:
+            error.filename = str(path)
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def parse_json(text: str, file: Path, line: int = 1, unique_keys: bool = False) -> Any:
+    """The value that a JSON text, which starts at a line of a file, stands for.
+
+    Args:
+      unique_keys: refuses an object that has a key twice; JSON itself takes the last one.
+
+    Raises:
+      UserError: the text is no JSON, is nested deeper than any file of ours, or has a number with
+        more digits than Python converts.
+    """
+    text = text.rstrip()  # So that what is missing is missed in the last line that is there.
+    try:
+        found = json.loads(text, object_pairs_hook=_unique if unique_keys else None)
+        if text.count("[") + text.count("{") <= DEEPEST or _depth(found) <= DEEPEST:
+            return found
+        what = "nested too deeply"
+    except json.JSONDecodeError as error:
+        broken = text.split("\n")[error.lineno - 1].strip()
+        what = f"{error.msg} at column {error.colno}, in {shorten(broken)}"
+        line += error.lineno - 1
+    except _TwiceError as error:
+        what = f"the key {error.args[0]!r} is there twice in one object: leave one of them"
+    except ValueError:
+        what = "a number has too many digits"
+    except RecursionError:
+        what = "nested too deeply"
+    raise UserError(f"{file}:{line}: invalid JSON: {what}")
+
+
+class _TwiceError(Exception):
+    """A key is there twice."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _TwiceError(next(key for key in keys if keys.count(key) > 1))
+    return found
+
+
+def _depth(value: Any) -> int:
+    depth, level = 0, [v for v in (value,) if isinstance(v, (dict, list))]
+    while level:
+        depth += 1
+        parts = [v.values() if isinstance(v, dict) else v for v in level]
+        level = [v for part in parts for v in part if isinstance(v, (dict, list))]
+    return depth
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+      UserError: there is no such file, or it is not what `parse_json` reads.
+    """
+    return parse_json(read_text(path), path)
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8.
+
+    Raises:
+      UserError: there is no such file, or it is something else.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    if what := name_binary(content[:HEAD], path):
+        raise UserError(f"{path}: {what}")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
+
+
+def read_array(path: Path) -> np.ndarray:
+    """The array in a `.npy` file, mapped into memory: a header can promise more than there is.
+
+    Raises:
+      UserError: there is no such file, or it holds no array of numbers.
+    """
+    import numpy as np  # Here: settings and flags need this module, and no arrays.
+
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+    # What a header can do to numpy, which reads it as Python.
+    except (ValueError, EOFError, SyntaxError, tokenize.TokenError, OverflowError) as error:
+        raise UserError(f"{path}: not a .npy file: {error}") from None
+    if not isinstance(found, np.ndarray) or found.dtype.kind not in "biuf":
+        raise UserError(f"{path}: expected a .npy file with an array of numbers")
+    return found
+
+
+def check_links(folder: Path) -> None:
+    """Raises UserError where a downloaded folder has links that leave it.
+
+    A download can hold links (git clones do), and what they name is not the download's to read. In
+    the cache of the Hugging Face hub a model's files are links to others of the same model. Weights
+    may lie on another disk: a file that is not safetensors is not read as that.
+    """
+    home = folder.resolve()
+    if home.parent.name == "snapshots":
+        home = home.parent.parent
+    for path in sorted(folder.rglob("*")):
+        if path.suffix == ".safetensors" or not path.is_symlink():
+            continue
+        if not (target := path.resolve()).is_relative_to(home):
+            raise UserError(
+                f"{path}: a link to {target}, expected files of this folder only (weights, "
+                "*.safetensors, may be links): put a copy of the file in its place"
+            )
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """What to call each folder: the end of its path, as much of it as no other one's ends with."""
+    paths = [folder.absolute().parts for folder in folders]
+
+    def name(path: tuple[str, ...]) -> str:
+        others = [other for other in paths if other != path]
+        length = 1
+        while any(other[-length:] == path[-length:] for other in others):
+            length += 1
+        return Path(*path[-length:]).as_posix()
+
+    return [name(path) for path in paths]
+
+
+def shorten(text: str, length: int = 60) -> str:
+    """The text quoted for a one-line message."""
+    return repr(text if len(text) <= length else text[: length - 3] + "...")

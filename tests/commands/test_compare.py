@@ -1,0 +1,80 @@
+"""Runs beside each other: the same rows, or a refusal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mass_dpo_jax.compare import compare
+from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.reports.comparison import read_logps
+from mass_dpo_jax.train import train
+from tests.support.helpers import tiny_config, write_jsonl
+
+
+@pytest.mark.usefixtures("one_device")
+def test_table_and_paired_difference(tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "data.jsonl", examples=60)
+    config = tiny_config(data, method="sft", **{"data.validation_share": 0.3})
+    first, second = tmp_path / "first" / "run", tmp_path / "second" / "run"
+    train(config, first)
+    config = tiny_config(data, **{"data.validation_share": 0.3, "model.path": str(first)})
+    done = train(config, second)
+    text = compare([first, second])
+    lines = dict.fromkeys(line[:28].strip() for line in text.splitlines())
+    # Both folders are called the same, and both have a row.
+    assert {"random weights", "first/run", "second/run", "popularity in training"} <= set(lines)
+
+    # The paired figures, from the rows themselves.
+    def gains() -> np.ndarray:
+        correct = []
+        for name in ("logps-final.npy", "logps-start.npy"):
+            logps = np.load(second / name)
+            best = np.where(np.load(second / "logps-exist.npy"), logps, -np.inf)
+            correct.append((best[:, :1] > best[:, 1:]).all(1))
+        return correct[0].astype(float) - correct[1]
+
+    assert done["gain"]["policy/accuracy"] == pytest.approx(gains().mean())
+    # So few updates may change no rank; with these log-probs there is a gain for certain.
+    final = np.load(second / "logps-final.npy")
+    final[::2, 0] = -0.001
+    np.save(second / "logps-final.npy", final)
+    gain = gains()
+    expected = f"{100 * gain.mean():+.1f} ± {100 * gain.std(ddof=1) / np.sqrt(len(gain)):.1f}"
+    assert gain.mean() > 0 and expected in compare([first, second]).splitlines()[-1]
+
+
+@pytest.mark.usefixtures("one_device")
+def test_other_examples_and_unfinished_runs_are_refused(tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "data.jsonl")
+    other = write_jsonl(tmp_path / "other.jsonl", seed=1)
+    for name, source in (("one", data), ("two", other)):
+        train(tiny_config(source, method="sft", **{"train.steps": 1}), tmp_path / name)
+    with pytest.raises(UserError, match=r"two: tested on other examples than .*one"):
+        compare([tmp_path / "one", tmp_path / "two"])
+    (tmp_path / "two" / "metrics.json").unlink()
+    with pytest.raises(UserError, match="two: not a finished run"):
+        compare([tmp_path / "one", tmp_path / "two"])
+
+
+def test_a_log_prob_of_0_is_one(tmp_path: Path) -> None:
+    """As where the model has no doubt of a token. Files beside each other say who is missing."""
+    logps = np.array([[0, -1, 0, 0], [-2, 0, -3, 0], [-1, -1, -1, 0]], np.float32)
+    exists = np.array([[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 0]], bool)
+    path = tmp_path / "logps-final.npy"
+    np.save(path, logps)
+    # Without them, as runs once left them: only zeros at the end of a row are unknown.
+    found = np.array([[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 0]], bool)
+    np.testing.assert_array_equal(read_logps(path)[1], found)
+    np.save(tmp_path / "logps-exist.npy", exists)
+    for kept, there in zip(read_logps(path), (logps, exists), strict=True):
+        np.testing.assert_array_equal(kept, there)
+    for other in (exists[:, :3], exists.astype(np.float32), exists & False):
+        np.save(tmp_path / "logps-exist.npy", other)
+        with pytest.raises(UserError, match=r"logps-exist.npy: an array .* expected bool\[3, 4\]"):
+            read_logps(path)
+    np.save(path, -logps)
+    with pytest.raises(UserError, match="numbers above 0"):
+        read_logps(path)

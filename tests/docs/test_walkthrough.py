@@ -1,0 +1,107 @@
+"""docs/walkthrough.md as a user follows it: from the wheel, in an empty folder.
+
+`python tests/docs/test_walkthrough.py` writes what the commands print into the page.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from mass_dpo_jax.data.vocabulary import train_tokenizer
+from tests.support import processes
+from tests.support.packages import ROOT, build, install
+
+PAGE = ROOT / "docs" / "walkthrough.md"
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m.role }}\n{{ m.content }}{{ eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}assistant\n{% endif %}"
+)
+
+
+def make_model(folder: Path) -> None:
+    """A random Llama as transformers saves it; its tokenizer has a chat template."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    train_tokenizer(["Can I have the lamp? One moment please, I will look for it."], 300, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def perform(page: str, folder: Path, xla_flags: str = "") -> str:
+    """The page with what its commands print now, having been run in the empty `folder`/here."""
+    here, site = folder / "here", folder / "site"
+    for path in (here, site, folder / "built"):
+        path.mkdir()
+    install(build(folder / "built")[1], site)
+    make_model(here / "model")
+    for name, program in re.findall(r"^`(\w+\.py)` .*?^```python\n(.*?)^```$", page, re.S | re.M):
+        (here / name).write_text(program)
+    env = {
+        **os.environ, "PYTHONPATH": str(site), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags,
+        "HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(folder / "cache"), "LC_ALL": "C",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }  # fmt: skip
+    where = "import mass_dpo_jax; print(mass_dpo_jax.__file__)"
+    assert run(f"python -c '{where}'", here, env) == f"{site}/mass_dpo_jax/__init__.py\n"
+
+    def block(found: re.Match[str]) -> str:
+        lines = []
+        for command in commands(found[1]):
+            printed = run(command, here, env).replace(str(folder / "cache"), "~/.cache")
+            lines.append(f"$ {command}\n{printed}")
+        return f"```console\n{''.join(lines)}```"
+
+    return re.sub(r"```console\n(.*?)```", block, page, flags=re.DOTALL)
+
+
+def commands(block: str) -> Iterator[str]:
+    """What stands behind a `$`, with the lines that a `\\` joins to it."""
+    for found in re.finditer(r"^\$ ((?:.*\\\n)*.*)$", block, re.MULTILINE):
+        yield found[1]
+
+
+def run(command: str, folder: Path, env: dict[str, str]) -> str:
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=folder, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def masked(page: str) -> str:
+    """Without the numbers, which differ from machine to machine, and names made of them."""
+    page = re.sub(r"(?<=ref_logps-)\w+|(?<=tfevents\.).*", "#", page)
+    return re.sub(r"-?\d+(\.\d+)?(e-\d+)?", "#", page)
+
+
+@pytest.mark.slow(reason="installs the wheel and runs a page")
+def test_the_commands_of_the_page_print_what_it_says(tmp_path: Path, torch: ModuleType) -> None:
+    page = PAGE.read_text()
+    now = perform(page, tmp_path, processes.xla_flags(1))
+    assert masked(now) == masked(page)
+    assert "the same ranking in 50 of 50 rows\nlog-probabilities equal to 1e-3\n" in now
+    (events,) = (tmp_path / "here/runs/first/tensorboard").iterdir()
+    assert events.name.startswith("events.out.tfevents.") and events.stat().st_size > 1000
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        PAGE.write_text(perform(PAGE.read_text(), Path(folder)))

@@ -1,0 +1,36 @@
+"""The project as users get it: its source archive and wheel, built without the network."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+# Setuptools writes beside the sources, and would pack what an earlier build left there.
+LEFT_BEHIND = shutil.ignore_patterns(".[!g]*", ".git", "*.egg-info", "__pycache__", "build", "dist",
+                                     "runs")  # fmt: skip
+
+
+def build(folder: Path) -> tuple[Path, Path]:
+    """A source archive of the checkout, and the wheel that pip makes of that archive alone."""
+    shutil.copytree(ROOT, folder / "source", ignore=LEFT_BEHIND)
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
+    _run([sys.executable, "-c", code], folder / "source")
+    (archive,) = folder.glob("*.tar.gz")
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    _run([*pip, f"--wheel-dir={folder}", str(archive)], folder)
+    (wheel,) = folder.glob("*.whl")
+    return archive, wheel
+
+
+def install(wheel: Path, folder: Path) -> None:
+    """Into a folder for PYTHONPATH; what it requires is in the environment."""
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
+    _run([*pip, f"--target={folder}", str(wheel)], folder)
+
+
+def _run(command: list[str], folder: Path) -> None:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
