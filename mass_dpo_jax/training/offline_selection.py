@@ -79,7 +79,7 @@ def with_model(config: ConfigDict, workdir: Path | None, split: str | None) -> I
         ),
     ):
         names = [f"{workdir or config.model.path}: example {tokens.ids[row]!r}" for row in rows]
-        selection.check(picks, beyond, method.selection, names)
+        batch_lib.check(picks, beyond, method.selection, names)
         chosen |= zip(rows.tolist(), _rows(picks, method.sampled), strict=True)
     if not distributed.first():  # It has no texts, and writes nothing.
         return
@@ -105,8 +105,8 @@ def _choose(
         # What is no number stays, so that it is found.
         pools = pools._replace(scores=jnp.where(jnp.isfinite(pools.scores), 0.0, pools.scores))
     how = program.method.selection
-    chosen = selection.select(pools, program.method.num_negatives, how)
-    return chosen, selection.excess(pools, how)
+    chosen = batch_lib.select(pools, program.method.num_negatives, how)
+    return chosen, batch_lib.excess(pools, how)
 
 
 def with_features(config: ConfigDict, path: Path, split: str | None) -> Iterator[Row]:
@@ -151,7 +151,7 @@ def with_features(config: ConfigDict, path: Path, split: str | None) -> Iterator
             method.selection,
         )
         names = [f"{path}: row {row}" for row in range(rows)[part]]
-        selection.check(found, beyond, method.selection, names)
+        batch_lib.check(found, beyond, method.selection, names)
         selected = _rows(found, method.sampled)
         for row, (example, choice) in enumerate(zip(examples[part], selected, strict=True), start):
             yield {"id": row, **choice} if example is None else _with_texts(example, choice)
