@@ -56,7 +56,7 @@ def main() -> None:
         if not name.endswith("_se"):
             error = found.get(f"{name}_se")
             print(f"{name:24} {value:9.4f}" + ("" if error is None else f" ± {error:.4f}"))
-    if output is not None and distributed.first():
+    if output is not None and distributed.is_primary():
         write_whole(output, [json.dumps(found, indent=2) + "\n"])
 
 

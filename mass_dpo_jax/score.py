@@ -46,7 +46,7 @@ def score(config: ConfigDict, workdir: Path | None, split: str | None) -> Iterat
     logps = setup.score(params, split, "scoring")
     scoring.check_finite(logps, tokens, str(workdir or config.model.path))
     scoring.check_finite(refs, tokens, "the reference")
-    if not distributed.first():  # It has no texts, and writes nothing.
+    if not distributed.is_primary():  # It has no texts, and writes nothing.
         return
     sizes = {example.id: 1 + len(example.rejected) for example in setup.examples[split]}
     for row, example_id in enumerate(tokens.ids):

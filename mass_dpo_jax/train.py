@@ -56,7 +56,7 @@ def main() -> None:
 
     commands.say_unread("this training", methods.unread(config))
     if config.dry_run:
-        if distributed.several():
+        if distributed.is_multiprocess():
             raise UserError("config.dry_run: expected one process; it only needs the mesh's sizes")
         print(dry_run(config, workdir, loop.SPLITS))
         return

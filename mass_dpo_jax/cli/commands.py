@@ -149,7 +149,7 @@ def output_file(path: Path | None, kind: str, *inputs: str | Path) -> Path:
         raise UserError(f"--output={path}: no ordinary file; expected the {kind} file to write")
     from mass_dpo_jax.utils import distributed
 
-    if not distributed.first():
+    if not distributed.is_primary():
         return path
     if not path.parent.is_dir():
         raise UserError(f"--output={path}: its folder does not exist")
@@ -170,7 +170,7 @@ def write_lines(path: Path, rows: Iterable[Any]) -> int:
     one does, and the others take their part in computing the rows."""
     from mass_dpo_jax.utils import distributed
 
-    if not distributed.first():
+    if not distributed.is_primary():
         return sum(1 for _ in rows)
     count = 0
 
@@ -239,10 +239,10 @@ def _join() -> bool:
 
     distributed.start(group)
     try:
-        distributed.check_same(_settings())
+        distributed.check_same_settings(_settings())
     except UserError as error:
         distributed.fail(str(error), 2)
-    if not distributed.first():  # One of them speaks.
+    if not distributed.is_primary():  # One of them speaks.
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
         logging.getLogger("mass_dpo_jax").setLevel(logging.WARNING)
     return True
@@ -281,15 +281,15 @@ def _together(main: Callable[[], None], interrupted: str) -> None:
         _within_limits(main)
         distributed.finish()
     except BaseException as error:
-        if not distributed.several():
+        if not distributed.is_multiprocess():
             raise
         if isinstance(error, UserError):
             distributed.fail(str(error), 2)
         if isinstance(error, KeyboardInterrupt) or signals.ctrl_c.noticed:
             distributed.fail(interrupted, signals.STATUS)
-        if not distributed.lost(error):
+        if not distributed.is_lost_peer(error):
             traceback.print_exc()
-        distributed.fail(distributed.describe(error), 1)
+        distributed.fail(distributed.describe_error(error), 1)
 
 
 def _within_limits(main: Callable[[], None]) -> None:

@@ -182,7 +182,9 @@ def choose(setting: str, config: DecoderConfig, dtype: DTypeLike, mesh: Mesh) ->
     if setting == "plain":
         return plain
     # One process without the kernel is enough: their programs must be the same.
-    found = next(filter(None, distributed.from_all(obstacle(config, jnp.dtype(dtype), mesh))), None)
+    found = next(
+        filter(None, distributed.gather_values(obstacle(config, jnp.dtype(dtype), mesh))), None
+    )
     if found is None:
         return Fused.on(mesh)
     if setting == "fused":
@@ -201,7 +203,7 @@ def obstacle(config: DecoderConfig, dtype: jnp.dtype, mesh: Mesh) -> str | None:
         return f"the kernel needs config.model.dtype=bfloat16, not {dtype.name}"
     if config.num_kv_heads % tensor:
         return f"config.mesh.tensor={tensor} does not divide {config.num_kv_heads} key-value heads"
-    if distributed.several():
+    if distributed.is_multiprocess():
         # Each tries its own devices: where one fails, the others would wait for it for ever.
         own = np.array(mesh.local_devices).reshape(-1, 1, 1)
         mesh = Mesh(own, mesh.axis_names, axis_types=mesh.axis_types)

@@ -42,7 +42,7 @@ def check(config: ConfigDict) -> None:
     place = f"config.log.wandb_project={config.log.wandb_project!r}"
     if not _installed("wandb"):
         raise UserError(f"{place}: Weights & Biases is not installed: pip install wandb")
-    if distributed.first() and not _has_key():
+    if distributed.is_primary() and not _has_key():
         raise UserError(
             f"{place}: no key for Weights & Biases is found; run `wandb login` (or set "
             "WANDB_API_KEY), or set WANDB_MODE=offline to keep the figures in the run folder"
@@ -105,7 +105,7 @@ class Logs:
 
     def __init__(self, config: ConfigDict, workdir: Path, step: int):
         self._logs: list[Log] = []
-        if not distributed.first():
+        if not distributed.is_primary():
             return
         self._logs.append(MetricsLog(workdir, step))
         if config.log.tensorboard:

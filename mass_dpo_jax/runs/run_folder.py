@@ -163,7 +163,7 @@ class Lock:
 
     def take(self) -> None:
         """Makes the folder, and raises UserError if another training has it. Once is enough."""
-        if self._file is not None or not distributed.first():
+        if self._file is not None or not distributed.is_primary():
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -198,14 +198,14 @@ def claim(workdir: Path, config: ConfigDict) -> None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Written whole or not at all, by the first process."""
-    if distributed.first():
+    if distributed.is_primary():
         with _room_for(path):
             write_whole(path, [json.dumps(content, indent=2) + "\n"])
 
 
 def write_table(path: Path, table: np.ndarray) -> None:
     """A `.npy` file, written by the first process."""
-    if distributed.first():
+    if distributed.is_primary():
         np.save(path, table)
 
 

@@ -165,7 +165,7 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """The step of the newest complete checkpoint, the same on every process."""
-        found: int | None = distributed.first_decides(lambda: latest_step(self._workdir))
+        found: int | None = distributed.run_on_primary(lambda: latest_step(self._workdir))
         return found
 
     def save(
@@ -178,7 +178,7 @@ class Checkpoints:
         """
         self._settle()
         step = int(state.step)
-        if distributed.first_decides(lambda: step in steps(self._workdir)):
+        if distributed.run_on_primary(lambda: step in steps(self._workdir)):
             return
         items = {
             "params": ocp.args.StandardSave(state.params, _by_layer(state.params)),
@@ -219,11 +219,11 @@ class Checkpoints:
             return Restored(state, found["negatives"], found["run"])
 
         restored, damaged = _newest(self._workdir, read)
-        if distributed.first():
+        if distributed.is_primary():
             for step in damaged:
                 shutil.rmtree(self._folder / f"{step}{DAMAGED}", ignore_errors=True)
                 (self._folder / str(step)).rename(self._folder / f"{step}{DAMAGED}")
-        distributed.from_all("renamed")
+        distributed.gather_values("renamed")
         return restored
 
     def close(self) -> None:
@@ -260,7 +260,7 @@ class Checkpoints:
 
     def _remove_unfinished(self) -> None:
         """What was being written when the disk was full or the process ended."""
-        if distributed.first() and self._folder.is_dir():
+        if distributed.is_primary() and self._folder.is_dir():
             for left in self._folder.glob(TEMPORARY):
                 shutil.rmtree(left, ignore_errors=True)
 
@@ -320,7 +320,7 @@ def load_params(workdir: Path, like: Any, step: int | None = None) -> Any:
       like: shapes, types and shardings.
       step: of the checkpoint; None: the newest that can be read.
     """
-    if distributed.first_decides(lambda: latest_step(workdir)) is None:
+    if distributed.run_on_primary(lambda: latest_step(workdir)) is None:
         raise UserError(f"{workdir}: {NONE_YET}")
 
     def read(step: int) -> Any:
@@ -335,7 +335,7 @@ def _newest(
 ) -> tuple[Any, list[int]]:
     """What `read` gives of the newest checkpoint that can be read, and the newer ones' steps."""
     damaged: list[int] = []
-    there = [only] if only is not None else distributed.first_decides(lambda: steps(workdir))
+    there = [only] if only is not None else distributed.run_on_primary(lambda: steps(workdir))
     for step in reversed(there):
         try:
             return read(step), damaged
@@ -490,6 +490,6 @@ def _digest(negatives: np.ndarray | None) -> str:
 
 def _agree(folder: Path, problem: str) -> None:
     """Raises _Damaged on every process if one of them has a problem with a checkpoint."""
-    problems = list(filter(None, distributed.from_all(problem)))
+    problems = list(filter(None, distributed.gather_values(problem)))
     if problems:
         raise _Damaged(problem or f"{problems[0]} (said by another process)")

@@ -31,25 +31,25 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
 
 def _train(config: ConfigDict, workdir: Path, lock: run_folder.Lock) -> dict[str, Any]:
-    distributed.first_decides(lambda: run_folder.check(workdir, config))
-    distributed.check_shared(workdir, "--workdir")
+    distributed.run_on_primary(lambda: run_folder.check(workdir, config))
+    distributed.check_shared_folder(workdir, "--workdir")
     loggers.check(config)
     if workdir.exists():  # Else it is made when everything has been found in order.
         lock.take()
-    done = distributed.first_decides(lambda: run_folder.finished(workdir))
+    done = distributed.run_on_primary(lambda: run_folder.finished(workdir))
     if done is not None:
         _log.info(f"{workdir}: finished at step {done['step']}; nothing to do")
         return done
-    distributed.first_decides(lambda: run_folder.check_writable(workdir))
+    distributed.run_on_primary(lambda: run_folder.check_writable(workdir))
     check_best(config, SPLITS)
-    begun = distributed.first_decides(lambda: checkpoint.latest_step(workdir)) is not None
+    begun = distributed.run_on_primary(lambda: checkpoint.latest_step(workdir)) is not None
     setup = prepare(origin.with_own_files(config, workdir) if begun else config, workdir, SPLITS)
     check_best(config, setup.tokens)
     digests = setup.digests()
-    distributed.first_decides(lambda: run_folder.check_data(workdir, digests))
+    distributed.run_on_primary(lambda: run_folder.check_data(workdir, digests))
     params, reference_params, weights = _read_weights(setup, begun)
     if begun:
-        distributed.first_decides(lambda: origin.check_weights(workdir, weights))
+        distributed.run_on_primary(lambda: origin.check_weights(workdir, weights))
     lock.take()
     config = _claim(setup, config, workdir, None if begun else weights)
     # The reference is a table: its weights are not needed after this.
@@ -69,7 +69,7 @@ def _train(config: ConfigDict, workdir: Path, lock: run_folder.Lock) -> dict[str
     like = abstract_state(setup, optimizer)
     best = f"eval/{config.train.keep_best}"
     values = dict(
-        distributed.first_decides(lambda: list(run_folder.by_step(workdir, best).items()))
+        distributed.run_on_primary(lambda: list(run_folder.by_step(workdir, best).items()))
     )
     saved = checkpoint.Checkpoints(workdir, config.train.keep_checkpoints, values)
     negatives = None
@@ -81,7 +81,7 @@ def _train(config: ConfigDict, workdir: Path, lock: run_folder.Lock) -> dict[str
         _log.info(f"{workdir}: going on from step {int(state.step)} of {total}")
 
     start = int(state.step)
-    evaluated = distributed.first_decides(lambda: sorted(run_folder.evaluated(workdir)))
+    evaluated = distributed.run_on_primary(lambda: sorted(run_folder.evaluated(workdir)))
     log = loggers.Logs(config, workdir, start)
     report = Report(setup, reference.logps, workdir, log)
     rate = learning_rate(config.train, total)
@@ -145,14 +145,14 @@ def _claim(
       weights: digests of what it begins from; None: it goes on.
     """
     # Again: another training may have come and gone.
-    distributed.first_decides(lambda: run_folder.check(workdir, config))
+    distributed.run_on_primary(lambda: run_folder.check(workdir, config))
     if weights is None:
         run_folder.say_changed(workdir, config)
         config = origin.typed(config, workdir)
     run_folder.claim(workdir, config)
     if weights is not None:
         save_description(setup.policy, config, workdir)
-    if distributed.first():
+    if distributed.is_primary():
         origin.write(workdir, setup.config, weights)
     return config
 

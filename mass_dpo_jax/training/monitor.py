@@ -127,7 +127,7 @@ class StepLog:
         self._waiting, self._clock = None, now
         self._skipped = self._skipped + 1 if figures["skipped"] else 0
         if self._skipped:
-            self._complaint = _which(step, ids, distributed.whole(bad).reshape(-1))
+            self._complaint = _which(step, ids, distributed.gather(bad).reshape(-1))
             self.say(f"{self._complaint}; the update is skipped")
         still = 0 in (figures.get("grad_norm"), figures.get("update_ratio"))
         self._idle = self._idle + 1 if still and not self._skipped else 0
@@ -207,12 +207,12 @@ class Report:
 
     def at_end(self, params: Any, step: int) -> dict[str, Any]:
         """The final metrics, into report.html and metrics.json."""
-        started = distributed.first_decides(lambda: run_folder.read_metrics(self._workdir)) or {}
+        started = distributed.run_on_primary(lambda: run_folder.read_metrics(self._workdir)) or {}
         final = gain = tested = None
         if self._final:
             final, logps = self._evaluate(params, self._final)
-            before = distributed.array_from_first(
-                read_array(self._workdir / START_LOGPS) if distributed.first() else None
+            before = distributed.broadcast_array(
+                read_array(self._workdir / START_LOGPS) if distributed.is_primary() else None
             )
             assert before is not None
             gain = evaluation.gains(logps, before, self._valid(self._final))
@@ -222,7 +222,7 @@ class Report:
         done = self._content(
             finished=True, step=step, start=started.get("start"), final=final, gain=gain
         )
-        if self._setup.config.log.report and distributed.first():
+        if self._setup.config.log.report and distributed.is_primary():
             # Only here: matplotlib is slow to import, and looks for the system's fonts.
             from mass_dpo_jax.reports import run_page
 
@@ -237,7 +237,7 @@ class Report:
         """What the report shows of a split, on the first process. All of them must ask for it."""
         tokens = self._setup.tokens[split]
         selected = self._selected(split, params)
-        if not distributed.first():
+        if not distributed.is_primary():
             return None
         by_id = {example.id: example for example in self._setup.examples[split]}
         from mass_dpo_jax.reports import run_page
@@ -298,7 +298,7 @@ class Report:
             rows = [example for example in setup.examples[split] if example.id in ids]
             return {"examples": len(rows), "digest": digest(rows)}
 
-        return dict(distributed.first_decides(found))
+        return dict(distributed.run_on_primary(found))
 
     def _evaluate(self, params: Any, split: str) -> tuple[dict[str, float], np.ndarray]:
         logps = self._setup.score(params, split, "evaluation")

@@ -115,7 +115,7 @@ class Sets:
         return self._last if self._scored else None
 
     def _take(self, given: KeptSets) -> None:
-        numbers = np.asarray(distributed.whole(given.numbers), np.int32)
+        numbers = np.asarray(distributed.gather(given.numbers), np.int32)
         if numbers.shape != self._last.shape:
             raise UserError(
                 f"the state's sets of negatives are {list(numbers.shape)}, expected "
@@ -125,7 +125,7 @@ class Sets:
         self._last, self._window = numbers, int(given.window)
 
     def _remember(self, rows: np.ndarray, numbers: Any) -> float | None:
-        new = distributed.whole(numbers).reshape(len(rows), -1)
+        new = distributed.gather(numbers).reshape(len(rows), -1)
         seen = (self._last[rows] != NO_SET).all(1)
         differ = (np.sort(self._last[rows]) != np.sort(new)).any(1)
         self._last[rows] = new

@@ -81,7 +81,7 @@ def with_model(config: ConfigDict, workdir: Path | None, split: str | None) -> I
         names = [f"{workdir or config.model.path}: example {tokens.ids[row]!r}" for row in rows]
         batch_lib.check(picks, beyond, method.selection, names)
         chosen |= zip(rows.tolist(), _rows(picks, method.sampled), strict=True)
-    if not distributed.first():  # It has no texts, and writes nothing.
+    if not distributed.is_primary():  # It has no texts, and writes nothing.
         return
     by_id = {example.id: example for example in setup.examples[split]}
     for row, example_id in enumerate(tokens.ids):
@@ -186,7 +186,7 @@ def _rows(chosen: Selection, weighted: bool) -> list[Row]:
         return [float(str(value)) for value in values]  # The shortest decimal that is this float32.
 
     found = []
-    for indices, valid, gains, weights in zip(*map(distributed.whole, chosen), strict=True):
+    for indices, valid, gains, weights in zip(*map(distributed.gather, chosen), strict=True):
         row = {"selected": indices[valid].tolist(), "gains": floats(gains[valid])}
         found.append(row | ({"weights": floats(weights[valid])} if weighted else {}))
     return found

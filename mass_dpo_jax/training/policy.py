@@ -204,7 +204,7 @@ class Policy:
         if self.lora is None:
             return Weights(params, scoring.fingerprint(params))
         digest = scoring.digest_of(
-            (n, s, distributed.whole(x)) for n, (s, x) in sorted(sums.items())
+            (n, s, distributed.gather(x)) for n, (s, x) in sorted(sums.items())
         )
         return Weights(params, digest)
 
@@ -314,7 +314,7 @@ def open_policy(
         folder = workdir / origin.MODEL
         # What there is may be of a run with other settings that saved nothing, which this one takes
         # over. The first process opens its policy before the others.
-        if distributed.first():
+        if distributed.is_primary():
             train_tokenizer(_texts(examples), config.model.scratch.vocab_size, folder)
         tokenizer = load_tokenizer(folder)
         architecture = _scratch(config, tokenizer)
@@ -373,7 +373,7 @@ def described_tokenizer(policy: Policy, config: ConfigDict) -> PreTrainedTokeniz
 def save_description(policy: Policy, config: ConfigDict, workdir: Path) -> None:
     """Writes what a run needs of its start: config.json, the tokenizer with the chat template of
     training, what the model's folder says of generation, and the adapters it begins from."""
-    if not distributed.first():
+    if not distributed.is_primary():
         return
     folder = workdir / origin.MODEL
     folder.mkdir(parents=True, exist_ok=True)

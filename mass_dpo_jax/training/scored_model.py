@@ -63,7 +63,7 @@ def _prepare_run(
 
     `config.model.path` may say where the model that it began from lies now.
     """
-    if distributed.first_decides(lambda: checkpoint.latest_step(workdir)) is None:
+    if distributed.run_on_primary(lambda: checkpoint.latest_step(workdir)) is None:
         raise UserError(f"{workdir}: {checkpoint.NONE_YET}")
     own = origin.find_files(config_lib.load(workdir), workdir)
     lora = uses_lora(own.model.lora)

@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 def progress_bar(iterable: Iterable[Any] | None = None, **kwargs: Any) -> tqdm:
     """A bar on standard error; silent when that is no terminal, and on all processes but one."""
-    hidden = not sys.stderr.isatty() or not distributed.first()
+    hidden = not sys.stderr.isatty() or not distributed.is_primary()
     return tqdm(iterable, file=sys.stderr, disable=hidden, **kwargs)
 
 
@@ -78,7 +78,7 @@ def computed(
 
 def _real(indices: np.ndarray, found: Any) -> tuple[np.ndarray, Any]:
     real = indices >= 0
-    return indices[real], jax.tree.map(lambda x: distributed.whole(x)[real], found)
+    return indices[real], jax.tree.map(lambda x: distributed.gather(x)[real], found)
 
 
 def over_split(
@@ -124,7 +124,7 @@ def fingerprint(params: Any) -> str:
     sums = jax.tree.leaves(_sums(params))
     leaves = zip(jax.tree.leaves_with_path(params), sums, strict=True)
     return digest_of(
-        (jax.tree_util.keystr(path), leaf.shape, distributed.whole(found))
+        (jax.tree_util.keystr(path), leaf.shape, distributed.gather(found))
         for (path, leaf), found in leaves
     )
 
@@ -188,10 +188,10 @@ def cached(folder: Path, name: str, key: str, compute: Callable[[], np.ndarray])
     """
     digest = hashlib.sha256(f"{key} {mass_dpo_jax.__version__}".encode()).hexdigest()[:32]
     path = folder / f"{name}-{digest}.npy"
-    found = distributed.array_from_first(_read(path) if distributed.first() else None)
+    found = distributed.broadcast_array(_read(path) if distributed.is_primary() else None)
     if found is None:
         found = compute()
-        if distributed.first():
+        if distributed.is_primary():
             _write(path, found)
     return found
 

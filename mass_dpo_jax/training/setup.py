@@ -155,7 +155,7 @@ def prepare(
     mesh = open_mesh(config)
     examples: dict[str, Sequence[Example]] = {}
     tokens: dict[str, Tokens] = {}
-    if distributed.first():
+    if distributed.is_primary():
         # Reading data can take minutes, looking at a folder none.
         begun = workdir is not None and checkpoint.latest_step(workdir) is not None
         for name in models_read(config, begun):
@@ -163,13 +163,13 @@ def prepare(
         examples = _load(config, splits)
         policy = open_policy(config, mesh, workdir, examples.get("train", ()))
         tokens = _tokenize(config, policy, examples)
-    there = distributed.first_decides(lambda: list(tokens))
+    there = distributed.run_on_primary(lambda: list(tokens))
     if (
-        not distributed.first()
+        not distributed.is_primary()
     ):  # What is trained on comes from the first one, so that it is the same.
         policy = open_policy(config, mesh, workdir, ())
-    distributed.check_same({"config.model.path": f"{policy.config} {policy.lora}"})
-    tokens = {split: distributed.fields_from_first(Tokens, tokens.get(split)) for split in there}
+    distributed.check_same_settings({"config.model.path": f"{policy.config} {policy.lora}"})
+    tokens = {split: distributed.broadcast_dataclass(Tokens, tokens.get(split)) for split in there}
     return _of_tokens(config, policy, examples, tokens, training)
 
 
@@ -221,7 +221,7 @@ def open_mesh(config: ConfigDict) -> Mesh:
     if config.model.dtype == "float32":
         # GPUs and TPUs otherwise multiply float32 matrices in fewer bits.
         jax.config.update("jax_default_matmul_precision", "highest")
-    if jax.process_count() > 1 and not distributed.several():
+    if jax.process_count() > 1 and not distributed.is_multiprocess():
         raise UserError(
             f"this is one of {jax.process_count()} processes: start each with --distributed"
         )

@@ -1,14 +1,14 @@
 """Several processes, on one host or many, that run one command together.
 
-Every process runs the same program and computes on its own devices. The first one (process 0)
-writes files and speaks; it also is the coordinator, whom all others know by its address. Where a
-process stops with an error, all of them end; where it is dead, JAX ends the others.
+Every process runs the same program and computes on its own devices. The primary process (process
+0) writes files and prints; it also is the coordinator, whose address all others are given. When a
+process stops with an error, all of them end; when one dies, JAX ends the others.
 
-What a process sees alone (files, caches, a clock, a kernel that fails) decides nothing that the
-others have to do too: `first_decides` gives all of them process 0's answer, `from_all` everybody's.
-Both wait by way of the coordinator, for as long as it takes. A computation of all processes may not
-wait so long: some networks give up on the first one after 30 seconds. So nobody goes from long work
-of its own straight into one.
+What one process sees alone (files, caches, a clock, a kernel that fails) must not decide what the
+others have to do too: `run_on_primary` gives all of them the primary process's answer, and
+`gather_values` everybody's. Both wait through the coordinator for as long as it takes. A collective
+computation must not wait that long, since some networks give up after 30 seconds: processes meet
+through the coordinator before they start one after long work of their own.
 """
 
 from __future__ import annotations
@@ -82,112 +82,112 @@ def start(group: Group) -> None:
             2,
         )
     jax.devices()  # Of accelerators, this takes a while.
-    from_all("started")
+    gather_values("started")
     # While everybody is here: networks limit how long the first computation of all may wait.
     multihost_utils.sync_global_devices("start")
-    if first():
+    if is_primary():
         _log.info(f"{jax.process_count()} processes, {jax.device_count()} devices")
 
 
-def first() -> bool:
+def is_primary() -> bool:
     """Is this the process that writes and speaks?"""
     return not jax.distributed.is_initialized() or distributed.global_state.process_id == 0
 
 
-def several() -> bool:
+def is_multiprocess() -> bool:
     """Are there other processes?"""
     return jax.distributed.is_initialized() and distributed.global_state.num_processes > 1
 
 
-def whole(x: Any) -> np.ndarray:
+def gather(x: Any) -> np.ndarray:
     """All of an array, on every process. All of them must ask for it, in the same order."""
     if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
         return multihost_utils.process_allgather(x, tiled=True)
     return np.asarray(x)
 
 
-def first_decides(decide: Callable[[], Any]) -> Any:
+def run_on_primary(decide: Callable[[], Any]) -> Any:
     """What the first process finds, on every process: anything that JSON can say.
 
     The others do not look themselves. They wait for as long as the first one takes, and end if it
     fails.
     """
-    if not several():
+    if not is_multiprocess():
         return decide()
     key = f"{AGREED}/{next(_agreements)}"
-    if not first():
+    if not is_primary():
         return _get(key)
     found = decide()
     _set(key, found)
     return found
 
 
-def from_all(value: Any) -> list[Any]:
+def gather_values(value: Any) -> list[Any]:
     """Each process's value, in the order of processes, on all of them; values as JSON can say.
 
     Nobody leaves before everybody has come, however long that takes.
     """
-    if not several():
+    if not is_multiprocess():
         return [value]
     state = distributed.global_state
     key = f"{AGREED}/{next(_agreements)}"
     _set(f"{key}/{state.process_id}", value)
-    found: list[Any] = first_decides(
+    found: list[Any] = run_on_primary(
         lambda: [_get(f"{key}/{process}") for process in range(state.num_processes)]
     )
     return found
 
 
-def array_from_first(array: np.ndarray | None) -> np.ndarray | None:
+def broadcast_array(array: np.ndarray | None) -> np.ndarray | None:
     """The first process's array, or its None, on every process; what the others give is not read.
 
     In pieces, since each process holds one on its devices for every other.
     """
-    if not several():
+    if not is_multiprocess():
         return array
-    about = first_decides(lambda: None if array is None else [array.dtype.str, array.shape])
+    about = run_on_primary(lambda: None if array is None else [array.dtype.str, array.shape])
     if about is None:
         return None
-    found = np.asarray(array, order="C") if first() else np.empty(about[1], about[0])
+    found = np.asarray(array, order="C") if is_primary() else np.empty(about[1], about[0])
     content = found.reshape(-1).view(np.uint8)
     for start in range(0, content.size, PIECE):
         part = content[start : start + PIECE]
         size = 1 << (part.size - 1).bit_length()  # Few sizes: each is a program to compile.
         room = np.zeros(size, np.uint8)
-        if first():
+        if is_primary():
             room[: part.size] = part
         room = multihost_utils.broadcast_one_to_all(room)
-        if not first():
+        if not is_primary():
             part[:] = room[: part.size]
     return found
 
 
-def fields_from_first(kind: type[Any], value: Any) -> Any:
+def broadcast_dataclass(kind: type[Any], value: Any) -> Any:
     """The first process's dataclass of arrays and of what JSON can say, on every process."""
-    if not several():
+    if not is_multiprocess():
         return value
     found = {}
     for name in [field.name for field in dataclasses.fields(kind)]:
         part = getattr(value, name, None)
         text = None if isinstance(part, np.ndarray) else json.dumps(part).encode()
         # As arrays both: a list of a million names is too long for the coordinator.
-        array = array_from_first(part if text is None else None)
+        array = broadcast_array(part if text is None else None)
         if array is None:
-            array = array_from_first(np.frombuffer(text or b"", np.uint8))
+            array = broadcast_array(np.frombuffer(text or b"", np.uint8))
             assert array is not None
             found[name] = json.loads(array.tobytes())
         else:
             found[name] = array
-    return value if first() else kind(**found)
+    return value if is_primary() else kind(**found)
 
 
-def check_same(settings: Mapping[str, Any]) -> None:
+def check_same_settings(settings: Mapping[str, Any]) -> None:
     """Raises UserError on a process that was started with other settings than the first one.
 
     Args:
       settings: by flag, what JSON can say.
     """
-    theirs = first_decides(lambda: dict(settings))
+    theirs = run_on_primary(lambda: dict(settings))
     for name in sorted({*theirs, *settings}):
         ours, expected = settings.get(name), theirs.get(name)
         if json.dumps(ours) != json.dumps(expected):
@@ -197,14 +197,14 @@ def check_same(settings: Mapping[str, Any]) -> None:
             )
 
 
-def check_shared(folder: Path, flag: str) -> None:
+def check_shared_folder(folder: Path, flag: str) -> None:
     """Makes a folder, and raises UserError on a process that does not see it as the first one does.
 
     Args:
       folder: what all processes read and write.
       flag: what named it.
     """
-    if not several():
+    if not is_multiprocess():
         return
 
     def leave_mark() -> str:
@@ -213,7 +213,7 @@ def check_shared(folder: Path, flag: str) -> None:
         (folder / name).touch()
         return name
 
-    mark = folder / first_decides(leave_mark)
+    mark = folder / run_on_primary(leave_mark)
     deadline = time.monotonic() + STALE
     while not mark.exists():
         if time.monotonic() > deadline:
@@ -222,15 +222,15 @@ def check_shared(folder: Path, flag: str) -> None:
                 "not see what process 0 writes there; expected a folder that all hosts share"
             )
         time.sleep(POLL)
-    from_all("seen")
-    if first():
+    gather_values("seen")
+    if is_primary():
         mark.unlink()
 
 
 def finish() -> None:
     """Waits until every process is through: who ends early looks dead to the others."""
-    if several():
-        from_all("finished")
+    if is_multiprocess():
+        gather_values("finished")
         _through.set()
         if _watcher.is_alive():
             _watcher.join()
@@ -248,17 +248,17 @@ def fail(message: str, status: int) -> NoReturn:
     _end(message, status)
 
 
-def describe(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """An unexpected error of this process, in a line, for those who look at the first one's log."""
     state = distributed.global_state
     where = f"process {state.process_id} of {state.num_processes} on {socket.gethostname()}"
     lines = str(error).strip().splitlines() or [""]
-    if lost(error):
+    if is_lost_peer(error):
         return f"{where} lost another process, which has probably ended: see its log ({lines[0]})"
     return f"{where} failed: see its log ({type(error).__name__}: {lines[0]})"
 
 
-def lost(error: BaseException) -> bool:
+def is_lost_peer(error: BaseException) -> bool:
     """Is this what a computation raises whose other processes are gone?"""
     names = ("Gloo", "NCCL", "coordination service")
     return isinstance(error, RuntimeError | ValueError) and any(n in str(error) for n in names)
@@ -291,7 +291,7 @@ def _watch() -> None:
             message, status = json.loads(client.key_value_try_get(FAILED))
         except RuntimeError:  # No such key; or the coordinator is gone, and JAX ends us.
             continue
-        if first():
+        if is_primary():
             print(f"error: {message}", file=sys.stderr, flush=True)
             time.sleep(LINGER)
         _end(None, status)

@@ -1258,19 +1258,19 @@ MUTATIONS = (
     ),
     Mutation(
         "hosts: a process saves by its own view of the checkpoints",
-        "if distributed.first_decides(lambda: step in steps(self._workdir)):",
+        "if distributed.run_on_primary(lambda: step in steps(self._workdir)):",
         "if step in steps(self._workdir):",
         "utils/test_distributed.py::test_processes_that_see_different_things_stay_together",
     ),
     Mutation(
         "hosts: a process reads what it finds itself",
-        "there = [only] if only is not None else distributed.first_decides(lambda: steps(workdir))",
-        "there = [only] if only is not None else steps(workdir)",
+        "[only] if only is not None else distributed.run_on_primary(lambda: steps(workdir))",
+        "[only] if only is not None else steps(workdir)",
         "utils/test_distributed.py::test_processes_that_see_different_things_stay_together",
     ),
     Mutation(
         "hosts: all processes read the data",
-        "    if distributed.first():\n        # Reading data can take minutes",
+        "    if distributed.is_primary():\n        # Reading data can take minutes",
         "    if True:\n        # Reading data can take minutes",
         "utils/test_distributed.py::test_processes_that_see_different_things_stay_together",
     ),
@@ -1372,7 +1372,7 @@ MUTATIONS = (
     ),
     Mutation(
         "reports: a key that W&B cannot find is missed after the data are read",
-        "if distributed.first() and not _has_key():",
+        "if distributed.is_primary() and not _has_key():",
         "if False:",
         "runs/test_loggers.py::test_without_a_key_a_run_is_refused_before_its_data_are_read",
     ),

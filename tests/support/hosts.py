@@ -126,7 +126,7 @@ def replay(
             own = np.zeros((rows, 3), np.int32)
             micro = jax.tree.map(lambda x: x[0], batch.arrays)
             choice, _ = setup.program.choose_batch(state.params, micro, setup.key(step))
-            own[distributed.whole(micro.index)] = distributed.whole(choice.numbers)
+            own[distributed.gather(micro.index)] = distributed.gather(choice.numbers)
             if sets is not None:
                 flips += int((own != sets[step])[batch.rows].any(1).sum())
         chosen.append(own if sets is None else sets[step])
@@ -165,7 +165,7 @@ def read_share(folder: Path) -> float:
     _Files.read = read  # type: ignore[method-assign]
     for part, whole in zip(split, jax.tree.leaves(load_hf(folder, config)), strict=True):
         assert part.sharding.device_set == set(jax.devices())
-        np.testing.assert_array_equal(distributed.whole(part), whole)
+        np.testing.assert_array_equal(distributed.gather(part), whole)
     return count / sum(leaf.size for leaf in split)
 
 
@@ -183,7 +183,7 @@ def waits(folder: Path) -> dict[str, Any]:
         return value
 
     def load(*args: Any) -> Any:
-        assert distributed.first(), "the data are read once"
+        assert distributed.is_primary(), "the data are read once"
         time.sleep(DELAY)
         return real[1](*args)
 
@@ -245,9 +245,9 @@ def waits(folder: Path) -> dict[str, Any]:
     found["damaged for one"] = int(restored.state.step)
 
     for name, array in ARRAYS.items():
-        got = distributed.array_from_first(array if distributed.first() else None)
+        got = distributed.broadcast_array(array if distributed.is_primary() else None)
         found[name] = [got.dtype.str, got.shape, int(got.sum())]
-    found["none"] = distributed.array_from_first(None)
+    found["none"] = distributed.broadcast_array(None)
     return found
 
 
@@ -275,8 +275,8 @@ def main() -> None:
     if "weights" in job:
         found["share"] = read_share(Path(job["weights"]))
     if "waits" in job:
-        found["waits"] = distributed.from_all(waits(folder))
-    if distributed.first():
+        found["waits"] = distributed.gather_values(waits(folder))
+    if distributed.is_primary():
         (folder / "found.json").write_text(json.dumps(found))
     distributed.finish()
 
