@@ -32,6 +32,7 @@ from mass_dpo_jax.models.decoder import REMAT
 from mass_dpo_jax.models.fused_attention import Fused
 from mass_dpo_jax.models.logprobs import max_logits_of
 from mass_dpo_jax.training import mesh as mesh_lib
+from mass_dpo_jax.utils import mesh_axes
 
 # An H100 SXM with 80 GB, in the words of XLA's GpuTargetConfig.
 H100 = """
@@ -116,7 +117,7 @@ if __name__ == "__main__":
     _BATCH = flags.DEFINE_integer("batch", 32, "Prompts, of all cards.", lower_bound=1)
     _DATA, _FSDP, _TENSOR = (
         flags.DEFINE_integer(name, 1, f"Cards along {name}.", lower_bound=1)
-        for name in mesh_lib.AXES
+        for name in mesh_axes.AXES
     )
     _REMAT = flags.DEFINE_enum("remat", "dots", REMAT, "model.remat.")
     _REUSE = flags.DEFINE_bool("reuse", True, "train.reuse_scoring.")

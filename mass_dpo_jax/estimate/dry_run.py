@@ -32,6 +32,7 @@ from mass_dpo_jax.training.checkpoint import latest_step
 from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.policy import uses_lora
 from mass_dpo_jax.training.setup import Setup, prepare
+from mass_dpo_jax.utils import mesh_axes
 
 
 class Flops(NamedTuple):
@@ -94,8 +95,8 @@ def abstract_mesh(config: ConfigDict, devices: int) -> Mesh:
     Raises:
       UserError: more than one -1, or one where the others do not divide the devices.
     """
-    sizes = [int(config[axis]) for axis in mesh_lib.AXES]
-    shown = " ".join(f"mesh.{axis}={n}" for axis, n in zip(mesh_lib.AXES, sizes, strict=True))
+    sizes = [int(config[axis]) for axis in mesh_axes.AXES]
+    shown = " ".join(f"mesh.{axis}={n}" for axis, n in zip(mesh_axes.AXES, sizes, strict=True))
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise UserError(f"{shown}: expected sizes above 0 and at most one -1 (all that are left)")
     given = math.prod(size for size in sizes if size != -1)
@@ -105,14 +106,14 @@ def abstract_mesh(config: ConfigDict, devices: int) -> Mesh:
             f"multiple of {given}; expected numbers, for another machine"
         )
     sizes = [devices // given if size == -1 else size for size in sizes]
-    mesh = AbstractMesh(tuple(sizes), mesh_lib.AXES, axis_types=(AxisType.Auto,) * 3)
+    mesh = AbstractMesh(tuple(sizes), mesh_axes.AXES, axis_types=(AxisType.Auto,) * 3)
     return cast(Mesh, mesh)
 
 
 def of_shape(setup: Setup, mesh: Mesh, shape: Shape) -> Account:
     """The account of a train step on batches of a shape."""
     config, method = setup.config, setup.method
-    ways = math.prod(mesh.shape[axis] for axis in mesh_lib.BATCH)
+    ways = math.prod(mesh.shape[axis] for axis in mesh_axes.BATCH_AXES)
     micro = config.train.micro_batch_size // ways
     in_step = refresh_window(config.selection.refresh, 0) == 1
     pool, trained = layouts(setup, shape, micro)
@@ -247,7 +248,7 @@ def lines_of(a: Account, config: ConfigDict, evaluation: int) -> list[str]:
 
 
 def _where(config: ConfigDict, mesh: Mesh, shape: Shape) -> str:
-    sizes = " ".join(f"{axis}={mesh.shape[axis]}" for axis in mesh_lib.AXES)
+    sizes = " ".join(f"{axis}={mesh.shape[axis]}" for axis in mesh_axes.AXES)
     return (
         f"one device of {mesh.size} ({sizes}), {config.train.micro_batch_size} prompts at a time "
         f"of {shape.prompt} tokens, responses of {shape.responses}, {shape.selected} once selected"
@@ -256,7 +257,7 @@ def _where(config: ConfigDict, mesh: Mesh, shape: Shape) -> str:
 
 def _evaluation(setup: Setup, mesh: Mesh) -> int:
     """Temporaries of scoring with eval.batch_size, the largest shape of any split."""
-    ways = math.prod(mesh.shape[axis] for axis in mesh_lib.BATCH)
+    ways = math.prod(mesh.shape[axis] for axis in mesh_axes.BATCH_AXES)
     batch, scorer = setup.config.eval.batch_size // ways, setup.program.scorer
     shapes = [shape for buckets in setup.buckets.values() for shape in buckets.shapes]
     model = of_mesh(setup, mesh)

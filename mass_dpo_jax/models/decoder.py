@@ -30,7 +30,6 @@ from mass_dpo_jax.models.rotary import rope_frequencies
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
 REMAT = ("dots", "full")
-BATCH = ("data", "fsdp")  # Mesh axes that prompts are split over.
 
 
 class Ends(NamedTuple):

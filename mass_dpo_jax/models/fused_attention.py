@@ -35,8 +35,8 @@ from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models import attention as plain
 from mass_dpo_jax.models.attention import Attention
 from mass_dpo_jax.models.config import DecoderConfig
-from mass_dpo_jax.models.decoder import BATCH
 from mass_dpo_jax.utils import distributed
+from mass_dpo_jax.utils.mesh_axes import BATCH_AXES
 
 if TYPE_CHECKING:
     from mass_dpo_jax.models.decoder import Attend
@@ -72,7 +72,7 @@ class Fused:
     @property
     def ways(self) -> int:
         """Into how many parts prompts are split."""
-        return 1 if self.mesh is None else math.prod(self.mesh.shape[axis] for axis in BATCH)
+        return 1 if self.mesh is None else math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
 
     def causal(
         self, query: jax.Array, key: jax.Array, value: jax.Array, extra: Any = None
@@ -144,11 +144,11 @@ class Fused:
         if self.mesh is None:
             return of_device(*arrays)
         # Said here: what XLA would split the kernel's call along differs between versions of jax.
-        split = P(BATCH, None, "tensor", None)
+        split = P(BATCH_AXES, None, "tensor", None)
         return jax.shard_map(
             of_device,
             mesh=self.mesh,
-            in_specs=(split, split, split, P(BATCH))[: len(arrays)],
+            in_specs=(split, split, split, P(BATCH_AXES))[: len(arrays)],
             out_specs=split,
             check_vma=False,  # The kernel's call does not say over what its results vary.
         )(*arrays)

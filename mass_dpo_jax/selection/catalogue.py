@@ -34,7 +34,7 @@ from jax.sharding import PartitionSpec as P
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.selection import Settings, batch, criteria, designs, registry
 from mass_dpo_jax.selection.designs import TIE, Selection
-from mass_dpo_jax.training.mesh import BATCH
+from mass_dpo_jax.utils.mesh_axes import BATCH_AXES
 
 CRITERIA = ("pool_fisher", "contrast")
 SHORTLIST = 32  # One candidate of so many is kept exact between sweeps, but at least
@@ -229,11 +229,11 @@ def _array(x: Any, name: str) -> Any:
 
 def all_devices() -> Mesh:
     """A mesh of one axis over all devices."""
-    return jax.make_mesh((jax.device_count(),), BATCH[:1], axis_types=(AxisType.Auto,))
+    return jax.make_mesh((jax.device_count(),), BATCH_AXES[:1], axis_types=(AxisType.Auto,))
 
 
 def _axes(mesh: Mesh) -> tuple[str, ...]:
-    return tuple(axis for axis in BATCH if axis in mesh.axis_names)
+    return tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)
 
 
 def split(mesh: Mesh, x: Any) -> jax.Array:

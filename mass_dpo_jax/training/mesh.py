@@ -19,11 +19,11 @@ from ml_collections import ConfigDict
 
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models.config import DecoderConfig
-from mass_dpo_jax.models.decoder import BATCH, Splits, abstract_decoder, param_dims
+from mass_dpo_jax.models.decoder import Splits, abstract_decoder, param_dims
 from mass_dpo_jax.models.lora import Lora
 from mass_dpo_jax.models.quantize import store
+from mass_dpo_jax.utils.mesh_axes import AXES, BATCH_AXES
 
-AXES = ("data", "fsdp", "tensor")
 _log = logging.getLogger(__name__)
 
 # Named dimension of a parameter -> mesh axis. A name that is not here is never split.
@@ -113,7 +113,7 @@ def split_over(groups: int, sizes: Mapping[str, int]) -> tuple[dict[str, int], d
 
 def check_batch(mesh: Mesh, name: str, size: int) -> None:
     """Raises UserError unless `size` prompts split evenly over the batch axes."""
-    ways = math.prod(mesh.shape[axis] for axis in BATCH)
+    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if size % ways:
         raise UserError(
             f"config.{name}={size}: expected a multiple of mesh.data * mesh.fsdp = {ways}"
@@ -126,7 +126,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def split_rows(mesh: Mesh, leading: int = 0) -> NamedSharding:
     """Splits the axis after `leading` others over the batch axes."""
-    return NamedSharding(mesh, P(*(None,) * leading, BATCH))
+    return NamedSharding(mesh, P(*(None,) * leading, BATCH_AXES))
 
 
 def place_rows(mesh: Mesh, rows: np.ndarray, make: Callable[[np.ndarray], Any]) -> Any:
@@ -169,7 +169,7 @@ def hidden_splits(mesh: Mesh, hidden_size: int) -> Splits | None:
     if mesh.size == 1:
         return None
     columns = RULES["embed"] if hidden_size % mesh.shape[RULES["embed"]] == 0 else None
-    return Splits(NamedSharding(mesh, P("data", columns)), NamedSharding(mesh, P(BATCH)))
+    return Splits(NamedSharding(mesh, P("data", columns)), NamedSharding(mesh, P(BATCH_AXES)))
 
 
 def param_shapes(

@@ -26,11 +26,11 @@ from mass_dpo_jax.models import attention as plain
 from mass_dpo_jax.models import fused_attention
 from mass_dpo_jax.models.decoder import abstract_decoder
 from mass_dpo_jax.models.fused_attention import Fused, choose, difference
-from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training.methods import make_method
 from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.setup import prepare
 from mass_dpo_jax.training.step import Program, Scorer, TrainState
+from mass_dpo_jax.utils import mesh_axes
 from tests.models.test_replay import gradients as recorded_gradients
 from tests.models.test_shared_prefix import LAYOUTS, RESPONSE, gradients
 from tests.support.helpers import slow, write_jsonl
@@ -115,7 +115,7 @@ def test_an_absent_row_does_not_spoil_gradients() -> None:
 @pytest.mark.parametrize("sizes", [slow((2, 4, 1)), (2, 2, 2), slow((1, 8, 1))])
 def test_devices_agree_with_plain_attention(sizes: tuple[int, int, int]) -> None:
     """Each on its own prompts and heads: outputs and gradients."""
-    mesh = jax.make_mesh(sizes, mesh_lib.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    mesh = jax.make_mesh(sizes, mesh_axes.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
     config, many = tiny_config(), Fused("xla", mesh)
     assert many.ways == sizes[0] * sizes[1]
     assert difference(many, config, "float32") < 1e-6
@@ -123,7 +123,7 @@ def test_devices_agree_with_plain_attention(sizes: tuple[int, int, int]) -> None
 
 
 def test_difference_sees_one_device_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    mesh = jax.make_mesh((8, 1, 1), mesh_lib.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    mesh = jax.make_mesh((8, 1, 1), mesh_axes.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
     right = fused_attention._visible
 
     def wrong(*args: Any) -> jax.Array:

@@ -27,6 +27,7 @@ from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.setup import prepare
 from mass_dpo_jax.training.updates import Batches, abstract_state, first_state
+from mass_dpo_jax.utils import mesh_axes
 from tests.support.helpers import WORDS, log_lines, losses, slow, tiny_config, write_jsonl
 from tests.support.models import hf_config, random_tensors, write_weights
 
@@ -210,7 +211,7 @@ def test_eight_devices_equal_one(
     make_mesh = mesh_lib.make_mesh
     for sizes in ((1, 1, 1), (2, 2, 2)):
         config = config.copy_and_resolve_references()
-        config.mesh.update(dict(zip(mesh_lib.AXES, sizes, strict=True)))
+        config.mesh.update(dict(zip(mesh_axes.AXES, sizes, strict=True)))
         devices = jax.devices()[: int(np.prod(sizes))]
         with monkeypatch.context() as patch:
             patch.setattr(

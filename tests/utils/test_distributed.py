@@ -26,6 +26,7 @@ from mass_dpo_jax.runs import run_folder
 from mass_dpo_jax.score import score
 from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training.offline_selection import with_model
+from mass_dpo_jax.utils import mesh_axes
 from mass_dpo_jax.utils.process_group import Group
 from tests.support.helpers import losses, slow, tiny_config, write_jsonl
 from tests.support.hosts import ARRAYS, DELAY, replay, together
@@ -331,7 +332,7 @@ def test_flags_by_half(group: Group, message: str) -> None:
 def test_data_goes_across_hosts_before_fsdp_and_tensor(
     groups: int, sizes: tuple[int, ...], across: tuple[int, ...]
 ) -> None:
-    found, inside = mesh_lib.split_over(groups, dict(zip(mesh_lib.AXES, sizes, strict=True)))
+    found, inside = mesh_lib.split_over(groups, dict(zip(mesh_axes.AXES, sizes, strict=True)))
     assert tuple(found.values()) == across
     assert tuple(x * y for x, y in zip(across, inside.values(), strict=True)) == sizes
 
