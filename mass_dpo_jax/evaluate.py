@@ -24,12 +24,13 @@ from mass_dpo_jax.utils.run_paths import run_given
 
 
 def evaluate(config: ConfigDict, workdir: Path | None, split: str | None) -> dict[str, float]:
-    """Metrics of `evaluation.evaluate_logps`, by name.
+    """Metrics of `metrics.evaluate_logps`, by name.
 
     Raises:
       UserError: something in the configuration, the data or the model folder is wrong.
     """
-    from mass_dpo_jax.training import evaluation, scoring
+    from mass_dpo_jax import metrics
+    from mass_dpo_jax.training import scoring
     from mass_dpo_jax.training.scored_model import prepare_scoring
 
     config = config_lib.copied(config)
@@ -41,7 +42,7 @@ def evaluate(config: ConfigDict, workdir: Path | None, split: str | None) -> dic
     logps = setup.score(params, split, "evaluation")
     scoring.check_finite(logps, tokens, str(workdir or config.model.path))
     scoring.check_finite(refs, tokens, "the reference")
-    return evaluation.evaluate_logps(logps, refs, tokens.response_lengths > 0, config.beta)
+    return metrics.evaluate_logps(logps, refs, tokens.response_lengths > 0, config.beta)
 
 
 def main() -> None:

@@ -9,10 +9,13 @@ from __future__ import annotations
 import numpy as np
 
 __all__ = [
+    "evaluate_logps",
+    "metric_names",
     "paired_difference",
     "per_example_rank",
     "per_example_ranking",
     "ranking",
+    "ranking_gains",
     "reward_metrics",
     "standard_error",
 ]
@@ -145,6 +148,57 @@ def paired_difference(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, floa
         raise ValueError(f"expected two [M] arrays, M >= 1: {ours.shape}, {theirs.shape}")
     difference = ours - theirs
     return float(np.mean(difference)), standard_error(difference)
+
+
+def evaluate_logps(
+    logps: np.ndarray, ref_logps: np.ndarray | None, valid: np.ndarray, beta: float
+) -> dict[str, float]:
+    """Computes both rankings and TRL's reward metrics of a policy on a split.
+
+    Args:
+        logps: float32 [M, C], the policy's summed log-probabilities in nats, chosen first.
+        ref_logps: float32 [M, C], the reference's, or None where there is none. Where the policy
+            is the reference, pass None too: its log-ratios are rounding noise.
+        valid: bool [M, C].
+        beta: factor from log-ratios to rewards.
+
+    Returns:
+        `policy/*` and, with a reference, `reward/*`, each with `*_se`; and `rewards/*`.
+    """
+    values = ranking(logps, valid, "policy")
+    if ref_logps is not None:
+        rewards = np.float32(beta) * (logps - ref_logps)
+        values |= ranking(rewards, valid, "reward")
+        values |= reward_metrics(rewards, valid)
+    return values
+
+
+def metric_names(has_reference: bool) -> list[str]:
+    """Lists the metrics of `evaluate_logps` without their standard errors."""
+    logps = np.zeros((1, 2), np.float32)
+    values = evaluate_logps(logps, logps if has_reference else None, np.ones((1, 2), bool), 1.0)
+    return [name for name in values if not name.endswith("_se")]
+
+
+def ranking_gains(after: np.ndarray, before: np.ndarray, valid: np.ndarray) -> dict[str, float]:
+    """Computes how much a policy's ranking of the same examples improved.
+
+    Args:
+        after: float32 [M, C], log-probabilities after training.
+        before: float32 [M, C], log-probabilities before it.
+        valid: bool [M, C].
+
+    Returns:
+        The mean difference of every metric of `per_example_ranking`, under `policy/NAME`, and its
+        paired standard error under `policy/NAME_se`.
+    """
+    ours, theirs = (per_example_ranking(per_example_rank(x, valid)) for x in (after, before))
+    gains = {}
+    for name in ours:
+        gains[f"policy/{name}"], gains[f"policy/{name}_se"] = paired_difference(
+            ours[name], theirs[name]
+        )
+    return gains
 
 
 def _checked(scores: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

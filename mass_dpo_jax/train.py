@@ -51,7 +51,7 @@ def main() -> None:
         check_new(workdir)
     config = commands.required(_CONFIG)
     from mass_dpo_jax.estimate.dry_run import dry_run
-    from mass_dpo_jax.training import checkpoint, evaluation, interruption, loop, methods
+    from mass_dpo_jax.training import checkpoint, interruption, loop, methods, monitor
     from mass_dpo_jax.utils import distributed
 
     commands.say_unread("this training", methods.unread(config))
@@ -74,7 +74,7 @@ def main() -> None:
         return
     for name in ("start", "final"):
         if done[name]:
-            print(f"{done['split']}, {name}: {evaluation.line(done[name])}")
+            print(f"{done['split']}, {name}: {monitor.format_headline(done[name])}")
     print(f"written to {workdir}")
 
 

@@ -12,11 +12,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import mass_dpo_jax
+from mass_dpo_jax import metrics
 from mass_dpo_jax.data.examples import digest
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.runs import run_folder
 from mass_dpo_jax.runs.loggers import Log
-from mass_dpo_jax.training import evaluation, scoring
+from mass_dpo_jax.training import scoring
 from mass_dpo_jax.training.methods import uses_reference
 from mass_dpo_jax.training.setup import Setup
 from mass_dpo_jax.utils import distributed
@@ -37,7 +38,7 @@ def check_best(config: ConfigDict, splits: Collection[str]) -> None:
     Args:
       splits: the names of those that there are.
     """
-    best, known = config.train.keep_best, evaluation.names(uses_reference(config.method))
+    best, known = config.train.keep_best, metrics.metric_names(uses_reference(config.method))
     if best and best not in known:
         raise UserError(
             f"config.train.keep_best={best!r}: expected a metric of the evaluations of "
@@ -187,7 +188,7 @@ class Report:
                 logps = self._setup.score(params, split, "start")
             else:
                 logps = self._refs[split]  # The policy still is the reference.
-            found = evaluation.evaluate_logps(logps, None, self._valid(split), 1.0)
+            found = metrics.evaluate_logps(logps, None, self._valid(split), 1.0)
             if split == "validation":
                 self._log.write(0, {f"eval/{name}": value for name, value in found.items()})
             if split == self._final:
@@ -203,7 +204,7 @@ class Report:
         scores, _ = self._evaluate(params, "validation")
         found = {f"eval/{name}": value for name, value in scores.items()}
         self._log.write(step, found)
-        return f"step {step}, validation: {evaluation.line(scores)}", found
+        return f"step {step}, validation: {format_headline(scores)}", found
 
     def at_end(self, params: Any, step: int) -> dict[str, Any]:
         """The final metrics, into report.html and metrics.json."""
@@ -215,7 +216,7 @@ class Report:
                 read_array(self._workdir / START_LOGPS) if distributed.is_primary() else None
             )
             assert before is not None
-            gain = evaluation.gains(logps, before, self._valid(self._final))
+            gain = metrics.ranking_gains(logps, before, self._valid(self._final))
             self._keep(FINAL_LOGPS, self._final, logps)
             if self._setup.config.log.report:
                 tested = self._tested(self._final, params, before, logps)
@@ -304,9 +305,23 @@ class Report:
         logps = self._setup.score(params, split, "evaluation")
         beta = self._setup.config.beta
         refs = self._refs.get(split)
-        return evaluation.evaluate_logps(logps, refs, self._valid(split), beta), logps
+        return metrics.evaluate_logps(logps, refs, self._valid(split), beta), logps
 
     def _content(self, **more: Any) -> dict[str, Any]:
         """Of metrics.json."""
         version = mass_dpo_jax.__version__
         return {"version": version, "split": self._final, **self._tested_on(), **more}
+
+
+def format_headline(values: Mapping[str, float]) -> str:
+    """Formats the headline metrics of `metrics.evaluate_logps` as one line of text."""
+    parts = []
+    for prefix in ("policy", "reward"):
+        if f"{prefix}/accuracy" in values:
+            parts.append(
+                f"{prefix} accuracy {100 * values[f'{prefix}/accuracy']:.1f} "
+                f"± {100 * values[f'{prefix}/accuracy_se']:.1f}%, mrr {values[f'{prefix}/mrr']:.3f}"
+            )
+    if "rewards/margins" in values:
+        parts.append(f"margin {values['rewards/margins']:.3f}")
+    return "; ".join(parts)

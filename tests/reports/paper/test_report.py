@@ -18,7 +18,6 @@ from mass_dpo_jax import metrics
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.report import make_report
 from mass_dpo_jax.reports.paper import cells, figures, paired, runs, tables
-from mass_dpo_jax.training import evaluation
 from tests.support.processes import command, environment
 
 ROWS, CANDIDATES = 120, 6
@@ -68,11 +67,11 @@ def write_run(
     tested_on = {k: v for k, v in changes.items() if k.startswith("data.")}
     found = {"split": "test", "examples": ROWS, "finished": finished, "step": steps}
     found["digest"] = f"{seed} {tested_on}"
-    found["start"] = evaluation.evaluate_logps(before, None, exists, 1.0)
+    found["start"] = metrics.evaluate_logps(before, None, exists, 1.0)
     np.save(folder / "logps-start.npy", before)
     if finished:
         refs = None if config.method == "sft" else before
-        found["final"] = evaluation.evaluate_logps(after, refs, exists, config.beta)
+        found["final"] = metrics.evaluate_logps(after, refs, exists, config.beta)
         np.save(folder / "logps-final.npy", after)
     (folder / "metrics.json").write_text(json.dumps(found))
     return folder
