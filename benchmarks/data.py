@@ -47,7 +47,7 @@ data.update(path=str(folder / "rows.jsonl"), validation_share=0.0)
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[3])
 cache = Path(sys.argv[2])
 try:
-    from mass_dpo_jax.data.kept import open_splits
+    from mass_dpo_jax.data.split_cache import open_splits
     examples = open_splits(cache, data, ("train",), 0)["train"]
 except ImportError:
     from mass_dpo_jax.data import load_examples
@@ -68,7 +68,7 @@ print(json.dumps({
 
 def write(folder: Path, rows: int) -> None:
     """Writes a data set, a template and a tokenizer."""
-    from mass_dpo_jax.data.vocabulary import train_tokenizer
+    from mass_dpo_jax.data.tokenizer import train_tokenizer
 
     rng = random.Random(0)
     letters = "aeioulnrst"

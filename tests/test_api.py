@@ -22,7 +22,7 @@ from pandas import DataFrame
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import mass_dpo_jax as mdj
-from mass_dpo_jax.data.vocabulary import train_tokenizer
+from mass_dpo_jax.data.tokenizer import train_tokenizer
 from mass_dpo_jax.score import score
 from mass_dpo_jax.selection import registry
 from mass_dpo_jax.train import train

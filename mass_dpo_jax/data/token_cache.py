@@ -17,10 +17,19 @@ import numpy as np
 import transformers
 
 import mass_dpo_jax
-from mass_dpo_jax.data import bad_rows, doubts, probe, prompts, ragged, render, row_checks, tokens
+from mass_dpo_jax.data import (
+    bad_rows,
+    doubts,
+    probe,
+    prompts,
+    ragged,
+    render,
+    row_checks,
+    tokens,
+)
 from mass_dpo_jax.data import examples as examples_lib
 from mass_dpo_jax.data.examples import Example, History
-from mass_dpo_jax.data.kept import (
+from mass_dpo_jax.data.split_cache import (
     WORTH,
     Examples,
     Said,

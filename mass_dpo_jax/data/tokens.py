@@ -23,9 +23,10 @@ from tqdm import tqdm
 from mass_dpo_jax.data.bad_rows import BadRows
 from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.data.prompts import Encoder
-from mass_dpo_jax.data.ragged import Flat, encode_texts, find_added
+from mass_dpo_jax.data.ragged import Flat
 from mass_dpo_jax.data.render import Renderer, make_renderer
 from mass_dpo_jax.data.row_checks import Rows, check_rows
+from mass_dpo_jax.data.tokenizer import encode_texts, find_added_tokens
 from mass_dpo_jax.errors import UserError
 
 ROWS = 4096  # Rendered and tokenized at a time: their texts and lists of tokens take memory.
@@ -182,7 +183,7 @@ class _Work:
         self._data = data
         self._max_positions = max_positions
         self._encode = functools.partial(encode_texts, tokenizer)
-        first, last = find_added(tokenizer) if renderer.special_tokens else ([], [])
+        first, last = find_added_tokens(tokenizer) if renderer.special_tokens else ([], [])
         if last:
             _log.warning(
                 "the tokenizer ends texts with %s: left out of the prompts, which go on",

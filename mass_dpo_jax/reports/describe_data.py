@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.data import splits
 from mass_dpo_jax.data.examples import Example, History, Text
-from mass_dpo_jax.data.kept import open_splits
+from mass_dpo_jax.data.split_cache import open_splits
 from mass_dpo_jax.data.token_cache import tokenize_once
 from mass_dpo_jax.data.tokenizer import load_tokenizer
 from mass_dpo_jax.data.tokens import Tokens

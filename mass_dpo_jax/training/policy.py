@@ -21,8 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.data.examples import Example, History
-from mass_dpo_jax.data.tokenizer import load_tokenizer
-from mass_dpo_jax.data.vocabulary import train_tokenizer
+from mass_dpo_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models import peft_format as lora_lib
 from mass_dpo_jax.models.config import DecoderConfig, load_config, parse_targets

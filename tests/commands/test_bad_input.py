@@ -15,9 +15,8 @@ import pytest
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.data.render import make_renderer
-from mass_dpo_jax.data.tokenizer import load_tokenizer
+from mass_dpo_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from mass_dpo_jax.data.tokens import tokenize
-from mass_dpo_jax.data.vocabulary import train_tokenizer
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models.config import DecoderConfig, load_config
 from mass_dpo_jax.reports.comparison import read_logps

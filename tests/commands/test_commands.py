@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from mass_dpo_jax import metrics
 from mass_dpo_jax.cli import commands
-from mass_dpo_jax.data.vocabulary import train_tokenizer
+from mass_dpo_jax.data.tokenizer import train_tokenizer
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.evaluate import evaluate
 from mass_dpo_jax.runs import run_folder

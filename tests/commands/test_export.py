@@ -23,7 +23,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, Ge
 
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.data import load_examples
-from mass_dpo_jax.data.vocabulary import train_tokenizer
+from mass_dpo_jax.data.tokenizer import train_tokenizer
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.evaluate import evaluate
 from mass_dpo_jax.export import export

@@ -1,4 +1,4 @@
-"""Tokenizers of folders: which special tokens they name, and what is there instead of one."""
+"""Tokenizers: of folders, with their special tokens or errors, and trained ones."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
-from transformers import AutoTokenizer
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from mass_dpo_jax.data.tokenizer import load_tokenizer
-from mass_dpo_jax.data.vocabulary import train_tokenizer
+from mass_dpo_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from mass_dpo_jax.errors import UserError
 
 NAMES = ("bos", "eos", "pad")
@@ -144,3 +145,51 @@ def test_code_of_a_folder_is_named_in_one_sentence(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
     assert "code of the folder's own (auto_map in tokenizer_config.json)" in str(error.value)
     assert "is not run" in str(error.value) and "trust_remote_code" not in str(error.value)
+
+
+TEXTS = [f"Enjoyed: Velumo, Karidesh {i}. Next: Tarun" for i in range(50)]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "new"
+    train_tokenizer(TEXTS, 300, path)
+    return path
+
+
+@pytest.mark.parametrize("kind", [AutoTokenizer, PreTrainedTokenizerFast])
+def test_transformers_load_a_trained_tokenizer(trained: Path, kind: type) -> None:
+    tokenizer = kind.from_pretrained(trained)
+    assert tokenizer.convert_ids_to_tokens([0, 1, 2]) == ["<pad>", "<bos>", "<eos>"]
+    assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
+    assert len(tokenizer) <= 300
+    ids = tokenizer("Next: Tarun").input_ids
+    assert ids[0] == 1 and 2 not in ids
+    assert tokenizer("Next: Tarun", add_special_tokens=False).input_ids == ids[1:]
+
+
+def test_frequent_words_become_single_tokens(trained: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(trained)
+    assert len(tokenizer(" Velumo", add_special_tokens=False).input_ids) == 1
+
+
+@hypothesis.settings(deadline=None, max_examples=50)
+@hypothesis.given(text=st.text(st.characters(exclude_categories=["Cs"])))
+def test_every_text_comes_back(trained: Path, text: str) -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(trained)
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    if not any(special in text for special in ("<pad>", "<bos>", "<eos>")):
+        assert tokenizer.decode(ids) == text
+
+
+def test_same_texts_give_the_same_files(trained: Path, tmp_path: Path) -> None:
+    train_tokenizer(iter(TEXTS), 300, tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / name).read_bytes() == (trained / name).read_bytes()
+
+
+def test_too_small_a_vocabulary_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"vocab_size=258: .* at least 259"):
+        train_tokenizer(TEXTS, 258, tmp_path)
+    train_tokenizer(TEXTS, 259, tmp_path)
+    assert len(AutoTokenizer.from_pretrained(tmp_path)) == 259

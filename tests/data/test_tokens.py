@@ -15,9 +15,8 @@ from tokenizers import Tokenizer
 from mass_dpo_jax.config import default
 from mass_dpo_jax.data import load_examples
 from mass_dpo_jax.data.examples import Example, History
-from mass_dpo_jax.data.tokenizer import load_tokenizer
+from mass_dpo_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from mass_dpo_jax.data.tokens import Tokens, tokenize
-from mass_dpo_jax.data.vocabulary import train_tokenizer
 from mass_dpo_jax.errors import UserError
 from tests.support.tokenizers import real, settings, small
 

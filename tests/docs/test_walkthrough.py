@@ -16,7 +16,7 @@ from types import ModuleType
 
 import pytest
 
-from mass_dpo_jax.data.vocabulary import train_tokenizer
+from mass_dpo_jax.data.tokenizer import train_tokenizer
 from tests.support import processes
 from tests.support.packages import ROOT, build, install
 

@@ -19,7 +19,7 @@ from benchmarks.memory import account_of, compiled_bytes
 from benchmarks.workloads import Case, Workload
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.data.batches import Batch
-from mass_dpo_jax.data.vocabulary import train_tokenizer
+from mass_dpo_jax.data.tokenizer import train_tokenizer
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.estimate import dry_run as dry_run_lib
 from mass_dpo_jax.estimate import flops as flops_lib

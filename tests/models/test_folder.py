@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mass_dpo_jax.config import default
-from mass_dpo_jax.data.vocabulary import train_tokenizer
+from mass_dpo_jax.data.tokenizer import train_tokenizer
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models.folder import INDEX
 from mass_dpo_jax.training.mesh import make_mesh

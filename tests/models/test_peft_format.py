@@ -19,7 +19,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from mass_dpo_jax.config import default
-from mass_dpo_jax.data.vocabulary import train_tokenizer
+from mass_dpo_jax.data.tokenizer import train_tokenizer
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models import attention
 from mass_dpo_jax.models.config import load_config, parse_targets

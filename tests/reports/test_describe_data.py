@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mass_dpo_jax.data.vocabulary import train_tokenizer
+from mass_dpo_jax.data.tokenizer import train_tokenizer
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.reports.describe_data import describe
 from tests.support.helpers import WORDS, tiny_config

@@ -1554,19 +1554,19 @@ MUTATIONS = (
         "loaders: a file that changes under a run is read",
         "        if _key(data, splits, seed) != key:",
         '        if _key(data, splits, seed) == "":',
-        "data/test_kept.py",
+        "data/test_split_cache.py",
     ),
     Mutation(
         "loaders: splits are of two files where one is replaced between them",
         "        found = load()\n    if _key(data, splits, seed) != key:",
         '        found = load()\n    if _key(data, splits, seed) == "":',
-        "data/test_kept.py",
+        "data/test_split_cache.py",
     ),
     Mutation(
         "loaders: a damaged text of a kept example is read",
         "    if hashlib.sha256(text.encode()).hexdigest() != checksum:",
         "    if not checksum:",
-        "data/test_kept.py",
+        "data/test_split_cache.py",
     ),
     Mutation(
         "loaders: the last of two equal keys counts",
@@ -1596,6 +1596,6 @@ MUTATIONS = (
         "loaders: what was said of the data is said once only",
         '            _log.log(level, "%s", message)\n        return kept\n',
         "            pass\n        return kept\n",
-        "data/test_kept.py",
+        "data/test_split_cache.py",
     ),
 )

@@ -49,9 +49,8 @@ from trl.data_utils import maybe_apply_chat_template, maybe_extract_prompt
 from mass_dpo_jax import losses, metrics
 from mass_dpo_jax.data import load_examples
 from mass_dpo_jax.data.render import make_renderer, template_arguments
-from mass_dpo_jax.data.tokenizer import load_tokenizer
+from mass_dpo_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from mass_dpo_jax.data.tokens import tokenize
-from mass_dpo_jax.data.vocabulary import train_tokenizer
 from mass_dpo_jax.score import score
 from tests.support import tokenizers
 from tests.support.helpers import WORDS, tiny_config, write_jsonl

@@ -13,8 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mass_dpo_jax.config import default
-from mass_dpo_jax.data.tokenizer import load_tokenizer
-from mass_dpo_jax.data.vocabulary import train_tokenizer
+from mass_dpo_jax.data.tokenizer import load_tokenizer, train_tokenizer
 
 CONFIGS = {
     "llama3.2": "config.Llama-3.2-3B-Instruct.json",

@@ -12,7 +12,7 @@ import pytest
 
 from mass_dpo_jax.cli import commands
 from mass_dpo_jax.data import load_examples, tables
-from mass_dpo_jax.data.vocabulary import train_tokenizer
+from mass_dpo_jax.data.tokenizer import train_tokenizer
 from mass_dpo_jax.errors import UserError
 from tests.support.helpers import tiny_config, write_jsonl
 from tests.support.models import random_tensors, write_weights

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax import train as train_lib
-from mass_dpo_jax.data.vocabulary import train_tokenizer
+from mass_dpo_jax.data.tokenizer import train_tokenizer
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.evaluate import evaluate
 from mass_dpo_jax.export import export

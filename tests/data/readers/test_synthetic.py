@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from mass_dpo_jax.data.examples import Example, History
 from mass_dpo_jax.data.readers import synthetic
-from mass_dpo_jax.data.vocabulary import train_tokenizer
+from mass_dpo_jax.data.tokenizer import train_tokenizer
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.reports import baselines
 

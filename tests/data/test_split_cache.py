@@ -1,4 +1,4 @@
-"""Examples that are kept: the same ones, not read again, of the same bytes and settings only."""
+"""Splits kept on disk: the same examples, read again only where bytes or settings changed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mass_dpo_jax.config import default
-from mass_dpo_jax.data import kept, load_examples
+from mass_dpo_jax.data import load_examples, split_cache
 from mass_dpo_jax.data.examples import Example, History
 from mass_dpo_jax.errors import UserError
 
@@ -21,7 +21,7 @@ SPLITS = ("train", "validation", "test")
 
 @pytest.fixture(autouse=True)
 def _every_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept, "WORTH", 0)
+    monkeypatch.setattr(split_cache, "WORTH", 0)
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         found.append(split)
         return load_examples(data, split, seed)
 
-    monkeypatch.setattr(kept, "load_examples", counted)
+    monkeypatch.setattr(split_cache, "load_examples", counted)
     return found
 
 
@@ -53,10 +53,10 @@ def test_the_second_time_nothing_is_read(
 ) -> None:
     data = write(tmp_path / "data.jsonl")
     with caplog.at_level(logging.INFO):
-        first = kept.open_splits(tmp_path / "kept", data, SPLITS, 0)
+        first = split_cache.open_splits(tmp_path / "kept", data, SPLITS, 0)
         said = [(r.levelno, r.getMessage()) for r in caplog.records]
         caplog.clear()
-        second = kept.open_splits(tmp_path / "kept", data, SPLITS, 0)
+        second = split_cache.open_splits(tmp_path / "kept", data, SPLITS, 0)
     assert len(reads) == 3
     assert [(r.levelno, r.getMessage()) for r in caplog.records] == said
     assert any("skipped 1 of 31 rows" in message for _, message in said)
@@ -70,15 +70,15 @@ def test_the_second_time_nothing_is_read(
 def test_large_splits_are_read_where_they_are_looked_at(
     tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kept, "SMALL", 10)
+    monkeypatch.setattr(split_cache, "SMALL", 10)
     data = write(tmp_path / "data.jsonl")
-    first = kept.open_splits(tmp_path / "kept", data, SPLITS, 0)
-    second = kept.open_splits(tmp_path / "kept", data, SPLITS, 0)
+    first = split_cache.open_splits(tmp_path / "kept", data, SPLITS, 0)
+    second = split_cache.open_splits(tmp_path / "kept", data, SPLITS, 0)
     assert len(second["train"]) == len(first["train"]) > 10 and len(reads) == 3
     assert list(second["test"]) == list(first["test"]) and len(reads) == 3
     assert list(second["train"]) == list(first["train"])
     assert reads[3:] == ["train"]
-    third = kept.open_splits(tmp_path / "kept", data, SPLITS, 0)
+    third = split_cache.open_splits(tmp_path / "kept", data, SPLITS, 0)
     write(tmp_path / "data.jsonl", 31)
     with pytest.raises(UserError, match=r"data.jsonl: has been changed since this run began"):
         list(third["train"])
@@ -97,11 +97,11 @@ def test_whatever_changes_is_read(
     tmp_path: Path, reads: list[str], change: Callable[[Path, Any], Any]
 ) -> None:
     data = write(tmp_path / "data.jsonl")
-    kept.open_splits(tmp_path / "kept", data, SPLITS, 0)
-    kept.open_splits(tmp_path / "kept", data, SPLITS, 1)
+    split_cache.open_splits(tmp_path / "kept", data, SPLITS, 0)
+    split_cache.open_splits(tmp_path / "kept", data, SPLITS, 1)
     assert len(reads) == 6
     change(tmp_path / "data.jsonl", data)
-    found = kept.open_splits(tmp_path / "kept", data, SPLITS, 0)
+    found = split_cache.open_splits(tmp_path / "kept", data, SPLITS, 0)
     assert len(reads) == 9
     assert list(found["train"]) == load_examples(data, "train", 0)
 
@@ -112,11 +112,11 @@ def test_every_file_of_a_folder_counts(tmp_path: Path, reads: list[str]) -> None
     data = write(folder / "train.jsonl")
     write(folder / "test.jsonl", 4)
     data.path = str(folder)
-    kept.open_splits(tmp_path / "kept", data, ("train", "test"), 0)
-    kept.open_splits(tmp_path / "kept", data, ("train", "test"), 0)
+    split_cache.open_splits(tmp_path / "kept", data, ("train", "test"), 0)
+    split_cache.open_splits(tmp_path / "kept", data, ("train", "test"), 0)
     assert len(reads) == 2
     write(folder / "validation.jsonl", 5)
-    found = kept.open_splits(tmp_path / "kept", data, ("train", "test"), 0)
+    found = split_cache.open_splits(tmp_path / "kept", data, ("train", "test"), 0)
     assert len(reads) == 4 and len(found["train"]) == 30
 
 
@@ -127,7 +127,7 @@ def test_all_that_an_example_has_is_kept() -> None:
         Example("c", "q", [{"role": "assistant", "content": "x"}], ("d",), "file:3"),
     ]
     for row in rows:
-        again = kept._example(json.loads(json.dumps(kept._row(row))))
+        again = split_cache._example(json.loads(json.dumps(split_cache._row(row))))
         assert again == row and type(again.prompt) is type(row.prompt)
 
 
@@ -135,13 +135,13 @@ def test_a_damaged_file_is_made_again(
     tmp_path: Path, reads: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     data = write(tmp_path / "data.jsonl")
-    kept.open_splits(tmp_path / "kept", data, SPLITS, 0)
+    split_cache.open_splits(tmp_path / "kept", data, SPLITS, 0)
     [file] = (tmp_path / "kept").iterdir()
     text = file.read_text()
     for content in ("", "{}", "[[], []]", text[:-20], text.replace("amber", "cedar", 1)):
         file.write_text(content)
         with caplog.at_level(logging.WARNING):
-            found = kept.open_splits(tmp_path / "kept", data, SPLITS, 0)
+            found = split_cache.open_splits(tmp_path / "kept", data, SPLITS, 0)
         assert all(list(found[s]) == load_examples(data, s, 0) for s in SPLITS)
         assert "reading the data again" in caplog.text
 
@@ -151,7 +151,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worth: int
 ) -> None:
     """The splits would be of two files, and kept as if they were of the first."""
-    monkeypatch.setattr(kept, "WORTH", worth)
+    monkeypatch.setattr(split_cache, "WORTH", worth)
     data = write(tmp_path / "data.jsonl")
 
     def load(data: Any, split: str, seed: int) -> list[Example]:
@@ -159,10 +159,10 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
         write(tmp_path / "data.jsonl", 20)
         return found
 
-    monkeypatch.setattr(kept, "load_examples", load)
+    monkeypatch.setattr(split_cache, "load_examples", load)
     with pytest.raises(UserError, match="has been changed while it was read"):
-        kept.open_splits(tmp_path / "kept", data, SPLITS, 0)
-    found = kept.open_splits(tmp_path / "kept", data, SPLITS, 0)
+        split_cache.open_splits(tmp_path / "kept", data, SPLITS, 0)
+    found = split_cache.open_splits(tmp_path / "kept", data, SPLITS, 0)
     assert {s: list(rows) for s, rows in found.items()} == {
         s: load_examples(data, s, 0) for s in SPLITS
     }
@@ -176,10 +176,10 @@ def test_what_lies_beside_the_splits_changes_nothing(tmp_path: Path, reads: list
     for text in ("step 1", "step 2"):
         (folder / "runs" / "metrics.jsonl").write_text(text)
         (folder / "train_log.txt").write_text(text)
-        kept.open_splits(tmp_path / "kept", data, ("train",), 0)
+        split_cache.open_splits(tmp_path / "kept", data, ("train",), 0)
     assert len(reads) == 1
     (folder / "test.csv").write_text("prompt,chosen,rejected")  # It is warned of.
-    kept.open_splits(tmp_path / "kept", data, ("train",), 0)
+    split_cache.open_splits(tmp_path / "kept", data, ("train",), 0)
     assert len(reads) == 2
 
 
@@ -188,10 +188,10 @@ def test_a_pipe_is_refused(tmp_path: Path) -> None:
     data = write(tmp_path / "data.jsonl")
     data.path = str(tmp_path / "pipe")
     with pytest.raises(UserError, match="is a pipe or a device"):
-        kept.open_splits(tmp_path / "kept", data, SPLITS, 0)
+        split_cache.open_splits(tmp_path / "kept", data, SPLITS, 0)
 
 
 def test_few_responses_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept, "WORTH", 1000)
-    found = kept.open_splits(tmp_path / "kept", write(tmp_path / "data.jsonl"), SPLITS, 0)
+    monkeypatch.setattr(split_cache, "WORTH", 1000)
+    found = split_cache.open_splits(tmp_path / "kept", write(tmp_path / "data.jsonl"), SPLITS, 0)
     assert isinstance(found["train"], list) and not (tmp_path / "kept").exists()
