@@ -192,7 +192,7 @@ def batches(
     model.policy.check_like(reference.architecture, "reference")
     if reference.policy.lora != model.policy.lora:
         raise UserError("reference: its adapters are of another form than the policy's")
-    known = setup.reference(reference.params) if setup.method.reference else Reference({})
+    known = setup.reference(reference.params) if setup.method.uses_reference else Reference({})
     return Batches(setup, known)
 
 

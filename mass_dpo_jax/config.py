@@ -41,9 +41,7 @@ def default() -> ConfigDict:
     """The complete configuration, locked: a field that is not here does not exist."""
     c = Settings()
     c.seed = 0  # Of everything that is drawn: weights, order, candidates, random negatives.
-    # What each is stands in training/methods.py: mass_dpo | pl_sampled | pl_all | sdpo | dpo |
-    # dpo_k | dmpo | odpo | mppo | sft.
-    c.method = "mass_dpo"
+    c.method = "mass_dpo"  # Negatives that are trained on, and the loss.
     c.beta = 0.1  # Strength of the pull towards the reference; rewards are beta * log-ratios.
     c.num_negatives = 3  # n: how many negatives of the pool a step trains on (dpo: 1, pl_all: all).
     c.sft_weight = 0.0  # Of a supervised term on the chosen response, nats per token, in the loss.
@@ -272,19 +270,21 @@ def _set(config: ConfigDict, name: str, value: Any) -> None:
     config[leaf] = value
 
 
+# Negatives and loss of each method, for --help and documentation. training/methods.py has the code.
+METHOD_SUMMARIES = {
+    "mass_dpo": "n negatives chosen by selection.criterion, Plackett-Luce loss",
+    "pl_sampled": "n drawn from the pool weights, unbiased Plackett-Luce gradient of the pool",
+    "pl_all": "the whole pool, Plackett-Luce loss",
+    "sdpo": "n random negatives, Plackett-Luce loss (S-DPO)",
+    "dpo": "one random negative, DPO loss",
+    "dpo_k": "n random negatives, mean DPO loss over the pairs",
+    "dmpo": "n random negatives, DPO loss against their average (DMPO)",
+    "odpo": "n random negatives, DPO loss with a margin for each pair (ODPO)",
+    "mppo": "n random negatives, likelihoods per token, no reference (MPPO)",
+    "sft": "no negatives, likelihood of the chosen response, no reference",
+}
 CHOICES = {
-    "method": (
-        "mass_dpo",
-        "pl_sampled",
-        "pl_all",
-        "sdpo",
-        "dpo",
-        "dpo_k",
-        "dmpo",
-        "odpo",
-        "mppo",
-        "sft",
-    ),
+    "method": tuple(METHOD_SUMMARIES),
     "odpo.offset": ("score", "rank"),
     "model.dtype": ("float32", "bfloat16"),
     "train.moments_dtype": ("float32", "bfloat16"),

@@ -54,7 +54,7 @@ def main() -> None:
     from mass_dpo_jax.training import checkpoint, interruption, loop, methods, monitor
     from mass_dpo_jax.utils import distributed
 
-    commands.say_unread("this training", methods.unread(config))
+    commands.say_unread("this training", methods.find_unread(config))
     if config.dry_run:
         if distributed.is_multiprocess():
             raise UserError("config.dry_run: expected one process; it only needs the mesh's sizes")

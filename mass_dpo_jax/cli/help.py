@@ -91,6 +91,9 @@ def _settings(config: ConfigDict) -> Iterator[str]:
                 yield "\n".join(lines)
             lines = [f"{name}: {about}".removesuffix(": ")] if name else []
             continue
+        if name == "method":
+            summaries = config_lib.METHOD_SUMMARIES.items()
+            about += " " + "; ".join(f"{method}: {summary}" for method, summary in summaries) + "."
         choices = known.get(name, ())
         if not all(choice in about for choice in choices):
             about += f" One of {' | '.join(choices)}."

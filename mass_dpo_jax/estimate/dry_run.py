@@ -119,7 +119,7 @@ def of_shape(setup: Setup, mesh: Mesh, shape: Shape) -> Account:
     pool, trained = layouts(setup, shape, micro)
     if not in_step:
         pool, _ = layouts(setup, shape, config.eval.batch_size // ways)
-    scored = method.selection.needs_scoring and not method.supervised
+    scored = method.scores_pools
     optimizer = make_optimizer(config.train, 1)
     policy = setup.policy
     parameters, moments = account_lib.state_bytes(policy.config, mesh, optimizer, policy.lora)
@@ -187,7 +187,7 @@ def flops(setup: Setup) -> Flops:
     """A mean row of the training split, times the rows of a step."""
     config, method, buckets = setup.config, setup.method, setup.buckets["train"]
     tokens, model = setup.tokens["train"], of_mesh(setup, None)
-    scored = method.selection.needs_scoring and not method.supervised
+    scored = method.scores_pools
     scored = scored and refresh_window(config.selection.refresh, 0) == 1
     chunk, steps = setup.program.scorer.chunk, config.train.batch_size
     micro = config.train.micro_batch_size

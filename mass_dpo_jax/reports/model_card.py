@@ -15,39 +15,13 @@ from mass_dpo_jax.data.render import template_arguments
 from mass_dpo_jax.models.config import DecoderConfig
 from mass_dpo_jax.runs import origin, run_folder
 from mass_dpo_jax.runs.metrics_files import read_metrics
-from mass_dpo_jax.training.methods import KINDS
+from mass_dpo_jax.training.methods import METHODS
 from mass_dpo_jax.training.policy import run_of
 
 REWARD = (
     "The reward of a response is r = beta * (log-probability of the response under this model - "
     "that under the reference), summed over its tokens, with beta = {beta:g}."
 )
-PLACKETT_LUCE = (
-    "The loss of a prompt is the Plackett-Luce negative log-likelihood that the chosen response is "
-    "the best of those in the set: -log( exp(r_chosen) / (exp(r_chosen) + sum_i exp(r_i)) )"
-)
-# The loss of each method in words, by its name in the configuration.
-LOSSES = {
-    "mass_dpo": PLACKETT_LUCE + ", the sum over the selected negatives.",
-    "pl_sampled": PLACKETT_LUCE + ", the sum over the whole pool; its gradient is estimated, "
-    "without bias, from negatives drawn with the pool's softmax weights.",
-    "pl_all": PLACKETT_LUCE + ", the sum over all negatives of the pool.",
-    "sdpo": PLACKETT_LUCE + ", the sum over random negatives (S-DPO).",
-    "dpo": "The loss of a prompt is DPO's with one random negative: "
-    "-log sigmoid(r_chosen - r_negative).",
-    "dpo_k": "The loss of a prompt is the mean over random negatives of DPO's: "
-    "-log sigmoid(r_chosen - r_i).",
-    "dmpo": "The loss of a prompt is DPO's against the average of random negatives (DMPO): "
-    "-log sigmoid(r_chosen - mean_i r_i).",
-    "odpo": "The loss of a prompt is the mean over random negatives of DPO's with an offset "
-    "(ODPO): -log sigmoid(r_chosen - r_i - d_i), where d_i = alpha * log of how much better the "
-    "chosen response was graded.",
-    "mppo": "There is no reference. The loss of a prompt is "
-    "-log sigmoid(n * p_chosen - sum_i p_i), where p is a response's "
-    "likelihood per token, a geometric mean (MPPO).",
-    "sft": "Supervised fine-tuning: the loss is the negative log-likelihood per token of the "
-    "chosen response. There are no negatives and no reference.",
-}
 # How mass_dpo chooses its negatives, by selection.criterion.
 CRITERIA = {
     "pool_fisher": "those with the most Fisher information: greedily, so that the log-determinant "
@@ -150,8 +124,8 @@ def _summary(config: ConfigDict, base: str, decoder: DecoderConfig, step: int, d
 
 
 def _method(config: ConfigDict) -> str:
-    words = [LOSSES[config.method]]
-    if KINDS[config.method].reference:
+    words = [METHODS[config.method].description]
+    if METHODS[config.method].uses_reference:
         words.insert(0, REWARD.format(beta=config.beta))
     if config.method == "odpo":
         words.append(f"alpha = {config.odpo.alpha:g}.")

@@ -172,7 +172,7 @@ def _read_weights(setup: Setup, begun: bool) -> tuple[Any, Any, dict[str, str]]:
         params, digests["model.path"] = policy.read(
             config.model.path, config.seed, config.model.lora.path
         )
-        reference = params if setup.method.reference else None
+        reference = params if setup.method.uses_reference else None
     if "reference_path" in names:
         other = config.model.reference_path
         reference, digests["model.reference_path"] = policy.read(other, config.seed)

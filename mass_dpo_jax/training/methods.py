@@ -1,18 +1,8 @@
-"""What a method is: which negatives of a pool it trains on, and by which loss.
+"""Training methods: which negatives of a pool the loss sees, and the loss itself.
 
-    mass_dpo    n chosen by selection.criterion, Plackett-Luce loss
-    pl_sampled  n drawn from the pool weights, the whole pool's Plackett-Luce gradient estimated
-    pl_all      the whole pool, Plackett-Luce loss
-    sdpo        n random ones, Plackett-Luce loss
-    dpo         one random one
-    dpo_k       n random ones, the mean of DPO's loss over the pairs
-    dmpo        n random ones, DPO's loss against their average
-    odpo        n random ones, DPO's loss with a margin for each pair
-    mppo        n random ones, likelihoods per token; no reference
-    sft         none: the likelihood of the chosen response; no reference
-
-Random negatives are drawn anew at each `selection.refresh`: `once` is one draw per example, as
-S-DPO's authors do it.
+`METHODS` has one entry for every value of `config.method`; `config.METHOD_SUMMARIES` says in a line
+what each one does, without importing JAX. Random negatives are redrawn as `selection.refresh` says:
+`once` draws them once per example, as the authors of S-DPO do.
 """
 
 from __future__ import annotations
@@ -23,6 +13,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Bool, Float, Int
 from ml_collections import ConfigDict
 
 from mass_dpo_jax import losses
@@ -32,47 +23,54 @@ from mass_dpo_jax.selection.registry import CRITERIA
 
 
 class Responses(NamedTuple):
-    """What a loss may look at: the chosen response in column 0, then n negatives.
+    """The input of a loss: the chosen response in column 0, then n negatives.
 
-    logps, log_ratios: float32 [B, 1 + n]; lengths: int32, in tokens; valid: bool.
-    grades: float32 [B, 1 + n] from the data's scores or ranks, or None.
-    weights: float32 [B, n] and pool_loss: float32 [B], of drawn negatives, or None.
+    Attributes:
+        logps: summed log-probabilities under the policy, float32, in nats.
+        log_ratios: the same minus those under the reference; 0 where `valid` is False.
+        lengths: in tokens.
+        valid: which of the responses exist.
+        grades: the data's scores or ranks; None where the method uses none.
+        weights: of negatives drawn from the policy's pool weights; else None.
+        pool_loss: Plackett-Luce loss of the whole pool, with `weights`.
     """
 
-    logps: Array
-    log_ratios: Array
-    lengths: Array
-    valid: Array
-    grades: Array | None
-    weights: Array | None
-    pool_loss: Array | None
+    logps: Float[Array, "B 1+n"]
+    log_ratios: Float[Array, "B 1+n"]
+    lengths: Int[Array, "B 1+n"]
+    valid: Bool[Array, "B 1+n"]
+    grades: Float[Array, "B 1+n"] | None
+    weights: Float[Array, "B n"] | None
+    pool_loss: Float[Array, " B"] | None
 
 
-Loss = Callable[[Responses, "Method"], Array]
+Loss = Callable[[Responses, "Method"], Float[Array, " B"]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Kind:
-    """What `config.method` decides.
+class MethodSpec:
+    """The meaning of one value of `config.method`.
 
     Attributes:
-      loss: float32 [B] of a micro-batch.
-      criterion: of `registry.CRITERIA`; "" for the one in `config.selection`.
-      reference: does the loss know a reference?
-      most: of negatives, whatever `config.num_negatives` says; None: no limit.
+        loss: the loss of each prompt.
+        description: the loss in words, for model cards.
+        criterion: a name in `registry.CRITERIA`; "" for `config.selection.criterion`.
+        uses_reference: whether the loss compares the policy with a reference.
+        max_negatives: upper bound on `config.num_negatives`; None for no bound.
     """
 
     loss: Loss
+    description: str
     criterion: str = "random"
-    reference: bool = True
-    most: int | None = None
+    uses_reference: bool = True
+    max_negatives: int | None = None
 
 
 def _plackett_luce(x: Responses, m: Method) -> Array:
     return losses.plackett_luce(x.log_ratios, x.valid, m.beta)
 
 
-def _sampled(x: Responses, m: Method) -> Array:
+def _sampled_plackett_luce(x: Responses, m: Method) -> Array:
     assert x.weights is not None and x.pool_loss is not None
     return losses.sampled_plackett_luce(x.log_ratios, x.valid, m.beta, x.weights, x.pool_loss)
 
@@ -84,18 +82,58 @@ def _odpo(x: Responses, m: Method) -> Array:
     return losses.odpo(x.log_ratios, x.valid, m.beta, margins)
 
 
-KINDS = {
-    "mass_dpo": Kind(_plackett_luce, criterion=""),
-    "pl_sampled": Kind(_sampled, criterion="sampled"),
-    "pl_all": Kind(_plackett_luce, criterion="all"),
-    "sdpo": Kind(_plackett_luce),
-    "dpo": Kind(lambda x, m: losses.dpo(x.log_ratios, x.valid, m.beta), most=1),
-    "dpo_k": Kind(lambda x, m: losses.dpo_k(x.log_ratios, x.valid, m.beta)),
-    "dmpo": Kind(lambda x, m: losses.dmpo(x.log_ratios, x.valid, m.beta)),
-    "odpo": Kind(_odpo),
-    "mppo": Kind(lambda x, m: losses.mppo(x.logps, x.lengths, x.valid), reference=False),
-    "sft": Kind(
-        lambda x, m: losses.supervised(x.logps[:, 0], x.lengths[:, 0]), reference=False, most=0
+PLACKETT_LUCE = (
+    "The loss of a prompt is the Plackett-Luce negative log-likelihood that the chosen response is "
+    "the best of those in the set: -log( exp(r_chosen) / (exp(r_chosen) + sum_i exp(r_i)) )"
+)
+METHODS = {
+    "mass_dpo": MethodSpec(
+        _plackett_luce, f"{PLACKETT_LUCE}, the sum over the selected negatives.", criterion=""
+    ),
+    "pl_sampled": MethodSpec(
+        _sampled_plackett_luce,
+        f"{PLACKETT_LUCE}, the sum over the whole pool; its gradient is estimated, without bias, "
+        "from negatives drawn with the pool's softmax weights.",
+        criterion="sampled",
+    ),
+    "pl_all": MethodSpec(
+        _plackett_luce, f"{PLACKETT_LUCE}, the sum over all negatives of the pool.", criterion="all"
+    ),
+    "sdpo": MethodSpec(_plackett_luce, f"{PLACKETT_LUCE}, the sum over random negatives (S-DPO)."),
+    "dpo": MethodSpec(
+        lambda x, m: losses.dpo(x.log_ratios, x.valid, m.beta),
+        "The loss of a prompt is DPO's with one random negative: "
+        "-log sigmoid(r_chosen - r_negative).",
+        max_negatives=1,
+    ),
+    "dpo_k": MethodSpec(
+        lambda x, m: losses.dpo_k(x.log_ratios, x.valid, m.beta),
+        "The loss of a prompt is the mean over random negatives of DPO's: "
+        "-log sigmoid(r_chosen - r_i).",
+    ),
+    "dmpo": MethodSpec(
+        lambda x, m: losses.dmpo(x.log_ratios, x.valid, m.beta),
+        "The loss of a prompt is DPO's against the average of random negatives (DMPO): "
+        "-log sigmoid(r_chosen - mean_i r_i).",
+    ),
+    "odpo": MethodSpec(
+        _odpo,
+        "The loss of a prompt is the mean over random negatives of DPO's with an offset (ODPO): "
+        "-log sigmoid(r_chosen - r_i - d_i), where d_i = alpha * log of how much better the "
+        "chosen response was graded.",
+    ),
+    "mppo": MethodSpec(
+        lambda x, m: losses.mppo(x.logps, x.lengths, x.valid),
+        "There is no reference. The loss of a prompt is -log sigmoid(n * p_chosen - sum_i p_i), "
+        "where p is a response's likelihood per token, a geometric mean (MPPO).",
+        uses_reference=False,
+    ),
+    "sft": MethodSpec(
+        lambda x, m: losses.supervised(x.logps[:, 0], x.lengths[:, 0]),
+        "Supervised fine-tuning: the loss is the negative log-likelihood per token of the "
+        "chosen response. There are no negatives and no reference.",
+        uses_reference=False,
+        max_negatives=0,
     ),
 }
 
@@ -105,14 +143,14 @@ class Method:
     """A training method with its settings. Hashable.
 
     Attributes:
-      name: of `KINDS`.
-      num_negatives: n, how many negatives of each pool the loss sees; 0 for sft.
-      selection: how they are chosen.
-      beta: from log-ratios to rewards.
-      sft_weight: of a supervised term on the chosen response.
-      graded: the data's scores are read (odpo by score).
-      odpo_alpha: margin over log difference.
-      frozen_features: criteria see the reference's hidden states.
+        name: a key of `METHODS`.
+        num_negatives: n, the negatives of each pool that the loss sees; 0 for sft.
+        selection: how they are chosen.
+        beta: factor from log-ratios to rewards.
+        sft_weight: weight of a supervised term on the chosen response.
+        uses_scores: whether the data's scores are the grades (odpo by score).
+        odpo_alpha: margin per log difference of grades.
+        frozen_features: whether criteria see the reference's hidden states.
     """
 
     name: str
@@ -120,57 +158,62 @@ class Method:
     selection: Settings
     beta: float
     sft_weight: float
-    graded: bool
+    uses_scores: bool
     odpo_alpha: float
     frozen_features: bool
 
     @property
-    def supervised(self) -> bool:
-        """Are there no negatives at all?"""
+    def is_supervised(self) -> bool:
+        """Whether the method trains on the chosen response alone."""
         return self.num_negatives == 0
 
     @property
-    def whole_pool(self) -> bool:
-        """Is every negative trained on, so that n is that of the largest pool?"""
+    def uses_whole_pool(self) -> bool:
+        """Whether every negative is trained on; n is then the size of the largest pool."""
         return self.selection.criterion == "all"
 
     @property
-    def reference(self) -> bool:
-        """Are the reference's log-probs needed?"""
-        return KINDS[self.name].reference
+    def uses_reference(self) -> bool:
+        """Whether the loss needs the reference's log-probabilities."""
+        return METHODS[self.name].uses_reference
 
     @property
-    def sampled(self) -> bool:
-        """Does the loss need the weights of a draw at the current policy?"""
+    def uses_draws(self) -> bool:
+        """Whether the loss needs the weights of negatives drawn at the current policy."""
         return self.selection.criterion == "sampled"
 
-    def loss(self, x: Responses) -> Array:
-        """float32 [B]."""
-        loss = KINDS[self.name].loss(x, self)
+    @property
+    def scores_pools(self) -> bool:
+        """Whether choosing the negatives takes a pass over the whole pools."""
+        return self.selection.needs_scoring and not self.is_supervised
+
+    def loss(self, x: Responses) -> Float[Array, " B"]:
+        """Computes the loss of each prompt."""
+        loss = METHODS[self.name].loss(x, self)
         if self.sft_weight:
             loss += self.sft_weight * losses.supervised(x.logps[:, 0], x.lengths[:, 0])
         return loss
 
-    def rewards(self, x: Responses) -> Array:
-        """float32 [B, 1 + n]: what the loss takes for the responses' rewards."""
-        if self.reference:
+    def rewards(self, x: Responses) -> Float[Array, "B 1+n"]:
+        """Computes what the loss takes for the responses' rewards."""
+        if self.uses_reference:
             return self.beta * x.log_ratios
         return losses.likelihood_per_token(x.logps, x.lengths, x.valid)
 
 
-def uses_reference(name: str) -> bool:
-    """Whether the method `config.method` names knows a reference."""
-    return KINDS[name].reference
-
-
 def make_method(config: ConfigDict, largest_pool: int) -> Method:
-    """The method that `config.method` names, for pools of at most `largest_pool` negatives.
+    """Returns the method of a configuration.
+
+    Args:
+        config: of which `method`, `num_negatives`, `beta`, `sft_weight`, `selection` and `odpo` are
+            read.
+        largest_pool: the most negatives that any pool has.
 
     Raises:
-      UserError: settings that do not go together.
+        UserError: settings do not go together.
     """
-    kind = KINDS[config.method]
-    criterion = kind.criterion or config.selection.criterion
+    spec = METHODS[config.method]
+    criterion = spec.criterion or config.selection.criterion
     if criterion == "sampled" and config.selection.refresh != "step":
         raise UserError(
             f"config.selection.refresh={config.selection.refresh}: config.method=pl_sampled draws "
@@ -185,40 +228,44 @@ def make_method(config: ConfigDict, largest_pool: int) -> Method:
         beta=config.beta,
         replacement=config.selection.replacement,
     )
-    n = config.num_negatives if kind.most is None else min(kind.most, config.num_negatives)
+    bounds = [config.num_negatives, spec.max_negatives]
+    n = min(bound for bound in bounds if bound is not None)
     return Method(
         name=config.method,
         num_negatives=largest_pool if criterion == "all" else n,
         selection=settings,
         beta=config.beta,
         sft_weight=config.sft_weight,
-        graded=config.method == "odpo" and config.odpo.offset == "score",
+        uses_scores=config.method == "odpo" and config.odpo.offset == "score",
         odpo_alpha=config.odpo.alpha,
         frozen_features=config.selection.features == "reference" and settings.needs_features,
     )
 
 
-def unread(config: ConfigDict) -> list[str]:
-    """Returns the settings that nothing reads in a training with this configuration."""
-    kind = KINDS[config.method]
-    criterion = CRITERIA[kind.criterion or config.selection.criterion]
-    chosen = criterion is not CRITERIA["all"] and kind.most != 0
-    lora = bool(config.model.lora.rank or config.model.lora.path)
-    design = (
+def find_unread(config: ConfigDict) -> list[str]:
+    """Returns the settings that nothing reads in a training with this configuration.
+
+    An entry that ends with a dot stands for a whole group.
+    """
+    spec = METHODS[config.method]
+    criterion = CRITERIA[spec.criterion or config.selection.criterion]
+    selects = criterion is not CRITERIA["all"] and spec.max_negatives != 0
+    uses_lora = bool(config.model.lora.rank or config.model.lora.path)
+    design_settings = (
         "selection.search selection.ridge selection.feature_norm selection.fisher_scale "
         "selection.features selection.pooling"
     )
-    read = {
-        "selection.criterion": not kind.criterion,
-        design: criterion.design is not None and kind.most != 0,
+    is_read = {
+        "selection.criterion": not spec.criterion,
+        design_settings: criterion.design is not None and spec.max_negatives != 0,
         "selection.replacement": criterion.weighted,
-        "selection.refresh": chosen,
-        "num_negatives": chosen and kind.most is None,
+        "selection.refresh": selects,
+        "num_negatives": selects and spec.max_negatives is None,
         "odpo.offset odpo.alpha": config.method == "odpo",
-        "beta model.reference_path": kind.reference,
-        "model.lora.alpha model.lora.targets model.lora.base": lora,
+        "beta model.reference_path": spec.uses_reference,
+        "model.lora.alpha model.lora.targets model.lora.base": uses_lora,
         "model.scratch.": not config.model.path,
         "train.epochs": not config.train.steps,
         "device_memory_gb": config.dry_run,
     }
-    return [name for names, is_read in read.items() if not is_read for name in names.split()]
+    return [name for names, read in is_read.items() if not read for name in names.split()]

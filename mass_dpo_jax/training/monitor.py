@@ -18,7 +18,7 @@ from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.runs import run_folder
 from mass_dpo_jax.runs.loggers import Log
 from mass_dpo_jax.training import scoring
-from mass_dpo_jax.training.methods import uses_reference
+from mass_dpo_jax.training.methods import METHODS
 from mass_dpo_jax.training.setup import Setup
 from mass_dpo_jax.utils import distributed
 from mass_dpo_jax.utils.files import read_array
@@ -38,7 +38,10 @@ def check_best(config: ConfigDict, splits: Collection[str]) -> None:
     Args:
       splits: the names of those that there are.
     """
-    best, known = config.train.keep_best, metrics.metric_names(uses_reference(config.method))
+    best, known = (
+        config.train.keep_best,
+        metrics.metric_names(METHODS[config.method].uses_reference),
+    )
     if best and best not in known:
         raise UserError(
             f"config.train.keep_best={best!r}: expected a metric of the evaluations of "
@@ -258,10 +261,12 @@ class Report:
         setup, method = self._setup, self._setup.method
         tokens = setup.tokens[split]
         # Of other splits than the training split no frozen features are kept.
-        if method.supervised or method.frozen_features:
+        if method.is_supervised or method.frozen_features:
             return None
         rows = np.arange(min(len(tokens), MOST_SELECTED))
-        if method.whole_pool:  # Of n of the training split, which pools here may be larger than.
+        if (
+            method.uses_whole_pool
+        ):  # Of n of the training split, which pools here may be larger than.
             return self._valid(split)[rows] & (np.arange(tokens.response_lengths.shape[1]) > 0)
         chosen = np.zeros((len(rows), tokens.response_lengths.shape[1]), bool)
         batches = scoring.batches(

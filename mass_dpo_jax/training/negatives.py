@@ -47,7 +47,7 @@ class Sets:
         refresh = setup.config.selection.refresh
         # `once` is one window as long as the run.
         self.window = config_lib.refresh_window(refresh, order.steps_per_epoch) or total_steps
-        self._scored = setup.method.selection.needs_scoring and not setup.method.supervised
+        self._scored = setup.method.scores_pools
         self._kept = self.window > 1 and self._scored
         self._setup, self._order, self._total = setup, order, total_steps
         self._reference = reference

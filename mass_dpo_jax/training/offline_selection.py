@@ -56,10 +56,10 @@ def with_model(config: ConfigDict, workdir: Path | None, split: str | None) -> I
     split = split or _every_row(config)
     setup, split, params, reference = prepare_scoring(config, workdir, split, choosing=True)
     program, method = setup.program, setup.method
-    if method.supervised:
+    if method.is_supervised:
         raise UserError(f"config.method={config.method} has no negatives to select")
     tokens, refs = setup.tokens[split], reference.logps.get(split)
-    if not method.whole_pool:
+    if not method.uses_whole_pool:
         say_small_pools(method.num_negatives, (tokens.response_lengths[:, 1:] > 0).sum(1))
     if refs is None:  # The model is its own reference, whose features are frozen.
         method = dataclasses.replace(method, frozen_features=False)
@@ -80,7 +80,7 @@ def with_model(config: ConfigDict, workdir: Path | None, split: str | None) -> I
     ):
         names = [f"{workdir or config.model.path}: example {tokens.ids[row]!r}" for row in rows]
         batch_lib.check(picks, beyond, method.selection, names)
-        chosen |= zip(rows.tolist(), _rows(picks, method.sampled), strict=True)
+        chosen |= zip(rows.tolist(), _rows(picks, method.uses_draws), strict=True)
     if not distributed.is_primary():  # It has no texts, and writes nothing.
         return
     by_id = {example.id: example for example in setup.examples[split]}
@@ -136,7 +136,7 @@ def with_features(config: ConfigDict, path: Path, split: str | None) -> Iterator
             f"config.num_negatives={method.num_negatives}: {path} has {negatives} per row; set "
             f"config.num_negatives={negatives} or fewer"
         )
-    if not method.whole_pool:
+    if not method.uses_whole_pool:
         say_small_pools(method.num_negatives, mask.sum(1))
     there = np.pad(mask, ((0, 0), (1, 0)), constant_values=True)[..., None]
     key = jax.random.key(config.seed)
@@ -152,7 +152,7 @@ def with_features(config: ConfigDict, path: Path, split: str | None) -> Iterator
         )
         names = [f"{path}: row {row}" for row in range(rows)[part]]
         batch_lib.check(found, beyond, method.selection, names)
-        selected = _rows(found, method.sampled)
+        selected = _rows(found, method.uses_draws)
         for row, (example, choice) in enumerate(zip(examples[part], selected, strict=True), start):
             yield {"id": row, **choice} if example is None else _with_texts(example, choice)
 

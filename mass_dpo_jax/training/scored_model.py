@@ -12,7 +12,7 @@ from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.runs import origin
 from mass_dpo_jax.training import checkpoint
-from mass_dpo_jax.training.methods import uses_reference
+from mass_dpo_jax.training.methods import METHODS
 from mass_dpo_jax.training.policy import uses_lora
 from mass_dpo_jax.training.setup import Reference, Setup, prepare
 from mass_dpo_jax.utils import distributed
@@ -69,7 +69,7 @@ def _prepare_run(
     lora = uses_lora(own.model.lora)
     base = own.model.path
     other = config.model.reference_path or own.model.reference_path
-    read_again = lora or (uses_reference(own.method) and not other)
+    read_again = lora or (METHODS[own.method].uses_reference and not other)
     if read_again and "model.path" in origin.read(workdir)["weights"]:
         if config.model.path and not origin.is_same(Path(config.model.path), workdir):
             base = config.model.path
@@ -85,7 +85,7 @@ def _prepare_run(
         config.model.lora.path = str(workdir)
     setup = prepare(config, workdir, (split,), training=False)
     known = Reference({})
-    if uses_reference(own.method) or config.model.reference_path:
+    if METHODS[own.method].uses_reference or config.model.reference_path:
         params, digest = setup.policy.read(reference, own.seed, adapters)
         _check_reference(config, own, workdir, reference, digest)
         known = setup.reference(params, choosing)

@@ -27,7 +27,7 @@ from mass_dpo_jax.models import peft_format as lora_lib
 from mass_dpo_jax.models.logprobs import max_logits_of
 from mass_dpo_jax.training import checkpoint, scoring
 from mass_dpo_jax.training import mesh as mesh_lib
-from mass_dpo_jax.training.methods import Method, make_method, uses_reference
+from mass_dpo_jax.training.methods import METHODS, Method, make_method
 from mass_dpo_jax.training.policy import Policy, check_model, open_policy, uses_lora
 from mass_dpo_jax.training.step import Program, Scorer
 from mass_dpo_jax.utils import distributed
@@ -76,7 +76,7 @@ class Setup:
     def digests(self) -> dict[str, str]:
         """By split, a digest of the data as it is trained and evaluated on."""
         found = {split: tokens.digest() for split, tokens in self.tokens.items()}
-        if self.method.graded:
+        if self.method.uses_scores:
             scores = np.ascontiguousarray(self.tokens["train"].scores, "<f4").tobytes()
             found["train"] = hashlib.sha256(found["train"].encode() + scores).hexdigest()
         return found
@@ -179,8 +179,9 @@ def models_read(config: ConfigDict, begun: bool) -> list[str]:
     Args:
       begun: it has a checkpoint, with the weights that it trains.
     """
-    other = uses_reference(config.method) and bool(config.model.reference_path)
-    is_reference = uses_reference(config.method) and not other
+    needed = METHODS[config.method].uses_reference
+    other = needed and bool(config.model.reference_path)
+    is_reference = needed and not other
     start = not begun or uses_lora(config.model.lora) or is_reference
     return ["path"] * (start and bool(config.model.path)) + ["reference_path"] * other
 
@@ -267,7 +268,7 @@ def _of_tokens(
     method = make_method(config, largest_pool=width - 1)
     if training and "train" in tokens:
         check_pools(method, tokens["train"])
-        if method.graded:
+        if method.uses_scores:
             _check_grades(tokens["train"])
         elif method.name == "odpo":
             tokens["train"] = _graded_by_rank(tokens["train"])
@@ -307,7 +308,7 @@ def check_pools(method: Method, tokens: Tokens) -> None:
             f"{largest} rejected response{'s' * (largest > 1)}); set config.num_negatives={largest}"
             f"{other}"
         )
-    if not method.whole_pool:
+    if not method.uses_whole_pool:
         say_small_pools(n, sizes)
 
 

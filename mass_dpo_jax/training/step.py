@@ -200,7 +200,7 @@ class Program:
         chosen = selection.select(pools, self.method.num_negatives, settings)
         numbers = jnp.where(chosen.valid, chosen.indices + 1, 0)
         figures = selection.diagnostics(pools, chosen, settings) if settings.needs_scoring else {}
-        if not self.method.sampled:
+        if not self.method.uses_draws:
             return Choice(numbers), figures, found
         assert pools.scores is not None
         pool_loss = jax.vmap(selection.pool_loss)(pools.scores, pools.mask)
@@ -266,7 +266,7 @@ class Program:
         )
         losses = self.method.loss(found)
         bad = ~jnp.isfinite(losses)
-        if self.method.supervised:
+        if self.method.is_supervised:
             return losses.mean(), (bad, {"logps/chosen": logps[:, 0].mean()})
         return losses.mean(), (bad, _figures(logps, self.method.rewards(found), valid))
 
@@ -313,7 +313,7 @@ class Program:
             micro_batch, numbers = args
             figures: Metrics = {}
             record = None
-            if self.method.supervised:
+            if self.method.is_supervised:
                 choice = Choice(jnp.zeros((micro_batch.prompts.shape[0], 0), jnp.int32))
             elif numbers is None:
                 choice, figures, record = self.choose(params, micro_batch, key, self.reuse)

@@ -190,9 +190,9 @@ def test_settings_without_an_effect_are_named(tmp_path: Path) -> None:
 )
 def test_settings_that_a_training_does_not_read(changes: dict[str, Any], expected: str) -> None:
     config = config_lib.default()
-    usual = set(methods.unread(config))
+    usual = set(methods.find_unread(config))
     config.update_from_flattened_dict(changes)
-    found = set(methods.unread(config))
+    found = set(methods.find_unread(config))
     for name in expected.split():
         assert any(other.startswith(name) for other in found)
         assert not changes or not any(other.startswith(name) for other in usual)
@@ -201,9 +201,9 @@ def test_settings_that_a_training_does_not_read(changes: dict[str, Any], expecte
     }  # fmt: skip
     for method, name in read.items():
         config.method = method
-        assert name not in methods.unread(config)
+        assert name not in methods.find_unread(config)
     config.model.lora.rank = 8
-    assert not any(name.startswith("model.lora") for name in methods.unread(config))
+    assert not any(name.startswith("model.lora") for name in methods.find_unread(config))
 
 
 def test_a_run_without_its_flag(tmp_path: Path) -> None:

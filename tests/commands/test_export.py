@@ -38,7 +38,7 @@ from mass_dpo_jax.selection.registry import CRITERIA
 from mass_dpo_jax.train import train
 from mass_dpo_jax.training import checkpoint
 from mass_dpo_jax.training.mesh import make_mesh
-from mass_dpo_jax.training.methods import KINDS
+from mass_dpo_jax.training.methods import METHODS
 from mass_dpo_jax.training.policy import open_policy, save_description
 from mass_dpo_jax.training.step import TrainState
 from tests.support.helpers import WORDS, log_lines, slow, tiny_config, write_jsonl
@@ -412,15 +412,15 @@ def test_no_more_than_a_file_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(sources) == len(written) == len(tensors)
 
 
-@pytest.mark.parametrize("method", list(KINDS))
+@pytest.mark.parametrize("method", list(METHODS))
 def test_every_method_has_its_words(tmp_path: Path, method: str) -> None:
     config = config_lib.default()
     config.method = method
     config.data.path = "/home/someone/pairs.jsonl"
     card = ModelCard(model_card.write(tmp_path, config, decoder_config(), 7, "float32", ""))
-    assert model_card.LOSSES[method] in card.content
+    assert METHODS[method].description in card.content
     assert "This checkpoint was not evaluated" in card.content
-    assert ("beta" in card.content.split("## Data")[0]) == KINDS[method].reference
+    assert ("beta" in card.content.split("## Data")[0]) == METHODS[method].uses_reference
     assert "`pairs.jsonl`" in card.content and "someone" not in card.content
     settings = json.loads(card.content.split("```json\n")[1].split("```")[0])
     assert settings["method"] == method and settings["train.batch_size"] == 128

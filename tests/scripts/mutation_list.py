@@ -303,7 +303,7 @@ MUTATIONS = (
     ),
     Mutation(
         "methods: settings of LoRA without LoRA pass in silence",
-        '"model.lora.alpha model.lora.targets model.lora.base": lora,',
+        '"model.lora.alpha model.lora.targets model.lora.base": uses_lora,',
         '"model.lora.alpha model.lora.targets model.lora.base": True,',
         "cli/test_command_line.py::test_settings_that_a_training_does_not_read",
     ),

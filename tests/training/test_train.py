@@ -18,7 +18,7 @@ from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.runs import run_folder
 from mass_dpo_jax.train import train
 from mass_dpo_jax.training import loop
-from mass_dpo_jax.training.methods import KINDS
+from mass_dpo_jax.training.methods import METHODS
 from mass_dpo_jax.training.negatives import NO_SET, Sets
 from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.setup import Reference, prepare
@@ -130,7 +130,7 @@ def test_ranks_are_those_of_the_data_where_responses_are_left_out(
     assert first_loss(tmp_path, data, **changes) == pytest.approx(np.mean(want), abs=1e-5)
 
 
-@pytest.mark.parametrize("method", [name if name == "mass_dpo" else slow(name) for name in KINDS])
+@pytest.mark.parametrize("method", [name if name == "mass_dpo" else slow(name) for name in METHODS])
 def test_every_method_lowers_its_loss(tmp_path: Path, data: Path, method: str) -> None:
     changes = {"train.steps": 24, "train.eval_every": 0, "train.clip": 1.0, "beta": 1.0}
     done = train(tiny_config(data, method=method, **changes), tmp_path / "run")
@@ -147,14 +147,14 @@ def first_loss(tmp_path: Path, data: Path, **changes: Any) -> float:
     """The loss of the first step, without its gradient."""
     setup = prepare(tiny_config(data, **changes), tmp_path / "run", ("train",))
     params = setup.policy.weights("", 0)
-    reference = setup.reference(params) if setup.method.reference else Reference({})
+    reference = setup.reference(params) if setup.method.uses_reference else Reference({})
     first = Batches(setup, reference)[0]
     batch, size = first.arrays, first.size
 
     @jax.jit
     def loss(params: Any, batch: Any) -> Any:
         choice = Choice(jnp.zeros((len(batch.index), 0), jnp.int32))
-        if not setup.method.supervised:
+        if not setup.method.is_supervised:
             choice, *_ = setup.program.choose(params, batch, setup.key(0))
         return setup.program.loss(params, batch, choice, size)[0]
 
