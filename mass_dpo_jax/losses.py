@@ -1,17 +1,19 @@
-"""Preference losses on arrays of log-ratios, one value a prompt.
+"""Preference losses on arrays of log-ratios, one value per example.
 
-Every loss takes `log_ratios` [B, 1 + n]: the log-probability of each response under the policy
-minus that under the reference, the chosen response in column 0 (`mppo` and `supervised`, which know
-no reference, take log-probabilities). `valid` has the same shape and says which entries count; the
-others may hold anything, NaN and infinities included, and reach neither the values nor the
-gradients. A row whose chosen response is not valid, or that has no valid negative, has loss 0 and
-gradient 0. Computed in float32, whatever the input's precision.
+Every loss takes `log_ratios` [B, C]: the log-probability of each of the C = 1 + n responses under
+the policy minus that under the reference, the chosen response in column 0 and its n negatives after
+it (`mppo` and `supervised`, which have no reference, take log-probabilities). `valid` has the same
+shape and says which entries count; the others may hold anything, NaN and infinities included, and
+reach neither the values nor the gradients. A row whose chosen response is not valid, or that has no
+valid negative, has loss 0 and gradient 0. Losses are computed in float32 unless the input is more
+precise.
 """
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 __all__ = [
     "dmpo",
@@ -26,7 +28,9 @@ __all__ = [
 ]
 
 
-def plackett_luce(log_ratios: jax.Array, valid: jax.Array, beta: float) -> jax.Array:
+def plackett_luce(
+    log_ratios: Float[Array, "B C"], valid: Bool[Array, "B C"], beta: float
+) -> Float[Array, " B"]:
     r"""Plackett-Luce loss: the chosen response is the first among itself and its negatives.
 
     $$
@@ -45,12 +49,9 @@ def plackett_luce(log_ratios: jax.Array, valid: jax.Array, beta: float) -> jax.A
         [1.3862944 1.0986123]
 
     Args:
-        log_ratios: [B, 1 + n], nats; the chosen response in column 0.
-        valid: bool [B, 1 + n].
+        log_ratios: nats; the chosen response in column 0.
+        valid: which responses count.
         beta: strength of the pull towards the reference, > 0.
-
-    Returns:
-        float32 [B].
 
     Source: Chen et al., "On Softmax Direct Preference Optimization for Recommendation", 2024;
     the form by log-sum-exp avoids the overflow of exponentiating log-ratios.
@@ -64,7 +65,9 @@ def plackett_luce(log_ratios: jax.Array, valid: jax.Array, beta: float) -> jax.A
     return jnp.where(some, loss, 0.0)
 
 
-def dpo(log_ratios: jax.Array, valid: jax.Array, beta: float) -> jax.Array:
+def dpo(
+    log_ratios: Float[Array, "B C"], valid: Bool[Array, "B C"], beta: float
+) -> Float[Array, " B"]:
     r"""DPO loss: the chosen response is preferred to one negative.
 
     $$
@@ -76,12 +79,9 @@ def dpo(log_ratios: jax.Array, valid: jax.Array, beta: float) -> jax.Array:
         [0.6931472]
 
     Args:
-        log_ratios: [B, 2], nats; the chosen response in column 0.
-        valid: bool [B, 2].
+        log_ratios: nats, [B, 2]; the chosen response in column 0.
+        valid: which responses count.
         beta: strength of the pull towards the reference, > 0.
-
-    Returns:
-        float32 [B].
 
     Raises:
         ValueError: there is not exactly one negative.
@@ -95,7 +95,9 @@ def dpo(log_ratios: jax.Array, valid: jax.Array, beta: float) -> jax.Array:
     return jnp.where(negatives[:, 0], jax.nn.softplus(scores[:, 0]), 0.0)
 
 
-def dpo_k(log_ratios: jax.Array, valid: jax.Array, beta: float) -> jax.Array:
+def dpo_k(
+    log_ratios: Float[Array, "B C"], valid: Bool[Array, "B C"], beta: float
+) -> Float[Array, " B"]:
     r"""DPO-k loss: the chosen response is preferred to each negative, one pair at a time.
 
     $$
@@ -109,12 +111,9 @@ def dpo_k(log_ratios: jax.Array, valid: jax.Array, beta: float) -> jax.Array:
         [0.6931472]
 
     Args:
-        log_ratios: [B, 1 + n], nats; the chosen response in column 0.
-        valid: bool [B, 1 + n].
+        log_ratios: nats; the chosen response in column 0.
+        valid: which responses count.
         beta: strength of the pull towards the reference, > 0.
-
-    Returns:
-        float32 [B].
 
     Source: MASS-DPO names this baseline without defining it; the mean over pairs is the reading
     that leaves the step's size independent of n.
@@ -123,7 +122,9 @@ def dpo_k(log_ratios: jax.Array, valid: jax.Array, beta: float) -> jax.Array:
     return _mean(jax.nn.softplus(scores), negatives)
 
 
-def dmpo(log_ratios: jax.Array, valid: jax.Array, beta: float) -> jax.Array:
+def dmpo(
+    log_ratios: Float[Array, "B C"], valid: Bool[Array, "B C"], beta: float
+) -> Float[Array, " B"]:
     r"""DMPO loss: the chosen response is preferred to the average negative.
 
     $$
@@ -137,12 +138,9 @@ def dmpo(log_ratios: jax.Array, valid: jax.Array, beta: float) -> jax.Array:
         [0.6931472]
 
     Args:
-        log_ratios: [B, 1 + n], nats; the chosen response in column 0.
-        valid: bool [B, 1 + n].
+        log_ratios: nats; the chosen response in column 0.
+        valid: which responses count.
         beta: strength of the pull towards the reference, > 0.
-
-    Returns:
-        float32 [B].
 
     Source: Bai et al., "Finetuning Large Language Model for Personalized Ranking", 2024. (In the
     code released with it the reference cancels; here it does not.)
@@ -152,7 +150,12 @@ def dmpo(log_ratios: jax.Array, valid: jax.Array, beta: float) -> jax.Array:
     return jnp.where(negatives.any(axis=-1), loss, 0.0)
 
 
-def odpo(log_ratios: jax.Array, valid: jax.Array, beta: float, margins: jax.Array) -> jax.Array:
+def odpo(
+    log_ratios: Float[Array, "B C"],
+    valid: Bool[Array, "B C"],
+    beta: float,
+    margins: Float[Array, "B C-1"],
+) -> Float[Array, " B"]:
     r"""ODPO loss: the chosen response is preferred to each negative by a margin of its own.
 
     $$
@@ -168,13 +171,10 @@ def odpo(log_ratios: jax.Array, valid: jax.Array, beta: float, margins: jax.Arra
         [1.1512926]
 
     Args:
-        log_ratios: [B, 1 + n], nats; the chosen response in column 0.
-        valid: bool [B, 1 + n].
+        log_ratios: nats; the chosen response in column 0.
+        valid: which responses count.
         beta: strength of the pull towards the reference, > 0.
-        margins: [B, n], Delta of each negative.
-
-    Returns:
-        float32 [B].
+        margins: Delta of each negative.
 
     Source: Amini, Vieira and Cotterell, "Direct Preference Optimization with an Offset", 2024, for
     pairs; the mean over an example's pairs is ours.
@@ -184,7 +184,9 @@ def odpo(log_ratios: jax.Array, valid: jax.Array, beta: float, margins: jax.Arra
     return _mean(jax.nn.softplus(scores + margins), negatives)
 
 
-def mppo(logps: jax.Array, num_tokens: jax.Array, valid: jax.Array) -> jax.Array:
+def mppo(
+    logps: Float[Array, "B C"], num_tokens: Int[Array, "B C"], valid: Bool[Array, "B C"]
+) -> Float[Array, " B"]:
     r"""MPPO loss: the chosen response's likelihood per token exceeds the negatives'.
 
     $$
@@ -202,13 +204,10 @@ def mppo(logps: jax.Array, num_tokens: jax.Array, valid: jax.Array) -> jax.Array
         [0.575939]
 
     Args:
-        logps: [B, 1 + n], nats, summed over each response's tokens, end-of-sequence included; the
+        logps: nats, summed over each response's tokens, end-of-sequence included; the
             chosen response in column 0.
-        num_tokens: int [B, 1 + n], T.
-        valid: bool [B, 1 + n].
-
-    Returns:
-        float32 [B].
+        num_tokens: T of each response.
+        valid: which responses count.
 
     Source: Xie et al., "MPPO: Multi Pair-wise Preference Optimization for LLMs with Arbitrary
     Negative Samples", 2024.
@@ -219,19 +218,21 @@ def mppo(logps: jax.Array, num_tokens: jax.Array, valid: jax.Array) -> jax.Array
     return jnp.where(negatives.any(axis=-1), jax.nn.softplus(merged), 0.0)
 
 
-def likelihood_per_token(logps: jax.Array, num_tokens: jax.Array, valid: jax.Array) -> jax.Array:
-    """The geometric mean of a response's token probabilities, MPPO's reward: 0 where not valid."""
+def likelihood_per_token(
+    logps: Float[Array, "B C"], num_tokens: Int[Array, "B C"], valid: Bool[Array, "B C"]
+) -> Float[Array, "B C"]:
+    """Returns the geometric mean of a response's token probabilities; 0 where not valid."""
     logps = jnp.where(valid, _at_least_float32(logps), 0.0)
     return jnp.where(valid, jnp.exp(logps / jnp.maximum(num_tokens, 1)), 0.0)
 
 
 def sampled_plackett_luce(
-    log_ratios: jax.Array,
-    valid: jax.Array,
+    log_ratios: Float[Array, "B C"],
+    valid: Bool[Array, "B C"],
     beta: float,
-    weights: jax.Array,
-    pool_loss: jax.Array,
-) -> jax.Array:
+    weights: Float[Array, "B C-1"],
+    pool_loss: Float[Array, " B"],
+) -> Float[Array, " B"]:
     r"""The Plackett-Luce loss of a whole pool, with a gradient estimated from n of its negatives.
 
     The gradient of the loss on all N negatives is, with p the softmax of their scores,
@@ -243,9 +244,9 @@ def sampled_plackett_luce(
 
     A pass over the pool without gradients gives p and $\ell_N$ exactly. The value returned is
     that $\ell_N$; the gradient replaces the sum over the pool by one over n drawn negatives,
-    $\sum_k w_k \nabla \beta (r_k - r_0)$, whose weights `selection.sampled` makes such that
-    its expectation is the sum over the pool. Weights and loss must be those of the same policy:
-    then the estimate is unbiased.
+    $\sum_k w_k \nabla \beta (r_k - r_0)$, whose weights `selection.criteria.sampled` makes
+    such that its expectation is the sum over the pool. The estimate is unbiased where weights and
+    loss are those of the same policy.
 
     Examples:
         >>> scores = jnp.array([[0.0, -1.0, 1.0]])
@@ -256,14 +257,11 @@ def sampled_plackett_luce(
         1.4076 [-0.7553  0.09    0.6652]
 
     Args:
-        log_ratios: [B, 1 + n], nats; the chosen response in column 0.
-        valid: bool [B, 1 + n].
+        log_ratios: nats; the chosen response in column 0.
+        valid: which responses count.
         beta: strength of the pull towards the reference, > 0.
-        weights: [B, n], constants.
-        pool_loss: [B], l_N, a constant.
-
-    Returns:
-        float32 [B].
+        weights: w, taken as constants.
+        pool_loss: l_N in nats, taken as a constant.
     """
     scores, negatives = _scores(log_ratios, valid, beta)
     weights = jnp.where(negatives, jax.lax.stop_gradient(_at_least_float32(weights)), 0.0)
@@ -273,7 +271,9 @@ def sampled_plackett_luce(
     return jnp.where(some, loss + linear - jax.lax.stop_gradient(linear), 0.0)
 
 
-def supervised(logps_chosen: jax.Array, num_tokens: jax.Array) -> jax.Array:
+def supervised(
+    logps_chosen: Float[Array, " B"], num_tokens: Int[Array, " B"]
+) -> Float[Array, " B"]:
     r"""Supervised loss: the negative log-likelihood of the chosen response, per token.
 
     $$
@@ -281,19 +281,21 @@ def supervised(logps_chosen: jax.Array, num_tokens: jax.Array) -> jax.Array:
     $$
 
     Args:
-        logps_chosen: [B], nats, summed over the response's tokens, end-of-sequence included.
-        num_tokens: int [B], T; a row with 0 tokens has loss 0 and gradient 0.
+        logps_chosen: nats, summed over the response's tokens, end-of-sequence included.
+        num_tokens: T of each response; a row with 0 tokens has loss 0 and gradient 0.
 
     Returns:
-        float32 [B], nats per token.
+        The loss in nats per token.
     """
     present = num_tokens > 0
     logps = jnp.where(present, _at_least_float32(logps_chosen), 0.0)
     return -logps / jnp.maximum(num_tokens, 1)
 
 
-def _scores(log_ratios: jax.Array, valid: jax.Array, beta: float) -> tuple[jax.Array, jax.Array]:
-    """Scores beta (r_i - r_0) of the negatives, 0 where not valid; and which of them count."""
+def _scores(
+    log_ratios: Float[Array, "B C"], valid: Bool[Array, "B C"], beta: float
+) -> tuple[Float[Array, "B C-1"], Bool[Array, "B C-1"]]:
+    """Returns beta (r_i - r_0) of the negatives, 0 where they do not count, and which count."""
     if log_ratios.shape != valid.shape:
         raise ValueError(f"log_ratios {log_ratios.shape} and valid {valid.shape} differ in shape")
     # Up to the `where` everything is linear, so its zero gradient meets no NaN on the way back.
@@ -303,12 +305,12 @@ def _scores(log_ratios: jax.Array, valid: jax.Array, beta: float) -> tuple[jax.A
     return jnp.where(negatives, rewards[:, 1:] - rewards[:, :1], 0.0), negatives
 
 
-def _mean(values: jax.Array, negatives: jax.Array) -> jax.Array:
-    """Mean over the negatives that count: [B] from [B, n], 0 where there are none."""
+def _mean(values: Float[Array, "B n"], negatives: Bool[Array, "B n"]) -> Float[Array, " B"]:
+    """Averages over the negatives that count; 0 where there are none."""
     total = jnp.sum(jnp.where(negatives, values, 0.0), axis=-1)
     return total / jnp.maximum(negatives.sum(axis=-1), 1)
 
 
-def _at_least_float32(x: jax.Array) -> jax.Array:
-    """Half precision becomes float32; float64, where a test has enabled it, stays."""
+def _at_least_float32(x: Float[Array, " ..."]) -> Float[Array, " ..."]:
+    """Casts half precision to float32; float64, which tests enable, stays as it is."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import jaxtyping
 import pytest
 
 from tests.support.processes import ACCELERATOR, xla_flags
@@ -33,6 +34,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["XDG_CACHE_HOME"] = CACHE
 os.environ.pop("HF_HOME", None)
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+# Modules whose functions say the shapes and types of their arrays: every call in a test is checked.
+# The hook works on what is imported after it, so nothing above imports the package.
+SHAPES_CHECKED = ["mass_dpo_jax.losses"]
+jaxtyping.install_import_hook(SHAPES_CHECKED, "beartype.beartype")
 
 
 def pytest_unconfigure() -> None:
@@ -121,6 +127,12 @@ def strict_jax() -> Iterator[None]:
 
     with jax.numpy_rank_promotion("raise"):
         yield
+
+
+@pytest.fixture
+def shapes_unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets wrong shapes through to the package's own errors, which users see."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture(scope="session")

@@ -22,8 +22,8 @@ FLAGS = {"absl", "ml_collections", "yaml"}
 OURS = {"mass_dpo_jax", "config_config"}  # ml_collections' name for the file of --config.
 # Of the packages that setup.cfg requires, those that a model needs.
 MODEL = FLAGS | set(
-    "flax huggingface_hub jax jinja2 numpy optax orbax qwix safetensors tensorstore tokenizers "
-    "tqdm transformers".split()
+    "flax huggingface_hub jax jaxtyping jinja2 numpy optax orbax qwix safetensors tensorstore "
+    "tokenizers tqdm transformers".split()
 )
 # By kind: the exit status, and words after `python -m mass_dpo_jax.COMMAND`.
 KINDS: dict[str, tuple[int, tuple[str, ...]]] = {

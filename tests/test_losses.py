@@ -7,6 +7,7 @@ import doctest
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -32,6 +33,7 @@ def float64_plackett_luce(log_ratios, valid, beta):
 
 def value_and_grad(loss, log_ratios, *args):
     """Values [B] and d(sum of values)/d(log_ratios)."""
+    args = [jnp.asarray(x) if isinstance(x, np.ndarray) else x for x in args]
     values, pull = jax.vjp(lambda r: loss(r, *args), jnp.asarray(log_ratios))
     return np.asarray(values), np.asarray(pull(jnp.ones_like(values))[0])
 
@@ -59,6 +61,24 @@ def test_plackett_luce_is_its_float64_formula_and_ignores_what_is_masked(
         gradient, want_gradient, rtol=1e-4 + 1e-6 * magnitude, atol=1e-6 * beta * (1 + magnitude)
     )
     assert (gradient[~valid] == 0).all()
+
+
+@pytest.mark.parametrize("scale", [0.1, 100.0])
+def test_plackett_luce_is_the_ranking_loss_of_optax(scale):
+    rng = np.random.default_rng(0)
+    log_ratios = rng.normal(0, scale, (6, 6)).astype(np.float32)
+    valid = jnp.asarray(rng.random((6, 6)) < 0.7).at[:, :2].set(True)
+
+    def ranking(r, valid, beta):
+        chosen = jnp.zeros(r.shape).at[:, 0].set(1.0)
+        return optax.losses.ranking_softmax_loss(beta * r, chosen, where=valid, reduce_fn=None)
+
+    for got, want in zip(
+        value_and_grad(losses.plackett_luce, log_ratios, valid, 0.5),
+        value_and_grad(ranking, log_ratios, valid, 0.5),
+        strict=True,
+    ):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6 * scale)
 
 
 @pytest.mark.parametrize("n", [1, 3, 5])
@@ -153,11 +173,12 @@ def test_losses_by_pairs_are_their_float64_formulas(name, seed, beta, scale, gar
     margins, tokens = rng.normal(0, 1, (5, 5)), rng.integers(1, 9, (5, 6))
     dirty = np.where(valid, logs, garbage).astype(np.float32)
     spoiled = jnp.asarray(np.where(valid[:, 1:], margins, garbage), jnp.float32)
+    counts = jnp.asarray(valid)
     loss = {
-        "dpo_k": lambda x: losses.dpo_k(x, valid, beta),
-        "dmpo": lambda x: losses.dmpo(x, valid, beta),
-        "odpo": lambda x: losses.odpo(x, valid, beta, spoiled),
-        "mppo": lambda x: losses.mppo(x, jnp.asarray(tokens), valid),
+        "dpo_k": lambda x: losses.dpo_k(x, counts, beta),
+        "dmpo": lambda x: losses.dmpo(x, counts, beta),
+        "odpo": lambda x: losses.odpo(x, counts, beta, spoiled),
+        "mppo": lambda x: losses.mppo(x, jnp.asarray(tokens), counts),
     }[name]
     got, gradient = value_and_grad(loss, dirty)
     want, want_gradient = np.zeros(5), np.zeros((5, 6))
@@ -285,6 +306,7 @@ def test_supervised_is_nats_per_token_and_ignores_empty_rows():
     np.testing.assert_allclose(pull(jnp.ones(3))[0], [-1 / 3, 0.0, -1.0])
 
 
+@pytest.mark.usefixtures("shapes_unchecked")
 def test_wrong_shapes_are_refused():
     with pytest.raises(ValueError, match="differ in shape"):
         losses.plackett_luce(jnp.zeros((2, 3)), jnp.ones((2, 2), bool), 0.1)
