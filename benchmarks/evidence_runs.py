@@ -215,9 +215,9 @@ def cold_rows(examples: Sequence[Example], seed: int) -> list[dict[str, Any]]:
 
 def settings_of(config: ConfigDict) -> dict[str, Any]:
     """By name, those that are not the default, without places of files."""
-    default = dict(config_lib.flat(config_lib.default()))
+    default = dict(config_lib.flatten(config_lib.default()))
     places = ("cache_dir", "model.path", "data.path", "seed")
-    return {k: v for k, v in config_lib.flat(config) if v != default[k] and k not in places}
+    return {k: v for k, v in config_lib.flatten(config) if v != default[k] and k not in places}
 
 
 def cells_of(

@@ -73,7 +73,7 @@ def on_page_content(content: str, **_: Any) -> str:
 
 def _settings() -> str:
     rows = ["| | default | |", "|---|---|---|"]
-    defaults = dict(config_lib.flat(config_lib.default()))
+    defaults = dict(config_lib.flatten(config_lib.default()))
     for name, text in help_lib.comments().items():  # In the order of the file.
         text = text.replace("|", "\\|").replace("*", "\\*")
         if name in defaults:

@@ -17,7 +17,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from mass_dpo_jax.cli import commands
-from mass_dpo_jax.utils.run_paths import check_new
+from mass_dpo_jax.utils.run_paths import check_new_run
 
 WARM_STEPS = 40  # Enough to write names of items, too few to know much of tastes.
 _log = logging.getLogger("examples.quickstart")
@@ -51,7 +51,7 @@ def quickstart(config: ConfigDict, workdir: Path) -> str:
 def main() -> None:
     workdir = _WORKDIR.value
     assert workdir is not None  # It has a default.
-    check_new(workdir)
+    check_new_run(workdir)
     print("\n" + quickstart(commands.required(_CONFIG), workdir))
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.data import splits, tables
 from mass_dpo_jax.data.examples import Example
-from mass_dpo_jax.errors import UserError, expect
+from mass_dpo_jax.errors import UserError, check_type
 from mass_dpo_jax.models.config import DecoderConfig
 from mass_dpo_jax.runs import origin
 from mass_dpo_jax.training.hf_folder import save_model
@@ -113,7 +113,7 @@ class Model:
     def updated(self, state: TrainState) -> Model:
         """This model with a state's weights: no copy, so the next step on that state, which takes
         its arrays, takes them from this model too."""
-        expect(state, TrainState, "state", "what a train step returns first")
+        check_type(state, TrainState, "state", "what a train step returns first")
         return dataclasses.replace(self, params={**self.params, **state.params})
 
     def save(self, folder: str | Path, dtype: str = "float32") -> None:
@@ -152,7 +152,7 @@ def load_model(path: str | Path, config: ConfigDict | None = None) -> Model:
         if run is not None:
             config = origin.with_own_files(config_lib.load(run[0]), run[0])
             config.model.lora = config_lib.default().model.lora
-    config = config_lib.copied(config)
+    config = config_lib.resolve(config)
     config.model.path = str(path)
     mesh = open_mesh(config)
     policy = open_policy(config, mesh, None, ())
@@ -185,8 +185,8 @@ def batches(
     """
     reference = model if reference is None else reference
     for name, given in (("model", model), ("reference", reference)):
-        expect(given, Model, name, MODEL)
-    config = config_lib.copied(model.config if config is None else config)
+        check_type(given, Model, name, MODEL)
+    config = config_lib.resolve(model.config if config is None else config)
     config.model = model.config.model
     setup = prepare_examples(config, model.policy, {"train": _examples(examples, config.data)})
     model.policy.check_like(reference.architecture, "reference")
@@ -211,8 +211,8 @@ def make_train_step(
     Raises:
         UserError: an argument is something else.
     """
-    expect(model, Model, "model", MODEL)
-    expect(batches, Batches, "batches", "what batches(model, rows) returns, all of them")
+    check_type(model, Model, "model", MODEL)
+    check_type(batches, Batches, "batches", "what batches(model, rows) returns, all of them")
     if optimizer is None:
         chosen = make_optimizer(batches.setup.config.train, len(batches))
     elif callable(getattr(optimizer, "init", None)) and hasattr(optimizer, "update"):

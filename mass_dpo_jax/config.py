@@ -16,7 +16,7 @@ from ml_collections import ConfigDict, FieldReference, FrozenConfigDict
 
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models.config import parse_targets
-from mass_dpo_jax.utils import names
+from mass_dpo_jax.utils import suggestions
 from mass_dpo_jax.utils.files import expand, read_json
 from mass_dpo_jax.utils.run_paths import check_run
 
@@ -212,8 +212,8 @@ def load(workdir: Path) -> ConfigDict:
             "what --config.model.path takes"
         )
     config = default()
-    fields = dict(flat(config))
-    for name, value in flat(stored):
+    fields = dict(flatten(config))
+    for name, value in flatten(stored):
         if name not in fields:
             raise UserError(f"{path}: unknown setting {name!r}, written by another version?")
         fields[name] = value
@@ -229,16 +229,16 @@ def load(workdir: Path) -> ConfigDict:
     return config
 
 
-def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """`("train.steps", 100)` and so on, for every leaf."""
     for key, value in config.items():
         if isinstance(value, (Mapping, ConfigDict)):
-            yield from flat(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
 
-def copied(config: ConfigDict) -> ConfigDict:
+def resolve(config: ConfigDict) -> ConfigDict:
     """Returns a copy to change, whose paths have `~` and variables replaced.
 
     Raises:
@@ -248,7 +248,7 @@ def copied(config: ConfigDict) -> ConfigDict:
     if isinstance(config, FrozenConfigDict):
         config = config.as_configdict()
     copy = config.copy_and_resolve_references()
-    fields = dict(flat(copy))
+    fields = dict(flatten(copy))
     check_types(fields)
     _check_known(fields)
     for name in PATHS:
@@ -256,9 +256,9 @@ def copied(config: ConfigDict) -> ConfigDict:
     return copy
 
 
-def checked(config: ConfigDict) -> ConfigDict:
-    """Returns `copied(config)`; raises UserError also for what `check` refuses."""
-    copy = copied(config)
+def validate(config: ConfigDict) -> ConfigDict:
+    """Returns `resolve(config)`; raises UserError also for what `check` refuses."""
+    copy = resolve(config)
     check(copy)
     return copy
 
@@ -302,7 +302,7 @@ CHOICES = {
     "selection.feature_norm": ("none", "l2"),
     "selection.pooling": ("response", "all"),
 }
-NAMES = tuple(name for name, _ in flat(default()))
+NAMES = tuple(name for name, _ in flatten(default()))
 PATHS = (
     "cache_dir model.path model.reference_path model.lora.path data.path data.chat_template"
 ).split()
@@ -332,7 +332,7 @@ def choices() -> dict[str, tuple[str, ...]]:
 def check(config: ConfigDict) -> None:
     """Raises UserError for a value that no run could use, naming field, value and choices."""
     _check_kind(config)
-    fields = dict(flat(config))
+    fields = dict(flatten(config))
     check_types(fields)
     _check_known(fields)
     # The default is registered for certain: to look it up would take the time JAX takes to import.
@@ -341,7 +341,7 @@ def check(config: ConfigDict) -> None:
         if (value := fields[name]) not in known:
             raise UserError(
                 f"config.{name}={value!r}: expected one of {', '.join(known)}"
-                + names.choice(value, known)
+                + suggestions.suggest_choice(value, known)
             )
     for name in POSITIVE:
         if not fields[name] > 0:
@@ -362,7 +362,7 @@ def check(config: ConfigDict) -> None:
     _check_batch(fields["train.batch_size"], fields["train.micro_batch_size"])
     if not config.train.steps and not config.train.epochs:
         raise UserError("config.train.steps and config.train.epochs are both 0: nothing to train")
-    refresh_window(config.selection.refresh, steps_per_epoch=1)
+    parse_refresh(config.selection.refresh, steps_per_epoch=1)
     parse_targets(config.model.lora.targets)
     if (config.model.lora.rank or config.model.lora.path) and not config.model.path:
         raise UserError("config.model.lora adapts a model: config.model.path is missing")
@@ -385,7 +385,7 @@ def _check_known(fields: Mapping[str, Any]) -> None:
 
 
 def _meant(name: str) -> str:
-    return names.did_you_mean(names.meant(f"config.{name}", NAMES))
+    return suggestions.did_you_mean(suggestions.suggest_names(f"config.{name}", NAMES))
 
 
 def _check_batch(batch: int, micro: int) -> None:
@@ -400,7 +400,7 @@ def _check_batch(batch: int, micro: int) -> None:
 def check_types(fields: Mapping[str, Any]) -> None:
     """Raises UserError where a setting, by its dotted name, is missing or is of another type than
     its default, or a number is too large for anything that counts with it."""
-    for name, value in flat(default()):
+    for name, value in flatten(default()):
         if name not in fields:
             raise UserError(
                 f"config.{name} is missing: take default_config(), and change a group by its "
@@ -415,7 +415,7 @@ def check_types(fields: Mapping[str, Any]) -> None:
             raise UserError(f"config.{name}={found!r}: expected a number below {LARGEST}")
 
 
-def refresh_window(refresh: str, steps_per_epoch: int) -> int:
+def parse_refresh(refresh: str, steps_per_epoch: int) -> int:
     """How many steps a choice of negatives lasts; 0: for the whole run (`once`)."""
     named = {"step": 1, "epoch": steps_per_epoch, "once": 0}
     if refresh in named:

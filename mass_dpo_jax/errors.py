@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-MOST = 1000  # Characters of a message; what is longer loses its middle.
+MAX_MESSAGE_CHARS = 1000  # Characters of a message; what is longer loses its middle.
 
 
 class UserError(ValueError):
@@ -16,15 +16,15 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str):
-        if len(message) > MOST:
-            message = f"{message[: MOST - 200]} ... {message[-195:]}"
+        if len(message) > MAX_MESSAGE_CHARS:
+            message = f"{message[: MAX_MESSAGE_CHARS - 200]} ... {message[-195:]}"
         if not message.isprintable():
             shown = (c if c.isprintable() else repr(c)[1:-1] for c in message)
             message = "".join(shown)
         super().__init__(message)
 
 
-def expect(value: Any, kind: type | tuple[type, ...], name: str, what: str) -> None:
+def check_type(value: Any, kind: type | tuple[type, ...], name: str, what: str) -> None:
     """Raises UserError where an argument, called by `name`, is of another kind than `what`."""
     if not isinstance(value, kind):
         raise UserError(f"{name}: found a {type(value).__name__}, expected {what}")

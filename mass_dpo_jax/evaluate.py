@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.cli import commands
 from mass_dpo_jax.utils.files import write_whole
-from mass_dpo_jax.utils.run_paths import run_given
+from mass_dpo_jax.utils.run_paths import resolve_run
 
 
 def evaluate(config: ConfigDict, workdir: Path | None, split: str | None) -> dict[str, float]:
@@ -33,8 +33,8 @@ def evaluate(config: ConfigDict, workdir: Path | None, split: str | None) -> dic
     from mass_dpo_jax.training import scoring
     from mass_dpo_jax.training.scored_model import prepare_scoring
 
-    config = config_lib.copied(config)
-    workdir = None if workdir is None else run_given(workdir)
+    config = config_lib.resolve(config)
+    workdir = None if workdir is None else resolve_run(workdir)
     if split is None and workdir is not None:
         split = "test"  # Rows that the run did not train on.
     setup, split, params, reference = prepare_scoring(config, workdir, split)

@@ -25,7 +25,7 @@ from mass_dpo_jax.cli import commands
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models.config import EXPORT_DTYPES
 from mass_dpo_jax.utils.files import expand, expand_path
-from mass_dpo_jax.utils.run_paths import run_given
+from mass_dpo_jax.utils.run_paths import resolve_run
 
 
 def export(
@@ -59,7 +59,7 @@ def export(
     from mass_dpo_jax.training import hf_folder
 
     hf_folder.export(
-        run_given(workdir),
+        resolve_run(workdir),
         expand_path(output, "output"),
         step=step,
         dtype=dtype,

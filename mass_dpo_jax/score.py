@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.cli import commands
-from mass_dpo_jax.utils.run_paths import run_given
+from mass_dpo_jax.utils.run_paths import resolve_run
 
 
 def score(config: ConfigDict, workdir: Path | None, split: str | None) -> Iterator[dict[str, Any]]:
@@ -38,8 +38,8 @@ def score(config: ConfigDict, workdir: Path | None, split: str | None) -> Iterat
     from mass_dpo_jax.training.scored_model import prepare_scoring
     from mass_dpo_jax.utils import distributed
 
-    config = config_lib.copied(config)
-    workdir = None if workdir is None else run_given(workdir)
+    config = config_lib.resolve(config)
+    workdir = None if workdir is None else resolve_run(workdir)
     config.data.update(max_train=0, max_validation=0, max_test=0)
     setup, split, params, reference = prepare_scoring(config, workdir, split)
     tokens, refs = setup.tokens[split], reference.logps.get(split)

@@ -35,7 +35,7 @@ FORMATS = ("lists", "pairs")
 
 
 def main() -> None:
-    config = config_lib.copied(_CONFIG.value or config_lib.default())
+    config = config_lib.resolve(_CONFIG.value or config_lib.default())
     inputs = (config.data.path, _FEATURES.value or "")
     output = commands.output_file(_OUTPUT.value, "JSON-lines", *inputs)
     from mass_dpo_jax.training.offline_selection import as_pairs, with_features, with_model

@@ -24,7 +24,7 @@ from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.cli import commands
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.utils.files import expand_path
-from mass_dpo_jax.utils.run_paths import check_new
+from mass_dpo_jax.utils.run_paths import check_new_run
 
 
 def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
@@ -41,14 +41,14 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     from mass_dpo_jax.training import loop
 
     workdir = expand_path(workdir, "workdir")
-    check_new(workdir)
-    return loop.train(config_lib.checked(config), workdir)
+    check_new_run(workdir)
+    return loop.train(config_lib.validate(config), workdir)
 
 
 def main() -> None:
     workdir = _WORKDIR.value
     if workdir is not None:
-        check_new(workdir)
+        check_new_run(workdir)
     config = commands.required(_CONFIG)
     from mass_dpo_jax.estimate.dry_run import dry_run
     from mass_dpo_jax.training import checkpoint, interruption, loop, methods, monitor

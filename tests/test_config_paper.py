@@ -18,7 +18,7 @@ def test_only_the_papers_data_sets_are_cut_to_its_rows(name: str) -> None:
     assert config.data.max_train == 0
     config.data.name = name
     assert config.data.max_train == want
-    assert dict(config_lib.flat(config))["data.max_train"] == want
+    assert dict(config_lib.flatten(config))["data.max_train"] == want
     assert json.loads(config.to_json_best_effort())["data"]["max_train"] == want
     config_lib.check(config)
     kept = config.copy_and_resolve_references()

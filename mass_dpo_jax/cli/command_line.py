@@ -16,7 +16,7 @@ from absl import flags
 
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.utils import names
+from mass_dpo_jax.utils import suggestions
 from mass_dpo_jax.utils.files import expand, read_text
 from mass_dpo_jax.utils.run_paths import check_run, is_run
 
@@ -101,7 +101,7 @@ def _pairs(words: Sequence[str]) -> Iterator[Pair]:
     Raises:
       UserError: as `read`.
     """
-    settings = dict(config_lib.flat(config_lib.default())) if "config" in flags.FLAGS else {}
+    settings = dict(config_lib.flatten(config_lib.default())) if "config" in flags.FLAGS else {}
     rest = list(words)
     while rest:
         word = rest.pop(0)
@@ -178,7 +178,8 @@ def _converted(name: str, value: str, usual: Any) -> str:
     known = usual.enum_values
     if value not in known:
         raise UserError(
-            f"{place}={value}: expected one of {', '.join(known)}{names.choice(value, known)}"
+            f"{place}={value}: expected one of {', '.join(known)}"
+            + suggestions.suggest_choice(value, known)
         )
     return value
 
@@ -211,9 +212,9 @@ def _unknown(name: str, settings: Sequence[str]) -> str:
             + ", ".join(f"--{flag}" for flag in ours)
         )
     kind = "setting" if name.startswith("config.") else "flag"
-    found = [f"--{other}=..." for other in names.meant(name, settings, ours)]
+    found = [f"--{other}=..." for other in suggestions.suggest_names(name, settings, ours)]
     more = " --help lists all" if found else "; --help lists all"
-    return f"--{name}: no such {kind}{names.did_you_mean(found)}{more}"
+    return f"--{name}: no such {kind}{suggestions.did_you_mean(found)}{more}"
 
 
 def _as_flag(word: str) -> str:
@@ -246,10 +247,10 @@ def _config_file(value: str) -> str:
         raise UserError(f"--config={value}: not a Python file{theirs}")
     if not path.is_file():
         beside = path.with_name(f"{path.name}.py")
-        near = names.did_you_mean([str(beside)] if beside.is_file() else [])
+        near = suggestions.did_you_mean([str(beside)] if beside.is_file() else [])
         raise UserError(
             f"--config={value}: no such file; a name alone can be {', '.join(named)}, as in "
-            f"--config=tiny{near or names.choice(path.stem, list(named))}"
+            f"--config=tiny{near or suggestions.suggest_choice(path.stem, list(named))}"
         )
     if "get_config" not in read_text(path):
         raise UserError(f"--config={value}: has no function get_config() that returns the settings")

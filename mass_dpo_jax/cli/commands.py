@@ -25,9 +25,9 @@ from mass_dpo_jax.cli import help as help_lib
 from mass_dpo_jax.cli.command_line import configurations
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.utils import signals
-from mass_dpo_jax.utils.files import FULL, write_whole
-from mass_dpo_jax.utils.process_group import Group
-from mass_dpo_jax.utils.run_paths import run_of_part, what_instead
+from mass_dpo_jax.utils.files import DISK_FULL, write_whole
+from mass_dpo_jax.utils.process_group import ProcessGroup
+from mass_dpo_jax.utils.run_paths import explain_non_run, find_enclosing_run
 
 _log = logging.getLogger(__name__)
 # Settings of which nothing but training takes notice. Sizes of batches are compared by all.
@@ -69,7 +69,7 @@ def define_split() -> flags.FlagHolder[str | None]:
 
 def define_hosts() -> None:
     """The flags of a command that several processes can run together."""
-    usual = Group()
+    usual = ProcessGroup()
     flags.DEFINE_bool(
         "distributed",
         False,
@@ -109,7 +109,7 @@ def required(holder: flags.FlagHolder[ConfigDict]) -> ConfigDict:
     Raises:
       UserError: there is no --config (and no --workdir that has one).
     """
-    config = config_lib.checked(_given(holder.value))
+    config = config_lib.validate(_given(holder.value))
     from mass_dpo_jax.utils.compiled import keep_compiled
 
     keep_compiled(config.cache_dir)
@@ -123,7 +123,7 @@ def _given(config: ConfigDict | None) -> ConfigDict:
             workdir: Any = flags.FLAGS["workdir"].value
             if flags.FLAGS["workdir"].present:
                 missing += (
-                    f", and --workdir={workdir} is no run that has one ({what_instead(workdir)})"
+                    f", and --workdir={workdir} is no run that has one ({explain_non_run(workdir)})"
                 )
             elif workdir is None:
                 other = "; or the --workdir of a run, which has its own"
@@ -155,7 +155,7 @@ def output_file(path: Path | None, kind: str, *inputs: str | Path) -> Path:
         raise UserError(f"--output={path}: its folder does not exist")
     if path.exists() and not path.is_file():  # A folder, or a device.
         raise UserError(f"--output={path}: no ordinary file; expected the {kind} file to write")
-    if path.exists() and (run := run_of_part(path.resolve())):
+    if path.exists() and (run := find_enclosing_run(path.resolve())):
         raise UserError(f"--output={path}: is a part of the run {run}; name another file")
     for read in (Path(name) for name in inputs if name):
         inside = read.is_dir() and path.resolve().is_relative_to(read.resolve())
@@ -225,12 +225,12 @@ def run(
 def _join() -> bool:
     """Joins the other processes if the flags say that there are any; whether they do."""
     values = flags.FLAGS.flag_values_dict()
-    group = Group(
+    group = ProcessGroup(
         values.get("coordinator_address"),
         values.get("num_processes"),
         values.get("process_id"),
-        values.get("start_timeout", Group.start_timeout),
-        values.get("peer_timeout", Group.peer_timeout),
+        values.get("start_timeout", ProcessGroup.start_timeout),
+        values.get("peer_timeout", ProcessGroup.peer_timeout),
     )
     group.check()
     if not values.get("distributed") and group.coordinator is None:
@@ -254,7 +254,7 @@ def _settings() -> dict[str, Any]:
     values = {name: flags.FLAGS[name].value for name in own}
     values = {n: str(value) if isinstance(value, Path) else value for n, value in values.items()}
     config = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
-    for name, value in config_lib.flat(config or ConfigDict()):
+    for name, value in config_lib.flatten(config or ConfigDict()):
         if name != "cache_dir":
             values[f"config.{name}"] = value
     return values
@@ -300,7 +300,7 @@ def _within_limits(main: Callable[[], None]) -> None:
         message = str(error).partition("\n")[0]
         if isinstance(error, MemoryError) or any(words in message for words in NO_MEMORY):
             raise UserError(_host_needs_memory(error, message)) from error
-        if isinstance(error, OSError) and (error.filename or error.errno in FULL):
+        if isinstance(error, OSError) and (error.filename or error.errno in DISK_FULL):
             # A full disk, a folder that may not be written, a long name.
             raise UserError(f"{error.filename or 'writing'}: {error.strerror}") from error
         if not message.startswith("RESOURCE_EXHAUSTED") or "memory" not in message:
@@ -389,7 +389,7 @@ def _parse(argv: list[str], starts: bool, default: str | None) -> list[str]:
         else:
             config = _given(flags.FLAGS["config"].value)
             help_lib.say("\n".join(help_lib.as_flags(config)))
-            config_lib.checked(config)
+            config_lib.validate(config)
     except UserError as error:
         _refuse(str(error))
     raise SystemExit(0)

@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.utils import names
+from mass_dpo_jax.utils import suggestions
 from mass_dpo_jax.utils.files import expand_path
 
 WIDTH = 100
@@ -80,7 +80,7 @@ def _of_flag(flag: flags.Flag) -> str:
 
 def _settings(config: ConfigDict) -> Iterator[str]:
     """A paragraph a group, with what it is."""
-    values, lines = dict(config_lib.flat(config)), list[str]()
+    values, lines = dict(config_lib.flatten(config)), list[str]()
     # The comments name the criteria that come with the package; others can only be registered by
     # who has imported the registry, and JAX with it.
     registered = "mass_dpo_jax.selection.registry" in sys.modules
@@ -104,8 +104,8 @@ def _settings(config: ConfigDict) -> Iterator[str]:
 
 def as_flags(config: ConfigDict) -> Iterator[str]:
     """Every setting as a shell takes it, those that are not the defaults first."""
-    values = dict(config_lib.flat(config))
-    usual = dict(config_lib.flat(config_lib.default()))
+    values = dict(config_lib.flatten(config))
+    usual = dict(config_lib.flatten(config_lib.default()))
     lines: dict[bool, list[str]] = {True: [], False: []}
     for name in filter(values.__contains__, comments()):
         line = f"--config.{name}={shlex.quote(str(values[name]))}"
@@ -174,8 +174,8 @@ class Parser(argparse.ArgumentParser):
             return f"--{name}: no such flag; runs are given without one: {self.prog} RUN"
         if name.partition(".")[0] == "config":
             return f"--{name}: this command has no settings; it reads what runs wrote"
-        found = [f"--{other}" for other in names.meant(name, (), ours)]
-        return f"--{name}: no such flag{names.did_you_mean(found)}"
+        found = [f"--{other}" for other in suggestions.suggest_names(name, (), ours)]
+        return f"--{name}: no such flag{suggestions.did_you_mean(found)}"
 
     def error(self, message: str) -> NoReturn:
         refuse(message, self.description)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.utils import formats
+from mass_dpo_jax.utils import file_kinds
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -22,8 +22,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     number = 0
     try:
         with _open(path) as file:
-            head = file.read(formats.HEAD)
-            if what := formats.name_binary(head, path):
+            head = file.read(file_kinds.HEAD_BYTES)
+            if what := file_kinds.describe_binary(head, path):
                 raise UserError(f"{path}: {what}")
             file.seek(0)
             for number, line in enumerate(file, 1):
@@ -56,10 +56,10 @@ def check_json_lines(path: Path) -> None:
     """Raises UserError where a file is JSON or a table, but not one object a line."""
     try:
         with _open(path) as file:
-            head = file.read(formats.HEAD)
+            head = file.read(file_kinds.HEAD_BYTES)
     except (OSError, EOFError, zlib.error):
         return  # `read_lines` says so.
-    if what := formats.name_text(head.decode(errors="replace"), path):
+    if what := file_kinds.describe_text(head.decode(errors="replace"), path):
         raise UserError(f"{path}: {what}")
 
 

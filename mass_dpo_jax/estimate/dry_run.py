@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from ml_collections import ConfigDict
 
-from mass_dpo_jax.config import refresh_window
+from mass_dpo_jax.config import parse_refresh
 from mass_dpo_jax.data.batches import Shape
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.estimate import flops as flops_lib
@@ -115,7 +115,7 @@ def of_shape(setup: Setup, mesh: Mesh, shape: Shape) -> Account:
     config, method = setup.config, setup.method
     ways = math.prod(mesh.shape[axis] for axis in mesh_axes.BATCH_AXES)
     micro = config.train.micro_batch_size // ways
-    in_step = refresh_window(config.selection.refresh, 0) == 1
+    in_step = parse_refresh(config.selection.refresh, 0) == 1
     pool, trained = layouts(setup, shape, micro)
     if not in_step:
         pool, _ = layouts(setup, shape, config.eval.batch_size // ways)
@@ -188,7 +188,7 @@ def flops(setup: Setup) -> Flops:
     config, method, buckets = setup.config, setup.method, setup.buckets["train"]
     tokens, model = setup.tokens["train"], of_mesh(setup, None)
     scored = method.scores_pools
-    scored = scored and refresh_window(config.selection.refresh, 0) == 1
+    scored = scored and parse_refresh(config.selection.refresh, 0) == 1
     chunk, steps = setup.program.scorer.chunk, config.train.batch_size
     micro = config.train.micro_batch_size
     shares = np.bincount(buckets.group, minlength=len(buckets.shapes)) / len(buckets.group)

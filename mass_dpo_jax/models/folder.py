@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.utils.files import check_links, read_json
-from mass_dpo_jax.utils.run_paths import CHECKPOINTS, run_of_part
+from mass_dpo_jax.utils.run_paths import CHECKPOINTS, find_enclosing_run
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -221,7 +221,7 @@ def _files_inside(folder: Path, name: str) -> str:
 
 def _part_of_run(folder: Path) -> str:
     """Which run a folder is a part of, if any, and what names its weights."""
-    run = run_of_part(folder)
+    run = find_enclosing_run(folder)
     return f"a part of the run {run}: give that, or {run / CHECKPOINTS}/STEP" if run else ""
 
 

@@ -50,7 +50,7 @@ def describe(config: ConfigDict, show: int) -> Iterator[str]:
     Raises:
       UserError: something in the configuration, the data or the tokenizer is wrong.
     """
-    config = config_lib.checked(config)
+    config = config_lib.validate(config)
     tokenizer = None
     cache = cache_folder(config.cache_dir)
     shown: list[str] = []

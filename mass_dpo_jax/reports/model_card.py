@@ -264,7 +264,7 @@ def _arguments(config: ConfigDict) -> str:
 
 def _training(config: ConfigDict, step: int) -> str:
     """The configuration; of paths of the machine it ran on, only the last part."""
-    settings: dict[str, Any] = dict(config_lib.flat(config))
+    settings: dict[str, Any] = dict(config_lib.flatten(config))
     settings.pop("cache_dir")
     for name in origin.PATHS:
         settings[name] = _last(settings[name])

@@ -120,7 +120,7 @@ def write(
         parts += ["<h2>Selection</h2>", _pictures(drawn)]
     if tested is not None:
         parts += _examples(tested, config.beta)
-    settings = "\n".join(f"{name} = {value!r}" for name, value in config_lib.flat(config))
+    settings = "\n".join(f"{name} = {value!r}" for name, value in config_lib.flatten(config))
     parts += ["<h2>Settings</h2>", f"<details><summary>All</summary><pre>{escape(settings)}</pre>"]
     parts.append("</details>")
     body = "\n".join(parts)

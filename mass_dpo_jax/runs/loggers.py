@@ -233,4 +233,4 @@ class WeightsAndBiases:
 
 
 def _settings(config: ConfigDict) -> dict[str, Any]:
-    return {"mass_dpo_jax": mass_dpo_jax.__version__, **dict(config_lib.flat(config))}
+    return {"mass_dpo_jax": mass_dpo_jax.__version__, **dict(config_lib.flatten(config))}

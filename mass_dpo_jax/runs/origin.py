@@ -74,7 +74,7 @@ def write(workdir: Path, config: ConfigDict, weights: Mapping[str, str] | None) 
 def _absolute_paths(config: ConfigDict, workdir: Path) -> dict[str, str]:
     """The absolute path of each setting in `PATHS` that names something that is there, but for the
     run's own copies."""
-    fields = dict(config_lib.flat(config))
+    fields = dict(config_lib.flatten(config))
     paths = {name: Path(fields[name]).absolute() for name in PATHS if _is_path(config, name)}
     own = workdir / ADAPTERS
     return {n: str(path) for n, path in paths.items() if path.exists() and not is_same(path, own)}
@@ -85,7 +85,7 @@ def _is_path(config: ConfigDict, name: str) -> bool:
         return bool(config.data.path) and config.data.name != "synthetic"
     if name == "data.chat_template":
         return config.data.chat_template not in ("tokenizer", "none")
-    return bool(dict(config_lib.flat(config))[name])
+    return bool(dict(config_lib.flatten(config))[name])
 
 
 def find_files(config: ConfigDict, workdir: Path) -> ConfigDict:
@@ -100,7 +100,7 @@ def find_files(config: ConfigDict, workdir: Path) -> ConfigDict:
     """
     found = config.copy_and_resolve_references()
     known = read(workdir)["paths"]
-    fields = dict(config_lib.flat(config))
+    fields = dict(config_lib.flatten(config))
     for name, path in known.items():
         typed = fields.get(name)
         if not typed or name not in PATHS:
@@ -122,7 +122,7 @@ def typed(config: ConfigDict, workdir: Path) -> ConfigDict:
     kept = config.copy_and_resolve_references()
     known = read(workdir)["paths"]
     if known:
-        fields, own = (dict(config_lib.flat(c)) for c in (config, config_lib.load(workdir)))
+        fields, own = (dict(config_lib.flatten(c)) for c in (config, config_lib.load(workdir)))
         for name in PATHS:
             there = [known[name]] if name in known else []
             if name == "model.lora.path":
@@ -157,7 +157,7 @@ def has_own(config: ConfigDict, workdir: Path, name: str) -> bool:
     the run's copy?"""
     if not _is_path(config, name):
         return False
-    here = Path(dict(config_lib.flat(config))[name])
+    here = Path(dict(config_lib.flatten(config))[name])
     if (known := read(workdir)["paths"].get(name)) and is_same(here, Path(known)):
         return True
     copy = {"model.lora.path": workdir / ADAPTERS, "data.chat_template": workdir / TEMPLATE}

@@ -23,7 +23,7 @@ from mass_dpo_jax.runs import origin
 from mass_dpo_jax.training.checkpoint import about, latest_step
 from mass_dpo_jax.utils import distributed
 from mass_dpo_jax.utils.files import parse_json, read_json, write_whole
-from mass_dpo_jax.utils.run_paths import check_new
+from mass_dpo_jax.utils.run_paths import check_new_run
 
 _log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def check(workdir: Path, config: ConfigDict) -> None:
     A run that has saved nothing yet has nothing to lose: its folder may be taken over. Files may
     have other names: that they are the same is seen when they are read.
     """
-    check_new(workdir)
+    check_new_run(workdir)
     if not (workdir / "config.json").exists():
         if (workdir / "model" / "config.json").exists():  # A run writes it after its own.
             raise UserError(
@@ -74,7 +74,7 @@ def check(workdir: Path, config: ConfigDict) -> None:
         raise UserError(f"{error}. Choose another --workdir") from None
     if latest_step(workdir) is None:
         return
-    ours, theirs = dict(config_lib.flat(config)), dict(config_lib.flat(own))
+    ours, theirs = dict(config_lib.flatten(config)), dict(config_lib.flatten(own))
     differ = [
         name
         for name in ours
@@ -94,7 +94,7 @@ def check(workdir: Path, config: ConfigDict) -> None:
 def _may_be_same_file(name: str, config: ConfigDict, own: ConfigDict, workdir: Path) -> bool:
     """May a setting that a run has otherwise name the same file? `check_data` and `check_weights`
     see whether data and weights are the same; of template and adapters the run has copies."""
-    ours, theirs = (dict(config_lib.flat(c))[name] for c in (config, own))
+    ours, theirs = (dict(config_lib.flatten(c))[name] for c in (config, own))
     if name not in origin.PATHS or not ours or not theirs or not origin.read(workdir)["files"]:
         return False
     if name in ("data.chat_template", "model.lora.path"):
@@ -104,7 +104,7 @@ def _may_be_same_file(name: str, config: ConfigDict, own: ConfigDict, workdir: P
 
 def say_changed(workdir: Path, config: ConfigDict) -> None:
     """Logs the settings that only split the updates of a run otherwise than before."""
-    ours, theirs = (dict(config_lib.flat(c)) for c in (config, config_lib.load(workdir)))
+    ours, theirs = (dict(config_lib.flatten(c)) for c in (config, config_lib.load(workdir)))
     changed = [n for n in ours if ours[n] != theirs[n] and n.startswith(SPLITTING)]
     if changed:
         shown = ", ".join(f"{name}={ours[name]} (was {theirs[name]})" for name in changed)

@@ -20,7 +20,7 @@ import numpy as np
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.selection import designs
 from mass_dpo_jax.selection.designs import Design, Selection
-from mass_dpo_jax.utils.names import choice as did_you_mean
+from mass_dpo_jax.utils.suggestions import suggest_choice
 
 FEATURE_NORMS = ("none", "l2")
 BUILT_IN = ("pool_fisher", "contrast", "set_fisher", "hardest", "sampled", "random", "all")
@@ -230,7 +230,7 @@ def _try(settings: Settings) -> None:
 
 def check_name(field: str, name: str, known: tuple[str, ...]) -> None:
     if name not in known:
-        meant = did_you_mean(str(name), known)
+        meant = suggest_choice(str(name), known)
         raise UserError(f"{field}={name!r}: expected one of {', '.join(known)}{meant}")
 
 

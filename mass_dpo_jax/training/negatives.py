@@ -46,7 +46,7 @@ class Sets:
     ):
         refresh = setup.config.selection.refresh
         # `once` is one window as long as the run.
-        self.window = config_lib.refresh_window(refresh, order.steps_per_epoch) or total_steps
+        self.window = config_lib.parse_refresh(refresh, order.steps_per_epoch) or total_steps
         self._scored = setup.method.scores_pools
         self._kept = self.window > 1 and self._scored
         self._setup, self._order, self._total = setup, order, total_steps

@@ -28,7 +28,7 @@ from mass_dpo_jax.training.setup import say_small_pools
 from mass_dpo_jax.training.step import Program
 from mass_dpo_jax.utils import distributed
 from mass_dpo_jax.utils.files import expand_path, read_array
-from mass_dpo_jax.utils.run_paths import run_given
+from mass_dpo_jax.utils.run_paths import resolve_run
 
 # What a prompt has several of -> what a pair calls its own.
 PAIRED = {"rejected": "rejected", "selected": "selected", "gains": "gain", "weights": "weight"}
@@ -50,8 +50,8 @@ def with_model(config: ConfigDict, workdir: Path | None, split: str | None) -> I
     Raises:
       UserError: something in the configuration, the data or the model folder is wrong.
     """
-    config = config_lib.copied(config)
-    workdir = None if workdir is None else run_given(workdir)
+    config = config_lib.resolve(config)
+    workdir = None if workdir is None else resolve_run(workdir)
     config = _unlimited(config)
     split = split or _every_row(config)
     setup, split, params, reference = prepare_scoring(config, workdir, split, choosing=True)
@@ -115,7 +115,7 @@ def with_features(config: ConfigDict, path: Path, split: str | None) -> Iterator
     Raises:
       UserError: the file is not what it should be, or does not fit the data.
     """
-    config = config_lib.checked(config)
+    config = config_lib.validate(config)
     arrays = _read(expand_path(path, "features"))
     features = arrays["features"]
     rows, negatives = features.shape[0], features.shape[1] - 1

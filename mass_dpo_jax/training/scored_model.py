@@ -114,7 +114,7 @@ def _check_reference(
 
 def _check_own(name: str, config: ConfigDict, own: ConfigDict, workdir: Path) -> None:
     """A run is scored with its own weights: others beside it would be ignored."""
-    given, known = (dict(config_lib.flat(c))[name] for c in (config, own))
+    given, known = (dict(config_lib.flatten(c))[name] for c in (config, own))
     same = any(origin.is_same(Path(given), Path(path)) for path in (known, workdir) if path)
     if given and not same and not origin.has_own(config, workdir, name):
         raise UserError(

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from mass_dpo_jax.data.batches import Batch, Order, make_batch
-from mass_dpo_jax.errors import UserError, expect
+from mass_dpo_jax.errors import UserError, check_type
 from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training.negatives import Sets
 from mass_dpo_jax.training.optimizer import memory_of_moments, state_shapes
@@ -153,8 +153,8 @@ class TrainStep:
 
     def update(self, state: TrainState, batch: StepBatch) -> tuple[TrainState, Trained, Metrics]:
         """As a call, and what it trained on."""
-        expect(state, TrainState, "state", "that of init(model.params), or the last step's")
-        expect(batch, StepBatch, "batch", "one of those that the step was made for")
+        check_type(state, TrainState, "state", "that of init(model.params), or the last step's")
+        check_type(batch, StepBatch, "batch", "one of those that the step was made for")
         if isinstance(state.step, jax.Array) and state.step.is_deleted():
             raise UserError(
                 "state: its arrays went into another step; expected what that one returned, as in "

@@ -34,7 +34,7 @@ from jax._src import distributed  # Its client is in no public module; orbax tak
 from jax.experimental import multihost_utils
 
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.utils.process_group import Group
+from mass_dpo_jax.utils.process_group import ProcessGroup
 
 FAILED, PROCESSES = "mass_dpo_jax/failed", "mass_dpo_jax/processes"
 AGREED = "mass_dpo_jax/agreed"
@@ -46,14 +46,14 @@ STALE = 10  # Seconds for which a network's file system may not show a new file.
 _log = logging.getLogger(__name__)
 
 
-def start(group: Group) -> None:
+def start(group: ProcessGroup) -> None:
     """Joins the other processes. Before anything of JAX computes or asks for devices.
 
     Ends the process with a message if the cluster does not say who the others are, if they do not
     come in time, or if they expect other numbers.
 
     Raises:
-      UserError: as `Group.check`.
+      UserError: as `ProcessGroup.check`.
     """
     group.check()
     with _deadline(group):
@@ -312,7 +312,7 @@ def _end(message: str | None, status: int) -> NoReturn:
 
 
 @contextlib.contextmanager
-def _deadline(group: Group) -> Iterator[None]:
+def _deadline(group: ProcessGroup) -> Iterator[None]:
     """Ends the process if the body takes longer than `start_timeout`."""
     came = threading.Event()
 
@@ -327,7 +327,7 @@ def _deadline(group: Group) -> Iterator[None]:
         came.set()
 
 
-def _not_all_came(group: Group) -> str:
+def _not_all_came(group: ProcessGroup) -> str:
     """Who is missing, as far as this process can tell."""
     state = distributed.global_state
     address = state.coordinator_address or group.coordinator
@@ -349,7 +349,7 @@ def _not_all_came(group: Group) -> str:
     )
 
 
-def _not_started(group: Group, error: Exception) -> str:
+def _not_started(group: ProcessGroup, error: Exception) -> str:
     text = " ".join(str(error).split())
     if "RPC server" in text:
         return (

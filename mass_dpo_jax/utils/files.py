@@ -12,15 +12,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mass_dpo_jax.errors import UserError, expect
-from mass_dpo_jax.utils.formats import HEAD, name_binary
+from mass_dpo_jax.errors import UserError, check_type
+from mass_dpo_jax.utils.file_kinds import HEAD_BYTES, describe_binary
 
 if TYPE_CHECKING:
     import numpy as np
 
-DEEPEST = 100  # Python itself follows about 1000 levels, fewer where much has been called already.
+MAX_JSON_DEPTH = (
+    100  # Python itself follows about 1000 levels, fewer where much has been called already.
+)
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # Errors that come without a file's name.
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # Errors that come without a file's name.
 
 
 def cache_folder(setting: str) -> Path:
@@ -64,7 +66,7 @@ def expand_path(path: str | Path, place: str) -> Path:
     Raises:
       UserError: as `expand`, or it is empty or no path.
     """
-    expect(path, (str, os.PathLike), place, "a path")
+    check_type(path, (str, os.PathLike), place, "a path")
     if not str(path):
         raise UserError(f"{place}: expected a path, found an empty string")
     return Path(expand(str(path), place))
@@ -83,7 +85,7 @@ def write_whole(path: Path, parts: Iterable[str]) -> None:
             file.writelines(parts)
         temporary.replace(path)
     except OSError as error:
-        if error.filename is None and error.errno in FULL:
+        if error.filename is None and error.errno in DISK_FULL:
             error.filename = str(path)
         raise
     finally:
@@ -103,7 +105,7 @@ def parse_json(text: str, file: Path, line: int = 1, unique_keys: bool = False) 
     text = text.rstrip()  # So that what is missing is missed in the last line that is there.
     try:
         found = json.loads(text, object_pairs_hook=_unique if unique_keys else None)
-        if text.count("[") + text.count("{") <= DEEPEST or _depth(found) <= DEEPEST:
+        if text.count("[") + text.count("{") <= MAX_JSON_DEPTH or _depth(found) <= MAX_JSON_DEPTH:
             return found
         what = "nested too deeply"
     except json.JSONDecodeError as error:
@@ -159,7 +161,7 @@ def read_text(path: Path) -> str:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    if what := name_binary(content[:HEAD], path):
+    if what := describe_binary(content[:HEAD_BYTES], path):
         raise UserError(f"{path}: {what}")
     try:
         return content.decode()

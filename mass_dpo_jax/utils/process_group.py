@@ -8,7 +8,7 @@ from mass_dpo_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class Group:
+class ProcessGroup:
     """The processes of one command, and which of them this one is.
 
     Attributes:

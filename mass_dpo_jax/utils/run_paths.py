@@ -21,11 +21,11 @@ SHOWN = 3  # Of the runs in a folder.
 
 def check_run(folder: Path) -> None:
     """Raises UserError where a path is no run folder, and says what to give instead."""
-    if not (folder / "config.json").is_file() or run_of_part(folder):
-        raise UserError(f"{folder}: {what_instead(folder)}")
+    if not (folder / "config.json").is_file() or find_enclosing_run(folder):
+        raise UserError(f"{folder}: {explain_non_run(folder)}")
 
 
-def run_given(workdir: str | Path) -> Path:
+def resolve_run(workdir: str | Path) -> Path:
     """Returns the path of a run that a caller names, with `~` and variables replaced.
 
     Raises:
@@ -36,9 +36,9 @@ def run_given(workdir: str | Path) -> Path:
     return path
 
 
-def check_new(workdir: Path) -> None:
+def check_new_run(workdir: Path) -> None:
     """Raises UserError where no run can be written, before hours of work are lost to it."""
-    if run := run_of_part(workdir):
+    if run := find_enclosing_run(workdir):
         raise UserError(
             f"--workdir={workdir}: inside of the run {run}; expected a folder beside it"
         )
@@ -57,9 +57,9 @@ def check_new(workdir: Path) -> None:
         raise UserError(f"--workdir={workdir}: nothing may be written in {parent}")
 
 
-def what_instead(folder: Path) -> str:
+def explain_non_run(folder: Path) -> str:
     """Returns what a path is that is no run folder, and what to give instead."""
-    if run := run_of_part(folder):
+    if run := find_enclosing_run(folder):
         text = f"inside of the run {run}; expected {run}, whose newest checkpoint is taken"
         if folder.parent.name == CHECKPOINTS:
             text += f" (this one is export's --step={folder.name}, and can be config.model.path)"
@@ -82,7 +82,7 @@ def what_instead(folder: Path) -> str:
     )
 
 
-def run_of_part(path: Path) -> Path | None:
+def find_enclosing_run(path: Path) -> Path | None:
     """Returns the run that the path is a part of; None: of none."""
     for parent in path.parents:
         if path.relative_to(parent).parts[0] in WRITTEN and is_run(parent):

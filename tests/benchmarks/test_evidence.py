@@ -204,14 +204,14 @@ def test_unknown_names_are_errors():
 
 def test_methods_are_valid_different_and_differ_in_nothing_else(tmp_path):
     bench = evidence_runs.Bench(tmp_path, tmp_path)
-    shared = dict(config_lib.flat(bench.config("clusters", 3)))
+    shared = dict(config_lib.flatten(bench.config("clusters", 3)))
     free = {"method", "selection.criterion", "selection.refresh", "selection.replacement"}
     seen = set()
     for changes in evidence_runs.METHODS.values():
         config = bench.config("clusters", 3)
         config.update_from_flattened_dict(changes)
         config_lib.check(config)
-        found = dict(config_lib.flat(config))
+        found = dict(config_lib.flatten(config))
         assert {name for name in found if found[name] != shared[name]} <= free
         # What is published names no place of a file.
         assert str(tmp_path) not in json.dumps(evidence_runs.settings_of(config))

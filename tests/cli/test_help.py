@@ -18,7 +18,7 @@ from tests.support import processes
 
 CONFIGURED = "train evaluate score select data quickstart".split()
 COMMANDS = [*CONFIGURED, *"export compare report curves simulation".split()]
-FIELDS = dict(config_lib.flat(config_lib.default()))
+FIELDS = dict(config_lib.flatten(config_lib.default()))
 
 
 def command(name: str, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:

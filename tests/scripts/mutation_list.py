@@ -1,7 +1,7 @@
 """Faults that the tests must notice, each a text of the package and what stands in its place.
 
-`scripts/mutations.py` runs the tests on them. A text is looked for in the whole package, where it must be
-once: so code may move between files. Names begin with the area.
+`scripts/mutations.py` runs the tests on them. A text is looked for in the whole package, where it
+must be once: so code may move between files. Names begin with the area.
 """
 
 from __future__ import annotations
@@ -291,8 +291,8 @@ MUTATIONS = (
     ),
     Mutation(
         "cli: an output replaces a part of a run",
-        "if path.exists() and (run := run_of_part(path.resolve())):",
-        "if path.exists() and (run := run_of_part(path / path.name)):",
+        "if path.exists() and (run := find_enclosing_run(path.resolve())):",
+        "if path.exists() and (run := find_enclosing_run(path / path.name)):",
         "commands/test_commands.py::test_an_output_replaces_no_file_of_a_run_or_of_a_data_folder",
     ),
     Mutation(
@@ -1366,7 +1366,7 @@ MUTATIONS = (
     ),
     Mutation(
         "cli: a checkpoint is taken for a new run's folder",
-        "if run := run_of_part(workdir):",
+        "if run := find_enclosing_run(workdir):",
         "if run := None:",
         "utils/test_run_paths.py::test_where_no_run_can_be_written",
     ),

@@ -253,7 +253,7 @@ def waits(folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     address, processes, process, name = sys.argv[1:]
-    distributed.start(distributed.Group(address, int(processes), int(process)))
+    distributed.start(distributed.ProcessGroup(address, int(processes), int(process)))
     folder = Path(name)
     job = json.loads((folder / "job.json").read_text())
     found: dict[str, Any] = {}

@@ -13,7 +13,7 @@ import pytest
 PROGRAM = """
 import json, sys
 import jax, jax.numpy as jnp
-from mass_dpo_jax.training import compiled
+from mass_dpo_jax.utils import compiled
 
 files = json.loads(sys.argv[2])
 compiled._read = lambda path: files.get(path.rpartition("/")[2], "")

@@ -27,7 +27,7 @@ from mass_dpo_jax.score import score
 from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training.offline_selection import with_model
 from mass_dpo_jax.utils import mesh_axes
-from mass_dpo_jax.utils.process_group import Group
+from mass_dpo_jax.utils.process_group import ProcessGroup
 from tests.support.helpers import losses, slow, tiny_config, write_jsonl
 from tests.support.hosts import ARRAYS, DELAY, replay, together
 from tests.support.models import random_tensors, write_weights
@@ -304,17 +304,20 @@ def test_others_that_do_not_come(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("group", "message"),
     [
-        (Group("10.0.0.1:1234"), "without --num_processes, --process_id: expected all three"),
-        (Group(processes=2, process=0), "without --coordinator_address"),
-        (Group("10.0.0.1", 2, 0), "expected HOST:PORT"),
-        (Group("10.0.0.1:x", 2, 0), "expected HOST:PORT"),
-        (Group("10.0.0.1:99999", 2, 0), "expected HOST:PORT"),
-        (Group("10.0.0.1:1234", 0, 0), "num_processes=0"),
-        (Group("10.0.0.1:1234", 2, 2), "process_id=2: expected 0 to 1"),
-        (Group(peer_timeout=0), "peer_timeout=0"),
+        (
+            ProcessGroup("10.0.0.1:1234"),
+            "without --num_processes, --process_id: expected all three",
+        ),
+        (ProcessGroup(processes=2, process=0), "without --coordinator_address"),
+        (ProcessGroup("10.0.0.1", 2, 0), "expected HOST:PORT"),
+        (ProcessGroup("10.0.0.1:x", 2, 0), "expected HOST:PORT"),
+        (ProcessGroup("10.0.0.1:99999", 2, 0), "expected HOST:PORT"),
+        (ProcessGroup("10.0.0.1:1234", 0, 0), "num_processes=0"),
+        (ProcessGroup("10.0.0.1:1234", 2, 2), "process_id=2: expected 0 to 1"),
+        (ProcessGroup(peer_timeout=0), "peer_timeout=0"),
     ],
 )
-def test_flags_by_half(group: Group, message: str) -> None:
+def test_flags_by_half(group: ProcessGroup, message: str) -> None:
     with pytest.raises(UserError, match=message):
         group.check()
 
@@ -376,7 +379,7 @@ def test_launch_files(tmp_path: Path) -> None:
         sizes = dict(re.findall(r"--config\.mesh\.(\w+)=(\d+)", " ".join(container["args"])))
         devices = jobs["replicas"] * job["parallelism"] * container["resources"]["limits"][chips]
         assert math.prod(map(int, sizes.values())) == devices
-        known = dict(config_lib.flat(config_lib.default()))
+        known = dict(config_lib.flatten(config_lib.default()))
         named = re.findall(r"--config\.([\w.]+)=", " ".join(container["args"]))
         assert named
         assert set(named) <= set(known)

@@ -9,7 +9,7 @@ import pytest
 
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.utils.run_paths import check_new, check_run
+from mass_dpo_jax.utils.run_paths import check_new_run, check_run
 from tests.support.processes import refused
 
 
@@ -83,7 +83,7 @@ def test_runs_are_runs(here: Path) -> None:
 def test_where_no_run_can_be_written(here: Path, path: str, message: str) -> None:
     before = sorted(here.rglob("*"))
     with pytest.raises(UserError, match=f"^--workdir={path}: .*{message}"):
-        check_new(Path(path))
+        check_new_run(Path(path))
     line = refused("mass_dpo_jax.train", "--config=tiny", f"--workdir={here / path}")
     assert message.replace("runs/first", f"{here}/runs/first") in line
     assert sorted(here.rglob("*")) == before
@@ -91,13 +91,13 @@ def test_where_no_run_can_be_written(here: Path, path: str, message: str) -> Non
 
 def test_where_a_run_can_be_written(here: Path) -> None:
     for name in ("new", "new/deep/er", "empty", "runs/first", "runs/third"):
-        check_new(Path(name))
+        check_new_run(Path(name))
 
 
 def test_a_folder_that_may_not_be_written(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != "empty")
     with pytest.raises(UserError, match=r"^--workdir=empty/run: nothing may be written in .*empty"):
-        check_new(Path("empty/run"))
+        check_new_run(Path("empty/run"))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.runs.run_folder import FREE
 from mass_dpo_jax.utils.files import parse_json, read_json
-from mass_dpo_jax.utils.run_paths import what_instead
+from mass_dpo_jax.utils.run_paths import explain_non_run
 
 FINISHED = "finished"
 LOG = "log.txt"  # What launch/paper.sh keeps of a run's output.
@@ -72,7 +72,7 @@ def find(folders: Sequence[Path]) -> list[Run]:
     """
     for folder in folders:
         if not folder.is_dir():
-            raise UserError(f"{folder}: {what_instead(folder)}")
+            raise UserError(f"{folder}: {explain_non_run(folder)}")
     places: dict[Path, Path] = {}
     for folder in folders:
         for place in _below(folder):
@@ -107,10 +107,10 @@ def _config(folder: Path) -> dict[str, Any] | str | None:
         stored = read_json(folder / "config.json")
     except UserError:
         return "unreadable: config.json is no valid JSON"
-    settings = dict(config_lib.flat(config_lib.default()))
+    settings = dict(config_lib.flatten(config_lib.default()))
     if not isinstance(stored, dict) or not {"method", "data", "train"} <= set(stored):
         return None
-    settings.update(config_lib.flat(stored))
+    settings.update(config_lib.flatten(stored))
     try:
         config_lib.check_types(settings)
     except UserError as error:

@@ -254,7 +254,7 @@ def test_models_are_named_by_where_training_began(tmp_path: Path):
 
 
 def test_labels():
-    config = dict(config_lib.flat(config_lib.default()))
+    config = dict(config_lib.flatten(config_lib.default()))
     assert runs.label(config) == ("mass_dpo (pool_fisher, step)", 3, 0.1)
     once = {**config, "method": "sdpo", "selection.refresh": "once"}
     assert runs.label(once) == ("sdpo (fixed)", 3, 0.1)

@@ -87,7 +87,7 @@ def _elsewhere() -> dict[str, tuple[str, ...]]:
     return found
 
 
-def meant(name: str, settings: Sequence[str], flags: Collection[str] = ()) -> list[str]:
+def suggest_names(name: str, settings: Sequence[str], flags: Collection[str] = ()) -> list[str]:
     """Returns what a name without dashes probably stands for, the most probable first.
 
     Args:
@@ -150,7 +150,7 @@ def did_you_mean(names: Iterable[str]) -> str:
     return f"; did you mean {shown}?" if shown else ""
 
 
-def choice(value: str, choices: Sequence[str]) -> str:
+def suggest_choice(value: str, choices: Sequence[str]) -> str:
     """Returns what to say behind the choices that there are, where a value is none of them."""
     plain = value.strip().lower().replace("-", "_").replace(" ", "_")
     by_letters = {other.replace("_", ""): other for other in choices}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mass_dpo_jax.config import CHOICES, NAMES
-from mass_dpo_jax.utils import names
+from mass_dpo_jax.utils import suggestions
 
 TRAIN = ("config", "workdir", "distributed", "process_id")
 
@@ -50,28 +50,36 @@ TRAIN = ("config", "workdir", "distributed", "process_id")
     ],
 )
 def test_the_nearest_name(name: str, expected: str) -> None:
-    assert names.meant(name, NAMES, TRAIN)[0] == expected
+    assert suggestions.suggest_names(name, NAMES, TRAIN)[0] == expected
 
 
 def test_several_settings_may_be_meant() -> None:
-    found = names.meant("path", NAMES, TRAIN)
+    found = suggestions.suggest_names("path", NAMES, TRAIN)
     assert set(found) == {"config.data.path", "config.model.path", "config.model.lora.path"}
-    assert len(names.meant("max_length", NAMES)) == 2
-    assert len(names.meant("gradient_accumulation_steps", NAMES)) == 2
+    assert len(suggestions.suggest_names("max_length", NAMES)) == 2
+    assert len(suggestions.suggest_names("gradient_accumulation_steps", NAMES)) == 2
 
 
 def test_a_name_like_no_other_has_no_nearest() -> None:
-    assert names.meant("config.foo", NAMES) == names.meant("flub", NAMES, TRAIN) == []
-    assert names.meant("step", NAMES, TRAIN) == []  # Of a checkpoint: not train.steps.
-    assert names.meant("config.lr", (), TRAIN) == []
-    assert names.did_you_mean([]) == ""
+    assert (
+        suggestions.suggest_names("config.foo", NAMES)
+        == suggestions.suggest_names("flub", NAMES, TRAIN)
+        == []
+    )
+    assert (
+        suggestions.suggest_names("step", NAMES, TRAIN) == []
+    )  # Of a checkpoint: not train.steps.
+    assert suggestions.suggest_names("config.lr", (), TRAIN) == []
+    assert suggestions.did_you_mean([]) == ""
 
 
 def test_every_name_of_the_table_leads_to_a_setting_or_a_flag() -> None:
-    targets = {target for found in names._elsewhere().values() for target in found} - {""}
+    targets = {target for found in suggestions._elsewhere().values() for target in found} - {""}
     assert targets <= {*NAMES, "--output", "--workdir", "--config"}
-    for name in names._elsewhere():
-        assert name == "step" or names.meant(name, NAMES, ("config", "workdir", "output")), name
+    for name in suggestions._elsewhere():
+        assert name == "step" or suggestions.suggest_names(
+            name, NAMES, ("config", "workdir", "output")
+        ), name
 
 
 @pytest.mark.parametrize(
@@ -91,8 +99,12 @@ def test_every_name_of_the_table_leads_to_a_setting_or_a_flag() -> None:
     ],
 )
 def test_the_nearest_choice(setting: str, value: str, expected: str) -> None:
-    assert names.choice(value, CHOICES[setting]) == f"; did you mean {expected}?"
+    assert suggestions.suggest_choice(value, CHOICES[setting]) == f"; did you mean {expected}?"
 
 
 def test_another_method_s_name_is_no_misspelling() -> None:
-    assert names.choice("simpo", CHOICES["method"]) == names.choice("", CHOICES["method"]) == ""
+    assert (
+        suggestions.suggest_choice("simpo", CHOICES["method"])
+        == suggestions.suggest_choice("", CHOICES["method"])
+        == ""
+    )

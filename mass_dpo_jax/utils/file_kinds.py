@@ -7,7 +7,7 @@ import re
 import shlex
 from pathlib import Path
 
-HEAD = 1 << 16  # Bytes of a file that are looked at.
+HEAD_BYTES = 1 << 16  # Bytes of a file that are looked at.
 
 _TO_UTF8 = "in {0}, expected UTF-8: iconv -f {0} -t UTF-8 {{}} > NEW"
 _HUB = "; --config.data.name=hub reads it"
@@ -42,7 +42,7 @@ _COLUMNS = re.compile(r"[\w .\-]{1,40}")
 _TO_LINES = "expected one object a line: {} > NEW.jsonl"
 
 
-def name_binary(head: bytes, path: Path) -> str:
+def describe_binary(head: bytes, path: Path) -> str:
     """Says what a file is that starts with `head` and is no UTF-8, and what to do; or "".
 
     A Git LFS pointer and a page of HTML are text, but stand where another file was meant to be.
@@ -66,7 +66,7 @@ def name_binary(head: bytes, path: Path) -> str:
     return ""
 
 
-def name_text(head: str, path: Path) -> str:
+def describe_text(head: str, path: Path) -> str:
     """Says what a text is that starts with `head` and is no JSON lines, and what to do; or "".
 
     One broken line is no other format: that is left to whoever reads lines.
