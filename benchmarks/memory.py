@@ -32,12 +32,12 @@ from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.cli import commands
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.estimate import memory as account_lib
-from mass_dpo_jax.estimate.dry_run import abstract_mesh
 from mass_dpo_jax.estimate.memory import Account
 from mass_dpo_jax.estimate.sizes import Layout, of_device
 from mass_dpo_jax.models.config import DecoderConfig
 from mass_dpo_jax.models.decoder import REMAT
 from mass_dpo_jax.models.fused_attention import Fused
+from mass_dpo_jax.training.mesh import abstract_mesh
 from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.step import Program
 

@@ -11,16 +11,15 @@ import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mass_dpo_jax.config import parse_refresh
 from mass_dpo_jax.data.batches import Shape
-from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.estimate import flops as flops_lib
 from mass_dpo_jax.estimate import memory as account_lib
 from mass_dpo_jax.estimate.memory import Account
@@ -29,6 +28,7 @@ from mass_dpo_jax.models.fused_attention import Fused
 from mass_dpo_jax.models.logprobs import max_logits_of
 from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training.checkpoint import latest_step
+from mass_dpo_jax.training.mesh import abstract_mesh
 from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.policy import uses_lora
 from mass_dpo_jax.training.setup import Setup, prepare
@@ -85,29 +85,6 @@ def dry_run(config: ConfigDict, workdir: Path | None, splits: Sequence[str]) -> 
     if config.device_memory_gb:
         lines.append(verdict(need, config.device_memory_gb))
     return "\n".join(lines)
-
-
-def abstract_mesh(config: ConfigDict, devices: int) -> Mesh:
-    """`config.mesh` without devices; -1: what `devices` leave over.
-
-    To mesh.py's functions it is a `Mesh`: they read names and sizes.
-
-    Raises:
-      UserError: more than one -1, or one where the others do not divide the devices.
-    """
-    sizes = [int(config[axis]) for axis in mesh_axes.AXES]
-    shown = " ".join(f"mesh.{axis}={n}" for axis, n in zip(mesh_axes.AXES, sizes, strict=True))
-    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise UserError(f"{shown}: expected sizes above 0 and at most one -1 (all that are left)")
-    given = math.prod(size for size in sizes if size != -1)
-    if -1 in sizes and devices % given:
-        raise UserError(
-            f"{shown}: -1 means what is left of this machine's {devices} device(s), which are no "
-            f"multiple of {given}; expected numbers, for another machine"
-        )
-    sizes = [devices // given if size == -1 else size for size in sizes]
-    mesh = AbstractMesh(tuple(sizes), mesh_axes.AXES, axis_types=(AxisType.Auto,) * 3)
-    return cast(Mesh, mesh)
 
 
 def of_shape(setup: Setup, mesh: Mesh, shape: Shape) -> Account:

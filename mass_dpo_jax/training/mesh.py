@@ -7,13 +7,13 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
@@ -47,19 +47,12 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
         different sizes.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = {axis: int(config[axis]) for axis in AXES}
-    shown = " ".join(f"config.mesh.{axis}={size}" for axis, size in sizes.items())
-    unknown = [axis for axis, size in sizes.items() if size == -1]
-    given = math.prod(size for size in sizes.values() if size != -1)
-    if len(unknown) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise UserError(f"{shown}: expected sizes above 0 and at most one -1 (all that are left)")
-    if len(devices) % given or (not unknown and given != len(devices)):
+    sizes, shown = resolve_sizes(config, len(devices)), _show_sizes(config)
+    if math.prod(sizes.values()) != len(devices):
         raise UserError(
             f"{shown}: does not fit the {len(devices)} device(s) of this run; the product of the "
             "sizes is to be that number, and one of them can be -1: all that are left"
         )
-    for axis in unknown:
-        sizes[axis] = len(devices) // given
     groups = islands(devices)
     kinds = (AxisType.Auto,) * 3
     if len(groups) == 1:
@@ -83,6 +76,44 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
         allow_split_physical_axes=True,  # As `jax.make_mesh` does.
     )
     return Mesh(grid, AXES, axis_types=kinds)
+
+
+def abstract_mesh(config: ConfigDict, devices: int) -> Mesh:
+    """Returns the mesh of `config.mesh` without devices, for code that reads names and sizes only.
+
+    Args:
+        config: the sizes.
+        devices: the number of devices that a -1 refers to.
+
+    Raises:
+        UserError: as `resolve_sizes`.
+    """
+    sizes = tuple(resolve_sizes(config, devices).values())
+    return cast(Mesh, AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3))
+
+
+def resolve_sizes(config: ConfigDict, devices: int) -> dict[str, int]:
+    """Returns the sizes of `config.mesh` by axis; a -1 becomes what `devices` leave over.
+
+    Raises:
+        UserError: more than one -1, or one where the other sizes do not divide the devices.
+    """
+    sizes, shown = {axis: int(config[axis]) for axis in AXES}, _show_sizes(config)
+    unknown = [axis for axis, size in sizes.items() if size == -1]
+    given = math.prod(size for size in sizes.values() if size != -1)
+    if len(unknown) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise UserError(f"{shown}: expected sizes above 0 and at most one -1 (all that are left)")
+    if unknown and devices % given:
+        raise UserError(
+            f"{shown}: -1 means what is left of the {devices} device(s) here, which are no "
+            f"multiple of {given}; expected sizes whose product is the number of devices (a dry "
+            "run for another machine needs all three)"
+        )
+    return {axis: devices // given if size == -1 else size for axis, size in sizes.items()}
+
+
+def _show_sizes(config: ConfigDict) -> str:
+    return " ".join(f"config.mesh.{axis}={int(config[axis])}" for axis in AXES)
 
 
 def islands(devices: Sequence[jax.Device]) -> list[list[jax.Device]]:

@@ -16,13 +16,12 @@ from benchmarks import cost
 from benchmarks.memory import OPTIONS
 from mass_dpo_jax.estimate import flops as flops_lib
 from mass_dpo_jax.estimate import memory as account_lib
-from mass_dpo_jax.estimate.dry_run import abstract_mesh
 from mass_dpo_jax.estimate.memory import Account
 from mass_dpo_jax.estimate.sizes import Layout, of_device
 from mass_dpo_jax.models.config import DecoderConfig, parse_targets
 from mass_dpo_jax.models.decoder import abstract_decoder
 from mass_dpo_jax.models.lora import Lora
-from mass_dpo_jax.training.mesh import param_shapes
+from mass_dpo_jax.training.mesh import abstract_mesh, param_shapes
 from mass_dpo_jax.training.methods import make_method
 from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.step import Program, Scorer, TrainState

@@ -24,12 +24,13 @@ from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.estimate import dry_run as dry_run_lib
 from mass_dpo_jax.estimate import flops as flops_lib
 from mass_dpo_jax.estimate import memory as account_lib
-from mass_dpo_jax.estimate.dry_run import abstract_mesh, dry_run
+from mass_dpo_jax.estimate.dry_run import dry_run
 from mass_dpo_jax.estimate.sizes import Layout, of_device
 from mass_dpo_jax.models.config import DecoderConfig
 from mass_dpo_jax.models.decoder import abstract_decoder
 from mass_dpo_jax.models.fused_attention import Fused
 from mass_dpo_jax.training import loop as train_lib
+from mass_dpo_jax.training.mesh import abstract_mesh
 from mass_dpo_jax.training.methods import make_method
 from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.setup import Reference, prepare
@@ -299,7 +300,7 @@ def test_dry_run_of_a_mesh_that_is_not_here(tmp_path: Path, hf_folder: Path) -> 
     assert 0 < gigabytes(fused, term) < 0.9 * gigabytes(plain, term)
 
     config.mesh.update(data=-1, fsdp=3)
-    with pytest.raises(UserError, match=r"this machine's 8 device\(s\), .* no multiple of 6"):
+    with pytest.raises(UserError, match=r"the 8 device\(s\) here, .* no multiple of 6"):
         dry_run(config, None, train_lib.SPLITS)
     config.mesh.update(data=3, fsdp=1)
     with pytest.raises(UserError, match=r"micro_batch_size=32: expected a multiple of .* = 3"):
