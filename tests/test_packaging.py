@@ -45,7 +45,7 @@ def test_the_wheel_has_the_package_and_nothing_else(built: tuple[Path, Path]) ->
     wanted = {name for name in project() if name.startswith("mass_dpo_jax/")}
     wanted |= {f"mass_dpo_jax/configs/{name}.py" for name in NAMES}
     assert code == wanted
-    assert {"mass_dpo_jax/py.typed", "mass_dpo_jax/paper/numbers.csv"} < code
+    assert {"mass_dpo_jax/py.typed", "mass_dpo_jax/reports/paper/numbers.csv"} < code
     assert any(name.endswith("/licenses/LICENSE") for name in inside)
 
 
@@ -63,8 +63,8 @@ def test_every_configuration_is_found_by_name_without_a_checkout(
     empty.mkdir()
     install(built[1], site)
     code = (
-        "import runpy; from mass_dpo_jax import cli\n"
-        "for name, path in cli.configurations().items():\n"
+        "import runpy; from mass_dpo_jax.cli import command_line\n"
+        "for name, path in command_line.configurations().items():\n"
         "    print(name, runpy.run_path(path)['get_config']().method, path)"
     )
     env = {**os.environ, "PYTHONPATH": str(site), "JAX_PLATFORMS": "cpu"}

@@ -100,7 +100,8 @@ def test_the_hook_sees_what_it_watches(tmp_path: Path) -> None:
         "try:\n    socket.create_connection(('127.0.0.1', 9), 1)\nexcept OSError:\n    pass\n"
     )
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import tests.support.audited, runpy;"
+        f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r});"
+        "from tests.support import audited;"
         f"audited.watch(audited.Path({str(tmp_path / 'report')!r}), [{str(inside)!r}]);"
         f"runpy.run_path({str(program)!r})"
     )

@@ -8,14 +8,17 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# Setuptools writes beside the sources, and would pack what an earlier build left there.
-LEFT_BEHIND = shutil.ignore_patterns(".[!g]*", ".git", "*.egg-info", "__pycache__", "build", "dist",
-                                     "runs")  # fmt: skip
+
+
+def _not_sources(folder: str, names: list[str]) -> set[str]:
+    """Returns what is not copied: what an earlier build left beside the sources would be packed."""
+    ignored = shutil.ignore_patterns(".[!g]*", ".git", "*.egg-info", "__pycache__")(folder, names)
+    return ignored | ({"build", "dist", "runs"} if Path(folder) == ROOT else set())
 
 
 def build(folder: Path) -> tuple[Path, Path]:
-    """A source archive of the checkout, and the wheel that pip makes of that archive alone."""
-    shutil.copytree(ROOT, folder / "source", ignore=LEFT_BEHIND)
+    """Builds a source archive of the checkout, and with pip a wheel of that archive alone."""
+    shutil.copytree(ROOT, folder / "source", ignore=_not_sources)
     code = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
     _run([sys.executable, "-c", code], folder / "source")
     (archive,) = folder.glob("*.tar.gz")
@@ -26,7 +29,7 @@ def build(folder: Path) -> tuple[Path, Path]:
 
 
 def install(wheel: Path, folder: Path) -> None:
-    """Into a folder for PYTHONPATH; what it requires is in the environment."""
+    """Installs the wheel into a folder for PYTHONPATH; its requirements are in the environment."""
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
     _run([*pip, f"--target={folder}", str(wheel)], folder)
 
