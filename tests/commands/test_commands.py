@@ -276,9 +276,9 @@ def test_a_full_disk_leaves_an_output_as_it_was(tmp_path: Path) -> None:
     output = tmp_path / "rows.jsonl"
     output.write_text("before")
     code = (
-        "import sys, pathlib; from mass_dpo_jax import cli\n"
+        "import sys, pathlib; from mass_dpo_jax.cli import commands\n"
         "rows = ({'row': 'x' * 100} for _ in range(1000))\n"
-        f"cli.run(lambda: cli.write_lines(pathlib.Path({str(output)!r}), rows))"
+        f"commands.run(lambda: commands.write_lines(pathlib.Path({str(output)!r}), rows))"
     )
     with SmallFiles(10_000):
         done = python("-c", code)
@@ -314,8 +314,8 @@ def test_of_two_run_folders_the_last(tmp_path: Path) -> None:
 def test_too_little_memory_on_the_device() -> None:
     """XLA's own error, of 64 TiB in one array."""
     code = (
-        "import jax.numpy as jnp; from mass_dpo_jax import cli\n"
-        "cli.run(lambda: jnp.zeros(2**46, jnp.uint8).block_until_ready())"
+        "import jax.numpy as jnp; from mass_dpo_jax.cli import commands\n"
+        "commands.run(lambda: jnp.zeros(2**46, jnp.uint8).block_until_ready())"
     )
     done = python("-c", code, "--verbosity=-1", env=environment(JAX_PLATFORMS="cpu"))
     assert done.returncode == 2
@@ -330,10 +330,10 @@ def test_too_little_memory_on_the_device() -> None:
 )
 def test_what_an_interruption_left(settings: str, hint: str) -> None:
     code = (
-        "import signal; from mass_dpo_jax import cli\n"
+        "import signal; from mass_dpo_jax.cli import commands\n"
         # A shell has its background jobs ignore the signal, and these tests may be one.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        f"cli.run(lambda: signal.raise_signal(signal.SIGINT){settings})"
+        f"commands.run(lambda: signal.raise_signal(signal.SIGINT){settings})"
     )
     done = python("-c", code)
     assert done.returncode == 130 and done.stderr.startswith(f"interrupted; {hint}")
