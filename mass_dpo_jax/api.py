@@ -20,7 +20,7 @@ from mass_dpo_jax.data import splits, tables
 from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.errors import UserError, check_type
 from mass_dpo_jax.models.config import DecoderConfig
-from mass_dpo_jax.runs import origin
+from mass_dpo_jax.runs import run_config
 from mass_dpo_jax.training.hf_folder import save_model
 from mass_dpo_jax.training.optimizer import make_optimizer, unless_bad
 from mass_dpo_jax.training.policy import Policy, open_policy, run_of
@@ -150,7 +150,7 @@ def load_model(path: str | Path, config: ConfigDict | None = None) -> Model:
         run = run_of(path)
         config = config_lib.default()
         if run is not None:
-            config = origin.with_own_files(config_lib.load(run[0]), run[0])
+            config = run_config.use_own_files(run_config.load_config(run[0]), run[0])
             config.model.lora = config_lib.default().model.lora
     config = config_lib.resolve(config)
     config.model.path = str(path)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import numbers
 import os
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, FieldReference, FrozenConfigDict
@@ -17,8 +16,7 @@ from ml_collections import ConfigDict, FieldReference, FrozenConfigDict
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models.config import parse_targets
 from mass_dpo_jax.utils import suggestions
-from mass_dpo_jax.utils.files import expand, read_json
-from mass_dpo_jax.utils.run_paths import check_run
+from mass_dpo_jax.utils.files import expand
 
 
 class Settings(ConfigDict):
@@ -190,43 +188,9 @@ def _paper_rows(_: int, name: str) -> int:
     return 20_000 if name in PAPER_DATA else 0
 
 
-def get_config(workdir: str = "") -> ConfigDict:
-    """The defaults or, for `--config=.../config.py:DIR`, the configuration of the run in DIR."""
-    if not workdir:
-        return default()
-    from mass_dpo_jax.runs import origin
-
-    return origin.find_files(load(Path(workdir)), Path(workdir))
-
-
-def load(workdir: Path) -> ConfigDict:
-    """The configuration that the run in `workdir` was started with."""
-    check_run(workdir)
-    path = workdir / "config.json"
-    stored = read_json(path)
-    if not isinstance(stored, dict):
-        raise UserError(f"{path}: expected a JSON object with a run's settings")
-    if "model_type" in stored:
-        raise UserError(
-            f"{path}: found a model's description, expected a run's settings; a model's folder is "
-            "what --config.model.path takes"
-        )
-    config = default()
-    fields = dict(flatten(config))
-    for name, value in flatten(stored):
-        if name not in fields:
-            raise UserError(f"{path}: unknown setting {name!r}, written by another version?")
-        fields[name] = value
-    if fields["model.remat"] == "none":  # Of before 0.2: the same gradients, kept otherwise.
-        fields["model.remat"] = "dots"
-    try:
-        check_types(fields)
-        for name, value in fields.items():
-            _set(config, name, value)
-        check(config)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    return config
+def get_config() -> ConfigDict:
+    """Returns the defaults, for `--config=.../config.py`."""
+    return default()
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -252,7 +216,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
     check_types(fields)
     _check_known(fields)
     for name in PATHS:
-        _set(copy, name, expand(fields[name], f"config.{name}"))
+        set_field(copy, name, expand(fields[name], f"config.{name}"))
     return copy
 
 
@@ -263,7 +227,8 @@ def validate(config: ConfigDict) -> ConfigDict:
     return copy
 
 
-def _set(config: ConfigDict, name: str, value: Any) -> None:
+def set_field(config: ConfigDict, name: str, value: Any) -> None:
+    """Sets a field by its dotted name, such as `train.steps`."""
     *parents, leaf = name.split(".")
     for parent in parents:
         config = config[parent]

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.runs import run_config
 from mass_dpo_jax.train import train
 from tests.support.helpers import tiny_config, write_jsonl
 
@@ -161,6 +162,6 @@ def test_values_that_no_run_could_use(name: str, value: Any, message: str) -> No
 
 def test_a_run_s_settings_are_locked_too(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config_lib.default().to_dict()))
-    for config in (config_lib.load(tmp_path), config_lib.get_config(str(tmp_path))):
+    for config in (run_config.load_config(tmp_path), run_config.get_config(str(tmp_path))):
         with pytest.raises(AttributeError, match="no such setting"):
             config.lr = 1

@@ -16,6 +16,7 @@ from absl import flags
 
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.runs import run_config
 from mass_dpo_jax.utils import suggestions
 from mass_dpo_jax.utils.files import expand, read_text
 from mass_dpo_jax.utils.run_paths import check_run, is_run
@@ -69,8 +70,8 @@ def read(argv: Sequence[str], default: str | None = None, starts: bool = False) 
         config = _config_file(config)
     elif workdir is not None and not (starts and not (Path(workdir) / "config.json").exists()):
         _check_workdir(Path(workdir))
-        config_lib.load(Path(workdir))  # What is wrong with it, said without ml_collections.
-        config = f"{config_lib.__file__}:{workdir}"
+        run_config.load_config(Path(workdir))  # What is wrong with it, said without ml_collections.
+        config = f"{run_config.__file__}:{workdir}"
     elif default is not None and pairs:
         config = default
     return others if config is None else [("config", config), *others]

@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from mass_dpo_jax import config as config_lib
 from mass_dpo_jax import metrics
 from mass_dpo_jax.data import load_examples
 from mass_dpo_jax.data.readers import synthetic
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.reports import baselines
-from mass_dpo_jax.runs import run_folder
+from mass_dpo_jax.runs import run_config, run_folder
 from mass_dpo_jax.training.monitor import EXIST_LOGPS, FINAL_LOGPS, START_LOGPS
 from mass_dpo_jax.utils.files import read_array, short_names
 
@@ -24,7 +23,7 @@ COLUMNS = ("accuracy", "recall@3", "mrr", "ndcg@3")
 
 def compare(runs: Sequence[Path]) -> str:
     """Does what `mass_dpo_jax.compare.compare` says."""
-    configs = [config_lib.load(run) for run in runs]
+    configs = [run_config.load_config(run) for run in runs]
     found = [_read(run) for run in runs]
     for run, metrics_ in zip(runs[1:], found[1:], strict=True):
         if not metrics_.get("digest") or metrics_["digest"] != found[0].get("digest"):

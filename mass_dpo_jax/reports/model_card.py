@@ -13,7 +13,7 @@ import mass_dpo_jax
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.data.render import template_arguments
 from mass_dpo_jax.models.config import DecoderConfig
-from mass_dpo_jax.runs import origin, run_folder
+from mass_dpo_jax.runs import origin, run_config, run_folder
 from mass_dpo_jax.runs.metrics_files import read_metrics
 from mass_dpo_jax.training.methods import METHODS
 from mass_dpo_jax.training.policy import run_of
@@ -87,7 +87,7 @@ def base_name(path: str) -> str:
     seen = set()
     while path and path not in seen and (run := run_of(Path(path))):
         seen.add(path)
-        path = origin.find_files(config_lib.load(run[0]), run[0]).model.path
+        path = run_config.locate_files(run_config.load_config(run[0]), run[0]).model.path
     if not path:
         return ""
     for part in reversed(Path(path).parts):

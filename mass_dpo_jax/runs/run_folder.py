@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.runs import origin
+from mass_dpo_jax.runs import origin, run_config
 from mass_dpo_jax.training.checkpoint import about, latest_step
 from mass_dpo_jax.utils import distributed
 from mass_dpo_jax.utils.files import parse_json, read_json, write_whole
@@ -69,7 +69,7 @@ def check(workdir: Path, config: ConfigDict) -> None:
             )
         return
     try:
-        own = config_lib.load(workdir)
+        own = run_config.load_config(workdir)
     except UserError as error:  # Not ours to write over.
         raise UserError(f"{error}. Choose another --workdir") from None
     if latest_step(workdir) is None:
@@ -98,13 +98,13 @@ def _may_be_same_file(name: str, config: ConfigDict, own: ConfigDict, workdir: P
     if name not in origin.PATHS or not ours or not theirs or not origin.read(workdir)["files"]:
         return False
     if name in ("data.chat_template", "model.lora.path"):
-        return origin.has_own(config, workdir, name)
+        return run_config.is_own_file(config, workdir, name)
     return True
 
 
 def say_changed(workdir: Path, config: ConfigDict) -> None:
     """Logs the settings that only split the updates of a run otherwise than before."""
-    ours, theirs = (dict(config_lib.flatten(c)) for c in (config, config_lib.load(workdir)))
+    ours, theirs = (dict(config_lib.flatten(c)) for c in (config, run_config.load_config(workdir)))
     changed = [n for n in ours if ours[n] != theirs[n] and n.startswith(SPLITTING)]
     if changed:
         shown = ", ".join(f"{name}={ours[name]} (was {theirs[name]})" for name in changed)

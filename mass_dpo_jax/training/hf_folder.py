@@ -29,7 +29,7 @@ from mass_dpo_jax.models.decoder import abstract_decoder
 from mass_dpo_jax.models.folder import GENERATION
 from mass_dpo_jax.models.weights import save_hf
 from mass_dpo_jax.reports import model_card
-from mass_dpo_jax.runs import origin
+from mass_dpo_jax.runs import origin, run_config
 from mass_dpo_jax.training import checkpoint
 from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training.policy import (
@@ -63,7 +63,7 @@ def export(
             f"{workdir}: not a run folder (it has no model/config.json); expected what was the "
             "--workdir of mass_dpo_jax.train"
         )
-    config = config_lib.load(workdir)
+    config = run_config.load_config(workdir)
     if not 0 < max_shard_gb < math.inf:
         raise UserError(f"--max_shard_gb={max_shard_gb}: expected a finite number above 0")
     there = checkpoint.steps(workdir)
@@ -202,7 +202,7 @@ def _check_free(output: Path) -> None:
 def _save_adapters(
     config: ConfigDict, workdir: Path, step: int, output: Path, base_model: str
 ) -> None:
-    lora = read_lora(origin.find_files(config, workdir).model.lora)
+    lora = read_lora(run_config.locate_files(config, workdir).model.lora)
     if lora is None:
         raise UserError(f"--adapters: {workdir} is a run without LoRA")
     read = checkpoint.Reader(workdir, step)
@@ -217,7 +217,7 @@ def _merging(
     read: checkpoint.Reader, workdir: Path, base_path: str, decoder: DecoderConfig, tokenizer: Any
 ) -> Callable[[tuple[str, ...], int | None], np.ndarray]:
     """As `read`; of a run with LoRA, its base with the adapters added."""
-    config = origin.find_files(config_lib.load(workdir), workdir)
+    config = run_config.locate_files(run_config.load_config(workdir), workdir)
     if not uses_lora(config.model.lora):
         return read
     base = base_path or config.model.path

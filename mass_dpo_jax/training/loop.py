@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from mass_dpo_jax.runs import loggers, origin, run_folder
+from mass_dpo_jax.runs import loggers, origin, run_config, run_folder
 from mass_dpo_jax.training import checkpoint, interruption, scoring
 from mass_dpo_jax.training.monitor import BadSteps, Report, StepLog, check_best
 from mass_dpo_jax.training.optimizer import learning_rate, make_optimizer
@@ -43,7 +43,7 @@ def _train(config: ConfigDict, workdir: Path, lock: run_folder.Lock) -> dict[str
     distributed.run_on_primary(lambda: run_folder.check_writable(workdir))
     check_best(config, SPLITS)
     begun = distributed.run_on_primary(lambda: checkpoint.latest_step(workdir)) is not None
-    setup = prepare(origin.with_own_files(config, workdir) if begun else config, workdir, SPLITS)
+    setup = prepare(run_config.use_own_files(config, workdir) if begun else config, workdir, SPLITS)
     check_best(config, setup.tokens)
     digests = setup.digests()
     distributed.run_on_primary(lambda: run_folder.check_data(workdir, digests))
@@ -148,7 +148,7 @@ def _claim(
     distributed.run_on_primary(lambda: run_folder.check(workdir, config))
     if weights is None:
         run_folder.say_changed(workdir, config)
-        config = origin.typed(config, workdir)
+        config = run_config.restore_typed_paths(config, workdir)
     run_folder.claim(workdir, config)
     if weights is not None:
         save_description(setup.policy, config, workdir)

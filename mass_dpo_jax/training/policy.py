@@ -19,7 +19,6 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
-from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.data.examples import Example, History
 from mass_dpo_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from mass_dpo_jax.errors import UserError
@@ -30,7 +29,7 @@ from mass_dpo_jax.models.folder import GENERATION, check_folder
 from mass_dpo_jax.models.lora import Adapters, Lora
 from mass_dpo_jax.models.quantize import store
 from mass_dpo_jax.models.weights import check_hf, load_hf
-from mass_dpo_jax.runs import origin
+from mass_dpo_jax.runs import origin, run_config
 from mass_dpo_jax.training import checkpoint, scoring
 from mass_dpo_jax.training.mesh import hidden_splits, names, param_shapes
 from mass_dpo_jax.utils import distributed
@@ -208,7 +207,7 @@ class Policy:
         return Weights(params, digest)
 
     def _of_run(self, folder: Path, step: int | None, whole: Any) -> Weights:
-        model = origin.find_files(config_lib.load(folder), folder).model
+        model = run_config.locate_files(run_config.load_config(folder), folder).model
         if not uses_lora(model.lora):
             params = checkpoint.load_params(folder, whole, step)
             return Weights(params, scoring.fingerprint(params))
@@ -260,7 +259,7 @@ def read_lora(settings: ConfigDict) -> Lora | None:
     if run is None:
         return lora_lib.load_peft_settings(folder)
     _check_step(*run)
-    found = read_lora(origin.find_files(config_lib.load(run[0]), run[0]).model.lora)
+    found = read_lora(run_config.locate_files(run_config.load_config(run[0]), run[0]).model.lora)
     if found is None:
         raise UserError(f"config.model.lora.path={folder}: a run without LoRA")
     return found
@@ -345,13 +344,13 @@ def _check_added_once(config: ConfigDict) -> None:
     run = run_of(Path(path))
     if not adapters or run is None:
         return
-    began = origin.find_files(config_lib.load(run[0]), run[0]).model.lora
+    began = run_config.locate_files(run_config.load_config(run[0]), run[0]).model.lora
     if not uses_lora(began):
         return
     other = run_of(Path(adapters))
     itself = other is not None and origin.is_same(other[0], run[0])
     first = bool(began.path) and origin.is_same(Path(adapters), Path(began.path))
-    if itself or first or origin.has_own(config, run[0], "model.lora.path"):
+    if itself or first or run_config.is_own_file(config, run[0], "model.lora.path"):
         raise UserError(
             f"config.model.lora.path={adapters}: the model at config.model.path={path} has these "
             "adapters in its weights already; leave them out, --config.model.lora.path= (and "

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.runs import origin
+from mass_dpo_jax.runs import origin, run_config
 from mass_dpo_jax.training import checkpoint
 from mass_dpo_jax.training.methods import METHODS
 from mass_dpo_jax.training.policy import uses_lora
@@ -65,7 +65,7 @@ def _prepare_run(
     """
     if distributed.run_on_primary(lambda: checkpoint.latest_step(workdir)) is None:
         raise UserError(f"{workdir}: {checkpoint.NONE_YET}")
-    own = origin.find_files(config_lib.load(workdir), workdir)
+    own = run_config.locate_files(run_config.load_config(workdir), workdir)
     lora = uses_lora(own.model.lora)
     base = own.model.path
     other = config.model.reference_path or own.model.reference_path
@@ -76,7 +76,7 @@ def _prepare_run(
     else:
         _check_own("model.path", config, own, workdir)
     _check_own("model.lora.path", config, own, workdir)
-    if origin.has_own(config, workdir, "data.chat_template"):
+    if run_config.is_own_file(config, workdir, "data.chat_template"):
         config.data.chat_template = "tokenizer"
     reference, adapters = (other, "") if other else (base, own.model.lora.path)
     config.model.path = base
@@ -116,7 +116,7 @@ def _check_own(name: str, config: ConfigDict, own: ConfigDict, workdir: Path) ->
     """A run is scored with its own weights: others beside it would be ignored."""
     given, known = (dict(config_lib.flatten(c))[name] for c in (config, own))
     same = any(origin.is_same(Path(given), Path(path)) for path in (known, workdir) if path)
-    if given and not same and not origin.has_own(config, workdir, name):
+    if given and not same and not run_config.is_own_file(config, workdir, name):
         raise UserError(
             f"config.{name}={given}: the model is that of the run in --workdir={workdir}; "
             "expected one of them, not both"

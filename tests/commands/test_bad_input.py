@@ -21,7 +21,7 @@ from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models.config import DecoderConfig, load_config
 from mass_dpo_jax.reports.comparison import read_logps
 from mass_dpo_jax.reports.paper import runs
-from mass_dpo_jax.runs import run_folder
+from mass_dpo_jax.runs import run_config, run_folder
 from mass_dpo_jax.training.checkpoint import Checkpoints
 from mass_dpo_jax.training.scoring import cached
 from mass_dpo_jax.training.step import TrainState
@@ -62,7 +62,7 @@ def test_json_in_every_reader(tmp_path: Path, text: str) -> None:
         with pytest.raises(UserError, match=f"{name}:1: invalid JSON"):
             read(tmp_path / name)
     with pytest.raises(UserError, match=r"config.json:1: invalid JSON"):
-        config_lib.load(tmp_path)
+        run_config.load_config(tmp_path)
 
 
 def test_half_a_surrogate_pair_in_a_role(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_settings_of_a_run(tmp_path: Path, name: str, value: Any) -> None:
     inner[leaf] = value
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=f"config.json: config.{name}="):
-        config_lib.load(tmp_path)
+        run_config.load_config(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -135,13 +135,6 @@ def test_settings_that_no_run_could_use(name: str, value: Any, message: str) -> 
     config.update_from_flattened_dict({name: value})
     with pytest.raises(UserError, match=message):
         config_lib.check(config)
-
-
-def test_remat_none_of_before_is_dots(tmp_path: Path) -> None:
-    config: Any = config_lib.default().to_dict()
-    config["model"]["remat"] = "none"
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert config_lib.load(tmp_path).model.remat == "dots"
 
 
 def test_the_report_says_which_settings_are_unreadable(tmp_path: Path) -> None:

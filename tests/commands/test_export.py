@@ -33,7 +33,7 @@ from mass_dpo_jax.models.config import load_config
 from mass_dpo_jax.models.decoder import abstract_decoder
 from mass_dpo_jax.models.weights import INDEX, SINGLE, load_hf, save_hf
 from mass_dpo_jax.reports import model_card
-from mass_dpo_jax.runs import run_folder
+from mass_dpo_jax.runs import run_config, run_folder
 from mass_dpo_jax.selection.registry import CRITERIA
 from mass_dpo_jax.train import train
 from mass_dpo_jax.training import checkpoint
@@ -184,7 +184,7 @@ def test_a_trained_run(tmp_path: Path, torch: ModuleType, model_type: str) -> No
     tokenizer = AutoTokenizer.from_pretrained(output)
     net = AutoModelForCausalLM.from_pretrained(output).eval()
     rows = {row["id"]: row for row in map(json.loads, data.read_text().splitlines())}
-    examples = load_examples(config_lib.load(run).data, "test", 0)
+    examples = load_examples(run_config.load_config(run).data, "test", 0)
     table = np.load(run / "logps-final.npy")
     assert len(table) == len(examples) > 2
     for example, logps in zip(examples, table, strict=True):
@@ -252,7 +252,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_weights_that_were_split_are_whole_and_in_their_layers(tmp_path: Path, run: Path) -> None:
-    config = config_lib.load(run)
+    config = run_config.load_config(run)
     policy = open_policy(config, make_mesh(config.mesh), run, ())
     params = checkpoint.load_params(run, policy.abstract)
     export(run, tmp_path / "out")

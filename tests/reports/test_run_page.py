@@ -13,6 +13,7 @@ from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.reports import run_page
 from mass_dpo_jax.reports.run_page import write
+from mass_dpo_jax.runs import run_config
 from mass_dpo_jax.train import train
 from mass_dpo_jax.training.offline_selection import with_model
 from tests.support.helpers import log_lines, tiny_config, write_jsonl
@@ -64,7 +65,7 @@ def test_a_run_ends_with_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     # What it shows as selected is what the command that selects says of the same rows.
     (tested,) = seen
     assert tested.selected is not None
-    rows = with_model(config_lib.load(tmp_path / "run"), tmp_path / "run", None)
+    rows = with_model(run_config.load_config(tmp_path / "run"), tmp_path / "run", None)
     selected = {row["id"]: row["selected"] for row in rows}
     assert len(tested.examples) > 2
     for example, mine in zip(tested.examples, tested.selected, strict=True):

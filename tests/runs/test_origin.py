@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 import mass_dpo_jax as mdj
-from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.data.tokenizer import train_tokenizer
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.evaluate import evaluate
@@ -20,7 +19,7 @@ from mass_dpo_jax.export import export
 from mass_dpo_jax.models import peft_format as lora_lib
 from mass_dpo_jax.models.config import load_config
 from mass_dpo_jax.models.lora import Lora
-from mass_dpo_jax.runs import origin
+from mass_dpo_jax.runs import run_config
 from mass_dpo_jax.score import score
 from mass_dpo_jax.train import train
 from mass_dpo_jax.training.offline_selection import with_model
@@ -107,7 +106,7 @@ def restore(there: Path, kept: Path) -> None:
 
 def of_run(run: Path) -> dict[str, Any]:
     """What every command says of a run."""
-    here = config_lib.get_config(str(run))
+    here = run_config.get_config(str(run))
     selected = [row["selected"] for row in with_model(here, run, "train")]
     export(run, run.parent / "exported", dtype="float32")
     exported = (run.parent / "exported" / "model.safetensors").read_bytes()
@@ -191,7 +190,7 @@ def test_a_run_goes_on_as_it_began(
         change(home)
     # By its folder alone, from elsewhere.
     monkeypatch.chdir(tmp_path)
-    train(config_lib.get_config(str(run)), run)
+    train(run_config.get_config(str(run)), run)
     assert losses(run) == losses(whole)
     typed = json.loads((run / "config.json").read_text())
     assert typed == json.loads((whole / "config.json").read_text())
@@ -230,17 +229,17 @@ def test_a_run_goes_on_with_what_has_moved(
     (home / "base").rename(home / "base2")
     (home / "data.jsonl").rename(home / "data2.jsonl")
     for wrong in ("data.path", "model.path"):
-        gone = config_lib.get_config(str(tmp_path / "there"))
+        gone = run_config.get_config(str(tmp_path / "there"))
         right = "model.path" if wrong == "data.path" else "data.path"
         place = {"data.path": home / "data2.jsonl", "model.path": home / "base2"}[right]
         gone.update_from_flattened_dict({right: str(place)})
         with pytest.raises(UserError, match=rf"no such (file|folder).*config\.{wrong}"):
             train(gone, tmp_path / "there")
-    moved = config_lib.get_config(str(tmp_path / "there"))
+    moved = run_config.get_config(str(tmp_path / "there"))
     moved.model.path, moved.data.path = str(home / "base2"), str(home / "data2.jsonl")
     train(moved, tmp_path / "there")
     assert losses(tmp_path / "there") == wanted
-    here = config_lib.get_config(str(tmp_path / "there"))  # It knows the new places.
+    here = run_config.get_config(str(tmp_path / "there"))  # It knows the new places.
     assert here.model.path == str(home / "base2")
     (tmp_path / "there" / "metrics.json").unlink()
     train(here, tmp_path / "there")
@@ -298,7 +297,7 @@ def test_a_base_that_has_moved_is_named_by_one_flag(
     run = home / "run"
     before = of_run(run)
     (home / "base").rename(home / "base2")
-    here = config_lib.get_config(str(run))
+    here = run_config.get_config(str(run))
     with pytest.raises(UserError, match=r"no such folder.*--config\.model\.path="):
         evaluate(here, run, "test")
     here.model.path = str(home / "base2")
@@ -319,11 +318,11 @@ def test_a_run_is_known_from_another_folder_in_its_place(
 ) -> None:
     """A project that was copied whole to another machine has its files where they were typed."""
     shutil.copytree(home, tmp_path / "copied")
-    before = evaluate(config_lib.get_config(str(home / "run")), home / "run", "test")
+    before = evaluate(run_config.get_config(str(home / "run")), home / "run", "test")
     shutil.move(home, tmp_path / "elsewhere")
     try:
         monkeypatch.chdir(tmp_path / "copied")
-        here = config_lib.get_config("run")
+        here = run_config.get_config("run")
         assert f"{home}/data.jsonl is gone; taking {tmp_path}/copied/data.jsonl" in caplog.text
         found = evaluate(here, Path("run"), "test")
         assert found == pytest.approx(before, abs=1e-5)
@@ -335,7 +334,7 @@ def test_a_scratch_run_keeps_the_reference_that_was_drawn_for_it(tmp_path: Path)
     data = write_jsonl(tmp_path / "data.jsonl")
     run = tmp_path / "run"
     train(tiny_config(data, seed=5, **{"train.steps": 2, "train.eval_every": 0}), run)
-    own = list(score(config_lib.get_config(str(run)), run, "train"))
+    own = list(score(run_config.get_config(str(run)), run, "train"))
     known = {row["id"]: row["ref_logps"] for row in own}
     rows = [row for row in score(tiny_config(data), run, "train") if row["id"] in known]
     assert len(rows) > 10  # Of seed 0, which holds out others.
@@ -346,7 +345,7 @@ def test_a_scratch_run_keeps_the_reference_that_was_drawn_for_it(tmp_path: Path)
 def test_commands_leave_the_callers_configuration_as_it_is(tmp_path: Path) -> None:
     data, run = write_jsonl(tmp_path / "data.jsonl"), tmp_path / "run"
     train(tiny_config(data, **{"train.steps": 1, "train.eval_every": 0}), run)
-    config = config_lib.get_config(str(run))
+    config = run_config.get_config(str(run))
     before = config.to_json()
     list(score(config, run, "test"))
     list(with_model(config, run, "train"))
@@ -407,7 +406,7 @@ def test_what_a_run_reads_again_is_refused_where_it_has_changed(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     run = home / "run"
-    here = config_lib.get_config(str(run))
+    here = run_config.get_config(str(run))
     change, message = HARMFUL[what]
     change(home)
     (run / "metrics.json").unlink()  # As if it had been cut off before its end.
@@ -431,7 +430,7 @@ def test_what_a_run_reads_again_is_refused_where_it_has_changed(
 @pytest.mark.parametrize("home", ["lora"], indirect=True)
 def test_the_adapters_that_a_run_keeps_are_those_it_began_from(home: Path, tmp_path: Path) -> None:
     run = home / "run"
-    here = config_lib.get_config(str(run))
+    here = run_config.get_config(str(run))
     edit_json(run / "adapters" / "adapter_config.json", lora_alpha=32)
     (run / "metrics.json").unlink()  # As if it had been cut off before its end.
     for command in (
@@ -469,13 +468,13 @@ def test_a_run_without_a_checkpoint_begins_again_by_its_own_files(
     for name in ("cut", "other"):
         interrupted(settings(home, **lora), tmp_path / name, at=0)
     remove(home / "adapters")
-    train(config_lib.get_config(str(tmp_path / "cut")), tmp_path / "cut")
+    train(run_config.get_config(str(tmp_path / "cut")), tmp_path / "cut")
     np.testing.assert_allclose(losses(tmp_path / "cut"), losses(home / "run"), rtol=1e-5)
     # Adapters that an earlier start left are none of a run that asks for none.
     monkeypatch.setattr("mass_dpo_jax.training.loop.save_description", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(settings(home), tmp_path / "other")
-    assert config_lib.get_config(str(tmp_path / "other")).model.lora.path == ""
+    assert run_config.get_config(str(tmp_path / "other")).model.lora.path == ""
 
 
 @pytest.mark.parametrize("home", ["full"], indirect=True)
@@ -493,14 +492,14 @@ def test_line_ends_of_a_template_are_no_change(
     interrupted(config, tmp_path / "run", at=1)
     for ends in ("\r\n", "\n", "\r"):
         template.write_bytes(text.replace("\n", ends).encode())
-        origin.with_own_files(config, tmp_path / "run")
+        run_config.use_own_files(config, tmp_path / "run")
     template.rename(home / "copy.jinja")
     config.data.chat_template = "copy.jinja"
     train(config, tmp_path / "run")
     assert "is not what the run began with" not in caplog.text
     (home / "lines.jinja").write_text(text + "x")
     config.data.chat_template = "lines.jinja"
-    origin.with_own_files(config, tmp_path / "run")
+    run_config.use_own_files(config, tmp_path / "run")
     assert "lines.jinja is not what the run began with" in caplog.text
 
 
@@ -521,7 +520,7 @@ def test_adapters_are_not_added_to_weights_that_have_them(
     ):
         with pytest.raises(UserError, match=r"these adapters .* already.*lora\.path= "):
             train(settings(home, **changes), tmp_path / "next")
-    own = config_lib.get_config("run")
+    own = run_config.get_config("run")
     with pytest.raises(UserError, match="already"):
         mdj.load_model("run", own)
     own.model.path = "run"
@@ -573,22 +572,22 @@ def test_only_files_that_are_read_are_missed_or_too_many(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(home)
-    before = evaluate(config_lib.get_config("run"), Path("run"), "test")
+    before = evaluate(run_config.get_config("run"), Path("run"), "test")
     for name, harmless in INTO_MODEL.items():
         in_model(name)(home)
         if harmless:
-            assert evaluate(config_lib.get_config("run"), Path("run"), "test") == before
+            assert evaluate(run_config.get_config("run"), Path("run"), "test") == before
         else:
             with pytest.raises(UserError, match=f"{name}: not what the run began with"):
-                evaluate(config_lib.get_config("run"), Path("run"), "test")
+                evaluate(run_config.get_config("run"), Path("run"), "test")
         remove(home / "run" / "model" / name)
     description = home / "run" / "model" / "config.json"
     edit_json(description, eos_token_id=[2, 7], max_position_embeddings=9999)
-    found = evaluate(config_lib.get_config("run"), Path("run"), "test")
+    found = evaluate(run_config.get_config("run"), Path("run"), "test")
     assert found == pytest.approx(before, abs=1e-5)
     description.unlink()
     with pytest.raises(UserError):
-        evaluate(config_lib.get_config("run"), Path("run"), "test")
+        evaluate(run_config.get_config("run"), Path("run"), "test")
 
 
 @pytest.mark.parametrize("home", ["lora"], indirect=True)
@@ -598,7 +597,7 @@ def test_a_base_of_a_run_that_is_a_base_is_put_back_where_it_was(
     """Its path would be another model's for the run that began from it."""
     monkeypatch.chdir(home)
     train(settings(home, **{"model.path": "run"}), tmp_path / "next")
-    here = config_lib.get_config(str(tmp_path / "next"))
+    here = run_config.get_config(str(tmp_path / "next"))
     before = evaluate(here, tmp_path / "next", "test")
     (home / "base").rename(home / "base2")
     commands: list[Callable[[], Any]] = [

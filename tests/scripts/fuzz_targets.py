@@ -37,7 +37,7 @@ from mass_dpo_jax.models.lora import Lora
 from mass_dpo_jax.models.peft_format import load_peft, load_peft_settings, save_peft
 from mass_dpo_jax.models.weights import load_hf
 from mass_dpo_jax.report import make_report
-from mass_dpo_jax.runs import run_folder
+from mass_dpo_jax.runs import run_config, run_folder
 from mass_dpo_jax.runs.metrics_files import read_metrics
 from mass_dpo_jax.train import train
 from mass_dpo_jax.training import mesh, scoring
@@ -344,7 +344,7 @@ def _read_runs(folder: Path) -> Iterator[Callable[[], Any]]:
     run = folder / "second"
 
     def again() -> None:
-        config = config_lib.load(run)
+        config = run_config.load_config(run)
         config_lib.check(config)
         if latest_step(run) is not None and (run / "metrics.json").exists():
             train(config, run)  # Finished: there is nothing to do.
@@ -368,7 +368,7 @@ def _read_report(folder: Path) -> Iterator[Callable[[], Any]]:
 
 def _read_checkpoint(folder: Path) -> Iterator[Callable[[], Any]]:
     run = folder / "second"
-    config = config_lib.load(run)
+    config = run_config.load_config(run)
     yield lambda: restore(run, config)
 
 
@@ -387,7 +387,7 @@ def _settings(folder: Path) -> None:
 
 def _read_settings(folder: Path) -> Iterator[Callable[[], Any]]:
     def use() -> None:
-        config = config_lib.load(folder)
+        config = run_config.load_config(folder)
         mesh.make_mesh(config.mesh, devices=jax.devices()[:1])
         make_method(config, largest_pool=5)
         make_optimizer(config.train, 10)

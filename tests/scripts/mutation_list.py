@@ -879,26 +879,25 @@ MUTATIONS = (
     ),
     Mutation(
         "origin: edited files of a run pass",
-        "if differ := sorted(n for n in names if there.get(n) != known.get(n)):",
-        "if differ := sorted({*there} - {*wanted}):",
+        "if differ := sorted(n for n in names if digests.get(n) != known.get(n)):",
+        "if differ := sorted({*digests} - {*known}):",
         "runs/test_origin.py::test_what_a_run_reads_again_is_refused_where_it_has_changed",
     ),
     Mutation(
         "origin: adapters are read where they lay",
-        " and (workdir / ADAPTERS).is_dir():\n        found.model.lora.path = "
-        "str(workdir / ADAPTERS)\n    return found",
-        " and False:\n        pass\n    return found",
+        "_use_own_adapters(located, workdir)",
+        "pass",
         "runs/test_origin.py::test_what_a_run_has_itself_may_change_outside",
     ),
     Mutation(
         "origin: a run's template is read where it lay",
-        'found.data.chat_template = "tokenizer"',
+        'settings.data.chat_template = "tokenizer"',
         "pass",
         "runs/test_origin.py",
     ),
     Mutation(
         "origin: a run remembers paths as they were typed only",
-        "found.update_from_flattened_dict({name: path})",
+        "config_lib.set_field(located, name, path)",
         "pass",
         "runs/test_origin.py::test_what_a_run_has_itself_may_change_outside",
     ),
@@ -916,13 +915,13 @@ MUTATIONS = (
     ),
     Mutation(
         "origin: any file beside a tokenizer's is one too many",
-        "return not hidden and path.suffix in",
-        "return hidden or path.suffix not in",
+        "return path.suffix in READ_SUFFIXES and not any(",
+        "return path.suffix not in READ_SUFFIXES or any(",
         "runs/test_origin.py::test_only_files_that_are_read_are_missed_or_too_many",
     ),
     Mutation(
         "lora: adapters are added to weights that have them",
-        'if itself or first or origin.has_own(config, run[0], "model.lora.path"):',
+        'if itself or first or run_config.is_own_file(config, run[0], "model.lora.path"):',
         "if itself or first:",
         "runs/test_origin.py::test_adapters_are_not_added_to_weights_that_have_them",
     ),
@@ -934,8 +933,8 @@ MUTATIONS = (
     ),
     Mutation(
         "export: a card has folders of the machine",
-        "for name in origin.PATHS:\n",
-        "for name in origin.PATHS[:4]:\n",
+        "for name in origin.PATHS:\n        settings",
+        "for name in origin.PATHS[:4]:\n        settings",
         "runs/test_origin.py::test_a_card_shows_no_folder_of_the_machine",
     ),
     Mutation(

@@ -25,6 +25,7 @@ from mass_dpo_jax.models import attention as plain
 from mass_dpo_jax.models import fused_attention
 from mass_dpo_jax.models.decoder import abstract_decoder, param_dims
 from mass_dpo_jax.models.weights import _Files, load_hf
+from mass_dpo_jax.runs import run_config
 from mass_dpo_jax.score import score
 from mass_dpo_jax.training import checkpoint, scoring
 from mass_dpo_jax.training import mesh as mesh_lib
@@ -264,10 +265,8 @@ def main() -> None:
         found[case] = replay(Path(job["data"]), folder / "work", mesh, sets, count_flips=flips)
         found[case].pop("sets")
     if "run" in job:
-        from mass_dpo_jax import config as config_lib
-
         run = Path(job["run"])
-        config = config_lib.load(run)
+        config = run_config.load_config(run)
         config.cache_dir = str(folder / f"cache{process}")  # No file system that all share.
         config.selection.criterion = "contrast"
         found["score"] = list(score(config.copy_and_resolve_references(), run, None))

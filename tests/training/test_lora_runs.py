@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from safetensors import SafetensorError
 
-from mass_dpo_jax import config as config_lib
 from mass_dpo_jax import train as train_lib
 from mass_dpo_jax.data.tokenizer import train_tokenizer
 from mass_dpo_jax.errors import UserError
@@ -22,6 +21,7 @@ from mass_dpo_jax.export import export
 from mass_dpo_jax.models import peft_format as lora_lib
 from mass_dpo_jax.models import tensors as tensors_lib
 from mass_dpo_jax.models.config import load_config
+from mass_dpo_jax.runs import run_config
 from mass_dpo_jax.score import score
 from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training.optimizer import make_optimizer
@@ -53,7 +53,7 @@ def config_of(base: Path, tmp_path: Path, **changes: Any) -> Any:
 
 
 def logps(run: Path | None, **changes: Any) -> list[list[float]]:
-    config = config_lib.load(run) if run else changes.pop("config")
+    config = run_config.load_config(run) if run else changes.pop("config")
     config.update_from_flattened_dict(changes)
     return [row["logps"] for row in score(config, run, "test")]
 
@@ -94,11 +94,11 @@ def test_a_run(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert losses(other) == losses(run)
 
     # What the commands see of it is what it saw of itself, and its reference is the base.
-    found = evaluate(config_lib.load(run), run, "validation")
+    found = evaluate(run_config.load_config(run), run, "validation")
     assert found["policy/mrr"] == pytest.approx(done["final"]["policy/mrr"], abs=1e-6)
     assert found["rewards/margins"] == pytest.approx(done["final"]["rewards/margins"], abs=1e-5)
     assert abs(found["rewards/margins"]) > 1e-3
-    more = config_lib.load(run)
+    more = run_config.load_config(run)
     more.model.lora.path = "some/adapters"
     with pytest.raises(UserError, match=r"lora\.path=some/adapters: the model is that of the run"):
         evaluate(more, run, "validation")
@@ -186,7 +186,7 @@ def test_what_can_start_from_it(
     train_lib.train(on, tmp_path / "on")
     first = next(line for line in log_lines(tmp_path / "on") if "loss" in line)
     assert abs(first["rewards/margins"]) < 1e-5
-    rows = list(score(config_lib.load(tmp_path / "on"), tmp_path / "on", "train"))
+    rows = list(score(run_config.load_config(tmp_path / "on"), tmp_path / "on", "train"))
     by_id = dict(zip(setup.tokens["train"].ids, found, strict=True))
     for row in rows:
         ours = by_id[row["id"]][: len(row["ref_logps"])]

@@ -9,6 +9,7 @@ import pytest
 
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.runs import run_config
 from mass_dpo_jax.utils.run_paths import check_new_run, check_run
 from tests.support.processes import refused
 
@@ -59,7 +60,7 @@ def test_what_is_no_run(here: Path, path: str, message: str) -> None:
         check_run(Path(path))
     assert str(caught.value).startswith(f"{Path(path)}: ") and message in str(caught.value)
     with pytest.raises(UserError):
-        config_lib.load(Path(path))
+        run_config.load_config(Path(path))
 
 
 def test_runs_are_runs(here: Path) -> None:
