@@ -110,8 +110,7 @@ def default() -> ConfigDict:
     c.data.max_test = 2000  # Likewise.
 
     c.selection = Settings()
-    # mass_dpo's: pool_fisher (Algorithm 1) | contrast | set_fisher | hardest | random | all.
-    c.selection.criterion = "pool_fisher"
+    c.selection.criterion = "pool_fisher"  # How mass_dpo chooses the negatives it trains on.
     c.selection.search = "greedy"  # For a large determinant: greedy | exchange | exhaustive.
     c.selection.ridge = 0.1  # The paper's gamma: H_0 = ridge * I.
     c.selection.refresh = "step"  # When sets are chosen: step | epoch | once | every k steps (k).
@@ -248,6 +247,15 @@ METHOD_SUMMARIES = {
     "mppo": "n random negatives, likelihoods per token, no reference (MPPO)",
     "sft": "no negatives, likelihood of the chosen response, no reference",
 }
+# Registering a criterion of one's own adds it, by `add_criterion`.
+CRITERION_SUMMARIES = {
+    "pool_fisher": "D-optimal design on the pool's Fisher information (Algorithm 1)",
+    "contrast": "the same around the chosen response instead of the pool's mean",
+    "set_fisher": "D-optimal design on the exact Hessian of the loss on the selected set",
+    "hardest": "the largest scores",
+    "random": "uniformly at random",
+    "all": "the whole pool",
+}
 CHOICES = {
     "method": tuple(METHOD_SUMMARIES),
     "odpo.offset": ("score", "rank"),
@@ -262,6 +270,7 @@ CHOICES = {
     "data.on_bad_row": ("error", "skip"),
     "data.long_prompt": ("cut", "drop", "error"),
     "data.long_response": ("error", "drop"),
+    "selection.criterion": tuple(CRITERION_SUMMARIES),
     "selection.search": ("greedy", "exchange", "exhaustive"),
     "selection.features": ("policy", "reference"),
     "selection.feature_norm": ("none", "l2"),
@@ -287,11 +296,10 @@ NOT_NEGATIVE = (
 SHARES = ("data.validation_share", "train.warmup_ratio")
 
 
-def choices() -> dict[str, tuple[str, ...]]:
-    """What the settings that have a choice can be, with registered criteria."""
-    from mass_dpo_jax import selection  # Here: it imports JAX, and --help is to be quick.
-
-    return {**CHOICES, "selection.criterion": selection.names()}
+def add_criterion(name: str, summary: str) -> None:
+    """Lets `selection.criterion` name a criterion that is registered elsewhere."""
+    CRITERION_SUMMARIES[name] = summary
+    CHOICES["selection.criterion"] = tuple(CRITERION_SUMMARIES)
 
 
 def check(config: ConfigDict) -> None:
@@ -300,9 +308,7 @@ def check(config: ConfigDict) -> None:
     fields = dict(flatten(config))
     check_types(fields)
     _check_known(fields)
-    # The default is registered for certain: to look it up would take the time JAX takes to import.
-    usual = fields["selection.criterion"] == default().selection.criterion
-    for name, known in (CHOICES if usual else choices()).items():
+    for name, known in CHOICES.items():
         if (value := fields[name]) not in known:
             raise UserError(
                 f"config.{name}={value!r}: expected one of {', '.join(known)}"

@@ -130,6 +130,20 @@ def strict_jax() -> Iterator[None]:
 
 
 @pytest.fixture
+def own_criteria(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Forgets at the end of a test the criteria that it has registered."""
+    from mass_dpo_jax import config
+    from mass_dpo_jax.selection import registry
+
+    summaries, usual = config.CRITERION_SUMMARIES, dict(config.CRITERION_SUMMARIES)
+    monkeypatch.setattr(registry, "CRITERIA", dict(registry.CRITERIA))
+    monkeypatch.setitem(config.CHOICES, "selection.criterion", tuple(usual))
+    yield
+    summaries.clear()
+    summaries.update(usual)
+
+
+@pytest.fixture
 def shapes_unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets wrong shapes through to the package's own errors, which users see."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)

@@ -24,7 +24,6 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 import mass_dpo_jax as mdj
 from mass_dpo_jax.data.tokenizer import train_tokenizer
 from mass_dpo_jax.score import score
-from mass_dpo_jax.selection import registry
 from mass_dpo_jax.train import train
 from tests.support.helpers import WORDS, log_lines, slow, tiny_config, write_jsonl
 from tests.support.models import hf_config
@@ -190,11 +189,10 @@ def test_another_step_function_goes_on_inside_a_window(
     assert "step 1: the state has no sets of negatives of its window, which began at st" in said()
 
 
-@pytest.mark.usefixtures("one_device")
+@pytest.mark.usefixtures("one_device", "own_criteria")
 def test_a_criterion_that_is_registered_again_needs_batches_of_its_own(
-    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, folder: Path
 ) -> None:
-    monkeypatch.setattr(registry, "CRITERIA", dict(registry.CRITERIA))
     changes = {"selection.criterion": "place", "num_negatives": 1}
 
     def register(place: int) -> None:

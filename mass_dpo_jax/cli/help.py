@@ -29,6 +29,11 @@ from mass_dpo_jax.utils import suggestions
 from mass_dpo_jax.utils.files import expand_path
 
 WIDTH = 100
+# Settings whose values are described one by one.
+SUMMARIES = {
+    "method": config_lib.METHOD_SUMMARIES,
+    "selection.criterion": config_lib.CRITERION_SUMMARIES,
+}
 HELP = ("-h", "-?", "--h", "-help", "--help", "--helpshort", "-helpshort")
 
 
@@ -81,20 +86,15 @@ def _of_flag(flag: flags.Flag) -> str:
 def _settings(config: ConfigDict) -> Iterator[str]:
     """A paragraph a group, with what it is."""
     values, lines = dict(config_lib.flatten(config)), list[str]()
-    # The comments name the criteria that come with the package; others can only be registered by
-    # who has imported the registry, and JAX with it.
-    registered = "mass_dpo_jax.selection.registry" in sys.modules
-    known = config_lib.choices() if registered else config_lib.CHOICES
     for name, about in comments().items():
         if name not in values:
             if lines:
                 yield "\n".join(lines)
             lines = [f"{name}: {about}".removesuffix(": ")] if name else []
             continue
-        if name == "method":
-            summaries = config_lib.METHOD_SUMMARIES.items()
-            about += " " + "; ".join(f"{method}: {summary}" for method, summary in summaries) + "."
-        choices = known.get(name, ())
+        if name in SUMMARIES:
+            about += f" {'; '.join(map(': '.join, SUMMARIES[name].items()))}."
+        choices = config_lib.CHOICES.get(name, ())
         if not all(choice in about for choice in choices):
             about += f" One of {' | '.join(choices)}."
         kind = f"{type(values[name]).__name__}, {values[name]!r}"

@@ -15,6 +15,7 @@ from mass_dpo_jax.data.render import template_arguments
 from mass_dpo_jax.models.config import DecoderConfig
 from mass_dpo_jax.runs import origin, run_config, run_folder
 from mass_dpo_jax.runs.metrics_files import read_metrics
+from mass_dpo_jax.selection.registry import CRITERIA
 from mass_dpo_jax.training.methods import METHODS
 from mass_dpo_jax.training.policy import run_of
 
@@ -22,21 +23,6 @@ REWARD = (
     "The reward of a response is r = beta * (log-probability of the response under this model - "
     "that under the reference), summed over its tokens, with beta = {beta:g}."
 )
-# How mass_dpo chooses its negatives, by selection.criterion.
-CRITERIA = {
-    "pool_fisher": "those with the most Fisher information: greedily, so that the log-determinant "
-    "of ridge * I + sum_i p_i v_i v_i' over the selected set is large, where p is the softmax of "
-    "the pool's rewards and v_i a negative's pooled hidden state minus the pool's weighted mean "
-    "(MASS-DPO's Algorithm 1)",
-    "contrast": "so that the log-determinant of ridge * I + sum_i p_i v_i v_i' over the selected "
-    "set is large, where p is the softmax of the pool's rewards and v_i a negative's pooled hidden "
-    "state minus that of the chosen response",
-    "set_fisher": "so that the log-determinant of ridge * I + the exact Hessian of the loss on the "
-    "selected set is large",
-    "hardest": "those of the largest reward",
-    "random": "at random",
-    "all": "all of the pool",
-}
 METRICS = {
     "accuracy": "Accuracy (R@1)",
     "recall@3": "Recall@3",
@@ -133,12 +119,10 @@ def _method(config: ConfigDict) -> str:
         n = f"n = {config.num_negatives} negatives of each prompt's pool"
         if config.method == "mass_dpo":
             name = config.selection.criterion
-            how = CRITERIA.get(name, f"chosen by the criterion `{name}`")
-            words.append(
-                f"The {n} are selected {how}" if how.startswith("so") else f"The {n} are {how}"
-            )
-            ridge = f"; ridge = {config.selection.ridge:g}." if "ridge" in how else "."
-            words[-1] += ridge
+            summary = CRITERIA[name].summary if name in CRITERIA else ""
+            summary = summary or f"chosen by the criterion `{name}`"
+            ridge = f"; ridge = {config.selection.ridge:g}." if "ridge" in summary else "."
+            words.append(f"The {n} are {summary}{ridge}")
         else:
             words.append(f"There are {n}.")
         words.append(f"Sets are chosen anew: `{config.selection.refresh}`.")

@@ -15,7 +15,13 @@ from mass_dpo_jax.selection.designs import Design, Selection
 from mass_dpo_jax.selection.registry import Pool, Settings, criterion, design, in_order
 
 
-@design("pool_fisher")
+@design(
+    "pool_fisher",
+    summary="those with the most Fisher information: greedily, so that the log-determinant of "
+    "ridge * I + sum_i p_i v_i v_i' over the selected set is large, where p is the softmax of the "
+    "pool's rewards and v_i a negative's pooled hidden state minus the pool's weighted mean "
+    "(MASS-DPO's Algorithm 1)",
+)
 def pool_fisher(pool: Pool, settings: Settings) -> Design:
     """Algorithm 1 of MASS-DPO: D-optimal design on the pool's Fisher information.
 
@@ -29,7 +35,12 @@ def pool_fisher(pool: Pool, settings: Settings) -> Design:
     return Design(_scaled(designs.weighted_gram(pool.gram[1:, 1:], weights), pool, settings))
 
 
-@design("contrast")
+@design(
+    "contrast",
+    summary="selected so that the log-determinant of ridge * I + sum_i p_i v_i v_i' over the "
+    "selected set is large, where p is the softmax of the pool's rewards and v_i a negative's "
+    "pooled hidden state minus that of the chosen response",
+)
 def contrast(pool: Pool, settings: Settings) -> Design:
     """As `pool_fisher`, with v_i = sqrt(p_i) (h_i - h_chosen): not centred, so the chosen response
     counts. sum_i v_i v_i' is the pool's Cov_p(phi) + phi_bar phi_bar', which is Lemma 4.2's Hessian
@@ -40,7 +51,11 @@ def contrast(pool: Pool, settings: Settings) -> Design:
     return Design(_scaled(roots[:, None] * roots[None, :] * products, pool, settings))
 
 
-@design("set_fisher")
+@design(
+    "set_fisher",
+    summary="selected so that the log-determinant of ridge * I + the exact Hessian of the loss on "
+    "the selected set is large",
+)
 def set_fisher(pool: Pool, settings: Settings) -> Design:
     """D-optimal design on the exact Hessian of the loss that is trained, on T = S + {chosen}.
 
@@ -63,7 +78,7 @@ def set_fisher(pool: Pool, settings: Settings) -> Design:
     return Design(designs.weighted_gram(gram, everyone), value)
 
 
-@criterion("hardest", needs_scoring=True)
+@criterion("hardest", needs_scoring=True, summary="those of the largest reward")
 def hardest(pool: Pool, n: int, settings: Settings) -> Selection:
     """The n negatives with the largest scores."""
     del settings
@@ -114,7 +129,7 @@ def sampled(pool: Pool, n: int, settings: Settings) -> Selection:
     return chosen._replace(weights=jnp.where(chosen.valid, weights[chosen.indices], 0.0))
 
 
-@criterion("random", needs_scoring=False)
+@criterion("random", needs_scoring=False, summary="at random")
 def random(pool: Pool, n: int, settings: Settings) -> Selection:
     """n distinct negatives, uniformly. The same key and negatives give the same picks, however far
     the pool is padded: the number a candidate draws depends on the key and its index only."""
@@ -127,7 +142,7 @@ def random(pool: Pool, n: int, settings: Settings) -> Selection:
     return in_order(order, pool.mask, n)
 
 
-@criterion("all", needs_scoring=False)
+@criterion("all", needs_scoring=False, summary="all of the pool")
 def every(pool: Pool, n: int, settings: Settings) -> Selection:
     """Every negative, in order; n must be at least N."""
     del settings

@@ -17,13 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mass_dpo_jax import config
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.selection import designs
 from mass_dpo_jax.selection.designs import Design, Selection
 from mass_dpo_jax.utils.suggestions import suggest_choice
 
 FEATURE_NORMS = ("none", "l2")
-BUILT_IN = ("pool_fisher", "contrast", "set_fisher", "hardest", "sampled", "random", "all")
+BUILT_IN = (*config.CRITERION_SUMMARIES, "sampled")
 HOME = "mass_dpo_jax.selection.criteria"  # The module that may register those.
 
 
@@ -106,6 +107,7 @@ class Criterion:
     needs_scoring: bool
     design: MakeDesign | None = None
     weighted: bool = False  # Its choice has weights, which only `pl_sampled`'s loss reads.
+    summary: str = ""  # What it selects, after "the negatives are"; for help and model cards.
 
 
 CRITERIA: dict[str, Criterion] = {}
@@ -118,7 +120,7 @@ def names() -> tuple[str, ...]:
 
 
 def criterion(
-    name: str, *, needs_scoring: bool, weighted: bool = False
+    name: str, *, needs_scoring: bool, weighted: bool = False, summary: str = ""
 ) -> Callable[[Choose], Choose]:
     """Decorator that registers a choice: from (pool, n, settings) to a `Selection`.
 
@@ -140,24 +142,28 @@ def criterion(
         needs_scoring: does it read the pool's scores? A pass over the whole pool is what that
             costs. Features are only there for designs, see `design`.
         weighted: its choice has weights, for the loss of `pl_sampled`.
+        summary: what it selects, for help and model cards, as in "those of the largest reward".
 
     Raises:
         UserError: the name is that of a criterion that comes with the package.
     """
 
     def register(choose: Choose) -> Choose:
-        _register(name, choose, Criterion(choose, needs_scoring, weighted=weighted))
+        _register(
+            name, choose, Criterion(choose, needs_scoring, weighted=weighted, summary=summary)
+        )
         return choose
 
     return register
 
 
-def design(name: str) -> Callable[[MakeDesign], MakeDesign]:
+def design(name: str, *, summary: str = "") -> Callable[[MakeDesign], MakeDesign]:
     """Decorator that registers a design: from (pool, settings) to a `Design`, of
     which `settings.search` then looks for a set of large value. As `criterion` otherwise.
 
     Args:
         name: of the criterion.
+        summary: as for `criterion`.
 
     Raises:
         UserError: as `criterion`.
@@ -167,7 +173,7 @@ def design(name: str) -> Callable[[MakeDesign], MakeDesign]:
         def choose(pool: Pool, n: int, settings: Settings) -> Selection:
             return designs.search(make(pool, settings), pool.mask, n, settings.search)
 
-        _register(name, make, Criterion(choose, needs_scoring=True, design=make))
+        _register(name, make, Criterion(choose, True, design=make, summary=summary))
         return make
 
     return register
@@ -180,6 +186,8 @@ def _register(name: str, function: Callable[..., Any], found: Criterion) -> None
             "too; expected another name"
         )
     CRITERIA[name] = found
+    if name not in BUILT_IN and not found.weighted:
+        config.add_criterion(name, found.summary)
 
 
 def in_order(order: jax.Array, mask: jax.Array, n: int) -> Selection:

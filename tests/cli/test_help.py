@@ -63,7 +63,7 @@ def test_every_setting_has_type_default_comment_and_choices() -> None:
         start = f"{type(value).__name__}, {value!r}: "
         about = shown[f"config.{name}"]
         assert about.startswith(start) and len(about) > len(start) + 5, name
-    for name, choices in config_lib.choices().items():
+    for name, choices in config_lib.CHOICES.items():
         for choice in choices:
             assert re.search(rf"\b{choice}\b", shown[f"config.{name}"].partition(": ")[2])
 

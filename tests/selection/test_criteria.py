@@ -42,16 +42,16 @@ def _chosen(indices, valid=None):
         (lambda p, n: _chosen(jnp.ones(n)), r"float32\[2\].* expected integers and bool \[2\]"),
     ],
 )
-def test_a_criterion_that_chooses_what_it_must_not_is_refused(monkeypatch, choose, message):
-    monkeypatch.setattr(registry, "CRITERIA", dict(registry.CRITERIA))
+@pytest.mark.usefixtures("own_criteria")
+def test_a_criterion_that_chooses_what_it_must_not_is_refused(choose, message):
     selection.criterion("mine", needs_scoring=True)(lambda pool, n, settings: choose(pool, n))
     for _ in range(2):
         with pytest.raises(UserError, match=f"^criterion 'mine': .*{message}"):
             Settings(criterion="mine")
 
 
-def test_a_criterion_may_choose_fewer_and_its_own_errors_are_its_own(monkeypatch):
-    monkeypatch.setattr(registry, "CRITERIA", dict(registry.CRITERIA))
+@pytest.mark.usefixtures("own_criteria")
+def test_a_criterion_may_choose_fewer_and_its_own_errors_are_its_own():
     selection.criterion("one", needs_scoring=True)(
         lambda p, n, _: _chosen(jnp.argsort(~p.mask)[:n], jnp.arange(n) < 1)
     )
@@ -263,9 +263,8 @@ def test_an_exhaustive_search_of_too_many_sets_is_refused():
         run(pool, 3, Settings(search="exhaustive"))
 
 
-def test_a_criterion_is_one_function(monkeypatch):
-    monkeypatch.setattr(registry, "CRITERIA", dict(registry.CRITERIA))
-
+@pytest.mark.usefixtures("own_criteria")
+def test_a_criterion_is_one_function():
     @selection.criterion("easiest", needs_scoring=True)
     def easiest(pool, n, settings):
         _, order = jax.lax.top_k(jnp.where(pool.mask, -pool.scores, -jnp.inf), n)
@@ -294,8 +293,8 @@ def test_only_criteria_that_read_scores_need_a_scoring_pass():
     assert need == {"pool_fisher", "contrast", "set_fisher"}
 
 
-def test_a_registered_criterion_is_known_to_configurations(monkeypatch):
-    monkeypatch.setattr(registry, "CRITERIA", dict(registry.CRITERIA))
+@pytest.mark.usefixtures("own_criteria")
+def test_a_registered_criterion_is_known_to_configurations():
     config = config_lib.default()
     config.selection.criterion = "last"
     with pytest.raises(UserError, match="'last': expected one of pool_fisher,"):
@@ -330,11 +329,12 @@ def test_the_names_of_the_package_are_taken():
             with pytest.raises(UserError, match=f"^criterion '{name}' comes with the package"):
                 register(lambda pool, settings: None)
     assert before == registry.CRITERIA
+    assert selection.names() == config_lib.CHOICES["selection.criterion"]
 
 
-def test_a_criterion_that_is_registered_again_is_used(monkeypatch):
+@pytest.mark.usefixtures("own_criteria")
+def test_a_criterion_that_is_registered_again_is_used():
     """As in a notebook, whose cell is run again: programs compiled for the first one are not."""
-    monkeypatch.setattr(registry, "CRITERIA", dict(registry.CRITERIA))
     features = np.eye(5, dtype=np.float32) * np.arange(1, 6)[:, None]
 
     def chosen(**how):
