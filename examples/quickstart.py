@@ -26,7 +26,7 @@ _log = logging.getLogger("examples.quickstart")
 def quickstart(config: ConfigDict, workdir: Path) -> str:
     """Trains both stages below `workdir`, draws their curves and returns the table."""
     from mass_dpo_jax.reports import comparison, curves
-    from mass_dpo_jax.training.loop import train
+    from mass_dpo_jax.train import train
 
     warm, final = workdir / "warm-start", workdir / "mass-dpo"
     first = config.copy_and_resolve_references()

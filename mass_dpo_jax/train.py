@@ -15,8 +15,9 @@ this one as --config.model.path.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
@@ -25,6 +26,9 @@ from mass_dpo_jax.cli import commands
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.utils.files import expand_path
 from mass_dpo_jax.utils.run_paths import check_new_run
+
+if TYPE_CHECKING:
+    from mass_dpo_jax.training.monitor import EvaluatedSplit
 
 
 def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
@@ -42,7 +46,16 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
     workdir = expand_path(workdir, "workdir")
     check_new_run(workdir)
-    return loop.train(config_lib.validate(config), workdir)
+    return loop.train(config_lib.validate(config), workdir, _write_report)
+
+
+def _write_report(
+    workdir: Path, config: ConfigDict, metrics: Mapping[str, Any], split: EvaluatedSplit | None
+) -> None:
+    # Imported only here: matplotlib is slow to import, and looks for the system's fonts.
+    from mass_dpo_jax.reports import run_page
+
+    run_page.write(workdir, config, metrics, split)
 
 
 def main() -> None:
@@ -66,7 +79,7 @@ def main() -> None:
         )
     try:
         with interruption.on_signals():
-            done = loop.train(config, workdir)
+            done = loop.train(config, workdir, _write_report)
     except interruption.Stopped as signal:
         step = checkpoint.latest_step(workdir)
         where = "before its first step" if step is None else f"and saved at step {step}"

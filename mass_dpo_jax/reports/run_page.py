@@ -3,7 +3,6 @@ nothing else. Its pictures are also kept as PNGs in figures/."""
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import re
 from collections.abc import Mapping, Sequence
@@ -20,10 +19,11 @@ from ml_collections import ConfigDict
 
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax import metrics
-from mass_dpo_jax.data.examples import Example, History, Text
+from mass_dpo_jax.data.examples import History, Text
 from mass_dpo_jax.reports import curves
 from mass_dpo_jax.reports.curves import COLOURS, Panel
 from mass_dpo_jax.reports.paper.page import STYLE
+from mass_dpo_jax.training.monitor import EvaluatedSplit
 
 CURVES = (
     *curves.PANELS,
@@ -65,33 +65,8 @@ pre { overflow-x: auto; font-size: .8rem; }
 """
 
 
-@dataclasses.dataclass(frozen=True)
-class Tested:
-    """What is known of the rows of the split that a run is tested on.
-
-    Attributes:
-      examples: M of them.
-      numbers: int `[M, C]`, which response of its example a candidate is: 0 the chosen one.
-      valid: bool `[M, C]`.
-      before, after: float32 `[M, C]`, log-probs at the run's start and end.
-      refs: the reference's, or None.
-      selected: bool `[K, C]` of the first K, by the final policy; None: nothing is selected.
-    """
-
-    examples: Sequence[Example]
-    numbers: np.ndarray
-    valid: np.ndarray
-    before: np.ndarray
-    after: np.ndarray
-    refs: np.ndarray | None
-    selected: np.ndarray | None
-
-    def rewards(self, logps: np.ndarray, beta: float) -> np.ndarray | None:
-        return None if self.refs is None else np.float32(beta) * (logps - self.refs)
-
-
 def write(
-    workdir: Path, config: ConfigDict, done: Mapping[str, Any], tested: Tested | None
+    workdir: Path, config: ConfigDict, done: Mapping[str, Any], tested: EvaluatedSplit | None
 ) -> None:
     """Writes report.html and figures/ into a run folder.
 
@@ -186,7 +161,7 @@ def _curve(workdir: Path, panel: Panel, series: Mapping[str, curves.Series]) -> 
     return _save(figure, workdir, panel.title)
 
 
-def _histogram(workdir: Path, tested: Tested, beta: float) -> str | None:
+def _histogram(workdir: Path, tested: EvaluatedSplit, beta: float) -> str | None:
     rewards = tested.rewards(tested.after, beta)
     if rewards is None:
         return None
@@ -241,7 +216,7 @@ def _save(figure: Figure, workdir: Path, title: str) -> str:
     return svg.replace("<svg ", label, 1)
 
 
-def _examples(tested: Tested, beta: float) -> list[str]:
+def _examples(tested: EvaluatedSplit, beta: float) -> list[str]:
     before = metrics.per_example_rank(tested.before, tested.valid)
     after = metrics.per_example_rank(tested.after, tested.valid)
     moved = after - before
@@ -269,7 +244,7 @@ def _examples(tested: Tested, beta: float) -> list[str]:
     return parts
 
 
-def _candidates(tested: Tested, row: int, beta: float) -> str:
+def _candidates(tested: EvaluatedSplit, row: int, beta: float) -> str:
     """A table of an example's candidates, the best after training first."""
     example = tested.examples[row]
     tables = [(tested.before, tested.after)]
@@ -283,7 +258,7 @@ def _candidates(tested: Tested, row: int, beta: float) -> str:
     for place in np.argsort(-tested.after[row], kind="stable"):
         if not tested.valid[row, place]:
             continue
-        number = tested.numbers[row, place]
+        number = tested.candidate_ids[row, place]
         text = example.chosen if number == 0 else example.rejected[number - 1]
         kind = "chosen" if number == 0 else ""
         if known and tested.selected is not None and tested.selected[row, place]:

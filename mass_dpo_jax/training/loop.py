@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from mass_dpo_jax.runs import loggers, origin, run_config, run_folder
 from mass_dpo_jax.training import checkpoint, interruption, scoring
-from mass_dpo_jax.training.monitor import BadSteps, Report, StepLog, check_best
+from mass_dpo_jax.training.monitor import BadSteps, Evaluator, StepLog, WriteReport, check_best
 from mass_dpo_jax.training.optimizer import learning_rate, make_optimizer
 from mass_dpo_jax.training.policy import save_description
 from mass_dpo_jax.training.setup import Reference, Setup, models_read, prepare
@@ -24,13 +24,17 @@ SPLITS = ("train", "validation", "test")
 _log = logging.getLogger(__name__)
 
 
-def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
-    """Does what `mass_dpo_jax.train.train` says."""
+def train(
+    config: ConfigDict, workdir: Path, write_report: WriteReport | None = None
+) -> dict[str, Any]:
+    """Does what `mass_dpo_jax.train.train` says; `write_report` writes the run's report, if any."""
     with contextlib.closing(run_folder.Lock(workdir)) as lock:
-        return _train(config, workdir, lock)
+        return _train(config, workdir, lock, write_report)
 
 
-def _train(config: ConfigDict, workdir: Path, lock: run_folder.Lock) -> dict[str, Any]:
+def _train(
+    config: ConfigDict, workdir: Path, lock: run_folder.Lock, write_report: WriteReport | None
+) -> dict[str, Any]:
     distributed.run_on_primary(lambda: run_folder.check(workdir, config))
     distributed.check_shared_folder(workdir, "--workdir")
     loggers.check(config)
@@ -41,10 +45,10 @@ def _train(config: ConfigDict, workdir: Path, lock: run_folder.Lock) -> dict[str
         _log.info(f"{workdir}: finished at step {done['step']}; nothing to do")
         return done
     distributed.run_on_primary(lambda: run_folder.check_writable(workdir))
-    check_best(config, SPLITS)
+    check_best(config.train, config.method, SPLITS)
     begun = distributed.run_on_primary(lambda: checkpoint.latest_step(workdir)) is not None
     setup = prepare(run_config.use_own_files(config, workdir) if begun else config, workdir, SPLITS)
-    check_best(config, setup.tokens)
+    check_best(config.train, config.method, setup.tokens)
     digests = setup.digests()
     distributed.run_on_primary(lambda: run_folder.check_data(workdir, digests))
     params, reference_params, weights = _read_weights(setup, begun)
@@ -83,16 +87,16 @@ def _train(config: ConfigDict, workdir: Path, lock: run_folder.Lock) -> dict[str
     start = int(state.step)
     evaluated = distributed.run_on_primary(lambda: sorted(run_folder.evaluated(workdir)))
     log = loggers.Logs(config, workdir, start)
-    report = Report(setup, reference.logps, workdir, log)
+    evaluator = Evaluator(setup, reference.logps, workdir, log, write_report)
     rate = learning_rate(config.train, total)
     train_step = TrainStep(batches, optimizer, frozen, negatives)
-    steps = StepLog(log, config, start, total)
+    steps = StepLog(log, config.train, config.method, start, total)
     every = config.train.eval_every
     ids = setup.tokens["train"].ids
 
     def evaluate(step: int) -> None:
-        text, found = report.during({**frozen, **state.params}, step)
-        steps.say(text)
+        text, found = evaluator.evaluate_step({**frozen, **state.params}, step)
+        steps.print_line(text)
         if best in found:
             values[step] = found[best]
 
@@ -100,7 +104,7 @@ def _train(config: ConfigDict, workdir: Path, lock: run_folder.Lock) -> dict[str
         if step := int(state.step):
             about = {"config": config.to_dict(), "data": digests}
             where = {**about, **batches.order.place(step)}
-            saved.save(state, train_step.sets.to_keep(), where)
+            saved.save(state, train_step.sets.state, where)
 
     # However training ends, each of these is closed: what is being written is waited for.
     with contextlib.ExitStack() as stack:
@@ -108,7 +112,7 @@ def _train(config: ConfigDict, workdir: Path, lock: run_folder.Lock) -> dict[str
             stack.callback(opened.close)
         try:
             if start == 0:
-                report.at_start({**frozen, **state.params})
+                evaluator.evaluate_start({**frozen, **state.params})
             elif every and (start % every == 0 or start == total) and start not in evaluated:
                 evaluate(start)  # An interruption came between saving and evaluating.
             for step in range(start, total):
@@ -116,10 +120,9 @@ def _train(config: ConfigDict, workdir: Path, lock: run_folder.Lock) -> dict[str
                 batch = batches[step]
                 state, used, figures = train_step.update(state, batch)
                 interruption.hold()
-                changed = train_step.sets.changed(batch.rows, used.numbers)
-                more = {"learning_rate": rate(step), "selection/changed": changed}
-                rows = [ids[row] for row in batch.rows]
-                steps.add(step + 1, {**figures, **more}, rows, used.bad)
+                changed = train_step.sets.fraction_changed(batch.rows, used.numbers)
+                metrics = {**figures, "learning_rate": rate(step)}
+                steps.add(step + 1, metrics, [ids[row] for row in batch.rows], used.bad, changed)
                 last = step + 1 == total
                 due = every > 0 and (last or (step + 1) % every == 0)
                 keep = last or (step + 1) % config.train.checkpoint_every == 0
@@ -129,11 +132,11 @@ def _train(config: ConfigDict, workdir: Path, lock: run_folder.Lock) -> dict[str
                         save()
                     if due:
                         evaluate(step + 1)
-                    steps.resume()
+                    steps.restart_clock()
         except (interruption.Stopped, BadSteps):
             save()
             raise
-    return report.at_end({**frozen, **state.params}, total)
+    return evaluator.evaluate_end({**frozen, **state.params}, total)
 
 
 def _claim(

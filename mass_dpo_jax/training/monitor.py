@@ -1,20 +1,21 @@
-"""What a run tells: a line and a progress bar for each step, metrics before, during and after."""
+"""What a run reports: a line for every step, and metrics before, during and after training."""
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 import mass_dpo_jax
-from mass_dpo_jax import metrics
-from mass_dpo_jax.data.examples import digest
+from mass_dpo_jax.data.examples import Example, digest
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.metrics import evaluate_logps, metric_names, ranking_gains
 from mass_dpo_jax.runs import run_folder
 from mass_dpo_jax.runs.loggers import Log
 from mass_dpo_jax.training import scoring
@@ -23,31 +24,33 @@ from mass_dpo_jax.training.setup import Setup
 from mass_dpo_jax.utils import distributed
 from mass_dpo_jax.utils.files import read_array
 
-IDLE_STEPS = 10  # Updates in a row that change nothing, before that is said.
-MOST_SELECTED = 256  # Rows of the final split in which the report shows what is selected.
-if TYPE_CHECKING:
-    from mass_dpo_jax.reports import run_page
+MAX_IDLE_STEPS = 10  # Updates in a row that change nothing, before a warning.
+MAX_NAMED_EXAMPLES = 10  # In a message about a skipped update.
+MAX_SELECTED_ROWS = 256  # Rows of the final split whose selection the report shows.
 
-METRICS, START_LOGPS, FINAL_LOGPS = "metrics.json", "logps-start.npy", "logps-final.npy"
+METRICS_FILE, START_LOGPS, FINAL_LOGPS = "metrics.json", "logps-start.npy", "logps-final.npy"
 EXIST_LOGPS = "logps-exist.npy"
 
 
-def check_best(config: ConfigDict, splits: Collection[str]) -> None:
-    """Raises UserError if the checkpoint to keep is the best by what no evaluation gives.
+def check_best(train: ConfigDict, method: str, splits: Collection[str]) -> None:
+    """Checks that evaluations give the metric by which the best checkpoint is kept.
 
     Args:
-      splits: the names of those that there are.
+        train: the section `config.train`.
+        method: `config.method`.
+        splits: names of the splits that have rows.
+
+    Raises:
+        UserError: no evaluation gives it.
     """
-    best, known = (
-        config.train.keep_best,
-        metrics.metric_names(METHODS[config.method].uses_reference),
-    )
+    best = train.keep_best
+    known = metric_names(METHODS[method].uses_reference)
     if best and best not in known:
         raise UserError(
             f"config.train.keep_best={best!r}: expected a metric of the evaluations of "
-            f"config.method={config.method}, one of {', '.join(known)}"
+            f"config.method={method}, one of {', '.join(known)}"
         )
-    if best and not config.train.eval_every:
+    if best and not train.eval_every:
         raise UserError(
             f"config.train.keep_best={best!r}: config.train.eval_every=0 evaluates nothing; "
             "expected a number of steps, or keep_best empty"
@@ -63,112 +66,192 @@ class BadSteps(UserError):
     """Too many updates in a row were skipped."""
 
 
-class StepLog:
-    """Writes each step's figures while the next step computes, and counts skipped updates."""
+class _StartedStep(NamedTuple):
+    """The arguments of `StepLog.add`."""
 
-    def __init__(self, log: Log, config: ConfigDict, start: int, total: int):
-        self._log, self._batch_size = log, config.train.batch_size
-        self._bar = scoring.progress_bar(
-            total=total, initial=start, desc=config.method, unit="step"
-        )
-        self._waiting: tuple[int, Mapping[str, Any], Sequence[str], Any] | None = None
-        self._most = config.train.max_skipped
-        self._skipped, self._complaint = 0, ""  # In a row.
-        self._idle, self._rate = 0, config.train.learning_rate  # Likewise.
+    step: int
+    metrics: Mapping[str, Any]
+    ids: Sequence[str]
+    not_finite: Any
+    fraction_changed: Callable[[], float | None]
+
+
+class StepLog:
+    """Writes each step's metrics while the next step computes, and counts skipped updates.
+
+    Args:
+        log: where the metrics are written.
+        train: the section `config.train`.
+        label: of the progress bar.
+        start: updates made so far.
+        total: updates of the whole run.
+    """
+
+    def __init__(self, log: Log, train: ConfigDict, label: str, start: int, total: int):
+        self._log, self._train = log, train
+        self._bar = scoring.progress_bar(total=total, initial=start, desc=label, unit="step")
+        self._started: _StartedStep | None = None
+        self._skipped, self._complaint = 0, ""  # Updates in a row, and the reason of the last.
+        self._idle = 0  # Updates in a row that changed nothing.
         self._clock = time.perf_counter()
 
-    def add(self, step: int, figures: Mapping[str, Any], ids: Sequence[str], bad: Any) -> None:
-        """Takes the figures of a step that was started; writes those of the one before.
+    def add(
+        self,
+        step: int,
+        metrics: Mapping[str, Any],
+        ids: Sequence[str],
+        not_finite: Any,
+        fraction_changed: Callable[[], float | None] = lambda: None,
+    ) -> None:
+        """Takes the metrics of a step that has started, and writes those of the step before.
 
         Args:
-          step: its number, from 1.
-          figures: a figure may be a function that waits for the step; None is left out.
-          ids: of its examples.
-          bad: bool, of as many, on the devices: whose losses are not finite.
+            step: its number, from 1.
+            metrics: scalars by name, on the devices.
+            ids: names of its B examples.
+            not_finite: bool [A, B / A] on the devices, the examples whose loss is not finite.
+            fraction_changed: see `NegativeSets.fraction_changed`.
 
         Raises:
-          BadSteps: `train.max_skipped` updates in a row were skipped, the last of them the one
-            before this.
+            BadSteps: the step before this one was the last of `train.max_skipped` in a row to be
+                skipped.
         """
         self._write()
-        self._waiting = (step, figures, ids, bad)
+        self._started = _StartedStep(step, metrics, ids, not_finite, fraction_changed)
         self._check()
 
     def flush(self) -> None:
-        """Waits for the last step and writes it; raises as `add`."""
+        """Waits for the last step and writes it.
+
+        Raises:
+            BadSteps: as `add`.
+        """
         self._write()
         self._check()
 
-    def resume(self) -> None:
-        """What happened since the last step (an evaluation) is not counted as the next one's."""
+    def restart_clock(self) -> None:
+        """Leaves what happened since the last step, an evaluation, out of the next one's speed."""
         self._clock = time.perf_counter()
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
+        """Prints a line above the progress bar."""
         self._bar.write(text)
 
     def close(self) -> None:
+        """Writes the last step and removes the progress bar."""
         self._write()
         self._bar.close()
 
     def _write(self) -> None:
-        if self._waiting is None:
+        if self._started is None:
             return
-        step, figures, ids, bad = self._waiting
-        found = {name: value() if callable(value) else value for name, value in figures.items()}
-        # Waits for the device; all figures come from it together.
-        values = jax.device_get(list(found.values()))
-        figures = {name: float(x) for name, x in zip(found, values, strict=True) if x is not None}
+        started = self._started
+        # Waits for the device; all metrics come from it together.
+        arrays = jax.device_get(list(started.metrics.values()))
+        values = {name: float(x) for name, x in zip(started.metrics, arrays, strict=True)}
+        if (changed := started.fraction_changed()) is not None:
+            values["selection/changed"] = changed
         now = time.perf_counter()
-        figures["examples_per_second"] = self._batch_size / (now - self._clock)
-        self._log.write(step, figures)
-        shown = {"loss": f"{figures['loss']:.3f}"}
-        if "rewards/accuracies" in figures:
-            shown["accuracy"] = f"{figures['rewards/accuracies']:.2f}"
-            shown["margin"] = f"{figures['rewards/margins']:.3f}"
-        shown["examples/s"] = f"{figures['examples_per_second']:.1f}"
+        values["examples_per_second"] = self._train.batch_size / (now - self._clock)
+        self._clock = now
+        self._log.write(started.step, values)
+        shown = {"loss": f"{values['loss']:.3f}"}
+        if "rewards/accuracies" in values:
+            shown["accuracy"] = f"{values['rewards/accuracies']:.2f}"
+            shown["margin"] = f"{values['rewards/margins']:.3f}"
+        shown["examples/s"] = f"{values['examples_per_second']:.1f}"
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update()
-        self._waiting, self._clock = None, now
-        self._skipped = self._skipped + 1 if figures["skipped"] else 0
+        self._started = None
+        self._count_skipped(started, values)
+        self._count_idle(started.step, values)
+
+    def _count_skipped(self, started: _StartedStep, values: Mapping[str, float]) -> None:
+        self._skipped = self._skipped + 1 if values["skipped"] else 0
         if self._skipped:
-            self._complaint = _which(step, ids, distributed.gather(bad).reshape(-1))
-            self.say(f"{self._complaint}; the update is skipped")
-        still = 0 in (figures.get("grad_norm"), figures.get("update_ratio"))
-        self._idle = self._idle + 1 if still and not self._skipped else 0
-        if self._idle == IDLE_STEPS:
-            what = "the gradient" if figures["grad_norm"] == 0 else "the update of the weights"
-            self.say(
-                f"step {step}: {what} has been 0 for {IDLE_STEPS} steps, so nothing more is learnt "
-                f"(loss {figures['loss']:.3g}). If the model is no good, an update has thrown it "
-                "far off: begin another run with a lower config.train.learning_rate (here "
-                f"{self._rate:g})"
+            not_finite = distributed.gather(started.not_finite).reshape(-1)
+            self._complaint = _describe_skipped(started.step, started.ids, not_finite)
+            self.print_line(f"{self._complaint}; the update is skipped")
+
+    def _count_idle(self, step: int, values: Mapping[str, float]) -> None:
+        is_idle = 0 in (values.get("grad_norm"), values.get("update_ratio"))
+        self._idle = self._idle + 1 if is_idle and not self._skipped else 0
+        if self._idle == MAX_IDLE_STEPS:
+            what = "the gradient" if values["grad_norm"] == 0 else "the update of the weights"
+            self.print_line(
+                f"step {step}: {what} has been 0 for {MAX_IDLE_STEPS} steps, so the model no "
+                f"longer learns (loss {values['loss']:.3g}). If the model is no good, an update "
+                "has thrown it far off: start another run with a lower "
+                f"config.train.learning_rate (here {self._train.learning_rate:g})"
             )
 
     def _check(self) -> None:
-        if self._skipped >= self._most:
+        if self._skipped >= self._train.max_skipped:
             raise BadSteps(
                 f"{self._complaint}; {self._skipped} updates in a row were skipped "
                 "(config.train.max_skipped). The state before them is saved. Look at these "
-                "examples, or begin another run from it with a lower train.learning_rate: "
+                "examples, or start another run from it with a lower train.learning_rate: "
                 "--config.model.path=WORKDIR"
             )
 
 
-def _which(step: int, ids: Sequence[str], bad: np.ndarray) -> str:
-    """The examples that an update was skipped for: those with a bad loss, or else the batch."""
-    guilty = [name for name, wrong in zip(ids, bad, strict=True) if wrong] or list(ids)
-    shown = ", ".join(guilty[:10])
-    more = f" and {len(guilty) - 10} more" if len(guilty) > 10 else ""
-    what = "loss" if bad.any() else "gradient"
+def _describe_skipped(step: int, ids: Sequence[str], not_finite: np.ndarray) -> str:
+    """Names the examples whose loss is not finite or, where all are, the whole batch."""
+    names = [name for name, bad in zip(ids, not_finite, strict=True) if bad] or list(ids)
+    shown = ", ".join(names[:MAX_NAMED_EXAMPLES])
+    hidden = len(names) - MAX_NAMED_EXAMPLES
+    more = f" and {hidden} more" if hidden > 0 else ""
+    what = "loss" if not_finite.any() else "gradient"
     return f"step {step}: the {what} is not finite; example(s) {shown}{more}"
 
 
-class Report:
-    """Evaluation at the start of a run, during it, and at its end.
+@dataclasses.dataclass(frozen=True)
+class EvaluatedSplit:
+    """The rows of the split that a finished run is evaluated on, for its report.
 
-    The start and the end are measured on the test split, or on the validation split where there
-    is no other; their log-probs are kept as `.npy` files `[M, C]` for comparisons row by row, and
-    in another which candidates exist.
+    Attributes:
+        examples: the M examples.
+        candidate_ids: int [M, C], which response of its example a candidate is, 0 the chosen one.
+        valid: bool [M, C].
+        before: float32 [M, C], log-probabilities at the start of the run.
+        after: float32 [M, C], log-probabilities at its end.
+        refs: float32 [M, C], the reference's; None where there is no reference.
+        selected: bool [K, C], what the final policy selects in the first K rows; None where the
+            method selects nothing.
+    """
+
+    examples: Sequence[Example]
+    candidate_ids: np.ndarray
+    valid: np.ndarray
+    before: np.ndarray
+    after: np.ndarray
+    refs: np.ndarray | None
+    selected: np.ndarray | None
+
+    def rewards(self, logps: np.ndarray, beta: float) -> np.ndarray | None:
+        """Returns the rewards [M, C] of log-probabilities; None where there is no reference."""
+        return None if self.refs is None else np.float32(beta) * (logps - self.refs)
+
+
+# Writes report.html: from the run folder, its configuration, its final metrics and the rows that
+# they are of, if any.
+WriteReport = Callable[[Path, ConfigDict, Mapping[str, Any], EvaluatedSplit | None], None]
+
+
+class Evaluator:
+    """Evaluates a run at its start, during training, and at its end.
+
+    The start and the end are measured on the test split, or on the validation split where there is
+    no test split. Their log-probabilities [M, C] are kept as `.npy` files, for comparisons row by
+    row, and another file says which candidates exist.
+
+    Args:
+        setup: of the run.
+        refs: the reference's log-probabilities, by split; empty where there is no reference.
+        workdir: the run folder.
+        log: takes the metrics of the validation split.
+        write_report: writes the run's report on the primary process, where `log.report` asks for
+            one; None for no report.
     """
 
     def __init__(
@@ -177,12 +260,14 @@ class Report:
         refs: Mapping[str, np.ndarray],
         workdir: Path,
         log: Log,
+        write_report: WriteReport | None = None,
     ):
         self._setup, self._refs, self._workdir, self._log = setup, refs, workdir, log
+        self._write_report = write_report if setup.config.log.report else None
         self._final = next((s for s in ("test", "validation") if s in setup.tokens), None)
 
-    def at_start(self, params: Any) -> None:
-        """The policy's ranking before the first update, into metrics.json."""
+    def evaluate_start(self, params: Any) -> None:
+        """Writes the policy's ranking before the first update into metrics.json."""
         start = None
         for split in {"validation", self._final} - {None}:
             if split not in self._setup.tokens:
@@ -191,62 +276,61 @@ class Report:
                 logps = self._setup.score(params, split, "start")
             else:
                 logps = self._refs[split]  # The policy still is the reference.
-            found = metrics.evaluate_logps(logps, None, self._valid(split), 1.0)
+            values = evaluate_logps(logps, None, self._valid(split), 1.0)
             if split == "validation":
-                self._log.write(0, {f"eval/{name}": value for name, value in found.items()})
+                self._log.write(0, {f"eval/{name}": value for name, value in values.items()})
             if split == self._final:
-                start = found
+                start = values
                 self._keep(START_LOGPS, split, logps)
-        content = self._content(finished=False, step=0, start=start)
-        run_folder.write_json(self._workdir / METRICS, content)
+        content = self._metrics_json(finished=False, step=0, start=start)
+        run_folder.write_json(self._workdir / METRICS_FILE, content)
 
-    def during(self, params: Any, step: int) -> tuple[str, dict[str, float]]:
-        """Metrics of the validation split, into metrics.jsonl; the headline as text, and them."""
+    def evaluate_step(self, params: Any, step: int) -> tuple[str, dict[str, float]]:
+        """Writes metrics of the validation split into metrics.jsonl.
+
+        Returns:
+            The headline as a line of text, and all metrics by their names in the file.
+        """
         if "validation" not in self._setup.tokens:
             return f"step {step}: no validation split", {}
-        scores, _ = self._evaluate(params, "validation")
-        found = {f"eval/{name}": value for name, value in scores.items()}
-        self._log.write(step, found)
-        return f"step {step}, validation: {format_headline(scores)}", found
+        values, _ = self._evaluate(params, "validation")
+        logged = {f"eval/{name}": value for name, value in values.items()}
+        self._log.write(step, logged)
+        return f"step {step}, validation: {format_headline(values)}", logged
 
-    def at_end(self, params: Any, step: int) -> dict[str, Any]:
-        """The final metrics, into report.html and metrics.json."""
+    def evaluate_end(self, params: Any, step: int) -> dict[str, Any]:
+        """Writes the final metrics into report.html and metrics.json, and returns the latter."""
         started = distributed.run_on_primary(lambda: run_folder.read_metrics(self._workdir)) or {}
-        final = gain = tested = None
+        final = gain = evaluated = None
         if self._final:
             final, logps = self._evaluate(params, self._final)
             before = distributed.broadcast_array(
                 read_array(self._workdir / START_LOGPS) if distributed.is_primary() else None
             )
             assert before is not None
-            gain = metrics.ranking_gains(logps, before, self._valid(self._final))
+            gain = ranking_gains(logps, before, self._valid(self._final))
             self._keep(FINAL_LOGPS, self._final, logps)
-            if self._setup.config.log.report:
-                tested = self._tested(self._final, params, before, logps)
-        done = self._content(
+            if self._write_report is not None:
+                evaluated = self._evaluated_split(self._final, params, before, logps)
+        content = self._metrics_json(
             finished=True, step=step, start=started.get("start"), final=final, gain=gain
         )
-        if self._setup.config.log.report and distributed.is_primary():
-            # Only here: matplotlib is slow to import, and looks for the system's fonts.
-            from mass_dpo_jax.reports import run_page
+        if self._write_report is not None and distributed.is_primary():
+            self._write_report(self._workdir, self._setup.config, content, evaluated)
+        # Last: a run that says it is finished is never evaluated again.
+        run_folder.write_json(self._workdir / METRICS_FILE, content)
+        return content
 
-            run_page.write(self._workdir, self._setup.config, done, tested)
-        # Last: a run that says it is finished is never looked at again.
-        run_folder.write_json(self._workdir / METRICS, done)
-        return done
-
-    def _tested(
+    def _evaluated_split(
         self, split: str, params: Any, before: np.ndarray, after: np.ndarray
-    ) -> run_page.Tested | None:
-        """What the report shows of a split, on the first process. All of them must ask for it."""
+    ) -> EvaluatedSplit | None:
+        """Returns what the report shows of a split, on the primary process; all must call this."""
         tokens = self._setup.tokens[split]
-        selected = self._selected(split, params)
+        selected = self._select(split, params)
         if not distributed.is_primary():
             return None
         by_id = {example.id: example for example in self._setup.examples[split]}
-        from mass_dpo_jax.reports import run_page
-
-        return run_page.Tested(
+        return EvaluatedSplit(
             [by_id[name] for name in tokens.ids],
             tokens.numbers,
             self._valid(split),
@@ -256,19 +340,17 @@ class Report:
             selected,
         )
 
-    def _selected(self, split: str, params: Any) -> np.ndarray | None:
-        """bool `[K, C]`: what the method would train on in the first K rows of a split."""
+    def _select(self, split: str, params: Any) -> np.ndarray | None:
+        """Marks what the method would train on in the first K rows of a split, bool [K, C]."""
         setup, method = self._setup, self._setup.method
         tokens = setup.tokens[split]
-        # Of other splits than the training split no frozen features are kept.
+        # Frozen features are kept of the training split only.
         if method.is_supervised or method.frozen_features:
             return None
-        rows = np.arange(min(len(tokens), MOST_SELECTED))
-        if (
-            method.uses_whole_pool
-        ):  # Of n of the training split, which pools here may be larger than.
+        rows = np.arange(min(len(tokens), MAX_SELECTED_ROWS))
+        if method.uses_whole_pool:  # n is that of the training split; pools here may be larger.
             return self._valid(split)[rows] & (np.arange(tokens.response_lengths.shape[1]) > 0)
-        chosen = np.zeros((len(rows), tokens.response_lengths.shape[1]), bool)
+        selected = np.zeros((len(rows), tokens.response_lengths.shape[1]), bool)
         batches = scoring.batches(
             tokens,
             setup.buckets[split],
@@ -278,13 +360,13 @@ class Report:
             rows,
             self._refs.get(split),
         )
-        for some, numbers in scoring.computed(
-            lambda batch: setup.program.choose_batch(params, batch, setup.key(0))[0].numbers,
-            batches,
+        key = setup.key(0)
+        for batch_rows, candidate_ids in scoring.computed(
+            lambda batch: setup.program.choose_batch(params, batch, key)[0].numbers, batches
         ):
-            chosen[some[:, None], numbers] = True
-        chosen[:, 0] = False  # Also what stands for no negative.
-        return chosen
+            selected[batch_rows[:, None], candidate_ids] = True
+        selected[:, 0] = False  # 0 stands for no negative, too.
+        return selected
 
     def _keep(self, name: str, split: str, logps: np.ndarray) -> None:
         run_folder.write_table(self._workdir / name, logps)
@@ -293,29 +375,32 @@ class Report:
     def _valid(self, split: str) -> np.ndarray:
         return self._setup.tokens[split].response_lengths > 0
 
-    def _tested_on(self) -> dict[str, Any]:
-        """How many examples there are in the final split, and which."""
+    def _describe_final_split(self) -> dict[str, Any]:
+        """Returns how many examples the final split has, and their digest."""
         if not self._final:
             return {"examples": 0, "digest": ""}
         split, setup = self._final, self._setup
 
-        def found() -> dict[str, Any]:
+        def describe() -> dict[str, Any]:
             ids = set(setup.tokens[split].ids)
             rows = [example for example in setup.examples[split] if example.id in ids]
             return {"examples": len(rows), "digest": digest(rows)}
 
-        return dict(distributed.run_on_primary(found))
+        return dict(distributed.run_on_primary(describe))
 
     def _evaluate(self, params: Any, split: str) -> tuple[dict[str, float], np.ndarray]:
         logps = self._setup.score(params, split, "evaluation")
-        beta = self._setup.config.beta
-        refs = self._refs.get(split)
-        return metrics.evaluate_logps(logps, refs, self._valid(split), beta), logps
+        refs, beta = self._refs.get(split), self._setup.config.beta
+        return evaluate_logps(logps, refs, self._valid(split), beta), logps
 
-    def _content(self, **more: Any) -> dict[str, Any]:
-        """Of metrics.json."""
+    def _metrics_json(self, **fields: Any) -> dict[str, Any]:
         version = mass_dpo_jax.__version__
-        return {"version": version, "split": self._final, **self._tested_on(), **more}
+        return {
+            "version": version,
+            "split": self._final,
+            **self._describe_final_split(),
+            **fields,
+        }
 
 
 def format_headline(values: Mapping[str, float]) -> str:

@@ -14,7 +14,7 @@ import optax
 from mass_dpo_jax.data.batches import Batch, Order, make_batch
 from mass_dpo_jax.errors import UserError, check_type
 from mass_dpo_jax.training import mesh as mesh_lib
-from mass_dpo_jax.training.negatives import Sets
+from mass_dpo_jax.training.negatives import NegativeSets
 from mass_dpo_jax.training.optimizer import memory_of_moments, state_shapes
 from mass_dpo_jax.training.setup import Reference, Setup
 from mass_dpo_jax.training.step import Metrics, Params, Trained, TrainState
@@ -109,7 +109,9 @@ class TrainStep:
         negatives: np.ndarray | None = None,
     ):
         self.optimizer = optimizer
-        self.sets = Sets(batches.setup, batches.order, len(batches), batches.reference, negatives)
+        self.sets = NegativeSets(
+            batches.setup, batches.order, len(batches), batches.reference, negatives
+        )
         self._batches = batches
         self._frozen = frozen
 
@@ -162,7 +164,7 @@ class TrainStep:
             )
         setup = self._batches.setup
         setup.method.selection.check_current()
-        sets = self.sets.at(batch.step, {**self._frozen, **state.params}, state.sets)
+        sets = self.sets.for_step(batch.step, {**self._frozen, **state.params}, state.sets)
         if sets is not None and not np.array_equal(batch.rows, self._batches.order(batch.step)[0]):
             raise UserError(
                 "batch: of other batches than the step was made for, whose sets of negatives it "

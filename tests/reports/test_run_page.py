@@ -15,6 +15,7 @@ from mass_dpo_jax.reports import run_page
 from mass_dpo_jax.reports.run_page import write
 from mass_dpo_jax.runs import run_config
 from mass_dpo_jax.train import train
+from mass_dpo_jax.training.monitor import EvaluatedSplit
 from mass_dpo_jax.training.offline_selection import with_model
 from tests.support.helpers import log_lines, tiny_config, write_jsonl
 
@@ -52,7 +53,7 @@ def check(page: str) -> None:
 def test_a_run_ends_with_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = write_jsonl(tmp_path / "data.jsonl", examples=40)
     config = tiny_config(data, **{"log.report": True, "train.steps": 2, "num_negatives": 2})
-    seen: list[run_page.Tested] = []
+    seen: list[EvaluatedSplit] = []
     monkeypatch.setattr(run_page, "_examples", lambda tested, beta: seen.append(tested) or [])
     done = train(config, tmp_path / "run")
     page = (tmp_path / "run/report.html").read_text()
@@ -93,7 +94,7 @@ def test_words_of_the_data_are_text(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     example = Example("<b>1", "<script>x</script>", "<i>yes", ("</table>no", "&amp;"), "file:1")
     before, after = (np.array([[x, 2.0, 1.0]], np.float32) for x in (0.0, 3.0))
-    tested = run_page.Tested(
+    tested = EvaluatedSplit(
         [example], np.arange(3)[None], np.ones((1, 3), bool), before, after, before,
         np.array([[False, True, False]]),
     )  # fmt: skip

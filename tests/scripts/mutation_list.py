@@ -723,8 +723,8 @@ MUTATIONS = (
     ),
     Mutation(
         "steps: skipped updates are not counted in a row",
-        'self._skipped = self._skipped + 1 if figures["skipped"] else 0',
-        'self._skipped = self._skipped + int(figures["skipped"])',
+        'self._skipped = self._skipped + 1 if values["skipped"] else 0',
+        'self._skipped = self._skipped + int(values["skipped"])',
         "training/test_reliability.py::test_only_updates_skipped_in_a_row_end_a_run",
     ),
     Mutation(
@@ -741,8 +741,8 @@ MUTATIONS = (
     ),
     Mutation(
         "refresh: a run that goes on has forgotten its sets",
-        "self._restored = restored is not None",
-        "self._restored = False",
+        "self._is_restored = restored is not None",
+        "self._is_restored = False",
         "training/test_train.py::test_interrupted_run_goes_on_bit_for_bit",
     ),
     Mutation(

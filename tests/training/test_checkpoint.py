@@ -21,7 +21,7 @@ from mass_dpo_jax.export import export
 from mass_dpo_jax.runs import run_folder
 from mass_dpo_jax.train import train
 from mass_dpo_jax.training import checkpoint
-from mass_dpo_jax.training.monitor import Report, check_best
+from mass_dpo_jax.training.monitor import Evaluator, check_best
 from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.setup import prepare
 from mass_dpo_jax.training.updates import abstract_state
@@ -268,13 +268,13 @@ def test_the_best_is_kept_beside_the_newest(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values = iter([0.2, 0.9, 0.4, 0.9, 0.1, 0.3])
-    real = Report.during
+    real = Evaluator.evaluate_step
 
-    def during(self: Report, params: Any, step: int) -> Any:
+    def evaluate_step(self: Evaluator, params: Any, step: int) -> Any:
         text, found = real(self, params, step)
         return text, {**found, "eval/policy/mrr": next(values)}
 
-    monkeypatch.setattr(Report, "during", during)
+    monkeypatch.setattr(Evaluator, "evaluate_step", evaluate_step)
     config = tiny_config(
         data,
         **{
@@ -333,4 +333,4 @@ def test_every_metric_of_an_evaluation_can_be_the_best(tmp_path: Path, data: Pat
         for name in logged:
             if name.startswith("eval/") and not name.endswith("_se"):
                 config.train.keep_best = name.removeprefix("eval/")
-                check_best(config, ["validation"])
+                check_best(config.train, config.method, ["validation"])

@@ -22,7 +22,7 @@ from mass_dpo_jax.runs import run_folder
 from mass_dpo_jax.train import train
 from mass_dpo_jax.training import checkpoint, interruption, mesh
 from mass_dpo_jax.training.methods import make_method
-from mass_dpo_jax.training.monitor import BadSteps, Report, StepLog
+from mass_dpo_jax.training.monitor import BadSteps, Evaluator, StepLog
 from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.setup import Setup, prepare
 from mass_dpo_jax.training.step import Program, TrainState
@@ -60,9 +60,9 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int) -
     ("owner", "name", "call", "saved_at"),
     [
         (Program, "train_step", 3, 3),  # In training.
-        (Report, "during", 1, 2),  # In an evaluation.
+        (Evaluator, "evaluate_step", 1, 2),  # In an evaluation.
         (Setup, "score", 1, None),  # In the reference pass.
-        (Report, "at_end", 1, 4),  # In the last evaluation.
+        (Evaluator, "evaluate_end", 1, 4),  # In the last evaluation.
     ],
 )
 def test_sigterm_saves_and_the_run_goes_on(
@@ -101,7 +101,7 @@ def test_an_interruption_costs_no_evaluation(
     train(config, whole)
     assert run_folder.evaluated(whole) == {0, 3, 4}
     with monkeypatch.context() as patch:
-        kill_at(patch, Report, "during", call)
+        kill_at(patch, Evaluator, "evaluate_step", call)
         with pytest.raises(interruption.Stopped), interruption.on_signals():
             train(config, run)
     assert checkpoint.latest_step(run) == 2 + call
@@ -175,7 +175,7 @@ def test_a_training_that_failed_leaves_the_folder_free(
 ) -> None:
     config = tiny_config(data)
     with monkeypatch.context() as patch:
-        patch.setattr(Report, "at_end", lambda *_: 1 / 0)
+        patch.setattr(Evaluator, "evaluate_end", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError) as kept:  # And with it the frames of the training.
             train(config, tmp_path / "run")
     assert train(config, tmp_path / "run")["finished"]
@@ -357,7 +357,7 @@ def test_a_run_of_bad_updates_ends_with_the_examples_and_a_saved_state(
 
 def test_only_updates_skipped_in_a_row_end_a_run(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, **{"train.max_skipped": 2})
-    steps = StepLog(SimpleNamespace(write=lambda *_: None), config, 0, 6)
+    steps = StepLog(SimpleNamespace(write=lambda *_: None), config.train, "", 0, 6)
 
     def add(step: int, skipped: int) -> None:
         steps.add(step, {"loss": 1.0, "skipped": skipped}, ["row1"], np.array([bool(skipped)]))
@@ -374,7 +374,7 @@ def test_steps_that_change_nothing_are_said_once(
     tmp_path: Path, capsys: pytest.CaptureFixture, still: str
 ) -> None:
     config = tiny_config(tmp_path, **{"train.learning_rate": 1e6, "train.max_skipped": 99})
-    steps = StepLog(SimpleNamespace(write=lambda *_: None), config, 0, 99)
+    steps = StepLog(SimpleNamespace(write=lambda *_: None), config.train, "", 0, 99)
 
     def add(count: int, value: float, skipped: int = 0) -> str:
         figures = {"loss": 2.5, "grad_norm": 1.0, "update_ratio": 1.0, "skipped": skipped}

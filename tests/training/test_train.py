@@ -19,7 +19,7 @@ from mass_dpo_jax.runs import run_folder
 from mass_dpo_jax.train import train
 from mass_dpo_jax.training import loop
 from mass_dpo_jax.training.methods import METHODS
-from mass_dpo_jax.training.negatives import NO_SET, Sets
+from mass_dpo_jax.training.negatives import NO_SET, NegativeSets
 from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.setup import Reference, prepare
 from mass_dpo_jax.training.step import Choice, KeptSets, Program, TrainState, _figures
@@ -399,9 +399,9 @@ def test_a_window_chooses_for_every_row_it_trains_on_with_the_policy_at_its_star
         return Choice(np.full((len(batch.index), 3), policy)), {}
 
     monkeypatch.setattr(Program, "choose_batch", choose)
-    sets = Sets(setup, order, 5, Reference({}), None)
+    sets = NegativeSets(setup, order, 5, Reference({}), None)
     for step, start in enumerate((10, 10, 12, 12, 14)):
-        found = sets.at(step, 10 + step)  # A number in the place of weights.
+        found = sets.for_step(step, 10 + step)  # A number in the place of weights.
         assert found is not None and (found.numbers[order(step)[0]] == start).all()
 
 
@@ -417,11 +417,11 @@ def test_sets_that_are_not_there_are_chosen_with_a_warning(
 
     monkeypatch.setattr(Program, "choose_batch", choose)
 
-    def sets(restored: np.ndarray | None = None) -> Sets:
-        return Sets(setup, order, 7, Reference({}), restored)
+    def sets(restored: np.ndarray | None = None) -> NegativeSets:
+        return NegativeSets(setup, order, 7, Reference({}), restored)
 
-    def at(sets: Sets, step: int, policy: int, given: KeptSets | None = None) -> KeptSets:
-        found = sets.at(step, policy, given)  # A number in the place of weights.
+    def at(sets: NegativeSets, step: int, policy: int, given: KeptSets | None = None) -> KeptSets:
+        found = sets.for_step(step, policy, given)  # A number in the place of weights.
         assert found is not None and found.window == step // 3
         assert (found.numbers != NO_SET).all(1)[order(step)[0]].all()
         return found
@@ -437,8 +437,6 @@ def test_sets_that_are_not_there_are_chosen_with_a_warning(
     for given in (first, jax.tree.map(jnp.asarray, first)):
         assert policy_of(at(sets(), 1, 2, given), 1) == 1
     assert policy_of(at(sets(first.numbers), 2, 2), 2) == 1
-    old = np.where(first.numbers == NO_SET, 0, first.numbers)  # As checkpoints once were.
-    assert policy_of(at(sets(old), 2, 2), 2) == 1
     assert "no sets" not in said()
     # A window of its own begins: nothing is missing.
     assert policy_of(at(sets(), 3, 4, first), 3) == 4
@@ -452,16 +450,15 @@ def test_sets_that_are_not_there_are_chosen_with_a_warning(
         assert f"step {step}: the state has no sets of negatives of its window" in said()
     assert said().count("they are chosen now") == 4
     with pytest.raises(UserError, match=r"sets of negatives are \[22, 2\], expected \[22, 3\]"):
-        sets().at(1, 1, KeptSets(0, np.ones((22, 2), np.int32)))
+        sets().for_step(1, 1, KeptSets(0, np.ones((22, 2), np.int32)))
 
 
 def test_a_set_in_another_order_has_not_changed(tmp_path: Path, data: Path) -> None:
     setup = prepare(tiny_config(data), tmp_path / "run", ("train",))
-    sets = Sets(setup, Batches(setup, Reference({})).order, 4, Reference({}), None)
+    sets = NegativeSets(setup, Batches(setup, Reference({})).order, 4, Reference({}), None)
     shares = []
     for numbers in ([[1, 2, 3], [4, 5, 6]], [[3, 1, 2], [4, 5, 1]]):
-        changed = sets.changed(np.array([7, 2]), np.array([numbers]))
-        shares.append(changed() if callable(changed) else changed)
+        shares.append(sets.fraction_changed(np.array([7, 2]), np.array([numbers]))())
     assert shares == [None, 0.5]
 
 
