@@ -1,7 +1,8 @@
-"""Every setting of a run, with its default. Files in `configs/` change what they need.
+"""Every setting of a run, with its default and what it does.
 
-The defaults are the paper's. Names are stable: scripts set them as `--config.train.steps=100`.
-A setting's comment, at the end of its line or on lines before it, is what --help says of it.
+The defaults are the paper's; files in `configs/` change what they need, and flags such as
+`--config.train.steps=100` override both. Names are stable. A setting's comment, at the end of its
+line or on the lines before it, is its text in --help; a comment with dashes describes a group.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from mass_dpo_jax.utils.files import expand
 
 
 class Settings(ConfigDict):
-    """A ConfigDict that says what was meant where a field does not exist, and takes NumPy's
-    numbers and paths of pathlib as Python's own numbers and strings."""
+    """A ConfigDict that suggests a name where a setting does not exist.
+
+    NumPy's numbers and pathlib's paths are stored as Python's own numbers and strings.
+    """
 
     def __setitem__(self, key: str, value: Any) -> None:
         kind = type(value)
@@ -30,145 +33,179 @@ class Settings(ConfigDict):
         elif isinstance(value, os.PathLike):
             value = os.fspath(value)
         if self.is_locked and key not in self:
-            # What ml_collections itself says lists all fields there are, and no other group's.
+            # ml_collections' own message lists all fields of this group and none of the others.
             raise KeyError(f"{key}: no such setting{_meant(key)}")
         super().__setitem__(key, value)
 
 
 def default() -> ConfigDict:
-    """The complete configuration, locked: a field that is not here does not exist."""
+    """Returns the complete configuration with its defaults, locked: no other settings exist."""
     c = Settings()
-    c.seed = 0  # Of everything that is drawn: weights, order, candidates, random negatives.
-    c.method = "mass_dpo"  # Negatives that are trained on, and the loss.
-    c.beta = 0.1  # Strength of the pull towards the reference; rewards are beta * log-ratios.
-    c.num_negatives = 3  # n: how many negatives of the pool a step trains on (dpo: 1, pl_all: all).
-    c.sft_weight = 0.0  # Of a supervised term on the chosen response, nats per token, in the loss.
-    # Where the reference's log-probs, large splits' tokens and compiled programs are kept; empty:
+    # Seed of all random draws: initial weights, data order, drawn candidates, random negatives.
+    c.seed = 0
+    c.method = "mass_dpo"  # Which negatives are trained on, and with which loss.
+    c.beta = 0.1  # Strength of the pull towards the reference; a reward is beta * log-ratio.
+    # n, how many negatives of a pool each step trains on. dpo needs 1; pl_all takes the whole pool.
+    c.num_negatives = 3
+    # Weight, in the loss, of a supervised term on the chosen response (nats per token); 0: none.
+    c.sft_weight = 0.0
+    # Folder for the reference's log-probs, the tokens of large splits and compiled programs. Empty:
     # ~/.cache/mass_dpo_jax.
     c.cache_dir = ""
-    c.dry_run = False  # Print what a step needs of memory and arithmetic, and do not train.
-    c.device_memory_gb = 0.0  # Of one device, in 10^9 bytes, for dry_run; 0: not compared.
+    c.dry_run = False  # Print the memory and arithmetic that a step needs, and do not train.
+    # Memory of one device in 10^9 bytes, to which dry_run compares what a step needs; 0: unknown.
+    c.device_memory_gb = 0.0
 
+    # ---- Weights to start from, precision and memory.
     c.model = Settings()
-    c.model.path = ""  # Hugging Face folder or run folder; empty: random weights (model.scratch).
-    c.model.reference_path = ""  # The reference policy; empty: the weights training starts from.
-    c.model.dtype = "float32"  # Of the computation: float32 | bfloat16. Weights stay float32.
-    c.model.remat = "full"  # What the backward pass computes again: dots (attention) | full (all).
-    # auto: a fused kernel on GPUs with bfloat16, where it agrees with plain | plain | fused.
+    # Folder of a Hugging Face model or of a run. Empty: random weights, as model.scratch describes.
+    c.model.path = ""
+    # Folder of the reference policy. Empty: the weights that training starts from.
+    c.model.reference_path = ""
+    c.model.dtype = "float32"  # Type of the computation. The trained weights stay in float32.
+    # What the backward pass recomputes: dots (only attention) | full (everything).
+    c.model.remat = "full"
+    # Attention kernel. auto: a fused one on GPUs with bfloat16, where it agrees with plain | plain
+    # | fused.
     c.model.attention = "auto"
-    c.model.layout = "packed"  # Responses behind their prompt: packed | rectangle (long ones).
+    # How responses lie behind their prompt: packed | rectangle (for long responses).
+    c.model.layout = "packed"
 
-    c.model.lora = Settings()  # Train adapters beside frozen weights; model.path is the base.
-    c.model.lora.rank = 0  # Columns of A; 0: no LoRA, all weights are trained.
-    c.model.lora.alpha = 16.0  # What adapters add is multiplied by alpha / rank.
-    # all, or names with commas: q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj.
+    # ---- LoRA: adapters trained beside frozen weights, those of model.path.
+    c.model.lora = Settings()
+    c.model.lora.rank = 0  # Rank of the adapters; 0: no LoRA, train all weights.
+    c.model.lora.alpha = 16.0  # The adapters' output is scaled by alpha / rank.
+    # Matrices that get adapters: all, or some of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj
+    # and down_proj, with commas between them.
     c.model.lora.targets = "all"
-    # How the base's matrices are kept: float32 | bfloat16 | int8 | nf4 (QLoRA; 4.5 bits a weight).
+    # Storage of the frozen matrices: float32 | bfloat16 | int8 | nf4 (QLoRA, 4.5 bits a weight).
     c.model.lora.base = "bfloat16"
-    # Adapters to start from, PEFT's folder or a run with LoRA; they decide rank, alpha, targets.
+    # Adapters to start from: a folder in PEFT's format or a run with LoRA. Their rank, alpha and
+    # targets replace those above.
     c.model.lora.path = ""
 
-    c.model.scratch = Settings()  # The model and tokenizer made when model.path is empty.
-    c.model.scratch.model_type = "llama"  # llama | qwen3 | smollm3.
+    # ---- The model and tokenizer that are made when model.path is empty.
+    c.model.scratch = Settings()
+    c.model.scratch.model_type = "llama"  # Architecture of the model.
     c.model.scratch.hidden_size = 128  # Width of the residual stream.
-    c.model.scratch.intermediate_size = 384  # Hidden units of a block's MLP.
-    c.model.scratch.num_layers = 3  # Blocks.
-    c.model.scratch.num_heads = 4  # Of queries; they share hidden_size.
-    c.model.scratch.num_kv_heads = 2  # Of keys and values; divides num_heads.
-    c.model.scratch.vocab_size = 1024  # The tokenizer is trained on the training split.
+    c.model.scratch.intermediate_size = 384  # Hidden units of each MLP.
+    c.model.scratch.num_layers = 3  # Number of blocks.
+    c.model.scratch.num_heads = 4  # Query heads; hidden_size is divided among them.
+    c.model.scratch.num_kv_heads = 2  # Key and value heads; must divide num_heads.
+    c.model.scratch.vocab_size = 1024  # Tokens of the tokenizer trained on the training split.
 
+    # ---- Where the examples come from, and how they become prompts.
     c.data = Settings()
-    c.data.name = "jsonl"  # jsonl | hub | lastfm | movielens | medmcqa | qasc | synthetic.
-    # File, or folder with the splits; hub: name or saved folder; synthetic: plain, clusters, long.
+    c.data.name = "jsonl"  # Format of the data.
+    # A file, or a folder with the splits. For hub, a dataset's name or saved folder; for synthetic,
+    # one of plain, clusters, long.
     c.data.path = ""
-    c.data.chat_template = "tokenizer"  # tokenizer | none | path of a template file.
-    c.data.date = "26 Jul 2024"  # What templates that print today's date print instead.
-    # More that the chat template is given, a JSON object, e.g. {"enable_thinking": true}.
+    # How a prompt becomes text: tokenizer (the chat template that comes with it) | none | the path
+    # of a template file.
+    c.data.chat_template = "tokenizer"
+    c.data.date = "26 Jul 2024"  # Date given to chat templates that ask for today's.
+    # Further arguments of the chat template, as a JSON object: {"enable_thinking": true}.
     c.data.chat_template_kwargs = ""
-    # Other names of jsonl's and hub's columns, e.g. prompt=question,rejected=wrong_answers; id= :
-    # ids are not read, and rows numbered.
+    # Names of the columns of jsonl and hub where they differ from ours, for example
+    # prompt=question,rejected=wrong_answers. An empty id= numbers the rows instead of reading ids.
     c.data.columns = ""
-    c.data.max_prompt_length = 1024  # Tokens, those of the template included.
-    # A longer prompt is cut (its oldest history or turns go, then the start of its text) | drop
-    # (its row goes, counted) | error.
+    c.data.max_prompt_length = 1024  # Maximum tokens of a prompt, those of its template included.
+    # What to do with a longer prompt: cut (its oldest history or turns, then the start of its text)
+    # | drop (leave the row out and count it) | error.
     c.data.long_prompt = "cut"
-    c.data.max_response_length = 256  # Tokens, end of sequence included.
-    c.data.long_response = "error"  # A longer one is an error | drop (leaves its pool, counted).
-    c.data.list_candidates = True  # Does the prompt list the candidates? (Not for jsonl, hub.)
-    c.data.num_candidates = 20  # Of a row where they are drawn: movielens, medmcqa, raw lastfm.
-    c.data.native_eval = True  # medmcqa: evaluate on a question's own 4 options, not on the drawn.
-    # Sizes that batches are padded to: fewer compile sooner, more leave less padding.
+    c.data.max_response_length = 256  # Maximum tokens of a response, end of sequence included.
+    # What to do with a longer response: error | drop (remove it from its pool and count it).
+    c.data.long_response = "error"
+    c.data.list_candidates = True  # List the candidates in the prompt (not for jsonl and hub).
+    # Candidates of an example where they are drawn: movielens, medmcqa and raw lastfm.
+    c.data.num_candidates = 20
+    # For medmcqa: evaluate on a question's own 4 options instead of drawn candidates.
+    c.data.native_eval = True
+    # Number of shapes that batches are padded to. Fewer compile sooner; more waste less on padding.
     c.data.max_shapes = 4
-    c.data.on_bad_row = "error"  # A row that cannot be used is an error | skip (counted).
-    # Held out of the training rows where no other split is found, all rows of a prompt together;
-    # movielens and raw lastfm are split by user instead, 8 : 1 : 1.
+    c.data.on_bad_row = "error"  # What to do with an unusable row: error | skip (and count it).
+    # Share of the training rows to hold out where no other split is found; rows of a prompt stay
+    # together. movielens and raw lastfm are split 8 : 1 : 1 by user instead.
     c.data.validation_share = 0.1
-    # Rows used of each split, drawn by seed; 0: all. --config=llama3, qwen3, smollm3 and qlora use
-    # 20,000 to train on lastfm, movielens, medmcqa and qasc, as the paper.
+    # Training rows to use, drawn by seed; 0: all. --config=llama3, qwen3, smollm3 and qlora use
+    # 20,000 of lastfm, movielens, medmcqa and qasc, as the paper does.
     c.data.max_train = 0
-    c.data.max_validation = 200  # Likewise.
-    c.data.max_test = 2000  # Likewise.
+    c.data.max_validation = 200  # Validation rows to use, drawn by seed; 0: all.
+    c.data.max_test = 2000  # Test rows to use, drawn by seed; 0: all.
 
+    # ---- How negatives are chosen, and when.
     c.selection = Settings()
     c.selection.criterion = "pool_fisher"  # How mass_dpo chooses the negatives it trains on.
-    c.selection.search = "greedy"  # For a large determinant: greedy | exchange | exhaustive.
+    c.selection.search = "greedy"  # How to search for a set with a large determinant.
     c.selection.ridge = 0.1  # The paper's gamma: H_0 = ridge * I.
-    c.selection.refresh = "step"  # When sets are chosen: step | epoch | once | every k steps (k).
-    c.selection.feature_norm = "none"  # Of hidden states before centring: none | l2.
-    c.selection.pooling = "response"  # Features are the mean over: response | all (with prompt).
-    c.selection.features = "policy"  # Hidden states of the current policy | reference (read once).
-    c.selection.fisher_scale = False  # Multiply by Eq. 11's beta^2 (1 - sigma(Z)).
-    c.selection.replacement = False  # pl_sampled: draw negatives with replacement.
+    # How often negatives are chosen: step (at every step) | epoch | once | a number of steps.
+    c.selection.refresh = "step"
+    c.selection.feature_norm = "none"  # How hidden states are normalized before centring.
+    # Tokens whose hidden states are averaged into features: response | all (the prompt's as well).
+    c.selection.pooling = "response"
+    # Model whose hidden states are used: policy (as it is now) | reference (computed once).
+    c.selection.features = "policy"
+    c.selection.fisher_scale = False  # Multiply by the beta^2 (1 - sigma(Z)) of Eq. 11.
+    c.selection.replacement = False  # For pl_sampled: draw negatives with replacement.
 
+    # ---- Margins of the method odpo.
     c.odpo = Settings()
-    c.odpo.offset = "score"  # A pair's margin grows with the difference in: score (columns) | rank.
+    # What the margin of a pair grows with: the difference in score (columns of the data) | in rank.
+    c.odpo.offset = "score"
     c.odpo.alpha = 1.0  # Margin = alpha * log(difference).
 
+    # ---- Optimization, evaluation and checkpoints.
     c.train = Settings()
     c.train.epochs = 3  # Passes over the training rows.
-    c.train.steps = 0  # Updates in all; 0: as many as the epochs need.
-    c.train.batch_size = 128  # Prompts per update, all devices together.
-    c.train.micro_batch_size = 16  # Prompts per accumulation step, all devices together.
-    c.train.learning_rate = 1e-5  # Peak; cosine decay to zero.
-    c.train.warmup_ratio = 0.05  # Share of the steps with linearly growing learning rate.
-    c.train.clip = 0.3  # Global norm the gradient is clipped to.
-    c.train.weight_decay = 0.0  # Of AdamW, times the learning rate.
-    # Where pools are scored at a step, is that the forward pass on the sets too? False: their own
-    # pass, which takes longer and needs less memory if pools are much longer than sets.
+    c.train.steps = 0  # Number of updates; 0: as many as the epochs need.
+    c.train.batch_size = 128  # Prompts per update, over all devices.
+    c.train.micro_batch_size = 16  # Prompts per accumulation step, over all devices.
+    c.train.learning_rate = 1e-5  # Peak learning rate; a cosine takes it to zero.
+    c.train.warmup_ratio = 0.05  # Share of the steps in which the learning rate grows linearly.
+    c.train.clip = 0.3  # Global norm that gradients are clipped to.
+    c.train.weight_decay = 0.0  # AdamW's weight decay, which is multiplied by the learning rate.
+    # Where a step scores pools, use that pass as the forward pass of training. False: train with a
+    # pass of its own, slower but with less memory if pools are much longer than the picks.
     c.train.reuse_scoring = True
-    c.train.moments_dtype = "float32"  # Of Adam's moments as stored: float32 | bfloat16.
+    c.train.moments_dtype = "float32"  # Type in which Adam's moments are stored.
     c.train.offload_moments = False  # Keep Adam's moments in the host's memory between updates.
     c.train.eval_every = 100  # Steps between evaluations on the validation split; 0: never.
-    c.train.checkpoint_every = 100  # Steps between checkpoints; the last step always saves.
-    c.train.keep_checkpoints = 2  # So many of the newest.
-    # And the best by a metric of evaluations, e.g. policy/mrr; then each evaluation saves. Empty:
-    # not.
+    c.train.checkpoint_every = 100  # Steps between checkpoints; the last step is always saved.
+    c.train.keep_checkpoints = 2  # Number of most recent checkpoints to keep.
+    # Metric of evaluations, such as policy/mrr, by which the best checkpoint is kept as well; every
+    # evaluation then saves one. Empty: keep only the most recent.
     c.train.keep_best = ""
-    c.train.max_skipped = 10  # Updates skipped in a row, for NaN or infinity, that end the run.
+    # End the run after this many skipped updates in a row (NaN or infinity in the gradient).
+    c.train.max_skipped = 10
 
+    # ---- Passes without gradients.
     c.eval = Settings()
-    c.eval.batch_size = 32  # Prompts per scoring batch: reference pass, evaluation, score.
+    c.eval.batch_size = 32  # Prompts per batch in the reference pass, in evaluation and in score.
 
-    c.log = Settings()  # metrics.jsonl gets the same figures always.
-    c.log.tensorboard = True  # Event files for TensorBoard, in the run folder.
-    c.log.report = True  # report.html and figures/ in the run folder, when training ends.
-    c.log.wandb_project = ""  # Weights & Biases project, if the package is there; empty: none.
+    # ---- Logs besides metrics.jsonl, which is always written.
+    c.log = Settings()
+    c.log.tensorboard = True  # Write event files for TensorBoard to the run folder.
+    c.log.report = True  # Write report.html and figures/ to the run folder when training ends.
+    c.log.wandb_project = (
+        ""  # Project of Weights & Biases, whose package must be installed; empty: none.
+    )
 
-    c.mesh = Settings()  # Devices along each axis; -1: all that are left.
-    c.mesh.data = -1  # Copies of the model, each on its share of the batch.
-    c.mesh.fsdp = 1  # Weights, gradients and Adam's moments split; batches too.
-    c.mesh.tensor = 1  # Heads, hidden units and vocabulary split.
+    # ---- Devices along each axis of the mesh; -1 means all that remain.
+    c.mesh = Settings()
+    c.mesh.data = -1  # Copies of the model, each working on its share of the batch.
+    c.mesh.fsdp = 1  # Parts into which weights, gradients, Adam's moments and batches are split.
+    c.mesh.tensor = 1  # Parts into which heads, hidden units and the vocabulary are split.
     return c.lock()
 
 
 def paper() -> ConfigDict:
-    """The defaults, for models of billions of weights on accelerators."""
+    """Returns the settings for models of billions of weights on accelerators."""
     c = default()
-    c.model.dtype = "bfloat16"  # Compute; the trained weights are float32.
+    c.model.dtype = "bfloat16"
     rows = _Computed(_paper_rows, [c.data.get_ref("name")])
     c.data.max_train = FieldReference(0, field_type=int, op=rows)
     c.mesh.data = 1
-    c.mesh.fsdp = -1  # All devices share the weights: 3B with Adam is 51 GB of state.
+    c.mesh.fsdp = -1  # Split the weights over all devices: 3B with Adam are 51 GB of state.
     return c
 
 
@@ -176,14 +213,14 @@ PAPER_DATA = ("lastfm", "movielens", "medmcqa", "qasc")
 
 
 class _Computed(NamedTuple):
-    """How a setting follows from others until it is set itself: `fn(0, *args)`."""
+    """How a setting follows from others, `fn(0, *args)`, until it is set itself."""
 
     fn: Callable[..., Any]
     args: list[FieldReference]
 
 
 def _paper_rows(_: int, name: str) -> int:
-    """How many training rows the paper draws from its data sets; 0, all, of others."""
+    """Returns how many training rows the paper draws from a dataset; 0, meaning all, for others."""
     return 20_000 if name in PAPER_DATA else 0
 
 
@@ -193,7 +230,7 @@ def get_config() -> ConfigDict:
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """`("train.steps", 100)` and so on, for every leaf."""
+    """Yields every setting by its dotted name, as `("train.steps", 100)`."""
     for key, value in config.items():
         if isinstance(value, (Mapping, ConfigDict)):
             yield from flatten(value, f"{prefix}{key}.")

@@ -43,7 +43,11 @@ def comments() -> dict[str, str]:
     on the lines before it and at the end of its own."""
     source = inspect.getsource(config_lib.default)
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    lines = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
+    lines = {
+        token.start[0]: token.string.removeprefix("#").strip().removeprefix("---- ")
+        for token in tokens
+        if token.type == tokenize.COMMENT
+    }
     (function,) = ast.parse(source).body
     assert isinstance(function, ast.FunctionDef)
     found, last = {}, 0

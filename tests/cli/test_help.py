@@ -70,13 +70,11 @@ def test_every_setting_has_type_default_comment_and_choices() -> None:
 
 def test_comments_are_those_beside_the_settings() -> None:
     said = help_lib.comments()
-    assert (
-        said["seed"] == "Of everything that is drawn: weights, order, candidates, random negatives."
-    )
-    assert said["cache_dir"].startswith("Where the reference's log-probs, large splits' tokens and")
-    assert said["cache_dir"].endswith("are kept; empty: ~/.cache/mass_dpo_jax.")  # Two lines.
-    assert said["mesh"] == "Devices along each axis; -1: all that are left."
-    assert said["eval"] == ""
+    assert said["seed"].startswith("Seed of all random draws: initial weights, data order, drawn")
+    assert said["cache_dir"].startswith("Folder for the reference's log-probs, the tokens of")
+    assert said["cache_dir"].endswith("programs. Empty: ~/.cache/mass_dpo_jax.")  # Two lines.
+    assert said["mesh"] == "Devices along each axis of the mesh; -1 means all that remain."
+    assert said["eval"] == "Passes without gradients."
 
 
 def test_help_of_a_command_with_a_configuration() -> None:
