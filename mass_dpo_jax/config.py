@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict, FieldReference, FrozenConfigDict
 
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.models.config import parse_targets
 from mass_dpo_jax.utils import suggestions
 from mass_dpo_jax.utils.files import expand
 
@@ -135,7 +134,9 @@ def default() -> ConfigDict:
 
     # ---- How negatives are chosen, and when.
     c.selection = Settings()
-    c.selection.criterion = "pool_fisher"  # How mass_dpo chooses the negatives it trains on.
+    # How mass_dpo chooses the negatives it trains on: pool_fisher (Algorithm 1) | contrast |
+    # set_fisher | hardest | random | all.
+    c.selection.criterion = "pool_fisher"
     c.selection.search = "greedy"  # How to search for a set with a large determinant.
     c.selection.ridge = 0.1  # The paper's gamma: H_0 = ridge * I.
     # How often negatives are chosen: step (at every step) | epoch | once | a number of steps.
@@ -313,6 +314,7 @@ CHOICES = {
     "selection.feature_norm": ("none", "l2"),
     "selection.pooling": ("response", "all"),
 }
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 NAMES = tuple(name for name, _ in flatten(default()))
 PATHS = (
     "cache_dir model.path model.reference_path model.lora.path data.path data.chat_template"
@@ -371,7 +373,7 @@ def check(config: ConfigDict) -> None:
     if not config.train.steps and not config.train.epochs:
         raise UserError("config.train.steps and config.train.epochs are both 0: nothing to train")
     parse_refresh(config.selection.refresh, steps_per_epoch=1)
-    parse_targets(config.model.lora.targets)
+    split_targets(config.model.lora.targets)
     if (config.model.lora.rank or config.model.lora.path) and not config.model.path:
         raise UserError("config.model.lora adapts a model: config.model.path is missing")
 
@@ -433,3 +435,19 @@ def parse_refresh(refresh: str, steps_per_epoch: int) -> int:
     raise UserError(
         f"config.selection.refresh={refresh!r}: expected step, epoch, once or a number of steps"
     )
+
+
+def split_targets(targets: str) -> tuple[str, ...]:
+    """Returns the matrices that `model.lora.targets` names, as PEFT calls them.
+
+    Raises:
+        UserError: it names something else.
+    """
+    named = LORA_TARGETS if targets == "all" else tuple(map(str.strip, targets.split(",")))
+    for name in named:
+        if name not in LORA_TARGETS:
+            raise UserError(
+                f"config.model.lora.targets={targets!r}: found {name!r}, expected all or some of "
+                + ",".join(LORA_TARGETS)
+            )
+    return named

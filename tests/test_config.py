@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,10 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.models import decoder
+from mass_dpo_jax.models.config import FAMILIES, TARGETS
 from mass_dpo_jax.runs import run_config
+from mass_dpo_jax.selection import designs, registry
 from mass_dpo_jax.train import train
 from tests.support.helpers import tiny_config, write_jsonl
 
@@ -165,3 +169,18 @@ def test_a_run_s_settings_are_locked_too(tmp_path: Path) -> None:
     for config in (run_config.load_config(tmp_path), run_config.get_config(str(tmp_path))):
         with pytest.raises(AttributeError, match="no such setting"):
             config.lr = 1
+
+
+def test_choices_are_those_of_the_code_that_reads_them() -> None:
+    """config.py lists them itself, so that --help imports nothing."""
+    expected = {
+        "model.scratch.model_type": FAMILIES,
+        "model.remat": decoder.REMAT,
+        "selection.feature_norm": registry.FEATURE_NORMS,
+        "selection.search": designs.SEARCHES,
+    }
+    for name, choices in expected.items():
+        assert set(config_lib.CHOICES[name]) == set(choices), name
+    assert list(config_lib.LORA_TARGETS) == list(TARGETS)
+    for name in config_lib.CHOICES["data.name"]:
+        assert callable(importlib.import_module(f"mass_dpo_jax.data.readers.{name}").load)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mass_dpo_jax.config import split_targets
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models.fields import Reader
 from mass_dpo_jax.models.folder import no_config
@@ -76,13 +77,7 @@ def parse_targets(text: str) -> tuple[str, ...]:
     Raises:
       UserError: it names something else.
     """
-    named = list(TARGETS) if text == "all" else [name.strip() for name in text.split(",")]
-    for name in named:
-        if name not in TARGETS:
-            raise UserError(
-                f"config.model.lora.targets={text!r}: found {name!r}, expected all or some of "
-                + ",".join(TARGETS)
-            )
+    named = split_targets(text)
     return tuple(ours for theirs, ours in TARGETS.items() if theirs in named)
 
 
