@@ -134,9 +134,7 @@ def default() -> ConfigDict:
 
     # ---- How negatives are chosen, and when.
     c.selection = Settings()
-    # How mass_dpo chooses the negatives it trains on: pool_fisher (Algorithm 1) | contrast |
-    # set_fisher | hardest | random | all.
-    c.selection.criterion = "pool_fisher"
+    c.selection.criterion = "pool_fisher"  # How mass_dpo chooses the negatives it trains on.
     c.selection.search = "greedy"  # How to search for a set with a large determinant.
     c.selection.ridge = 0.1  # The paper's gamma: H_0 = ridge * I.
     # How often negatives are chosen: step (at every step) | epoch | once | a number of steps.
