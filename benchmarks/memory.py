@@ -1,4 +1,4 @@
-r"""Memory of a train step: our account of it, XLA's, and what PyTorch keeps for its backward pass.
+r"""Memory of a train step: our estimate of it, XLA's, and what PyTorch keeps for its backward pass.
 
     python -m benchmarks.memory
     python -m benchmarks.memory --shape=prompt=160,response=10,pool=19,batch=4 --remat=full
@@ -6,15 +6,15 @@ r"""Memory of a train step: our account of it, XLA's, and what PyTorch keeps for
 The first table is about small models in float32 on this machine's CPU, in 10^6 bytes:
 
 - ours, and ours without prefix sharing (every response behind its own copy of the prompt): the
-  account's temporaries beside `temp_size_in_bytes` of the compiled train step. That includes
+  estimate's temporaries beside `temp_size_in_bytes` of the compiled train step. That includes
   gradients and leaves out weights, optimizer state and batch. XLA is told to schedule for memory;
   its default on CPUs starts independent parts early, and held up to 20 % more. Compiled, not run.
-- kept: what the backward pass needs of the forward pass, by the account, and by PyTorch's S-DPO on
+- kept: what the backward pass needs of the forward pass, by the estimate, and by PyTorch's S-DPO on
   the same 1 + n responses, a row each behind its prompt: bytes of distinct storages that autograd
   saves (torch.autograd.graph.saved_tensors_hooks), weights left out. No peak: temporaries come on
   top. It compares with remat=dots; PyTorch's checkpointing is not on.
 
-The second table is the account alone, for Llama 3.2 3B's sizes on one card and on eight.
+The second table is the estimate alone, for Llama 3.2 3B's sizes on one card and on eight.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from benchmarks.workloads import Case, Workload, changed, trace
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.cli import commands
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.estimate import memory as account_lib
-from mass_dpo_jax.estimate.memory import Account
-from mass_dpo_jax.estimate.sizes import Layout, of_device
+from mass_dpo_jax.estimate import memory as memory_lib
+from mass_dpo_jax.estimate.memory import MemoryEstimate, StepLayout
+from mass_dpo_jax.estimate.sizes import BatchLayout, DeviceModel
 from mass_dpo_jax.models.config import DecoderConfig
 from mass_dpo_jax.models.decoder import REMAT
 from mass_dpo_jax.models.fused_attention import Fused
@@ -60,11 +60,13 @@ def compiled_bytes(case: Case, program: Program) -> int:
     return found.temp_size_in_bytes
 
 
-def account_of(case: Case, remat: str, shared: bool = True, reuse: bool = True) -> Account:
-    """The account of the same step, on one device of the case's mesh."""
+def estimate_case(
+    case: Case, remat: str, shared: bool = True, reuse: bool = True
+) -> MemoryEstimate:
+    """Returns our estimate of the same step, on one device of the case's mesh."""
     w, shape, sizes = case.workload, case.shapes[0], case.mesh.shape
     batch = w.batch // (sizes["data"] * sizes["fsdp"])
-    model = of_device(
+    model = DeviceModel.from_decoder(
         case.model,
         jnp.dtype(case.dtype).itemsize,
         remat,
@@ -77,25 +79,21 @@ def account_of(case: Case, remat: str, shared: bool = True, reuse: bool = True) 
     chunk = None
     if not shared:
         pool, trained = (
-            Layout(batch * count, shape.prompt, 1, case.max_response)
+            BatchLayout(batch * count, shape.prompt, 1, case.max_response)
             for count in (1 + w.pool, 1 + w.negatives)
         )
     elif w.layout == "packed":
-        pool = Layout(batch, shape.prompt, 1, shape.responses)
+        pool = BatchLayout(batch, shape.prompt, 1, shape.responses)
         trained = pool._replace(length=shape.selected)
     else:
         chunk = 1 + w.negatives
-        pool = Layout(batch, shape.prompt, 1 + w.pool, case.max_response)
+        pool = BatchLayout(batch, shape.prompt, 1 + w.pool, case.max_response)
         trained = pool._replace(groups=chunk)
-    return account_lib.account(
+    return memory_lib.estimate_step(
         model,
-        *account_lib.state_bytes(case.model, case.mesh, optimizer),
-        account_lib.batch_bytes(batch, shape.prompt, shape.responses, 1 + w.pool),
-        pool,
-        chunk,
-        trained,
-        micro_batches=1,
-        reuse=shared and reuse,
+        memory_lib.state_bytes(case.model, case.mesh, optimizer),
+        memory_lib.batch_bytes(batch, shape.prompt, shape.responses, 1 + w.pool),
+        StepLayout(pool, chunk, trained, reuse=shared and reuse),
     )
 
 
@@ -133,10 +131,10 @@ def small(workload: Workload, remats: Sequence[str]) -> list[dict[str, Any]]:
     for remat in remats:
         row: dict[str, Any] = {**dataclasses.asdict(workload), "remat": remat}
         for name, shared in (("ours", True), ("unshared", False)):
-            account = account_of(case, remat, shared)
-            row[f"{name}/account"] = account.temporaries
+            estimate = estimate_case(case, remat, shared)
+            row[f"{name}/estimate"] = estimate.temporaries
             row[f"{name}/xla"] = compiled_bytes(case, case.program("mass_dpo", remat, shared))
-            row[f"{name}/kept"] = account.kept
+            row[f"{name}/kept"] = estimate.kept
         rows.append(row | {"torch/saved": torch})
     return rows
 
@@ -160,7 +158,9 @@ def llama_3b() -> DecoderConfig:
     )
 
 
-def large(fsdp: int, moments: str, offload: bool, batch: int = 128, micro: int = 16) -> Account:
+def large(
+    fsdp: int, moments: str, offload: bool, batch: int = 128, micro: int = 16
+) -> MemoryEstimate:
     """P = 160, R = 10, N = 19, n = 3 in bfloat16, remat=full, on one of `fsdp` devices."""
     config = config_lib.paper()
     config.train.update(moments_dtype=moments, offload_moments=offload)
@@ -168,16 +168,13 @@ def large(fsdp: int, moments: str, offload: bool, batch: int = 128, micro: int =
     mesh = abstract_mesh(config.mesh, devices=fsdp)
     model = llama_3b()
     optimizer = make_optimizer(config.train, 1)
-    return account_lib.account(
-        of_device(model, itemsize=2, remat="full", fsdp=fsdp),
-        *account_lib.state_bytes(model, mesh, optimizer),
-        account_lib.batch_bytes(batch // fsdp, 160, 200, 20),
-        Layout(micro // fsdp, 160, 1, 200),
-        None,
-        Layout(micro // fsdp, 160, 1, 40),
-        batch // micro,
+    pool, trained = (BatchLayout(micro // fsdp, 160, 1, length) for length in (200, 40))
+    return memory_lib.estimate_step(
+        DeviceModel.from_decoder(model, itemsize=2, remat="full", fsdp=fsdp),
+        memory_lib.state_bytes(model, mesh, optimizer),
+        memory_lib.batch_bytes(batch // fsdp, 160, 200, 20),
+        StepLayout(pool, None, trained, batch // micro, reuse=True),
         offload,
-        reuse=True,
     )
 
 
@@ -185,18 +182,19 @@ def large_rows() -> list[dict[str, Any]]:
     rows = []
     for fsdp in (1, 8):
         for moments, offload in (("float32", False), ("bfloat16", False), ("float32", True)):
-            account = large(fsdp, moments, offload)
-            row = {"devices": fsdp, "moments": moments, "offloaded": offload, "peak": account.peak}
-            rows.append(row | dataclasses.asdict(account) | {"phases": account.phases})
+            estimate = large(fsdp, moments, offload)
+            row = {"devices": fsdp, "moments": moments, "offloaded": offload, "peak": estimate.peak}
+            rows.append(row | dataclasses.asdict(estimate) | {"phases": estimate.phases})
     return rows
 
 
 def small_table(rows: Sequence[dict[str, Any]]) -> str:
-    header = ["P, R, N, n, B", "layout", "remat", "ours: account / XLA", "unshared: account / XLA",
-              "unshared / ours, XLA", "kept: ours", "unshared", "PyTorch"]  # fmt: skip
+    header = ["P, R, N, n, B", "layout", "remat", "ours: estimate / XLA",
+              "unshared: estimate / XLA", "unshared / ours, XLA", "kept: ours", "unshared",
+              "PyTorch"]  # fmt: skip
 
     def pair(row: dict[str, Any], name: str) -> str:
-        ours, xla = row[f"{name}/account"], row[f"{name}/xla"]
+        ours, xla = row[f"{name}/estimate"], row[f"{name}/xla"]
         return f"{ours / MEGABYTE:.1f} / {xla / MEGABYTE:.1f} = {ours / xla:.2f}"
 
     lines = [
@@ -215,14 +213,17 @@ def small_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def large_table(rows: Sequence[dict[str, Any]]) -> str:
-    parts = ("parameters", "gradients", "sums", "optimizer", "kept", "scoring", "layers", "peak")
-    names = ["weights", "gradient", "its sum", "moments", "kept", "scoring", "a layer", "peak"]
-    header = ["devices", "moments", *names, *(f"{card} GB card" for card in CARDS)]
+    columns = {
+        "parameters": "weights", "gradients": "gradient", "gradient_sums": "its sum",
+        "optimizer": "moments", "kept": "kept", "scoring": "scoring", "other_layer": "a layer",
+        "peak": "peak",
+    }  # fmt: skip
+    header = ["devices", "moments", *columns.values(), *(f"{card} GB card" for card in CARDS)]
     lines = [
         [
             str(row["devices"]),
             row["moments"] + (", host" if row["offloaded"] else ""),
-            *(f"{row[part] / 1e9:.1f}" for part in parts),
+            *(f"{row[part] / 1e9:.1f}" for part in columns),
             *("fits" if row["peak"] <= card * 1e9 else "does not fit" for card in CARDS),
         ]
         for row in rows
@@ -242,7 +243,7 @@ def main() -> None:
     figures = [row for workload in workloads for row in small(workload, _REMAT.value)]
     print("temporaries of a train step in float32, 10^6 bytes\n")
     print(small_table(figures))
-    print("\nthe account of Llama 3.2 3B, bfloat16, remat=full, P=160 R=10 N=19 n=3, "
+    print("\nthe estimate of Llama 3.2 3B, bfloat16, remat=full, P=160 R=10 N=19 n=3, "
           "16 prompts at a time of 128: 10^9 bytes a device\n")  # fmt: skip
     print(large_table(large_rows()))
     # Bytes do not depend on what else the machine does.

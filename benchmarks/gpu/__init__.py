@@ -8,8 +8,8 @@ Llama 3.2 3B's sizes with random weights, all of them trained. G1: prompts of 16
 19 negatives of 10 tokens, n = 3. G2: prompts of 128, 7 negatives of 256, n = 3. Programs:
 
 - ours: MASS-DPO, scores the pool, selects, trains, updates. The batch is the largest that fits, by
-  the package's memory account with a margin; `model.remat` and `train.reuse_scoring` are those that
-  take the fewest operations a prompt then; what turns out too large is planned again.
+  the package's memory estimate with a margin; `model.remat` and `train.reuse_scoring` are those
+  that take the fewest operations a prompt then; what turns out too large is planned again.
 - (a) PyTorch S-DPO with the reference beside the policy, (b) with the reference's log-probs
   cached, (c) PyTorch MASS-DPO, all of benchmarks/peers.py, on as many prompts. Each in as few parts
   as fit, gradients accumulated, with and without gradient checkpointing: the faster of the two.

@@ -4,7 +4,7 @@
     JAX_PLATFORMS=cpu python -m benchmarks.gpu.compiled --workload=G1 --batch=32 --remat=dots
 
 Memory is that of arguments, results and temporaries as XLA has laid them out for a card, beside our
-account of the same step. What a kernel takes as its workspace is chosen on a card, and not in it.
+estimate of the same step. What a kernel takes as its workspace is chosen on a card, and not in it.
 --data, --fsdp and --tensor are the sizes of a mesh, and --output writes the program's text.
 """
 
@@ -99,10 +99,10 @@ def main() -> None:
     step = case.program("mass_dpo", _REMAT.value, reuse=_REUSE.value)
     program = trace(case, step).lower().compile()
     seconds, text = time.perf_counter() - began, program.as_text()
-    account = memory.account_of(case, _REMAT.value, reuse=_REUSE.value).peak
+    estimate = memory.estimate_case(case, _REMAT.value, reuse=_REUSE.value).peak
     print(f"for {mesh.size} x {mesh.devices.flat[0].device_kind}, in {seconds:.0f} s")
-    print(f"account {account / 1e9:.1f} GB, XLA {held(program) / 1e9:.1f} GB: ", end="")
-    print(f"{held(program) / account:.2f}")
+    print(f"estimate {estimate / 1e9:.1f} GB, XLA {held(program) / 1e9:.1f} GB: ", end="")
+    print(f"{held(program) / estimate:.2f}")
     for name, pattern in KERNELS.items():
         print(f"{name}: {len(re.findall(pattern, text))} in its text")
     for kind, size in collective_bytes(text).items():

@@ -34,7 +34,7 @@ from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.step import TrainState
 
-# Of the memory that JAX may take; the account's temporaries are estimates.
+# Of the memory that JAX may take; temporaries are only estimated.
 MARGIN = 0.93
 MOST = 512  # Prompts.
 # Operations that a step's update and casts take the time of, a weight: they move some 40 bytes, and
@@ -125,7 +125,7 @@ def case_of(job: Job, batch: int, attention: Attention) -> Case:
 
 
 def plan(job: Job, attention: Attention) -> Plan:
-    """The fastest by estimate of what fits by the account: for every way to compute, the largest
+    """Returns the fastest plan that fits, both by estimate: for every way to compute, the largest
     power of two of prompts.
 
     Raises:
@@ -153,7 +153,7 @@ def plan(job: Job, attention: Attention) -> Plan:
 
 def smaller(job: Job, some: Plan, attention: Attention) -> tuple[Job, Plan]:
     """After out of memory: half of a batch that was asked for, or the best plan that needs 5% less
-    by the account, and the job with as much memory as that."""
+    by the estimate, and the job with as much memory as that."""
     if job.batch is not None:
         return job, some._replace(batch=some.batch // 2)
     job = dataclasses.replace(job, memory=int(0.95 * peak(job, some, attention) / MARGIN))
@@ -161,9 +161,9 @@ def smaller(job: Job, some: Plan, attention: Attention) -> tuple[Job, Plan]:
 
 
 def peak(job: Job, some: Plan, attention: Attention) -> int:
-    """Bytes, by the account."""
+    """Bytes, by the estimate."""
     case = case_of(job, some.batch, attention)
-    return memory.account_of(case, some.remat, reuse=some.reuse).peak
+    return memory.estimate_case(case, some.remat, reuse=some.reuse).peak
 
 
 def effort(job: Job, some: Plan) -> float:

@@ -1,77 +1,110 @@
-"""What a train step computes, from formulas: operations of its matrix products, 2 a multiplication.
+"""Operations of a train step's matrix products, from formulas; a multiplication and addition are 2.
 
-A fused kernel's are counted as if they were those of plain attention. Letters as in sizes.py.
+A fused kernel is counted as if it were plain attention.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from mass_dpo_jax.estimate.sizes import Layout, Model, logits_chunk
+from mass_dpo_jax.estimate.sizes import BatchLayout, DeviceModel, logits_chunk
 
 
-def forward_flops(m: Model, at: Layout) -> int:
-    """Operations of a forward pass over all places, 2 a multiplication:
-    layers (2 tokens block + 4 H K pairs) + 2 D V response places, the last layer on fewer."""
-    products = products_flops(m, at, m.block + m.adapted, m.block_keys + m.adapted_keys)
-    return products + attention_flops(m, at) + logits_flops(m, at)
+def forward_flops(model: DeviceModel, layout: BatchLayout) -> int:
+    """Returns the operations of a forward pass over all tokens, adapters included."""
+    weights = model.layer_weights + model.adapter_weights
+    key_value = model.key_value_weights + model.key_value_adapter_weights
+    products = product_flops(model, layout, weights, key_value)
+    return products + attention_flops(model, layout) + logits_flops(model, layout)
 
 
-def products_flops(m: Model, at: Layout, weights: int, keys: int) -> int:
-    """Of all layers' products with `weights` of each, of which `keys` are for keys and values."""
-    elsewhere = (m.layers - 1) * at.tokens + at.ends
-    return 2 * (m.layers * at.tokens * keys + elsewhere * (weights - keys))
-
-
-def attention_flops(m: Model, at: Layout) -> int:
-    """4 H K a pair, of all layers."""
-    return 4 * m.queries * ((m.layers - 1) * at.pairs + sum(at.end_scores))
-
-
-def scoring_flops(m: Model, at: Layout, chunk: int | None) -> int:
-    """`forward_flops` of a pool in chunks of groups, the last filled up; see `scoring_bytes`."""
-    if chunk is None or chunk >= at.groups:
-        return forward_flops(m, at)
-    chunks = -(-at.groups // chunk)
-    filled = at._replace(groups=chunks * chunk)
-    layers = forward_flops(m, filled) - logits_flops(m, filled)
-    return layers + chunks * logits_flops(m, at._replace(groups=chunk))
-
-
-def logits_flops(m: Model, at: Layout) -> int:
-    """2 D V a response place, those that fill up the last chunk too."""
-    chunk = logits_chunk(m, at)
-    return 2 * m.hidden * m.vocabulary * at.batch * chunk * -(-at.responses // chunk)
-
-
-def training_flops(m: Model, at: Layout, recorded: bool = False) -> int:
-    """Forward, backward (twice as much) and what it computes again: the logits and attention; with
-    `full` the layers but for their last product. Scoring the pool may have been the forward pass,
-    `recorded`. Frozen weights get no gradient, and adapters compute x A again."""
-    again = attention_flops(m, at) + logits_flops(m, at)
-    if m.remat == "full":
-        again += products_flops(m, at, m.block - m.inner * m.hidden, m.block_keys)
-    frozen = 0
-    if m.lora is not None:
-        frozen = products_flops(m, at, m.block, m.block_keys) + logits_flops(m, at)
-    return (2 if recorded else 3) * forward_flops(m, at) + again - frozen
-
-
-def useful_flops(m: Model, prompts: np.ndarray, responses: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Of a forward pass over real tokens and the pairs that see each other, nothing twice; of the
-    prompt the last layer needs keys and values, and all of its last token.
+def product_flops(model: DeviceModel, layout: BatchLayout, weights: int, key_value: int) -> int:
+    """Returns the operations of all layers' products with weights: 2 a weight and token.
 
     Args:
-      prompts: `[M]` tokens.
-      responses: `[M, C]` tokens.
+        model: the model.
+        layout: the tokens.
+        weights: a layer's weights.
+        key_value: those of keys and values among them, which every layer multiplies with all
+            tokens. The last layer multiplies the others with its own tokens only.
+    """
+    other_tokens = (model.layers - 1) * layout.tokens + layout.last_layer_tokens
+    return 2 * (model.layers * layout.tokens * key_value + other_tokens * (weights - key_value))
+
+
+def attention_flops(model: DeviceModel, layout: BatchLayout) -> int:
+    """Returns the operations of all layers' scores and weighted sums: 4 H d a pair."""
+    pairs = (model.layers - 1) * sum(layout.pairs) + sum(layout.last_layer_pairs)
+    return 4 * model.query_width * pairs
+
+
+def logits_flops(model: DeviceModel, layout: BatchLayout) -> int:
+    """Returns 2 D V a response token, with those that fill up the last chunk."""
+    chunk = logits_chunk(model, layout)
+    tokens = layout.batch * chunk * -(-layout.response_tokens // chunk)
+    return 2 * model.hidden * model.vocabulary * tokens
+
+
+def scoring_flops(model: DeviceModel, layout: BatchLayout, chunk: int | None) -> int:
+    """Returns the operations of scoring a pool in chunks of groups, the last one filled up.
+
+    Args:
+        model: the model.
+        layout: the pool.
+        chunk: as for `memory.scoring_bytes`.
+    """
+    if chunk is None or chunk >= layout.groups:
+        return forward_flops(model, layout)
+    chunks = -(-layout.groups // chunk)
+    filled = layout._replace(groups=chunks * chunk)
+    layers = forward_flops(model, filled) - logits_flops(model, filled)
+    return layers + chunks * logits_flops(model, layout._replace(groups=chunk))
+
+
+def training_flops(model: DeviceModel, layout: BatchLayout, recorded: bool = False) -> int:
+    """Returns the operations of the loss and its gradient.
+
+    Args:
+        model: the model.
+        layout: what is trained on.
+        recorded: whether scoring the pool was the forward pass, and is counted there.
+    """
+    # The backward pass computes logits and attention again, with remat=full also all products of
+    # the layers but their last.
+    recomputed = attention_flops(model, layout) + logits_flops(model, layout)
+    if model.remat == "full":
+        weights = model.layer_weights - model.inner * model.hidden
+        recomputed += product_flops(model, layout, weights, model.key_value_weights)
+    # Gradients of weights are half of the backward pass; frozen ones have none.
+    frozen = 0
+    if model.lora is not None:
+        frozen = product_flops(model, layout, model.layer_weights, model.key_value_weights)
+        frozen += logits_flops(model, layout)
+    passes = 2 if recorded else 3  # Backward takes twice as much as forward.
+    return passes * forward_flops(model, layout) + recomputed - frozen
+
+
+def useful_flops(
+    model: DeviceModel, prompts: np.ndarray, responses: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the operations of a forward pass without padding, masked pairs and repetitions.
+
+    Args:
+        model: the model.
+        prompts: int [M], tokens of prompts.
+        responses: int [M, C], tokens of responses.
 
     Returns:
-      float64 `[M]` of the prompts, and `[M, C]` of each response behind its prompt.
+        float64 [M] of the prompts, and [M, C] of each response behind its prompt.
     """
-    p, r = prompts.astype(np.float64), responses.astype(np.float64)
-    token, pair, logit = 2.0 * m.block, 4.0 * m.queries, 2.0 * m.hidden * m.vocabulary
-    pairs = r * p[:, None] + r * (r + 1) / 2
-    behind = r * (m.layers * token + logit) + m.layers * pair * pairs
-    below = (m.layers - 1) * (p * token + pair * p * (p + 1) / 2)
-    last = (p - 1) * 2.0 * m.block_keys + token + pair * p
-    return below + last, behind
+    prompts, responses = prompts.astype(np.float64), responses.astype(np.float64)
+    token = 2.0 * model.layer_weights
+    pair = 4.0 * model.query_width
+    logits = 2.0 * model.hidden * model.vocabulary
+    # A response token sees the prompt, itself and those before it.
+    pairs = responses * prompts[:, None] + responses * (responses + 1) / 2
+    response_flops = responses * (model.layers * token + logits) + model.layers * pair * pairs
+    lower_layers = (model.layers - 1) * (prompts * token + pair * prompts * (prompts + 1) / 2)
+    # The last layer needs keys and values of the prompt, and everything of its last token.
+    last_layer = (prompts - 1) * 2.0 * model.key_value_weights + token + pair * prompts
+    return lower_layers + last_layer, response_flops

@@ -1,42 +1,177 @@
-"""What a train step needs of a device's memory, from formulas: nothing is allocated.
+"""Memory of a train step on one device, from formulas; nothing is allocated.
 
-Weights, gradients, optimizer state and batch are exact: they are the sharded arrays themselves.
-What is kept for the backward pass is the forward pass's record and what JAX's differentiation
-saves beside it. Temporaries are estimates: how many copies of an array live at once is the
-compiler's choice, and the counts below were read off XLA's programs for CPUs in float32, where they
-are off by up to 20%. A fused kernel (models/fused_attention.py) has no scores; what it holds
-instead nobody has measured. Letters as in sizes.py.
+Weights, gradients, optimizer state and batch are exact: the bytes of the sharded arrays. What is
+kept for the backward pass is the forward pass's record and what JAX's differentiation saves beside
+it. Temporaries are estimates: how many copies of an array live at once is up to the compiler. The
+counts below were read off XLA's programs for CPUs in float32, and are up to 20% off. A fused kernel
+(models/fused_attention.py) has no scores, and what it holds instead has not been measured.
+docs/scaling.md compares this estimate with compiling the step.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from mass_dpo_jax.estimate.sizes import Layout, Model, logits_chunk
+from mass_dpo_jax.estimate.sizes import BatchLayout, DeviceModel, logits_chunk
 from mass_dpo_jax.models.config import DecoderConfig
 from mass_dpo_jax.models.lora import Lora
 from mass_dpo_jax.training.mesh import param_shapes
 from mass_dpo_jax.training.optimizer import state_shapes
 
-FLOAT = 4  # Bytes.
-MASKS = FLOAT + 1  # Of a score: its mask, and the zeros that masked gradients become.
+FLOAT32 = 4  # Bytes.
+MASK = FLOAT32 + 1  # Bytes of a score's mask, and of the zero that its masked gradient becomes.
+BASE_BYTES = {"float32": FLOAT32, "bfloat16": 2, "int8": 1, "nf4": 1}  # Of a weight, gathered.
 
 
-def bytes_of(tree: Any) -> int:
-    """Bytes on one device of a tree of `jax.ShapeDtypeStruct`, split as their shardings say."""
+class StateBytes(NamedTuple):
+    """Exact bytes on one device.
 
-    def size(x: jax.ShapeDtypeStruct) -> int:
-        bits = 4 if x.dtype == jnp.uint4 else 8 * x.dtype.itemsize  # Two of these are a byte.
+    Attributes:
+        trained: float32 weights that are trained.
+        frozen: the other weights.
+        optimizer: the optimizer's state.
+    """
+
+    trained: int
+    frozen: int
+    optimizer: int
+
+
+class StepLayout(NamedTuple):
+    """What a train step computes with on one device.
+
+    Attributes:
+        pool: what is scored; None where nothing is.
+        chunk: groups of the pool that are scored at a time, as for `scoring_bytes`.
+        trained: what the loss sees.
+        micro_batches: micro-batches of a step.
+        reuse: whether training starts from the record of scoring the pool.
+    """
+
+    pool: BatchLayout | None
+    chunk: int | None
+    trained: BatchLayout
+    micro_batches: int = 1
+    reuse: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one device during a train step.
+
+    Attributes:
+        parameters: all weights.
+        gradients: the gradient of those that are trained.
+        optimizer: the optimizer's state.
+        batch: all micro-batches of a step.
+        gradient_sums: the gradients of earlier micro-batches.
+        weight_copies: copies of weights in the backward pass.
+        kept: what is kept for the backward pass.
+        last_layer_kept: the part of `kept` that the last layer's backward pass uses up.
+        pool_record: the part of `kept` that scoring the pool leaves behind.
+        scoring: temporaries of scoring the pool.
+        logits: temporaries of the loss's vocabulary projection.
+        last_layer: temporaries of the loss in the last layer.
+        other_layer: temporaries of the loss in any other layer.
+        offloaded: whether the optimizer's state is on the device during the update only.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    batch: int
+    gradient_sums: int
+    weight_copies: int
+    kept: int
+    last_layer_kept: int
+    pool_record: int
+    scoring: int
+    logits: int
+    last_layer: int
+    other_layer: int
+    offloaded: bool
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """Bytes held in each part of a step, by its name.
+
+        The update counts all of an offloaded state, which is the most it can be.
+        """
+        inputs = self.parameters + self.batch
+        held = inputs + (0 if self.offloaded else self.optimizer) + self.gradient_sums
+        backward = held + self.gradients + self.weight_copies + self.kept
+        return {
+            "scoring": held + self.pool_record + self.scoring,
+            "vocabulary": held + self.kept + self.logits,
+            "last layer": backward + self.last_layer,
+            "layers": backward - self.last_layer_kept + self.other_layer,
+            "update": inputs + self.optimizer + self.gradients,
+        }
+
+    @property
+    def peak(self) -> int:
+        """The most that is held at once."""
+        return max(self.phases.values())
+
+    @property
+    def temporaries(self) -> int:
+        """The part of the peak beside weights, optimizer state and batch: XLA's `temp_size`."""
+        inputs = self.parameters + self.batch
+        return max(
+            size - inputs - (0 if self.offloaded and name != "update" else self.optimizer)
+            for name, size in self.phases.items()
+        )
+
+
+def estimate_step(
+    model: DeviceModel, state: StateBytes, batch: int, step: StepLayout, offloaded: bool = False
+) -> MemoryEstimate:
+    """Estimates the memory of a train step.
+
+    Args:
+        model: the model on one device.
+        state: bytes of weights and optimizer state.
+        batch: bytes of all micro-batches of a step.
+        step: what is scored and trained on.
+        offloaded: whether the optimizer's state lies on the host between updates.
+    """
+    recorded = step.pool if step.reuse and step.pool is not None else step.trained
+    return MemoryEstimate(
+        parameters=state.trained + state.frozen,
+        gradients=state.trained,
+        optimizer=state.optimizer,
+        batch=batch,
+        gradient_sums=state.trained if step.micro_batches > 1 else 0,
+        weight_copies=weight_copy_bytes(model, backward=True),
+        kept=kept_bytes(model, recorded, step.trained),
+        last_layer_kept=last_layer_record_bytes(model, recorded),
+        pool_record=record_bytes(model, recorded) if step.reuse else 0,
+        scoring=0 if step.pool is None else scoring_bytes(model, step.pool, step.chunk),
+        logits=logits_bytes(model, step.trained, backward=True),
+        last_layer=backward_bytes(model, step.trained, last_layer=True),
+        other_layer=backward_bytes(model, step.trained),
+        offloaded=offloaded,
+    )
+
+
+# Exact bytes.
+
+
+def tree_bytes(tree: Any) -> int:
+    """Returns the bytes on one device of a tree of `jax.ShapeDtypeStruct` with shardings."""
+
+    def leaf_bytes(x: jax.ShapeDtypeStruct) -> int:
+        bits = 4 if x.dtype == jnp.uint4 else 8 * x.dtype.itemsize  # Two uint4 share a byte.
         return math.prod(x.sharding.shard_shape(x.shape) if x.sharding else x.shape) * bits // 8
 
-    return sum(map(size, jax.tree.leaves(tree)))
+    return sum(map(leaf_bytes, jax.tree.leaves(tree)))
 
 
 def state_bytes(
@@ -44,286 +179,226 @@ def state_bytes(
     mesh: Mesh,
     optimizer: optax.GradientTransformation,
     lora: Lora | None = None,
-) -> tuple[int, int]:
-    """Exact bytes of the float32 weights that are trained and of the optimizer's state, on one
-    device of `mesh`, of which only names and sizes are read."""
-    shapes = param_shapes(config, mesh, lora)
+    base_dtype: str = "float32",
+) -> StateBytes:
+    """Returns the bytes of weights and optimizer state on one device of `mesh`.
+
+    Args:
+        config: the decoder.
+        mesh: the devices; only names and sizes of its axes are read.
+        optimizer: the optimizer of the trained weights.
+        lora: the adapters; None where all weights are trained.
+        base_dtype: with adapters, the type that the other weights are stored in.
+    """
+    trained, frozen = param_shapes(config, mesh, lora, base_dtype), {}
     if lora is not None:
-        shapes = {"adapters": shapes["adapters"]}
-    return bytes_of(shapes), bytes_of(state_shapes(optimizer, shapes, mesh))
+        adapters = {"adapters": trained.pop("adapters")}
+        trained, frozen = adapters, trained
+    state = state_shapes(optimizer, trained, mesh)
+    return StateBytes(tree_bytes(trained), tree_bytes(frozen), tree_bytes(state))
 
 
-def frozen_bytes(config: DecoderConfig, mesh: Mesh, lora: Lora | None, stored: str) -> int:
-    """Exact bytes of the weights that are not trained, see `state_bytes`."""
-    if lora is None:
-        return 0
-    shapes = param_shapes(config, mesh, lora, stored)
-    return bytes_of({name: tree for name, tree in shapes.items() if name != "adapters"})
-
-
-def batch_bytes(rows: int, prompt: int, responses: int, candidates: int, more: int = 0) -> int:
-    """The arrays of data/batches.py's Batch, a row: tokens, lengths, log-probs, number, `more`."""
-    return rows * (prompt + responses + 2 * candidates + 2 + more) * FLOAT
-
-
-def kept_bytes(m: Model, recorded: Layout, trained: Layout) -> int:
-    """What the forward pass keeps for the backward pass: its record, and beside the layers the
-    final norm's two float32 [ends, D], what the logits came from and its mask, and rotary angles.
+def batch_bytes(rows: int, prompt: int, responses: int, candidates: int, extra: int = 0) -> int:
+    """Returns the bytes of the arrays of a `Batch` (data/batches.py).
 
     Args:
-      recorded: what the forward pass ran on: the pool, or what is trained on.
-      trained: what is trained on.
+        rows: prompts of a step on one device.
+        prompt: tokens of a prompt.
+        responses: tokens of all its responses.
+        candidates: responses of a prompt, of which a batch has lengths and reference log-probs.
+        extra: further values of a row, such as scores.
     """
-    beside = (trained.ends * 2 * m.hidden + trained.tokens * m.size) * FLOAT
-    beside += trained.batch * trained.responses * m.hidden * (m.itemsize + 1)
-    return record_bytes(m, recorded) + beside
+    row = prompt + responses + 2 * candidates + 2 + extra  # 2: the prompt's length and its index.
+    return rows * row * FLOAT32
 
 
-def record_bytes(m: Model, at: Layout) -> int:
-    """A forward pass's record (models/decoder.py), c bytes a value of the compute type.
+# What the forward pass keeps for the backward pass.
 
-    full  a layer's input: D c a token
-    dots  also the results of products with weights (but the last): (2 D + H K + 2 KV K + 2 F) c
 
-    and what the last layer gives, D c; a log-prob a response token. The last layer has its input
-    and keys and values of all tokens, and the rest of `Layout.ends`.
+def kept_bytes(model: DeviceModel, recorded: BatchLayout, trained: BatchLayout) -> int:
+    """Returns the bytes of the forward pass's record and of what differentiation saves besides.
+
+    Args:
+        model: the model.
+        recorded: what the forward pass ran on: the pool, or what is trained on.
+        trained: what is trained on.
     """
-    below = (m.layers - 1) * at.tokens * (m.hidden + sum(_products(m)))
-    return below * m.itemsize + last_bytes(m, at) + at.batch * at.responses * FLOAT
+    # The final norm saves two float32 arrays of hidden states, rotary positions their angles.
+    saved = trained.last_layer_tokens * 2 * model.hidden + trained.tokens * model.head_dim
+    # The vocabulary projection saves its input, in the compute type, and its mask.
+    logits_input = trained.batch * trained.response_tokens * model.hidden * (model.itemsize + 1)
+    return record_bytes(model, recorded) + saved * FLOAT32 + logits_input
 
 
-def last_bytes(m: Model, at: Layout) -> int:
-    """Of a record what the last layer left; it is used up when the others' backward pass begins."""
-    keys, rest = _products(m)
-    return (at.tokens * (m.hidden + keys) + at.ends * (rest + m.hidden)) * m.itemsize
+def record_bytes(model: DeviceModel, layout: BatchLayout) -> int:
+    """Returns the bytes of a forward pass's record (models/decoder.py)."""
+    # Of every layer its input, and with remat=dots the products of `_recorded_products`.
+    token = model.hidden + sum(_recorded_products(model))
+    layers = (model.layers - 1) * layout.tokens * token * model.itemsize
+    logps = layout.batch * layout.response_tokens * FLOAT32
+    return layers + last_layer_record_bytes(model, layout) + logps
 
 
-def _products(m: Model) -> tuple[int, int]:
-    """Recorded values a token and layer: of keys and values, and of the other products."""
-    if m.remat == "full":
+def last_layer_record_bytes(model: DeviceModel, layout: BatchLayout) -> int:
+    """Returns the last layer's part of a record.
+
+    It is used up when the backward pass of the other layers begins.
+    """
+    keys_values, others = _recorded_products(model)
+    # Input, keys and values of all tokens; of the last layer's tokens the rest and the output.
+    values = layout.tokens * (model.hidden + keys_values)
+    values += layout.last_layer_tokens * (others + model.hidden)
+    return values * model.itemsize
+
+
+def _recorded_products(model: DeviceModel) -> tuple[int, int]:
+    """Recorded values a token and layer: of keys and values, and of the other products.
+
+    A layer's last product is not recorded.
+    """
+    if model.remat == "full":
         return 0, 0
-    return 2 * m.keys, m.hidden + m.queries + 2 * m.inner
+    # Attention's output projection, queries, and the MLP's gate and up.
+    return 2 * model.key_width, model.hidden + model.query_width + 2 * model.inner
 
 
-def bias_bytes(m: Model, at: Layout) -> int:
-    """A fused kernel's mask of the responses, in the compute type and for all heads: c a pair."""
-    return sum(at.scores[1:]) * m.itemsize
+# Temporaries. Tokens hold values of the compute type, pairs float32 scores for every head.
 
 
-def fused_bytes(m: Model, at: Layout, copies: int = 1) -> int:
-    """What a fused kernel has beside queries, keys and values of the layer: its own copies of
-    those, keys repeated for every group, log-sum-exps, the mask (1 a pair) and its bias.
-
-    Args:
-      copies: 2 with gradients of all these.
-    """
-    rows = (at.tokens * 2 * m.queries + at.repeated * 2 * m.keys) * m.itemsize
-    mask = sum(at.scores[1:])
-    return copies * (rows + bias_bytes(m, at)) + at.tokens * m.heads * FLOAT + mask
-
-
-def forward_bytes(m: Model, at: Layout) -> int:
-    """Temporaries of a layer in the forward pass: its MLP's, or its attention's.
-
-    mlp        (3 D + 2 F) c a token
-    attention  (D + 2 H K + 2 KV K) c a token and 4 H a pair: those of the prompt twice, or once
-               and those of the responses twice; `fused_bytes` instead
-    """
-    c, t = m.itemsize, at.tokens
-    prompt, to_prompt, own = (n * m.heads * FLOAT for n in at.scores)
-    mlp = t * (3 * m.hidden + 2 * m.inner) * c
-    scores = max(2 * prompt, prompt + 2 * (to_prompt + own))
-    if m.fused:
-        scores = fused_bytes(m, at)
-    attention = t * (m.hidden + 2 * m.queries + 2 * m.keys) * c + scores
-    return max(mlp, attention)
+def forward_bytes(model: DeviceModel, layout: BatchLayout) -> int:
+    """Returns the temporaries of a layer in the forward pass: of its MLP or its attention."""
+    within_prompt, to_prompt, within_groups = (n * model.heads * FLOAT32 for n in layout.pairs)
+    # The scores of the prompt and their softmax live together. Then come those of the responses
+    # and their softmax, while the prompt's weights are still there.
+    scores = max(2 * within_prompt, within_prompt + 2 * (to_prompt + within_groups))
+    if model.fused:
+        scores = fused_bytes(model, layout)
+    return max(_mlp_bytes(model, layout), _attention_bytes(model, layout) + scores)
 
 
-def backward_bytes(m: Model, at: Layout, last: bool = False) -> int:
-    """Temporaries of a layer, or of the last one, in the backward pass, recomputed values among
-    them.
-
-    mlp      (3 D + k F + 2 H K + 2 KV K) c a token, k = 5, 4 for full, dots; all pairs' weights
-             (4 + c)
-    norms    7 D c a token
-    heads    (2 D + 5 H K + 5 KV K) c a token
-    scores   (D + 2 H K + 2 KV K) c a token, and a pair's weight (4 + c) and gradient (4): of all
-             pairs and the responses', or of the prompt's
-
-    and, in every layer, `MASKS` a pair and head. Fused: `fused_bytes` for pairs, no `MASKS`.
-    """
-    c, t = m.itemsize, at.ends if last else at.tokens
-    wide = FLOAT + (c if c < FLOAT else 0)
-    prompt, to_prompt, own = (n * m.heads for n in (at.end_scores if last else at.scores))
-    inner = {"full": 5, "dots": 4}[m.remat]
-    every = prompt + to_prompt + own
-    again = every * wide
-    scores = max(every * wide + (to_prompt + own) * FLOAT, prompt * (wide + FLOAT))
-    masks = every * MASKS
-    if m.fused:
-        masks, again = 0, fused_bytes(m, at)
-        scores = fused_bytes(m, at, copies=2)
-    return masks + max(
-        t * (3 * m.hidden + inner * m.inner + 2 * m.queries + 2 * m.keys) * c + again,
-        t * 7 * m.hidden * c,
-        t * (2 * m.hidden + 5 * m.queries + 5 * m.keys) * c,
-        t * (m.hidden + 2 * m.queries + 2 * m.keys) * c + scores,
-    )
+def _mlp_bytes(model: DeviceModel, layout: BatchLayout) -> int:
+    """A layer's residual, input and output, and the results of gate and up."""
+    return layout.tokens * (3 * model.hidden + 2 * model.inner) * model.itemsize
 
 
-def weight_copies(m: Model, backward: bool) -> int:
-    """Copies of weights to compute with: a layer's, taken out of the stack in the compute type.
-
-    Where weights are split, a layer is gathered as it is stored and its gradient is whole before it
-    is split again.
-    """
-    size = {"float32": FLOAT, "bfloat16": 2, "int8": 1, "nf4": 1}[m.stored]
-    gathered = m.block * size if m.gathered else 0
-    if backward and m.lora is None:
-        gathered *= 2
-    return m.block * m.itemsize + gathered
+def _attention_bytes(model: DeviceModel, layout: BatchLayout) -> int:
+    """A layer's residual; queries and attention's output; keys and values."""
+    token = model.hidden + 2 * model.query_width + 2 * model.key_width
+    return layout.tokens * token * model.itemsize
 
 
-def logits_bytes(m: Model, at: Layout, backward: bool) -> int:
-    """A chunk of the vocabulary projection: one array of logits, or three in the backward pass,
-    the head's weights in the compute type, and then their gradient."""
-    chunk = logits_chunk(m, at)
-    logits = at.batch * chunk * m.vocabulary * FLOAT
-    head = m.vocabulary * m.hidden
-    size = FLOAT if m.stored == "float32" else 2
-    copies = (m.itemsize if m.itemsize != size else 0) + (size if m.gathered else 0)
-    gradient = FLOAT if backward and m.lora is None else 0
-    return (3 if backward else 1) * logits + head * (copies + gradient)
-
-
-def scoring_bytes(m: Model, at: Layout, chunk: int | None) -> int:
-    """Temporaries of scoring a pool, nothing kept for a backward pass.
+def backward_bytes(model: DeviceModel, layout: BatchLayout, last_layer: bool = False) -> int:
+    """Returns the temporaries of a layer in the backward pass, what is recomputed included.
 
     Args:
-      chunk: groups computed at a time behind the prompt's keys and values; None: all with it.
+        model: the model.
+        layout: what is trained on.
+        last_layer: whether the layer is the last one, which has fewer tokens.
     """
-    if chunk is None or chunk >= at.groups:
-        hidden = 2 * at.ends * m.hidden * m.itemsize
-        layers = forward_bytes(m, at) + weight_copies(m, backward=False)
-        return max(layers, hidden + logits_bytes(m, at, backward=False))
-    prompt, some = at._replace(groups=0), at._replace(groups=chunk)
-    kept = (prompt.tokens * 2 * m.layers * m.keys + prompt.ends * m.hidden) * m.itemsize
-    behind = some._replace(prompt=0)
-    scores = m.heads * FLOAT * 2 * sum(some.scores[1:])
-    if m.fused:  # Of `some`, since the keys include the prompt's.
-        scores = fused_bytes(m, some)
-    attention = behind.tokens * (m.hidden + 2 * m.queries + 2 * m.keys) * m.itemsize + scores
-    mlp = behind.tokens * (3 * m.hidden + 2 * m.inner) * m.itemsize
-    logits = 2 * behind.tokens * m.hidden * m.itemsize + logits_bytes(m, behind, backward=False)
-    weights = weight_copies(m, backward=False)
-    return max(
-        forward_bytes(m, prompt) + weights, max(mlp, attention) + weights + kept, logits + kept
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class Account:
-    """Bytes on one device.
-
-    Attributes:
-      parameters, gradients, optimizer, batch: all weights, the gradient of those that are trained,
-        Adam's state, and all micro-batches of a step.
-      sums: the gradients of earlier micro-batches.
-      copies: of weights, in the backward pass.
-      kept: for the backward pass.
-      of_last: of that, what the last layer's backward pass has used up.
-      scored: of that, what scoring the pool leaves behind.
-      scoring, vocabulary, last, layers: temporaries of scoring the pool and, of the loss, of the
-        vocabulary projection, of the last layer and of any other.
-      offloaded: the optimizer's state is on the device only during the update.
-    """
-
-    parameters: int
-    gradients: int
-    optimizer: int
-    batch: int
-    sums: int
-    copies: int
-    kept: int
-    of_last: int
-    scored: int
-    scoring: int
-    vocabulary: int
-    last: int
-    layers: int
-    offloaded: bool
-
-    @property
-    def phases(self) -> dict[str, int]:
-        """What is held in each part of a step; during the update all of an offloaded state, which
-        is the most it can be."""
-        always = self.parameters + self.batch
-        state = always + (0 if self.offloaded else self.optimizer) + self.sums
-        backward = state + self.gradients + self.copies + self.kept
-        return {
-            "scoring": state + self.scored + self.scoring,
-            "vocabulary": state + self.kept + self.vocabulary,
-            "last layer": backward + self.last,
-            "layers": backward - self.of_last + self.layers,
-            "update": always + self.optimizer + self.gradients,
-        }
-
-    @property
-    def peak(self) -> int:
-        return max(self.phases.values())
-
-    @property
-    def temporaries(self) -> int:
-        """Of the peak, what is neither weights nor optimizer nor batch: XLA's `temp_size`."""
-        held = self.parameters + self.batch
-        rest = {name: size - held for name, size in self.phases.items()}
-        return max(
-            size - (0 if self.offloaded and name != "update" else self.optimizer)
-            for name, size in rest.items()
+    hidden, inner, query, key = model.hidden, model.inner, model.query_width, model.key_width
+    tokens = layout.last_layer_tokens if last_layer else layout.tokens
+    pairs = layout.last_layer_pairs if last_layer else layout.pairs
+    within_prompt, to_prompt, within_groups = (n * model.heads for n in pairs)
+    all_pairs = within_prompt + to_prompt + within_groups
+    # A pair's attention weight: in float32 and, where that differs, in the compute type.
+    weight = FLOAT32 + (model.itemsize if model.itemsize < FLOAT32 else 0)
+    if model.fused:
+        masks, weights = 0, fused_bytes(model, layout)
+        scores = fused_bytes(model, layout, copies=2)
+    else:
+        masks, weights = all_pairs * MASK, all_pairs * weight
+        # Weights of all pairs and gradients of the responses', or both of the prompt's.
+        scores = max(
+            weights + (to_prompt + within_groups) * FLOAT32, within_prompt * (weight + FLOAT32)
         )
+    # The largest of four places, in values of a token. The MLP has three hidden states, its inner
+    # ones with their gradients, and attention's inputs and output. A norm has seven hidden states.
+    # Heads are queries, keys and values before and after rotation, with gradients. The scores have
+    # attention's inputs and output.
+    inner_copies = {"full": 5, "dots": 4}[model.remat]
+    mlp = 3 * hidden + inner_copies * inner + 2 * query + 2 * key
+    norm = 7 * hidden
+    heads = 2 * hidden + 5 * query + 5 * key
+    attention = hidden + 2 * query + 2 * key
+    return masks + max(
+        tokens * mlp * model.itemsize + weights,
+        tokens * norm * model.itemsize,
+        tokens * heads * model.itemsize,
+        tokens * attention * model.itemsize + scores,
+    )
 
 
-def account(
-    m: Model,
-    parameters: int,
-    optimizer: int,
-    batch: int,
-    pool: Layout | None,
-    chunk: int | None,
-    trained: Layout,
-    micro_batches: int,
-    offloaded: bool = False,
-    reuse: bool = False,
-    frozen: int = 0,
-) -> Account:
-    """The account of a step.
+def fused_bytes(model: DeviceModel, layout: BatchLayout, copies: int = 1) -> int:
+    """Returns what a fused kernel holds beside the layer's queries, keys and values.
 
     Args:
-      m: the model on one device.
-      parameters, optimizer, batch: exact bytes; parameters are those that are trained.
-      pool: what is scored; None: nothing.
-      chunk: see `scoring_bytes`.
-      trained: what the loss sees.
-      micro_batches: of a step.
-      offloaded: see `Account`.
-      reuse: does training start from what scoring the pool has left?
-      frozen: exact bytes of the other weights.
+        model: the model.
+        layout: the tokens.
+        copies: 2 with gradients of what it holds.
     """
-    scoring = 0 if pool is None else scoring_bytes(m, pool, chunk)
-    recorded = pool if reuse and pool is not None else trained
-    return Account(
-        parameters=parameters + frozen,
-        gradients=parameters,
-        optimizer=optimizer,
-        batch=batch,
-        sums=parameters if micro_batches > 1 else 0,
-        copies=weight_copies(m, backward=True),
-        kept=kept_bytes(m, recorded, trained),
-        of_last=last_bytes(m, recorded),
-        scored=record_bytes(m, recorded) if reuse else 0,
-        scoring=scoring,
-        vocabulary=logits_bytes(m, trained, backward=True),
-        last=backward_bytes(m, trained, last=True),
-        layers=backward_bytes(m, trained),
-        offloaded=offloaded,
+    # Its own queries and outputs, and keys and values that repeat the prompt's for every group.
+    rows = layout.tokens * 2 * model.query_width + layout.repeated_keys * 2 * model.key_width
+    # The responses' mask, and the same in the compute type as a bias for all heads.
+    mask = sum(layout.pairs[1:])
+    bias = mask * model.itemsize
+    log_sum_exps = layout.tokens * model.heads * FLOAT32
+    return copies * (rows * model.itemsize + bias) + log_sum_exps + mask
+
+
+def weight_copy_bytes(model: DeviceModel, backward: bool) -> int:
+    """Returns the copies of weights that a layer computes with.
+
+    One is taken out of the stack of all layers, in the compute type. Where weights are stored in
+    parts, a layer is also gathered as it is stored, and its gradient is whole before it is split.
+    """
+    gathered = model.layer_weights * BASE_BYTES[model.base_dtype] if model.gathers_weights else 0
+    if backward and model.lora is None:
+        gathered *= 2
+    return model.layer_weights * model.itemsize + gathered
+
+
+def logits_bytes(model: DeviceModel, layout: BatchLayout, backward: bool) -> int:
+    """Returns the temporaries of a chunk of the vocabulary projection."""
+    chunk = logits_chunk(model, layout)
+    logits = layout.batch * chunk * model.vocabulary * FLOAT32
+    # The head's weights in the compute type, gathered as they are stored, and their gradient.
+    stored = FLOAT32 if model.base_dtype == "float32" else 2
+    head = model.itemsize if model.itemsize != stored else 0
+    head += stored if model.gathers_weights else 0
+    head += FLOAT32 if backward and model.lora is None else 0
+    return (3 if backward else 1) * logits + model.vocabulary * model.hidden * head
+
+
+def scoring_bytes(model: DeviceModel, layout: BatchLayout, chunk: int | None) -> int:
+    """Returns the temporaries of scoring a pool, without a record.
+
+    Args:
+        model: the model.
+        layout: the pool.
+        chunk: groups computed at a time after the prompt, from its keys and values; None where
+            all are computed together with the prompt.
+    """
+    weights = weight_copy_bytes(model, backward=False)
+    if chunk is None or chunk >= layout.groups:
+        hidden = 2 * layout.last_layer_tokens * model.hidden * model.itemsize
+        return max(
+            forward_bytes(model, layout) + weights,
+            hidden + logits_bytes(model, layout, backward=False),
+        )
+    prompt, groups = layout._replace(groups=0), layout._replace(groups=chunk)
+    responses = groups._replace(prompt=0)
+    # The prompt's keys and values of all layers, and its last hidden states.
+    prompt_values = prompt.tokens * 2 * model.layers * model.key_width
+    prompt_values += prompt.last_layer_tokens * model.hidden
+    kept = prompt_values * model.itemsize
+    if model.fused:
+        scores = fused_bytes(model, groups)  # Its keys include the prompt's.
+    else:
+        scores = 2 * model.heads * FLOAT32 * sum(groups.pairs[1:])
+    layer = max(_mlp_bytes(model, responses), _attention_bytes(model, responses) + scores)
+    hidden = 2 * responses.tokens * model.hidden * model.itemsize
+    return max(
+        forward_bytes(model, prompt) + weights,
+        layer + weights + kept,
+        hidden + logits_bytes(model, responses, backward=False) + kept,
     )

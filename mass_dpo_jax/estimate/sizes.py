@@ -1,7 +1,7 @@
-"""The sizes that a train step's memory and arithmetic are counted from (account.py, flops.py).
+"""Sizes that the memory and the arithmetic of a train step are computed from.
 
-Letters as in docs and models: B prompts (here of a micro-batch, on one device), P and R tokens, G
-groups of L response places (packed: one group of S), D hidden, F inner, V vocabulary, H heads of K.
+memory.py and flops.py take both from a `DeviceModel`, the decoder on one device, and a
+`BatchLayout`, the tokens of a micro-batch on it.
 """
 
 from __future__ import annotations
@@ -14,72 +14,94 @@ from mass_dpo_jax.models.logprobs import MAX_LOGITS
 from mass_dpo_jax.models.lora import Lora
 
 
-class Layout(NamedTuple):
-    """B rows of a prompt and G groups of L response places each.
+class BatchLayout(NamedTuple):
+    """The tokens of a micro-batch on one device, padding included.
 
-    whole: are final hidden states of all the prompt wanted, not of its last token only? Where
-      features are pooled over both, that is.
+    A row is a prompt and `groups` groups of `length` response tokens each. Packed responses are
+    one group, in a rectangle every response is its own. A response token sees the prompt and its
+    group.
+
+    Attributes:
+        batch: rows.
+        prompt: tokens of a prompt.
+        groups: groups of a row.
+        length: tokens of a group.
+        whole_prompt: whether the final hidden states of the whole prompt are wanted, since
+            features are pooled over it too, and not only those of its last token.
     """
 
     batch: int
     prompt: int
     groups: int
     length: int
-    whole: bool = False
+    whole_prompt: bool = False
 
     @property
-    def tokens(self) -> int:
-        """B (P + G L)."""
-        return self.batch * (self.prompt + self.responses)
-
-    @property
-    def responses(self) -> int:
-        """G L, of one row."""
+    def response_tokens(self) -> int:
+        """Response tokens of one row."""
         return self.groups * self.length
 
     @property
-    def ends(self) -> int:
-        """Tokens of which the last layer computes more than keys and values: B (1 + G L)."""
-        return self.tokens if self.whole else self.batch * (1 + self.responses)
+    def tokens(self) -> int:
+        """All tokens of the batch."""
+        return self.batch * (self.prompt + self.response_tokens)
 
     @property
-    def pairs(self) -> int:
-        """Query-key pairs whose scores are computed, masked ones too: B (P^2 + G L P + G L^2)."""
-        return sum(self.scores)
+    def last_layer_tokens(self) -> int:
+        """Tokens of which the last layer computes more than keys and values."""
+        return self.tokens if self.whole_prompt else self.batch * (1 + self.response_tokens)
 
     @property
-    def scores(self) -> tuple[int, int, int]:
-        """Pairs among prompt tokens, of responses with the prompt, and within groups."""
-        own = self.responses * self.length
-        return tuple(self.batch * n for n in (self.prompt**2, self.responses * self.prompt, own))  # type: ignore[return-value]
+    def pairs(self) -> tuple[int, int, int]:
+        """Query-key pairs of one head and layer, masked ones included.
+
+        Those among prompt tokens, of response tokens with the prompt, and within groups.
+        """
+        return (
+            self.batch * self.prompt**2,
+            self.batch * self.response_tokens * self.prompt,
+            self.batch * self.response_tokens * self.length,
+        )
 
     @property
-    def end_scores(self) -> tuple[int, int, int]:
-        """Those in the last layer, where the prompt's last token sees it and, beside it, itself."""
-        prompt, to_prompt, own = self.scores
-        return (prompt if self.whole else self.batch * (self.prompt + 1)), to_prompt, own
+    def last_layer_pairs(self) -> tuple[int, int, int]:
+        """The pairs of the last layer, where only the prompt's last token has a query.
+
+        It sees the prompt and, in a separate column, itself.
+        """
+        within_prompt, to_prompt, within_groups = self.pairs
+        if not self.whole_prompt:
+            within_prompt = self.batch * (self.prompt + 1)
+        return within_prompt, to_prompt, within_groups
 
     @property
-    def repeated(self) -> int:
-        """Keys of a fused kernel's responses, the prompt's again for every group: B G (P + L)."""
+    def repeated_keys(self) -> int:
+        """Keys that a fused kernel's responses see: the prompt's are repeated for every group."""
         return self.batch * self.groups * (self.prompt + self.length)
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
-    """The sizes of a decoder on one device: a dimension that `tensor` devices divide is split.
+class DeviceModel:
+    """The part of a decoder that one device computes with.
 
     Attributes:
-      layers: how many.
-      hidden, inner, vocabulary: D, F, V.
-      heads: H; queries, keys: widths H K and KV K of all heads together; size: K.
-      itemsize: bytes of the compute type.
-      remat: dots | full.
-      gathered: are weights split over devices that compute with them whole?
-      fused: is attention a fused kernel?
-      max_logits: held at once.
-      lora: the adapters; None: all weights are trained.
-      stored: with LoRA, the type of the other weights (models/frozen.py).
+        layers: number of layers.
+        hidden: D, width of hidden states.
+        inner: F, width of the MLP.
+        vocabulary: V, size of the vocabulary.
+        heads: H, query heads.
+        query_width: H d, width of all query heads together.
+        key_width: G d, width of all key heads, and of all value heads.
+        head_dim: d, size of a head.
+        itemsize: bytes of a value of the compute type.
+        remat: "dots" or "full", as `config.model.remat`.
+        gathers_weights: whether weights are stored in parts, on devices that compute with them
+            whole.
+        fused: whether attention is a fused kernel.
+        max_logits: logits held at once.
+        lora: the adapters; None where all weights are trained.
+        base_dtype: the type that weights are stored in: "float32" without adapters, otherwise as
+            `config.model.lora.base`.
     """
 
     layers: int
@@ -87,82 +109,96 @@ class Model:
     inner: int
     vocabulary: int
     heads: int
-    queries: int
-    keys: int
-    size: int
+    query_width: int
+    key_width: int
+    head_dim: int
     itemsize: int
     remat: str
-    gathered: bool = False
+    gathers_weights: bool = False
     fused: bool = False
     max_logits: int = MAX_LOGITS
     lora: Lora | None = None
-    stored: str = "float32"
+    base_dtype: str = "float32"
+
+    @classmethod
+    def from_decoder(
+        cls,
+        config: DecoderConfig,
+        itemsize: int,
+        remat: str,
+        fsdp: int = 1,
+        tensor: int = 1,
+        fused: bool = False,
+        max_logits: int = MAX_LOGITS,
+        lora: Lora | None = None,
+        base_dtype: str = "float32",
+    ) -> DeviceModel:
+        """Returns the part of a decoder on a mesh; `tensor` splits what it divides."""
+
+        def split(size: int) -> int:
+            return size // tensor if size % tensor == 0 else size
+
+        return cls(
+            layers=config.num_layers,
+            hidden=config.hidden_size,
+            inner=split(config.intermediate_size),
+            vocabulary=split(config.vocab_size),
+            heads=split(config.num_heads),
+            query_width=split(config.num_heads * config.head_dim),
+            key_width=split(config.num_kv_heads * config.head_dim),
+            head_dim=config.head_dim,
+            itemsize=itemsize,
+            remat=remat,
+            gathers_weights=fsdp > 1,
+            fused=fused,
+            max_logits=max_logits,
+            lora=lora,
+            base_dtype=base_dtype if lora else "float32",
+        )
 
     @property
-    def adapted(self) -> int:
-        """Weights of a layer's adapters: rank (in + out) of every product they add to."""
-        d, f, q = self.hidden, self.inner, self.queries
-        sides = {"query": d + q, "output": q + d, "gate": d + f, "up": d + f, "down": f + d}
-        return self._rank(sides) + self.adapted_keys
+    def layer_weights(self) -> int:
+        """Weights of a layer's matrix products, without adapters."""
+        # Query and output projections, then gate, up and down.
+        others = self.hidden * (2 * self.query_width + 3 * self.inner)
+        return others + self.key_value_weights
 
     @property
-    def adapted_keys(self) -> int:
-        """Those of keys and values."""
-        return self._rank(dict.fromkeys(("key", "value"), self.hidden + self.keys))
+    def key_value_weights(self) -> int:
+        """Those of keys and values, which the last layer computes of all tokens too."""
+        return self.hidden * 2 * self.key_width
 
-    def _rank(self, sides: dict[str, int]) -> int:
+    @property
+    def adapter_weights(self) -> int:
+        """Weights of a layer's adapters."""
+        hidden, inner, query = self.hidden, self.inner, self.query_width
+        products = {
+            "query": hidden + query,
+            "output": query + hidden,
+            "gate": hidden + inner,
+            "up": hidden + inner,
+            "down": inner + hidden,
+        }
+        return self._low_rank(products) + self.key_value_adapter_weights
+
+    @property
+    def key_value_adapter_weights(self) -> int:
+        """Those of the adapters of keys and values."""
+        return self._low_rank(dict.fromkeys(("key", "value"), self.hidden + self.key_width))
+
+    def _low_rank(self, products: dict[str, int]) -> int:
+        """rank (inputs + outputs) of every adapted product, by its name."""
         if self.lora is None:
             return 0
-        return self.lora.rank * sum(n for name, n in sides.items() if name in self.lora.targets)
-
-    @property
-    def block(self) -> int:
-        """Weights of a layer's matrix products: D (2 H K + 2 KV K + 3 F)."""
-        return self.hidden * (2 * self.queries + 3 * self.inner) + self.block_keys
-
-    @property
-    def block_keys(self) -> int:
-        """Those of keys and values, which the last layer too computes of all tokens."""
-        return self.hidden * 2 * self.keys
+        targets = self.lora.targets
+        return self.lora.rank * sum(n for name, n in products.items() if name in targets)
 
 
-def of_device(
-    config: DecoderConfig,
-    itemsize: int,
-    remat: str,
-    fsdp: int = 1,
-    tensor: int = 1,
-    fused: bool = False,
-    max_logits: int = MAX_LOGITS,
-    lora: Lora | None = None,
-    stored: str = "float32",
-) -> Model:
-    """The part of a decoder that one device computes with."""
+def logits_chunk(model: DeviceModel, layout: BatchLayout) -> int:
+    """Returns the response tokens of a row whose logits are computed at once.
 
-    def part(size: int) -> int:
-        return size // tensor if size % tensor == 0 else size
-
-    return Model(
-        layers=config.num_layers,
-        hidden=config.hidden_size,
-        inner=part(config.intermediate_size),
-        vocabulary=part(config.vocab_size),
-        heads=part(config.num_heads),
-        queries=part(config.num_heads * config.head_dim),
-        keys=part(config.num_kv_heads * config.head_dim),
-        size=config.head_dim,
-        itemsize=itemsize,
-        remat=remat,
-        gathered=fsdp > 1,
-        fused=fused,
-        max_logits=max_logits,
-        lora=lora,
-        stored=stored if lora else "float32",
-    )
-
-
-def logits_chunk(m: Model, at: Layout) -> int:
-    """Response places of a row whose logits are computed at once, see models/logprobs.py."""
-    longest = max(1, m.max_logits // (at.batch * m.vocabulary))
-    chunks = max(1, -(-at.responses // longest))
-    return -(-at.responses // chunks)
+    See models/logprobs.py.
+    """
+    longest = max(1, model.max_logits // (layout.batch * model.vocabulary))
+    chunks = max(1, -(-layout.response_tokens // longest))
+    return -(-layout.response_tokens // chunks)

@@ -24,7 +24,7 @@ from benchmarks.gpu.job import Job, workload
 from benchmarks.workloads import changed, trace
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.estimate import flops as flops_lib
-from mass_dpo_jax.estimate.sizes import of_device
+from mass_dpo_jax.estimate.sizes import DeviceModel
 from mass_dpo_jax.models import fused_attention
 from mass_dpo_jax.models.decoder import abstract_decoder
 from mass_dpo_jax.models.fused_attention import Fused
@@ -263,10 +263,10 @@ def test_without_a_gpu_nothing_is_tried_on_the_host(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", list(job.SHAPES))
-def test_useful_operations_are_those_of_the_account(name: str) -> None:
+def test_useful_operations_are_those_of_the_estimate(name: str) -> None:
     """Two formulas, and Llama 3.2 3B's size."""
     w, batch = workload(name, "3b"), 5
-    model = of_device(w.model, 2, "full")
+    model = DeviceModel.from_decoder(w.model, 2, "full")
     prompts = np.full(batch, w.prompt)
     of_prompts, behind = flops_lib.useful_flops(
         model, prompts, np.full((batch, 1 + w.pool), w.response)
@@ -279,7 +279,7 @@ def test_useful_operations_are_those_of_the_account(name: str) -> None:
     with_reference, _ = job.useful(w, batch, scored=False, reference=True)
     without, _ = job.useful(w, batch, scored=False, reference=False)
     assert with_reference == pytest.approx(without * 4 / 3)
-    assert model.layers * model.block + model.hidden * model.vocabulary == pytest.approx(
+    assert model.layers * model.layer_weights + model.hidden * model.vocabulary == pytest.approx(
         3_212_749_824, rel=1e-4
     )
 

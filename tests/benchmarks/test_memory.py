@@ -21,7 +21,7 @@ TINY = Workload(
 def test_figures_of_a_tiny_shape() -> None:
     (row,) = memory.small(TINY, ["dots"])
     for name in ("ours", "unshared"):
-        assert row[f"{name}/account"] == pytest.approx(row[f"{name}/xla"], rel=0.15)
+        assert row[f"{name}/estimate"] == pytest.approx(row[f"{name}/xla"], rel=0.15)
     assert row["unshared/xla"] > 1.5 * row["ours/xla"]
     # By less: one of its two layers is the last, which keeps little of any copy of a prompt.
     assert row["unshared/kept"] > 1.3 * row["ours/kept"]

@@ -1,4 +1,4 @@
-"""The account of LoRA's train step, and which models it says fit a card of 24 GB."""
+"""The estimate of LoRA's train step, and which models it says fit a card of 24 GB."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from flax import nnx
 from benchmarks import cost
 from benchmarks.memory import OPTIONS
 from mass_dpo_jax.estimate import flops as flops_lib
-from mass_dpo_jax.estimate import memory as account_lib
-from mass_dpo_jax.estimate.memory import Account
-from mass_dpo_jax.estimate.sizes import Layout, of_device
+from mass_dpo_jax.estimate import memory as memory_lib
+from mass_dpo_jax.estimate.memory import MemoryEstimate, StepLayout
+from mass_dpo_jax.estimate.sizes import BatchLayout, DeviceModel
 from mass_dpo_jax.models.config import DecoderConfig, parse_targets
 from mass_dpo_jax.models.decoder import abstract_decoder
 from mass_dpo_jax.models.lora import Lora
@@ -61,7 +61,9 @@ SMOLLM3 = {
 MODELS = {"llama": LLAMA, "qwen3": QWEN3, "smollm3": SMOLLM3}
 
 
-def account_of(model: DecoderConfig, config: Any, prompt: int, response: int, pool: int) -> Account:
+def estimate_lora(
+    model: DecoderConfig, config: Any, prompt: int, response: int, pool: int
+) -> MemoryEstimate:
     """Of one device, packed, with pools of `pool` negatives."""
     lora = Lora(config.model.lora.rank, config.model.lora.alpha, parse_targets("all"))
     stored, one = config.model.lora.base, abstract_mesh(config.mesh, 1)
@@ -69,20 +71,18 @@ def account_of(model: DecoderConfig, config: Any, prompt: int, response: int, po
     batch, micro = config.train.batch_size, config.train.micro_batch_size
     itemsize = np.dtype(config.model.dtype).itemsize
     of_pool, trained = (
-        Layout(micro, prompt, 1, n * response) for n in (1 + pool, 1 + config.num_negatives)
+        BatchLayout(micro, prompt, 1, n * response) for n in (1 + pool, 1 + config.num_negatives)
     )
-    return account_lib.account(
-        of_device(model, itemsize, config.model.remat, lora=lora, stored=stored, max_logits=2**27)
-        if config.model.dtype == "bfloat16"
-        else of_device(model, itemsize, config.model.remat, lora=lora, stored=stored),
-        *account_lib.state_bytes(model, one, optimizer, lora),
-        account_lib.batch_bytes(batch, prompt, (1 + pool) * response, 1 + pool),
-        of_pool,
-        None,
-        trained,
-        batch // micro,
-        reuse=True,
-        frozen=account_lib.frozen_bytes(model, one, lora, stored),
+    device = DeviceModel.from_decoder(
+        model, itemsize, config.model.remat, lora=lora, base_dtype=stored
+    )
+    if config.model.dtype == "bfloat16":
+        device = dataclasses.replace(device, max_logits=2**27)
+    return memory_lib.estimate_step(
+        device,
+        memory_lib.state_bytes(model, one, optimizer, lora, stored),
+        memory_lib.batch_bytes(batch, prompt, (1 + pool) * response, 1 + pool),
+        StepLayout(of_pool, None, trained, batch // micro, reuse=True),
     )
 
 
@@ -97,7 +97,7 @@ def test_models_of_billions_of_weights_fit_a_card_of_24_gb(
     )
     config = QLORA.get_config()
     config.model.lora.base = base
-    found = account_of(model, config, prompt=256, response=16, pool=19)
+    found = estimate_lora(model, config, prompt=256, response=16, pool=19)
     weights = sum(
         np.prod(x.shape)
         for x in jax.tree.leaves(param_shapes(model, abstract_mesh(config.mesh, 1)))
@@ -125,7 +125,7 @@ def test_temporaries_are_near_those_of_xla(remat: str, base: str) -> None:
     config.model.update(dtype="float32", remat=remat)
     config.model.lora.base = base
     config.train.update(batch_size=w.batch, micro_batch_size=w.batch)
-    found = account_of(model, config, w.prompt, w.response, w.pool)
+    found = estimate_lora(model, config, w.prompt, w.response, w.pool)
 
     lora = Lora(16, 32.0, parse_targets("all"))
     optimizer = make_optimizer(config.train, 1)
@@ -181,7 +181,7 @@ def test_flops_are_those_of_the_programs_products(remat: str, layout: str) -> No
     graphdef = nnx.graphdef(abstract_decoder(MODEL, remat=remat, lora=lora))
     made = program(remat, layout, "float32")
     made = dataclasses.replace(made, scorer=dataclasses.replace(made.scorer, graphdef=graphdef))
-    model = of_device(MODEL, 4, remat, lora=lora, stored="nf4")
+    model = DeviceModel.from_decoder(MODEL, 4, remat, lora=lora, base_dtype="nf4")
     _, _, trained = layouts(layout, rows)
     _, batch = arguments(rows)
     params = param_shapes(MODEL, abstract_mesh(QLORA.get_config().mesh, 1), lora, "nf4")

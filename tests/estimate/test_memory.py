@@ -1,4 +1,4 @@
-"""The account of a train step, against arrays, residuals, counted products and XLA's buffers."""
+"""The estimate of a train step, against arrays, residuals, counted products and XLA's buffers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 
 from benchmarks import cost
-from benchmarks.memory import account_of, compiled_bytes
+from benchmarks.memory import compiled_bytes, estimate_case
 from benchmarks.workloads import Case, Workload
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.data.batches import Batch
@@ -23,9 +23,10 @@ from mass_dpo_jax.data.tokenizer import train_tokenizer
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.estimate import dry_run as dry_run_lib
 from mass_dpo_jax.estimate import flops as flops_lib
-from mass_dpo_jax.estimate import memory as account_lib
+from mass_dpo_jax.estimate import memory as memory_lib
 from mass_dpo_jax.estimate.dry_run import dry_run
-from mass_dpo_jax.estimate.sizes import Layout, of_device
+from mass_dpo_jax.estimate.memory import StateBytes, StepLayout
+from mass_dpo_jax.estimate.sizes import BatchLayout, DeviceModel
 from mass_dpo_jax.models.config import DecoderConfig
 from mass_dpo_jax.models.decoder import abstract_decoder
 from mass_dpo_jax.models.fused_attention import Fused
@@ -68,14 +69,14 @@ def test_weights_and_optimizer_are_exact_on_a_mesh(tmp_path: Path, dtype: str) -
     places = jax.tree.map(lambda x: x.sharding, like.opt_state)
     state = jax.jit(optimizer.init, out_shardings=places)(params)
     mesh = abstract_mesh(config.mesh, 8)
-    found = account_lib.state_bytes(setup.policy.config, mesh, optimizer)
-    assert found == (on_device(params), on_device(state))
+    found = memory_lib.state_bytes(setup.policy.config, mesh, optimizer)
+    assert found == (on_device(params), 0, on_device(state))
     gradient = jax.grad(lambda p: sum(jnp.sum(x**2) for x in jax.tree.leaves(p)))(params)
-    assert found[0] == on_device(gradient)
+    assert found.trained == on_device(gradient)
 
     shape = setup.buckets["train"].shapes[-1]
     batch = Batches(setup, Reference({}))[0].arrays
-    found = dry_run_lib.of_shape(setup, mesh, shape)
+    found = dry_run_lib.estimate_shape(setup, mesh, shape)
     assert found.batch == on_device(batch)
     assert found.parameters == found.gradients == on_device(params)
 
@@ -104,12 +105,14 @@ def arguments(rows: int, model: DecoderConfig = MODEL) -> tuple[Any, Batch]:
     return params, Batch(*made, ref_logps=reference, index=index)
 
 
-def layouts(layout: str, rows: int) -> tuple[Layout, int | None, Layout]:
+def layouts(layout: str, rows: int) -> tuple[BatchLayout, int | None, BatchLayout]:
     """Of the pool, its chunk, and of the loss."""
     if layout == "packed":
-        pool, trained = (Layout(rows, PROMPT, 1, n * RESPONSE) for n in (1 + POOL, 1 + NEGATIVES))
+        pool, trained = (
+            BatchLayout(rows, PROMPT, 1, n * RESPONSE) for n in (1 + POOL, 1 + NEGATIVES)
+        )
         return pool, None, trained
-    pool, trained = (Layout(rows, PROMPT, n, RESPONSE) for n in (1 + POOL, 1 + NEGATIVES))
+    pool, trained = (BatchLayout(rows, PROMPT, n, RESPONSE) for n in (1 + POOL, 1 + NEGATIVES))
     return pool, 1 + NEGATIVES, trained
 
 
@@ -149,11 +152,11 @@ CASES = [
 def test_kept_bytes_are_the_record_and_what_differentiation_saves(
     remat: str, layout: str, dtype: str
 ) -> None:
-    model = of_device(MODEL, jnp.dtype(dtype).itemsize, remat)
+    model = DeviceModel.from_decoder(MODEL, jnp.dtype(dtype).itemsize, remat)
 
     def kept(rows: int) -> int:
         pool, _, trained = layouts(layout, rows)
-        return account_lib.kept_bytes(model, pool, trained)
+        return memory_lib.kept_bytes(model, pool, trained)
 
     made = program(remat, layout, dtype)
     # What does not grow with the batch are weights.
@@ -168,25 +171,25 @@ def test_kept_bytes_of_a_fused_kernel(
     """Traced, not run: nothing beside the record."""
     pretend_a_gpu(monkeypatch)
     config = dataclasses.replace(MODEL, head_dim=16)  # The kernel takes multiples of 8.
-    model = of_device(config, 2, remat, fused=True)
+    model = DeviceModel.from_decoder(config, 2, remat, fused=True)
     made = program(remat, layout, "bfloat16", config)
     made = dataclasses.replace(made, scorer=dataclasses.replace(made.scorer, attention=Fused()))
 
     pool, _, trained = layouts(layout, 4)
     found = saved(made, 6, config) - saved(made, 2, config)
-    assert account_lib.kept_bytes(model, pool, trained) == pytest.approx(found, rel=0.04)
+    assert memory_lib.kept_bytes(model, pool, trained) == pytest.approx(found, rel=0.04)
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_a_fused_kernel_holds_no_scores(remat: str) -> None:
     """Temporaries grow with the number of heads by no pair of tokens."""
-    one = of_device(MODEL, 2, remat, fused=True)
+    one = DeviceModel.from_decoder(MODEL, 2, remat, fused=True)
     many = dataclasses.replace(one, heads=one.heads + 1)
     pool, chunk, trained = layouts("rectangle", 2)
     for layout in (trained, trained._replace(prompt=400)):
-        for of in (account_lib.backward_bytes, account_lib.forward_bytes):
+        for of in (memory_lib.backward_bytes, memory_lib.forward_bytes):
             assert of(many, layout) - of(one, layout) <= 4 * layout.tokens * one.layers
-    assert account_lib.scoring_bytes(one, pool, chunk) < account_lib.scoring_bytes(
+    assert memory_lib.scoring_bytes(one, pool, chunk) < memory_lib.scoring_bytes(
         dataclasses.replace(one, fused=False, heads=24), pool, chunk
     )
 
@@ -196,7 +199,7 @@ def test_flops_are_those_of_the_programs_products(remat: str, layout: str) -> No
     """In float32: in bfloat16 the traced program has products whose results nothing uses."""
     rows = 3
     made = program(remat, layout, "float32")
-    model = of_device(MODEL, 4, remat)
+    model = DeviceModel.from_decoder(MODEL, 4, remat)
     pool, chunk, trained = layouts(layout, rows)
     params, batch = arguments(rows)
     counted = cost.counted(jax.make_jaxpr(jax.grad(loss(made)))(params, batch, numbers(rows)).jaxpr)
@@ -207,7 +210,7 @@ def test_flops_are_those_of_the_programs_products(remat: str, layout: str) -> No
 
 
 def test_useful_flops_count_pairs_that_see_each_other() -> None:
-    model = of_device(MODEL, 4, "dots")
+    model = DeviceModel.from_decoder(MODEL, 4, "dots")
     prompts, responses = np.array([5, 3]), np.array([[2, 4], [1, 0]])
     of_prompts, behind = flops_lib.useful_flops(model, prompts, responses)
     for b in range(2):
@@ -216,14 +219,14 @@ def test_useful_flops_count_pairs_that_see_each_other() -> None:
         for layer in range(model.layers):
             for place in range(prompts[b]):
                 if layer < model.layers - 1 or place == prompts[b] - 1:
-                    want += 2 * model.block + 4 * model.queries * (place + 1)
+                    want += 2 * model.layer_weights + 4 * model.query_width * (place + 1)
                 else:  # The last layer wants no more of it than what others see.
-                    want += 2 * model.hidden * 2 * model.keys
+                    want += 2 * model.hidden * 2 * model.key_width
         assert of_prompts[b] == want
         for c, length in enumerate(responses[b]):
             pairs = sum(prompts[b] + i + 1 for i in range(length))
-            token = 2 * (model.layers * model.block + model.hidden * model.vocabulary)
-            assert behind[b, c] == 4 * model.layers * model.queries * pairs + token * length
+            token = 2 * (model.layers * model.layer_weights + model.hidden * model.vocabulary)
+            assert behind[b, c] == 4 * model.layers * model.query_width * pairs + token * length
 
 
 WORKLOAD = Workload(
@@ -242,17 +245,19 @@ WORKLOAD = Workload(
 def test_temporaries_are_near_those_of_xla(remat: str, changes: dict[str, Any]) -> None:
     """Of the whole train step in float32, where activations are most of it."""
     case = Case.make(dataclasses.replace(WORKLOAD, **changes))
-    found = account_of(case, remat)
+    found = estimate_case(case, remat)
     assert found.temporaries > 3 * found.gradients
     compiled = compiled_bytes(case, case.program("mass_dpo", remat))
     assert found.temporaries == pytest.approx(compiled, rel=0.2)
 
 
 def test_peak_with_an_offloaded_state_and_several_micro_batches() -> None:
-    model = of_device(MODEL, 2, "full")
+    model = DeviceModel.from_decoder(MODEL, 2, "full")
     pool, chunk, trained = layouts("packed", 2)
-    one = account_lib.account(model, 100, 200, 7, pool, chunk, trained, 1)
-    many = account_lib.account(model, 100, 200, 7, pool, chunk, trained, 4, offloaded=True)
+    state = StateBytes(trained=100, frozen=0, optimizer=200)
+    step = StepLayout(pool, chunk, trained, micro_batches=1)
+    one = memory_lib.estimate_step(model, state, 7, step)
+    many = memory_lib.estimate_step(model, state, 7, step._replace(micro_batches=4), offloaded=True)
     assert one.phases["update"] == many.phases["update"] == 100 + 100 + 200 + 7
     for name in ("scoring", "vocabulary", "layers"):
         assert many.phases[name] == one.phases[name] - 200 + 100

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 AREAS = set(
     "losses methods selection catalogue masks positions responses replay log-probs models export "
     "lora optimizer steps refresh checkpoint resume origin loaders tokens batches metrics mesh "
-    "hosts signals runs config cli help files account reports".split()
+    "hosts signals runs config cli help files estimate reports".split()
 ) | {"model card"}
 
 
