@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.cli import commands
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.runs import run_folder
 from mass_dpo_jax.utils.files import expand_path
 from mass_dpo_jax.utils.run_paths import check_new_run
 
@@ -64,7 +65,7 @@ def main() -> None:
         check_new_run(workdir)
     config = commands.required(_CONFIG)
     from mass_dpo_jax.estimate.dry_run import dry_run
-    from mass_dpo_jax.training import checkpoint, interruption, loop, methods, monitor
+    from mass_dpo_jax.training import interruption, loop, methods, monitor
     from mass_dpo_jax.utils import distributed
 
     commands.say_unread("this training", methods.find_unread(config))
@@ -81,7 +82,7 @@ def main() -> None:
         with interruption.on_signals():
             done = loop.train(config, workdir, _write_report)
     except interruption.Stopped as signal:
-        step = checkpoint.latest_step(workdir)
+        step = run_folder.latest_step(workdir)
         where = "before its first step" if step is None else f"and saved at step {step}"
         print(f"stopped by {signal} {where}; run the same command again to go on")
         return

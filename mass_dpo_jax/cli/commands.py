@@ -318,7 +318,7 @@ def _host_needs_memory(error: BaseException, message: str) -> str:
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if "mass_dpo_jax/data/" in Path(frame.filename).as_posix():
             what, helps = " to read the data", f"fewer rows by config.data.max_train, {helps}"
-        elif Path(frame.filename).name in ("weights.py", "policy.py", "checkpoint.py"):
+        elif Path(frame.filename).name in ("weights.py", "policy.py", "checkpoint_reading.py"):
             what = " to load the weights"
             helps = f"a smaller model, LoRA on config.model.lora.base=int8, {helps}"
         if what:

@@ -26,7 +26,7 @@ from mass_dpo_jax.estimate.memory import MemoryEstimate, StepLayout
 from mass_dpo_jax.estimate.sizes import BatchLayout, DeviceModel
 from mass_dpo_jax.models.fused_attention import Fused
 from mass_dpo_jax.models.logprobs import max_logits_of
-from mass_dpo_jax.training.checkpoint import latest_step
+from mass_dpo_jax.runs.run_folder import latest_step
 from mass_dpo_jax.training.mesh import abstract_mesh, check_batch
 from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.policy import uses_lora

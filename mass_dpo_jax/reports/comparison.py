@@ -14,7 +14,7 @@ from mass_dpo_jax.data import load_examples
 from mass_dpo_jax.data.readers import synthetic
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.reports import baselines
-from mass_dpo_jax.runs import run_config, run_folder
+from mass_dpo_jax.runs import metrics_files, run_config
 from mass_dpo_jax.training.monitor import EXIST_LOGPS, FINAL_LOGPS, START_LOGPS
 from mass_dpo_jax.utils.files import read_array, short_names
 
@@ -90,7 +90,7 @@ def read_logps(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _read(run: Path) -> dict[str, Any]:
-    found = run_folder.read_metrics(run)
+    found = metrics_files.read_metrics_json(run)
     if not found or not found["finished"]:
         raise UserError(
             f"{run}: not a finished run (no final metrics.json); python -m mass_dpo_jax.train "

@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.runs.metrics_files import Series, read_metrics
+from mass_dpo_jax.runs.metrics_files import Series, read_metrics_log
 
 # Okabe and Ito's colours, told apart with any colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -67,7 +67,7 @@ def plot(
     Raises:
       UserError: a file is missing or broken, or none has anything to show.
     """
-    found = {name: read_metrics(path) for name, path in runs.items()}
+    found = {name: read_metrics_log(path) for name, path in runs.items()}
     ends = [max((steps[-1] for steps, _ in run.values()), default=0.0) for run in found.values()]
     starts = [0.0, *itertools.accumulate(ends)][: len(ends)] if in_sequence else [0.0] * len(ends)
     panels = [p for p in PANELS if any(name in run for run in found.values() for name in p.lines)]

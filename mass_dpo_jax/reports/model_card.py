@@ -13,8 +13,8 @@ import mass_dpo_jax
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.data.render import template_arguments
 from mass_dpo_jax.models.config import DecoderConfig
-from mass_dpo_jax.runs import origin, run_config, run_folder
-from mass_dpo_jax.runs.metrics_files import read_metrics
+from mass_dpo_jax.runs import metrics_files, origin, run_config
+from mass_dpo_jax.runs.metrics_files import read_metrics_log
 from mass_dpo_jax.selection.registry import CRITERIA
 from mass_dpo_jax.training.methods import METHODS
 from mass_dpo_jax.training.policy import run_of
@@ -152,7 +152,7 @@ def _data(config: ConfigDict) -> str:
 
 
 def _metrics(workdir: Path, step: int) -> str:
-    found = run_folder.read_metrics(workdir) or {}
+    found = metrics_files.read_metrics_json(workdir) or {}
     if found.get("finished") and found.get("step") == step and found.get("final"):
         start, final, gain = found.get("start") or {}, found["final"], found.get("gain") or {}
         head = (
@@ -175,7 +175,7 @@ def _metrics(workdir: Path, step: int) -> str:
 def _validation(workdir: Path, step: int) -> dict[str, float]:
     path = workdir / "metrics.jsonl"
     found = {}
-    for name, (steps, values) in (read_metrics(path) if path.exists() else {}).items():
+    for name, (steps, values) in (read_metrics_log(path) if path.exists() else {}).items():
         if name.startswith("eval/") and step in steps:
             found[name.removeprefix("eval/")] = float(values[steps == step][-1])
     return found

@@ -76,7 +76,7 @@ def write(
       done: what metrics.json says.
       tested: None where the run was tested on nothing.
     """
-    series = curves.read_metrics(workdir / "metrics.jsonl")
+    series = curves.read_metrics_log(workdir / "metrics.jsonl")
     title = f"{config.method.replace('_', '-')}: {workdir.resolve().name}"
     parts = [f"<h1>{escape(title)}</h1>", _summary(config, done)]
     drawn = [_curve(workdir, panel, series) for panel in CURVES if _known(panel, series)]

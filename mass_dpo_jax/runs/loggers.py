@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 import mass_dpo_jax
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.runs.run_folder import MetricsLog
+from mass_dpo_jax.runs.metrics_files import MetricsLog
 from mass_dpo_jax.utils import distributed
 
 TENSORBOARD, WANDB = "tensorboard", "wandb"  # Folders inside a run folder.

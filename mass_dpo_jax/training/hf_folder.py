@@ -29,8 +29,8 @@ from mass_dpo_jax.models.decoder import abstract_decoder
 from mass_dpo_jax.models.folder import GENERATION
 from mass_dpo_jax.models.weights import save_hf
 from mass_dpo_jax.reports import model_card
-from mass_dpo_jax.runs import origin, run_config
-from mass_dpo_jax.training import checkpoint
+from mass_dpo_jax.runs import origin, run_config, run_folder
+from mass_dpo_jax.training import checkpoint_reading
 from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training.policy import (
     Policy,
@@ -66,9 +66,9 @@ def export(
     config = run_config.load_config(workdir)
     if not 0 < max_shard_gb < math.inf:
         raise UserError(f"--max_shard_gb={max_shard_gb}: expected a finite number above 0")
-    there = checkpoint.steps(workdir)
+    there = run_folder.list_steps(workdir)
     if not there:
-        raise UserError(f"{workdir}: {checkpoint.NONE_YET}")
+        raise UserError(f"{workdir}: {run_folder.NO_CHECKPOINT}")
     step = there[-1] if step is None else step
     if step not in there:
         shown = ", ".join(map(str, there))
@@ -85,7 +85,7 @@ def export(
     decoder = load_config(described)
     tokenizer = load_tokenizer(described)
     dtype = dtype or config.model.dtype
-    read = checkpoint.Reader(workdir, step)
+    read = checkpoint_reading.Reader(workdir, step)
 
     def card(folder: Path) -> None:
         read.check()
@@ -205,7 +205,7 @@ def _save_adapters(
     lora = read_lora(run_config.locate_files(config, workdir).model.lora)
     if lora is None:
         raise UserError(f"--adapters: {workdir} is a run without LoRA")
-    read = checkpoint.Reader(workdir, step)
+    read = checkpoint_reading.Reader(workdir, step)
     found = adapters_of(read, lora)
     read.check()
     with _appearing(output) as temporary:
@@ -214,7 +214,11 @@ def _save_adapters(
 
 
 def _merging(
-    read: checkpoint.Reader, workdir: Path, base_path: str, decoder: DecoderConfig, tokenizer: Any
+    read: checkpoint_reading.Reader,
+    workdir: Path,
+    base_path: str,
+    decoder: DecoderConfig,
+    tokenizer: Any,
 ) -> Callable[[tuple[str, ...], int | None], np.ndarray]:
     """As `read`; of a run with LoRA, its base with the adapters added."""
     config = run_config.locate_files(run_config.load_config(workdir), workdir)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from mass_dpo_jax.runs import loggers, origin, run_config, run_folder
+from mass_dpo_jax.runs import loggers, metrics_files, origin, resume, run_config, run_folder
 from mass_dpo_jax.training import checkpoint, interruption, scoring
 from mass_dpo_jax.training.monitor import BadSteps, Evaluator, StepLog, WriteReport, check_best
 from mass_dpo_jax.training.optimizer import learning_rate, make_optimizer
@@ -35,22 +35,22 @@ def train(
 def _train(
     config: ConfigDict, workdir: Path, lock: run_folder.Lock, write_report: WriteReport | None
 ) -> dict[str, Any]:
-    distributed.run_on_primary(lambda: run_folder.check(workdir, config))
+    distributed.run_on_primary(lambda: resume.check_settings(workdir, config))
     distributed.check_shared_folder(workdir, "--workdir")
     loggers.check(config)
     if workdir.exists():  # Else it is made when everything has been found in order.
         lock.take()
-    done = distributed.run_on_primary(lambda: run_folder.finished(workdir))
+    done = distributed.run_on_primary(lambda: run_folder.read_finished_metrics(workdir))
     if done is not None:
         _log.info(f"{workdir}: finished at step {done['step']}; nothing to do")
         return done
     distributed.run_on_primary(lambda: run_folder.check_writable(workdir))
     check_best(config.train, config.method, SPLITS)
-    begun = distributed.run_on_primary(lambda: checkpoint.latest_step(workdir)) is not None
+    begun = distributed.run_on_primary(lambda: run_folder.latest_step(workdir)) is not None
     setup = prepare(run_config.use_own_files(config, workdir) if begun else config, workdir, SPLITS)
     check_best(config.train, config.method, setup.tokens)
     digests = setup.digests()
-    distributed.run_on_primary(lambda: run_folder.check_data(workdir, digests))
+    distributed.run_on_primary(lambda: resume.check_data(workdir, digests))
     params, reference_params, weights = _read_weights(setup, begun)
     if begun:
         distributed.run_on_primary(lambda: origin.check_weights(workdir, weights))
@@ -73,7 +73,7 @@ def _train(
     like = abstract_state(setup, optimizer)
     best = f"eval/{config.train.keep_best}"
     values = dict(
-        distributed.run_on_primary(lambda: list(run_folder.by_step(workdir, best).items()))
+        distributed.run_on_primary(lambda: list(metrics_files.read_figure(workdir, best).items()))
     )
     saved = checkpoint.Checkpoints(workdir, config.train.keep_checkpoints, values)
     negatives = None
@@ -85,7 +85,9 @@ def _train(
         _log.info(f"{workdir}: going on from step {int(state.step)} of {total}")
 
     start = int(state.step)
-    evaluated = distributed.run_on_primary(lambda: sorted(run_folder.evaluated(workdir)))
+    evaluated = distributed.run_on_primary(
+        lambda: sorted(metrics_files.read_evaluated_steps(workdir))
+    )
     log = loggers.Logs(config, workdir, start)
     evaluator = Evaluator(setup, reference.logps, workdir, log, write_report)
     rate = learning_rate(config.train, total)
@@ -148,11 +150,11 @@ def _claim(
       weights: digests of what it begins from; None: it goes on.
     """
     # Again: another training may have come and gone.
-    distributed.run_on_primary(lambda: run_folder.check(workdir, config))
+    distributed.run_on_primary(lambda: resume.check_settings(workdir, config))
     if weights is None:
-        run_folder.say_changed(workdir, config)
+        resume.log_changed_settings(workdir, config)
         config = run_config.restore_typed_paths(config, workdir)
-    run_folder.claim(workdir, config)
+    run_folder.write_config(workdir, config)
     if weights is not None:
         save_description(setup.policy, config, workdir)
     if distributed.is_primary():

@@ -16,7 +16,7 @@ import mass_dpo_jax
 from mass_dpo_jax.data.examples import Example, digest
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.metrics import evaluate_logps, metric_names, ranking_gains
-from mass_dpo_jax.runs import run_folder
+from mass_dpo_jax.runs import metrics_files, run_folder
 from mass_dpo_jax.runs.loggers import Log
 from mass_dpo_jax.training import scoring
 from mass_dpo_jax.training.methods import METHODS
@@ -300,7 +300,9 @@ class Evaluator:
 
     def evaluate_end(self, params: Any, step: int) -> dict[str, Any]:
         """Writes the final metrics into report.html and metrics.json, and returns the latter."""
-        started = distributed.run_on_primary(lambda: run_folder.read_metrics(self._workdir)) or {}
+        started = (
+            distributed.run_on_primary(lambda: metrics_files.read_metrics_json(self._workdir)) or {}
+        )
         final = gain = evaluated = None
         if self._final:
             final, logps = self._evaluate(params, self._final)

@@ -29,8 +29,8 @@ from mass_dpo_jax.models.folder import GENERATION, check_folder
 from mass_dpo_jax.models.lora import Adapters, Lora
 from mass_dpo_jax.models.quantize import store
 from mass_dpo_jax.models.weights import check_hf, load_hf
-from mass_dpo_jax.runs import origin, run_config
-from mass_dpo_jax.training import checkpoint, scoring
+from mass_dpo_jax.runs import origin, run_config, run_folder
+from mass_dpo_jax.training import checkpoint_reading, scoring
 from mass_dpo_jax.training.mesh import hidden_splits, names, param_shapes
 from mass_dpo_jax.utils import distributed
 
@@ -49,7 +49,7 @@ def run_of(path: Path) -> tuple[Path, int | None] | None:
     """
     if is_run(path):
         return path, None
-    if path.parent.name == checkpoint.FOLDER and path.name.isdecimal():
+    if path.parent.name == run_folder.CHECKPOINTS and path.name.isdecimal():
         found = run_of(path.parent.parent)
         return found and (found[0], int(path.name))
     return None
@@ -57,7 +57,7 @@ def run_of(path: Path) -> tuple[Path, int | None] | None:
 
 def _check_step(folder: Path, step: int | None) -> None:
     """Raises UserError where a run has no checkpoint of that step, and says which it has."""
-    there = checkpoint.steps(folder)
+    there = run_folder.list_steps(folder)
     if step is not None and step not in there:
         shown = ", ".join(map(str, there)) or "none"
         raise UserError(f"{folder}: no checkpoint of step {step}; found {shown}")
@@ -209,12 +209,12 @@ class Policy:
     def _of_run(self, folder: Path, step: int | None, whole: Any) -> Weights:
         model = run_config.locate_files(run_config.load_config(folder), folder).model
         if not uses_lora(model.lora):
-            params = checkpoint.load_params(folder, whole, step)
+            params = checkpoint_reading.load_params(folder, whole, step)
             return Weights(params, scoring.fingerprint(params))
         lora = read_lora(model.lora)
         assert lora is not None
         run = dataclasses.replace(self, lora=lora, stored=model.lora.base)
-        adapters = folder if step is None else folder / checkpoint.FOLDER / str(step)
+        adapters = folder if step is None else folder / run_folder.CHECKPOINTS / str(step)
         # Not by --config.model.path, which names the run.
         if not Path(model.path).exists():
             raise UserError(
@@ -235,7 +235,7 @@ class Policy:
         if not path:
             return _new(Adapters, like, seed, self.config, self.lora)
         if run := run_of(Path(path)):
-            return checkpoint.load_params(run[0], {"adapters": like}, run[1])["adapters"]
+            return checkpoint_reading.load_params(run[0], {"adapters": like}, run[1])["adapters"]
         return lora_lib.load_peft(path, self.config, like)
 
 
@@ -299,7 +299,7 @@ def open_policy(
       examples: with `model.path` empty, the architecture is `model.scratch`'s and the tokenizer is
         trained on these and kept in `workdir`.
     """
-    if workdir is not None and checkpoint.latest_step(workdir) is not None:
+    if workdir is not None and run_folder.latest_step(workdir) is not None:
         folder = description_folder(workdir)
         architecture, tokenizer = load_config(folder), load_tokenizer(folder)
     elif config.model.path:
@@ -395,9 +395,9 @@ def _copy_adapters(config: ConfigDict, path: Path, folder: Path) -> None:
     folder.mkdir()
     if run := run_of(path):
         lora = read_lora(config.model.lora)
-        step = checkpoint.latest_step(run[0]) if run[1] is None else run[1]
+        step = run_folder.latest_step(run[0]) if run[1] is None else run[1]
         assert lora is not None and step is not None
-        reader = checkpoint.Reader(run[0], step)
+        reader = checkpoint_reading.Reader(run[0], step)
         lora_lib.save_peft(folder, adapters_of(reader, lora), lora, config.model.path)
         reader.check()
         return
@@ -405,7 +405,7 @@ def _copy_adapters(config: ConfigDict, path: Path, folder: Path) -> None:
         shutil.copyfile(path / name, folder / name)
 
 
-def adapters_of(read: checkpoint.Reader, lora: Lora) -> Any:
+def adapters_of(read: checkpoint_reading.Reader, lora: Lora) -> Any:
     """A and B of each product, from a checkpoint's reader."""
     return {
         name: {part: read(("adapters", name, part), None) for part in ("a", "b")}

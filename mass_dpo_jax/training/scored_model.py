@@ -10,8 +10,7 @@ from ml_collections import ConfigDict
 
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.runs import origin, run_config
-from mass_dpo_jax.training import checkpoint
+from mass_dpo_jax.runs import origin, run_config, run_folder
 from mass_dpo_jax.training.methods import METHODS
 from mass_dpo_jax.training.policy import uses_lora
 from mass_dpo_jax.training.setup import Reference, Setup, prepare
@@ -63,8 +62,8 @@ def _prepare_run(
 
     `config.model.path` may say where the model that it began from lies now.
     """
-    if distributed.run_on_primary(lambda: checkpoint.latest_step(workdir)) is None:
-        raise UserError(f"{workdir}: {checkpoint.NONE_YET}")
+    if distributed.run_on_primary(lambda: run_folder.latest_step(workdir)) is None:
+        raise UserError(f"{workdir}: {run_folder.NO_CHECKPOINT}")
     own = run_config.locate_files(run_config.load_config(workdir), workdir)
     lora = uses_lora(own.model.lora)
     base = own.model.path

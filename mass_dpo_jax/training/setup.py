@@ -25,8 +25,9 @@ from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models import fused_attention
 from mass_dpo_jax.models import peft_format as lora_lib
 from mass_dpo_jax.models.logprobs import max_logits_of
-from mass_dpo_jax.training import checkpoint, scoring
+from mass_dpo_jax.runs import run_folder
 from mass_dpo_jax.training import mesh as mesh_lib
+from mass_dpo_jax.training import scoring
 from mass_dpo_jax.training.methods import METHODS, Method, make_method
 from mass_dpo_jax.training.policy import Policy, check_model, open_policy, uses_lora
 from mass_dpo_jax.training.step import Program, Scorer
@@ -157,7 +158,7 @@ def prepare(
     tokens: dict[str, Tokens] = {}
     if distributed.is_primary():
         # Reading data can take minutes, looking at a folder none.
-        begun = workdir is not None and checkpoint.latest_step(workdir) is not None
+        begun = workdir is not None and run_folder.latest_step(workdir) is not None
         for name in models_read(config, begun):
             check_model(Path(config.model[name]), not config.dry_run, f"model.{name}")
         examples = _load(config, splits)

@@ -21,7 +21,7 @@ from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models.config import DecoderConfig, load_config
 from mass_dpo_jax.reports.comparison import read_logps
 from mass_dpo_jax.reports.paper import runs
-from mass_dpo_jax.runs import run_config, run_folder
+from mass_dpo_jax.runs import metrics_files, run_config, run_folder
 from mass_dpo_jax.training.checkpoint import Checkpoints
 from mass_dpo_jax.training.scoring import cached
 from mass_dpo_jax.training.step import TrainState
@@ -55,7 +55,7 @@ def test_json_in_every_reader(tmp_path: Path, text: str) -> None:
         "train.jsonl": lambda path: load("jsonl", path, "train"),
         "train.json": lambda path: load("lastfm", path, "train"),
         "config.json": lambda path: load_config(path.parent),
-        "metrics.json": lambda path: run_folder.read_metrics(path.parent),
+        "metrics.json": lambda path: metrics_files.read_metrics_json(path.parent),
     }
     for name, read in readers.items():
         (tmp_path / name).write_text(text)
@@ -151,7 +151,7 @@ def test_metrics_of_a_run(tmp_path: Path) -> None:
     for content in wrong:
         (tmp_path / "metrics.json").write_text(json.dumps(content))
         with pytest.raises(UserError, match=r"metrics.json: "):
-            run_folder.read_metrics(tmp_path)
+            metrics_files.read_metrics_json(tmp_path)
 
 
 def test_a_file_that_cannot_be_put_in_place_leaves_no_other(tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_a_file_that_cannot_be_put_in_place_leaves_no_other(tmp_path: Path) -> N
 
 def test_a_log_with_other_lines_is_cut_there(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n[]\n{"step": 2}\n')
-    run_folder.MetricsLog(tmp_path, 2).close()
+    metrics_files.MetricsLog(tmp_path, 2).close()
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 

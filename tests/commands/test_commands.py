@@ -304,7 +304,7 @@ def test_settings_before_the_file_and_the_last_of_two_files(tmp_path: Path) -> N
 def test_of_two_run_folders_the_last(tmp_path: Path) -> None:
     """Its settings, as its weights."""
     for name, beta in (("first", 0.2), ("last", 0.3)):
-        run_folder.claim(tmp_path / name, tiny_config(tmp_path, beta=beta))
+        run_folder.write_config(tmp_path / name, tiny_config(tmp_path, beta=beta))
     folders = (f"--workdir={tmp_path / 'first'}", "--workdir", str(tmp_path / "last"))
     done = command("mass_dpo_jax.evaluate", *folders, "--config.print=True")
     assert done.returncode == 0, done.stderr

@@ -36,7 +36,7 @@ from mass_dpo_jax.reports import model_card
 from mass_dpo_jax.runs import run_config, run_folder
 from mass_dpo_jax.selection.registry import CRITERIA
 from mass_dpo_jax.train import train
-from mass_dpo_jax.training import checkpoint
+from mass_dpo_jax.training import checkpoint, checkpoint_reading
 from mass_dpo_jax.training.mesh import make_mesh
 from mass_dpo_jax.training.methods import METHODS
 from mass_dpo_jax.training.policy import open_policy, save_description
@@ -85,7 +85,7 @@ def model_folder(torch: ModuleType, folder: Path, model_type: str, **changes: An
 
 def untrained_run(workdir: Path, config: ConfigDict) -> Path:
     """What a run of no steps would leave: the model it starts from, as a checkpoint."""
-    run_folder.claim(workdir, config)
+    run_folder.write_config(workdir, config)
     policy = open_policy(config, make_mesh(config.mesh), workdir, ())
     save_description(policy, config, workdir)
     saved = checkpoint.Checkpoints(workdir)
@@ -254,7 +254,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_weights_that_were_split_are_whole_and_in_their_layers(tmp_path: Path, run: Path) -> None:
     config = run_config.load_config(run)
     policy = open_policy(config, make_mesh(config.mesh), run, ())
-    params = checkpoint.load_params(run, policy.abstract)
+    params = checkpoint_reading.load_params(run, policy.abstract)
     export(run, tmp_path / "out")
     tensors = tensors_of(tmp_path / "out")
     assert {t.dtype for t in tensors.values()} == {np.dtype(np.float32)}

@@ -61,7 +61,7 @@ def shape(path: Path) -> tuple[int, ...]:
 
 def test_lines_hold_different_names(tmp_path: Path):
     path = write(tmp_path, [{"step": 1, "loss": 2.0}, {"step": 2, "a": 5}, {"step": 3, "loss": 1}])
-    read = curves.read_metrics(path)
+    read = curves.read_metrics_log(path)
     assert set(read) == {"loss", "a"}
     np.testing.assert_array_equal(read["loss"], [[1, 3], [2, 1]])
     np.testing.assert_array_equal(read["a"], [[2], [5]])
@@ -108,7 +108,7 @@ def test_a_broken_line_is_named(tmp_path: Path, line: str):
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{{"step": 1, "loss": 2}}\n{line}\n')
     with pytest.raises(UserError, match=r"metrics\.jsonl:2: expected"):
-        curves.read_metrics(path)
+        curves.read_metrics_log(path)
 
 
 def test_nothing_to_draw_is_an_error(tmp_path: Path):

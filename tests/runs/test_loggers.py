@@ -19,7 +19,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 import mass_dpo_jax
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.runs import loggers, run_folder
+from mass_dpo_jax.runs import loggers, metrics_files
 from mass_dpo_jax.train import train
 from tests.support.helpers import log_lines, tiny_config, write_jsonl
 
@@ -62,15 +62,15 @@ def test_tensorboard_shows_what_metrics_jsonl_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config(write_jsonl(tmp_path / "data.jsonl"))
-    write = run_folder.MetricsLog.write
+    write = metrics_files.MetricsLog.write
 
-    def write_and_stop(self: run_folder.MetricsLog, step: int, figures: dict) -> None:
+    def write_and_stop(self: metrics_files.MetricsLog, step: int, figures: dict) -> None:
         write(self, step, figures)
         if step == 4:
             raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_folder.MetricsLog, "write", write_and_stop)
+        patch.setattr(metrics_files.MetricsLog, "write", write_and_stop)
         with pytest.raises(Stop):
             train(config, tmp_path / "run")
     train(config, tmp_path / "run")

@@ -37,11 +37,12 @@ from mass_dpo_jax.models.lora import Lora
 from mass_dpo_jax.models.peft_format import load_peft, load_peft_settings, save_peft
 from mass_dpo_jax.models.weights import load_hf
 from mass_dpo_jax.report import make_report
-from mass_dpo_jax.runs import run_config, run_folder
-from mass_dpo_jax.runs.metrics_files import read_metrics
+from mass_dpo_jax.runs import metrics_files, run_config, run_folder
+from mass_dpo_jax.runs.metrics_files import read_metrics_log
+from mass_dpo_jax.runs.run_folder import latest_step
 from mass_dpo_jax.train import train
 from mass_dpo_jax.training import mesh, scoring
-from mass_dpo_jax.training.checkpoint import Checkpoints, latest_step
+from mass_dpo_jax.training.checkpoint import Checkpoints
 from mass_dpo_jax.training.loop import SPLITS
 from mass_dpo_jax.training.methods import make_method
 from mass_dpo_jax.training.offline_selection import with_features
@@ -353,11 +354,11 @@ def _read_runs(folder: Path) -> Iterator[Callable[[], Any]]:
         with tempfile.TemporaryDirectory() as copy:
             if (run / "metrics.jsonl").is_file():
                 shutil.copy(run / "metrics.jsonl", copy)
-            run_folder.MetricsLog(Path(copy), 2).close()
+            metrics_files.MetricsLog(Path(copy), 2).close()
 
     yield again
     yield log
-    yield lambda: read_metrics(run / "metrics.jsonl")
+    yield lambda: read_metrics_log(run / "metrics.jsonl")
     yield lambda: compare([folder / "first", run])
 
 

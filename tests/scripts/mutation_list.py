@@ -837,8 +837,8 @@ MUTATIONS = (
     ),
     Mutation(
         "checkpoint: of equally good ones the oldest is kept",
-        "return max(reversed(known), key=values.__getitem__, default=None)",
-        "return max(known, key=values.__getitem__, default=None)",
+        "return max(reversed(finite), key=values.__getitem__, default=None)",
+        "return max(finite, key=values.__getitem__, default=None)",
         "training/test_checkpoint.py::test_the_best_is_kept_beside_the_newest",
     ),
     Mutation(
@@ -849,8 +849,8 @@ MUTATIONS = (
     ),
     Mutation(
         "checkpoint: an export does not check what it reads",
-        'if found != written["params"]:',
-        "if not found:",
+        'if digest != written["params"]:',
+        "if not digest:",
         "training/test_checkpoint.py::test_an_export_notices_a_flipped_bit",
     ),
     Mutation(
@@ -861,8 +861,8 @@ MUTATIONS = (
     ),
     Mutation(
         "resume: other data may go on with a run",
-        'known = about(workdir).get("data")',
-        'known = about(workdir).get("rows")',
+        'known = read_checkpoint_notes(workdir).get("data")',
+        'known = read_checkpoint_notes(workdir).get("rows")',
         "training/test_reliability.py::test_a_run_does_not_go_on_with_other_data",
     ),
     Mutation(
@@ -957,8 +957,8 @@ MUTATIONS = (
     ),
     Mutation(
         "resume: the log loses the step that was saved",
-        'if step and line["step"] <= step]',
-        'if step and line["step"] < step]',
+        'if step and row["step"] <= step]',
+        'if step and row["step"] < step]',
         "training/test_reliability.py::test_an_interruption_costs_no_evaluation",
     ),
     Mutation(
@@ -1257,14 +1257,14 @@ MUTATIONS = (
     ),
     Mutation(
         "hosts: a process saves by its own view of the checkpoints",
-        "if distributed.run_on_primary(lambda: step in steps(self._workdir)):",
-        "if step in steps(self._workdir):",
+        "if distributed.run_on_primary(lambda: step in run_folder.list_steps(self._workdir)):",
+        "if step in run_folder.list_steps(self._workdir):",
         "utils/test_distributed.py::test_processes_that_see_different_things_stay_together",
     ),
     Mutation(
         "hosts: a process reads what it finds itself",
-        "[only] if only is not None else distributed.run_on_primary(lambda: steps(workdir))",
-        "[only] if only is not None else steps(workdir)",
+        "steps = distributed.run_on_primary(lambda: run_folder.list_steps(workdir))",
+        "steps = run_folder.list_steps(workdir)",
         "utils/test_distributed.py::test_processes_that_see_different_things_stay_together",
     ),
     Mutation(

@@ -25,7 +25,7 @@ from mass_dpo_jax.models import attention as plain
 from mass_dpo_jax.models import fused_attention
 from mass_dpo_jax.models.decoder import abstract_decoder, param_dims
 from mass_dpo_jax.models.weights import _Files, load_hf
-from mass_dpo_jax.runs import run_config
+from mass_dpo_jax.runs import run_config, run_folder
 from mass_dpo_jax.score import score
 from mass_dpo_jax.training import checkpoint, scoring
 from mass_dpo_jax.training import mesh as mesh_lib
@@ -173,7 +173,7 @@ def read_share(folder: Path) -> float:
 def waits(folder: Path) -> dict[str, Any]:
     """What this process finds where processes see different things, see test_hosts.py."""
     found: dict[str, Any] = {}
-    me, real = jax.process_index(), (distributed._get, setup_lib.open_splits, checkpoint.steps)
+    me, real = jax.process_index(), (distributed._get, setup_lib.open_splits, run_folder.list_steps)
     longest = 0.0
 
     def get(key: str) -> Any:
@@ -221,7 +221,7 @@ def waits(folder: Path) -> dict[str, Any]:
     like = checkpoint.TrainState(step, weights, weights)
     for name, seen in (("nothing", []), ("too much", [1, 2, 3])):
         views = (lambda path, seen=seen: seen) if me == 1 else real[2]
-        with mock.patch.object(checkpoint, "steps", views):
+        with mock.patch.object(run_folder, "list_steps", views):
             saved = checkpoint.Checkpoints(folder / name, keep=5)
             found[f"{name}: none"] = saved.latest()
             for step in (1, 1, 2):

@@ -18,9 +18,9 @@ from jax.experimental import multihost_utils
 
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.export import export
-from mass_dpo_jax.runs import run_folder
+from mass_dpo_jax.runs import metrics_files, resume, run_folder
 from mass_dpo_jax.train import train
-from mass_dpo_jax.training import checkpoint
+from mass_dpo_jax.training import checkpoint, checkpoint_reading
 from mass_dpo_jax.training.monitor import Evaluator, check_best
 from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.setup import prepare
@@ -114,12 +114,12 @@ def test_an_export_notices_a_flipped_bit(
 ) -> None:
     """One bit of one weight, in what the files are decompressed to: no library would see it."""
     train(tiny_config(data), tmp_path / "run")
-    reader = checkpoint.Reader(tmp_path / "run", 4)
+    reader = checkpoint_reading.Reader(tmp_path / "run", 4)
     reader(("norm", "scale"), None)
     with pytest.raises(UserError, match="not what was written"):
         reader.check()  # Not everything was read.
     export(tmp_path / "run", tmp_path / "whole")
-    real = checkpoint.ts.open
+    real = checkpoint_reading.ts.open
 
     class Flipped:
         def __init__(self, array: Any):
@@ -139,7 +139,7 @@ def test_an_export_notices_a_flipped_bit(
             return opened
         return SimpleNamespace(result=lambda: Flipped(opened.result()))
 
-    monkeypatch.setattr(checkpoint.ts, "open", flip)
+    monkeypatch.setattr(checkpoint_reading.ts, "open", flip)
     with pytest.raises(UserError, match="params: not what was written"):
         export(tmp_path / "run", tmp_path / "flipped")
     assert not (tmp_path / "flipped").exists()
@@ -157,7 +157,7 @@ def test_only_the_loop_asks_whether_to_end(tmp_path: Path, monkeypatch: pytest.M
     for step in (1, 2):
         saved.save(checkpoint.TrainState(jnp.int32(step), values, values), None, {})
     saved.close()
-    assert checkpoint.latest_step(tmp_path) == 2
+    assert run_folder.latest_step(tmp_path) == 2
 
 
 def test_single_bits(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_single_bits(tmp_path: Path) -> None:
     saved = checkpoint.Checkpoints(tmp_path)
     saved.save(state, None, {})
     saved.close()
-    found = checkpoint.load_params(tmp_path, like)
+    found = checkpoint_reading.load_params(tmp_path, like)
     np.testing.assert_array_equal(found["w"], values["w"])
     rng = np.random.default_rng(0)
     files = sorted(p for p in (tmp_path / "checkpoints/3/params").rglob("*") if p.is_file())
@@ -183,7 +183,7 @@ def test_single_bits(tmp_path: Path) -> None:
         flipped[rng.integers(len(content))] ^= 1 << rng.integers(8)
         path.write_bytes(flipped)
         try:
-            found = checkpoint.load_params(tmp_path, like)
+            found = checkpoint_reading.load_params(tmp_path, like)
         except UserError:
             noticed += 1
         else:
@@ -225,7 +225,7 @@ def test_a_failed_restore_leaves_nothing_that_is_still_read(
 
     monkeypatch.setattr(asyncio.SelectorEventLoop, "close", closed)
     with pytest.raises(UserError, match="none of its checkpoints can be read"):
-        checkpoint.load_params(tmp_path, like)
+        checkpoint_reading.load_params(tmp_path, like)
     assert not left
 
 
@@ -244,10 +244,10 @@ def test_a_checkpoint_of_another_model_says_what_differs(tmp_path: Path, data: P
     params = dict(prepare(config, tmp_path / "run", ("train",)).policy.abstract)
     params["more"] = jax.ShapeDtypeStruct((2,), jnp.float32, sharding=like.step.sharding)
     with pytest.raises(UserError, match="params: has no more, expected"):
-        checkpoint.load_params(tmp_path / "run", params)
+        checkpoint_reading.load_params(tmp_path / "run", params)
     del params["more"], params["norm"]
     with pytest.raises(UserError, match="params: has norm/scale, which this configuration knows"):
-        checkpoint.load_params(tmp_path / "run", params)
+        checkpoint_reading.load_params(tmp_path / "run", params)
 
 
 def test_restoring_into_another_type(tmp_path: Path, data: Path) -> None:
@@ -255,7 +255,7 @@ def test_restoring_into_another_type(tmp_path: Path, data: Path) -> None:
     train(tiny_config(data), tmp_path / "run")
     before = final_state(tmp_path / "run", tiny_config(data))
     config = tiny_config(data, **{"train.moments_dtype": "bfloat16"})
-    run_folder.check(tmp_path / "run", config)
+    resume.check_settings(tmp_path / "run", config)
     after = final_state(tmp_path / "run", config)
     for a, b in zip(*map(jax.tree.leaves, (after.params, before.params)), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -283,7 +283,7 @@ def test_the_best_is_kept_beside_the_newest(
         },
     )  # fmt: skip
     train(config, tmp_path / "run")
-    assert checkpoint.steps(tmp_path / "run") == [4, 6]
+    assert run_folder.list_steps(tmp_path / "run") == [4, 6]
     assert checkpoint.best_step([1, 2, 3], {}) is None
 
 
@@ -297,11 +297,11 @@ def test_what_is_no_number_is_never_the_best(tmp_path: Path, bad: float) -> None
         finite = {step: value for step, value in values.items() if math.isfinite(value)}
         assert checkpoint.best_step([*values], values) == max(finite, key=finite.__getitem__)
         # A run that goes on reads them from its log, and judges the same.
-        log = run_folder.MetricsLog(tmp_path, 0)
+        log = metrics_files.MetricsLog(tmp_path, 0)
         for step, value in values.items():
             log.write(step, {"eval/rewards/margins": value})
         log.close()
-        read = run_folder.by_step(tmp_path, "eval/rewards/margins")
+        read = metrics_files.read_figure(tmp_path, "eval/rewards/margins")
         assert checkpoint.best_step([*values], read) == checkpoint.best_step([*values], values)
     assert checkpoint.best_step([100, 200], {100: bad, 200: bad}) is None
 

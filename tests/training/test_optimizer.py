@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax import train as train_lib
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.runs import run_folder
+from mass_dpo_jax.runs import metrics_files
 from mass_dpo_jax.training import checkpoint, mesh
 from mass_dpo_jax.training import optimizer as optimizer_lib
 from mass_dpo_jax.training.optimizer import (
@@ -143,9 +143,9 @@ def test_a_run_with_small_moments_goes_on_bit_for_bit(
     )  # fmt: skip
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train_lib.train(config, whole)
-    write = run_folder.MetricsLog.write
+    write = metrics_files.MetricsLog.write
 
-    def write_and_stop(self: run_folder.MetricsLog, step: int, figures: dict) -> None:
+    def write_and_stop(self: metrics_files.MetricsLog, step: int, figures: dict) -> None:
         if "loss" in figures and step == 4:
             raise Stop
         write(self, step, figures)
@@ -156,7 +156,7 @@ def test_a_run_with_small_moments_goes_on_bit_for_bit(
 
     save = checkpoint.Checkpoints.save
     with monkeypatch.context() as patch:
-        patch.setattr(run_folder.MetricsLog, "write", write_and_stop)
+        patch.setattr(metrics_files.MetricsLog, "write", write_and_stop)
         patch.setattr(checkpoint.Checkpoints, "save", save_and_wait)
         with pytest.raises(Stop):
             train_lib.train(config, parts)

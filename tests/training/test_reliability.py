@@ -18,9 +18,9 @@ import pytest
 
 from mass_dpo_jax.data.batches import Batch
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.runs import run_folder
+from mass_dpo_jax.runs import metrics_files, run_folder
 from mass_dpo_jax.train import train
-from mass_dpo_jax.training import checkpoint, interruption, mesh
+from mass_dpo_jax.training import checkpoint, checkpoint_reading, interruption, mesh
 from mass_dpo_jax.training.methods import make_method
 from mass_dpo_jax.training.monitor import BadSteps, Evaluator, StepLog
 from mass_dpo_jax.training.optimizer import make_optimizer
@@ -82,7 +82,7 @@ def test_sigterm_saves_and_the_run_goes_on(
         kill_at(patch, owner, name, call)
         with pytest.raises(interruption.Stopped, match="SIGTERM"), interruption.on_signals():
             train(config, run)
-    assert checkpoint.latest_step(run) == saved_at
+    assert run_folder.latest_step(run) == saved_at
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     done = train(config, run)
     config.cache_dir = ""
@@ -99,13 +99,13 @@ def test_an_interruption_costs_no_evaluation(
     config = tiny_config(data, **SAVED_ALL, **{"train.eval_every": 3})
     run, whole = tmp_path / "run", tmp_path / "whole"
     train(config, whole)
-    assert run_folder.evaluated(whole) == {0, 3, 4}
+    assert metrics_files.read_evaluated_steps(whole) == {0, 3, 4}
     with monkeypatch.context() as patch:
         kill_at(patch, Evaluator, "evaluate_step", call)
         with pytest.raises(interruption.Stopped), interruption.on_signals():
             train(config, run)
-    assert checkpoint.latest_step(run) == 2 + call
-    assert run_folder.evaluated(run) == {0, 3, 4} - {2 + call, 4}
+    assert run_folder.latest_step(run) == 2 + call
+    assert metrics_files.read_evaluated_steps(run) == {0, 3, 4} - {2 + call, 4}
     train(config, run)
     assert_same_run(config, run, whole)
 
@@ -145,7 +145,7 @@ def test_two_trainings_do_not_share_a_folder(
     config = tiny_config(data)
     run, whole = tmp_path / "run", tmp_path / "whole"
     train(config, whole)
-    real, before = run_folder.claim, Setup.score
+    real, before = run_folder.write_config, Setup.score
     refused = []
 
     def second(folder: Path) -> None:
@@ -154,7 +154,7 @@ def test_two_trainings_do_not_share_a_folder(
         refused.append(folder)
 
     def claim(workdir: Path, *rest: Any) -> None:
-        monkeypatch.setattr(run_folder, "claim", real)
+        monkeypatch.setattr(run_folder, "write_config", real)
         second(workdir)  # Started at the same moment, in a folder that was not there.
         real(workdir, *rest)
 
@@ -163,7 +163,7 @@ def test_two_trainings_do_not_share_a_folder(
             second(run)
         return before(self, *args)
 
-    monkeypatch.setattr(run_folder, "claim", claim)
+    monkeypatch.setattr(run_folder, "write_config", claim)
     monkeypatch.setattr(Setup, "score", score)
     train(config, run)
     assert refused == [run, run]
@@ -289,7 +289,7 @@ def test_an_update_with_nan_is_skipped(
     saved = checkpoint.Checkpoints(run, keep=8)
 
     def state(step: int) -> Any:
-        found = checkpoint._read(
+        found = checkpoint_reading.read_checkpoint(
             (run / "checkpoints" / str(step)).absolute(),
             {"params": like.params, "opt_state": like.opt_state},
         )
@@ -347,7 +347,7 @@ def test_a_run_of_bad_updates_ends_with_the_examples_and_a_saved_state(
     with pytest.raises(BadSteps, match=r"step 5: the loss is not finite; example\(s\) row\d+; 3 "):
         train(config, tmp_path / "run")
     # The sixth step had begun when the fifth was looked at.
-    assert checkpoint.latest_step(tmp_path / "run") == 6
+    assert run_folder.latest_step(tmp_path / "run") == 6
     assert [line["skipped"] for line in log_lines(tmp_path / "run") if "loss" in line][:5] == [
         0, 0, 1, 1, 1,
     ]  # fmt: skip
@@ -431,7 +431,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(
             train(config, run)
     assert "checkpoints/2: this checkpoint was not written: File too large" in said()
     steps = [1] if always else [1, 3, 4]
-    assert checkpoint.steps(run) == steps
+    assert run_folder.list_steps(run) == steps
     train(config, run)
     assert_same_run(config, run, whole)
     # Orbax's threads may write on for a moment after a failure: the next start has removed that.
@@ -454,9 +454,9 @@ def test_a_log_that_cannot_be_written_ends_the_run(
     config = tiny_config(data, **SAVED_ALL)
     run, whole = tmp_path / "run", tmp_path / "whole"
     train(config, whole)
-    write = run_folder.MetricsLog.write
+    write = metrics_files.MetricsLog.write
 
-    def full(self: run_folder.MetricsLog, step: int, figures: Any) -> None:
+    def full(self: metrics_files.MetricsLog, step: int, figures: Any) -> None:
         if step == 3 and "loss" in figures:
             with SmallFiles(self._path.stat().st_size + 20):
                 write(self, step, figures)
@@ -464,7 +464,7 @@ def test_a_log_that_cannot_be_written_ends_the_run(
             write(self, step, figures)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_folder.MetricsLog, "write", full)
+        patch.setattr(metrics_files.MetricsLog, "write", full)
         with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be written: File too large"):
             train(config, run)
     train(config, run)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.runs import run_folder
+from mass_dpo_jax.runs import metrics_files
 from mass_dpo_jax.train import train
 from mass_dpo_jax.training import loop
 from mass_dpo_jax.training.methods import METHODS
@@ -310,9 +310,9 @@ def test_interrupted_run_goes_on_bit_for_bit(
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     expected = train(config, whole)
 
-    write = run_folder.MetricsLog.write
+    write = metrics_files.MetricsLog.write
 
-    def write_and_stop(self: run_folder.MetricsLog, step: int, figures: dict) -> None:
+    def write_and_stop(self: metrics_files.MetricsLog, step: int, figures: dict) -> None:
         if "loss" in figures and step == stop_at[0]:
             raise Stop
         write(self, step, figures)
@@ -320,7 +320,7 @@ def test_interrupted_run_goes_on_bit_for_bit(
     stop_at = [0]
     for stop_at[0] in (6, 8):  # Checkpoints 4 and 6: each in the middle of some window above.
         with monkeypatch.context() as patch:
-            patch.setattr(run_folder.MetricsLog, "write", write_and_stop)
+            patch.setattr(metrics_files.MetricsLog, "write", write_and_stop)
             with pytest.raises(Stop):
                 train(config, parts)
     found = train(config, parts)

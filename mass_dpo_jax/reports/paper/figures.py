@@ -22,7 +22,7 @@ from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.reports.curves import ACCURACY, COLOURS, Panel, dress
 from mass_dpo_jax.reports.paper.cells import Cell
 from mass_dpo_jax.reports.paper.runs import Run
-from mass_dpo_jax.runs.metrics_files import Series, read_metrics
+from mass_dpo_jax.runs.metrics_files import Series, read_metrics_log
 
 PANELS = (
     Panel("Reward margin over the mean negative", {"eval/rewards/margins": ""}),
@@ -37,7 +37,7 @@ def read_logs(runs: Sequence[Run]) -> dict[Path, dict[str, Series]]:
     found = {}
     for run in runs:
         try:
-            found[run.folder] = read_metrics(run.folder / "metrics.jsonl")
+            found[run.folder] = read_metrics_log(run.folder / "metrics.jsonl")
         except UserError:
             continue
     return found

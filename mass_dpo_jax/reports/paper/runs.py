@@ -14,15 +14,23 @@ from typing import Any
 
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.runs.run_folder import FREE
-from mass_dpo_jax.utils.files import parse_json, read_json
+from mass_dpo_jax.runs.metrics_files import read_complete_lines
+from mass_dpo_jax.runs.resume import NOT_COMPUTED
+from mass_dpo_jax.utils.files import read_json
 from mass_dpo_jax.utils.run_paths import explain_non_run
 
 FINISHED = "finished"
 LOG = "log.txt"  # What launch/paper.sh keeps of a run's output.
 
 # Settings that do not make another experiment: where things lie, how often a run reports.
-ELSEWHERE = ("seed", "model.path", "model.reference_path", "data.path", "train.eval_every", *FREE)
+ELSEWHERE = (
+    "seed",
+    "model.path",
+    "model.reference_path",
+    "data.path",
+    "train.eval_every",
+    *NOT_COMPUTED,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,15 +166,8 @@ def _never_started(folder: Path) -> str:
 
 
 def _last_step(folder: Path) -> str:
-    path = folder / "metrics.jsonl"
-    if not path.is_file():
-        return ""
-    for line in reversed(path.read_text(errors="replace").splitlines()):
-        try:
-            return f", step {int(parse_json(line, path)['step'])}"
-        except (ValueError, TypeError, KeyError, OverflowError):
-            continue  # The line that an interruption cut short.
-    return ""
+    rows = read_complete_lines(folder)
+    return f", step {rows[-1]['step']:.0f}" if rows else ""
 
 
 def _origin(path: str, configs: Mapping[Path, Any]) -> tuple[str, str]:
