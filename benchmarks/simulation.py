@@ -34,13 +34,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mass_dpo_jax.cli.help import Parser, png
+from mass_dpo_jax.cli.help import Parser, png_path
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command: tables in Markdown to the terminal, a picture to `--output`."""
     parser = Parser(__doc__)
-    parser.add_argument("--output", type=png, required=True, help="the PNG to write")
+    parser.add_argument("--output", type=png_path, required=True, help="the PNG to write")
     parser.add_argument("--seeds", type=int, default=8, help="worlds, at least 2 (default: 8)")
     options = parser.parse_args(arguments)
     if options.seeds < 2:
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     by_size, by_dimension = simulation_worlds.run(options.seeds)
     print(simulation_worlds.tables(by_size, by_dimension, options.seeds))
-    with parser.refusing(options.output):
+    with parser.user_errors(options.output):
         simulation_worlds.plot(by_size, by_dimension, options.output)
     print(f"\nPicture: {options.output}")
 

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-import ast
 import difflib
 import sys
-from pathlib import Path
 
-from mass_dpo_jax.cli.help import HELP, refuse, say
+from mass_dpo_jax.cli.help import HELP, echo, exit_with_error
+
+# Each is a module, and the text is the first line of its docstring.
+COMMANDS = {
+    "data": "Shows what a data set looks like to a model: pools, lengths, cuts, first prompts.",
+    "train": "Trains a policy on preferences with several negatives.",
+    "evaluate": "Measures how a model ranks and rewards the full candidate lists of a split.",
+    "score": "Writes log-probabilities and rewards of every response, one JSON line per example.",
+    "select": "Chooses negatives without training, for people who train elsewhere.",
+    "export": "Writes a run's policy as a Hugging Face folder, for transformers, vLLM and others.",
+    "compare": "Compares runs on the same test examples, with baselines, and draws their curves.",
+    "report": "Writes the paper's tables and figures from run folders, with paired comparisons.",
+}
 
 
 def main() -> None:
-    """The command: names and first lines of the modules that are commands."""
-    package = Path(__file__).parent
-    commands = {}
-    for path in sorted(package.rglob("*.py")):
-        source = path.read_text(encoding="utf-8")
-        if path != Path(__file__) and "\nif __name__ ==" in source:
-            name = ".".join(path.relative_to(package).with_suffix("").parts)
-            about = (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
-            commands[name.removesuffix(".__main__")] = about
+    """Prints the commands, or refuses words that are none."""
     if words := [word for word in sys.argv[1:] if word not in HELP]:
-        near = difflib.get_close_matches(words[0], commands, n=1, cutoff=0.0)[0]
-        refuse(
+        (near,) = difflib.get_close_matches(words[0], COMMANDS, n=1, cutoff=0.0)
+        exit_with_error(
             f"{words[0]}: expected a command behind a dot, as in python -m mass_dpo_jax.{near}", ""
         )
-    lines = [f"  {name:12} {about}" for name, about in commands.items()]
-    say("Commands, as in python -m mass_dpo_jax.train --help:\n\n" + "\n".join(lines))
+    lines = [f"  {name:12} {summary}" for name, summary in COMMANDS.items()]
+    echo("Commands, as in python -m mass_dpo_jax.train --help:\n\n" + "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-r"""Ranking and reward metrics of a model on the full candidate lists of a split.
+r"""Measures how a model ranks and rewards the full candidate lists of a split.
 
     python -m mass_dpo_jax.evaluate --workdir=runs/lastfm
     python -m mass_dpo_jax.evaluate --workdir=runs/lastfm --split=validation --output=metrics.json

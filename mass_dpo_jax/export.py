@@ -1,4 +1,4 @@
-r"""Writes a run's policy as a Hugging Face folder, for transformers, vLLM and everything else.
+r"""Writes a run's policy as a Hugging Face folder, for transformers, vLLM and others.
 
     python -m mass_dpo_jax.export --workdir=runs/lastfm --output=lastfm-mass-dpo
     python -m mass_dpo_jax.export --workdir=runs/lastfm --step=200 --dtype=float32 --output=at-200

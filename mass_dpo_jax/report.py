@@ -1,4 +1,4 @@
-"""The paper's tables and figures from run folders, with paired comparisons of the methods.
+"""Writes the paper's tables and figures from run folders, with paired comparisons.
 
     python -m mass_dpo_jax.report runs/paper --output=runs/paper/report
     python -m mass_dpo_jax.report runs/sdpo runs/mass-dpo --output=report
@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mass_dpo_jax.cli.help import Parser, path
+from mass_dpo_jax.cli.help import Parser, expand_argument
 from mass_dpo_jax.utils.files import expand_path
 
 
@@ -40,11 +40,13 @@ def make_report(folders: Sequence[Path], output: Path, numbers: Path | None = No
 def main() -> None:
     """The command: folders with runs in; a folder with the report out."""
     parser = Parser(__doc__)
-    parser.add_argument("folder", nargs="+", type=path, help="folder with runs in it, or a run")
-    parser.add_argument("--output", type=path, required=True, help="the folder to write")
-    parser.add_argument("--paper", type=path, help="the paper's numbers, as CSV")
+    parser.add_argument(
+        "folder", nargs="+", type=expand_argument, help="folder with runs in it, or a run"
+    )
+    parser.add_argument("--output", type=expand_argument, required=True, help="the folder to write")
+    parser.add_argument("--paper", type=expand_argument, help="the paper's numbers, as CSV")
     arguments = parser.parse_args()
-    with parser.refusing(arguments.output):
+    with parser.user_errors(arguments.output):
         make_report(arguments.folder, arguments.output, arguments.paper)
     print(f"Report: {arguments.output / 'report.html'}")
 

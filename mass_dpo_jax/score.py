@@ -1,4 +1,4 @@
-r"""Log-probabilities and rewards of every candidate response, one JSON line per example.
+r"""Writes log-probabilities and rewards of every response, one JSON line per example.
 
     python -m mass_dpo_jax.score --config=llama3 --config.model.path=DIR \
         --config.data.path=pairs.jsonl --output=scores.jsonl

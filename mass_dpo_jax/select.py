@@ -1,4 +1,4 @@
-r"""Chooses negatives without training: for people who train elsewhere.
+r"""Chooses negatives without training, for people who train elsewhere.
 
     python -m mass_dpo_jax.select --config=llama3 --config.model.path=DIR \
         --config.data.path=preferences.jsonl --output=selected.jsonl

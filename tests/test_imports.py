@@ -15,11 +15,18 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
-CONFIGURED = "train evaluate score select data quickstart".split()
-COMMANDS = [*CONFIGURED, *"export compare report curves simulation".split()]
+CONFIGURED = [*(f"mass_dpo_jax.{name}" for name in "train evaluate score select data".split())]
+CONFIGURED += ["examples.quickstart"]
+COMMANDS = [*CONFIGURED, *(f"mass_dpo_jax.{name}" for name in "export compare report".split())]
+COMMANDS += ["benchmarks.simulation"]
 # What the flags are made of; yaml comes with ml_collections. Without JAX, NumPy and all the rest.
 FLAGS = {"absl", "ml_collections", "yaml"}
-OURS = {"mass_dpo_jax", "config_config"}  # ml_collections' name for the file of --config.
+OURS = {
+    "mass_dpo_jax",
+    "examples",
+    "benchmarks",
+    "config_config",
+}  # ml_collections' name for the file of --config.
 # Of the packages that setup.cfg requires, those that a model needs.
 MODEL = FLAGS | set(
     "flax huggingface_hub jax jaxtyping jinja2 numpy optax orbax qwix safetensors tensorstore "
@@ -86,7 +93,7 @@ def run_all(lines: list[list[str]]) -> dict[str, tuple[int, set[str]]]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_commands_answer_without_jax(kind: str) -> None:
     status, words = KINDS[kind]
-    found = run_all([[f"mass_dpo_jax.{name}", *words] for name in COMMANDS])
+    found = run_all([[name, *words] for name in COMMANDS])
     assert len(found) == len(COMMANDS)
     for line, (ended, packages) in found.items():
         assert ended == status, line
@@ -94,7 +101,7 @@ def test_commands_answer_without_jax(kind: str) -> None:
 
 
 def test_settings_are_printed_and_commands_listed_without_jax() -> None:
-    lines = [[f"mass_dpo_jax.{name}", *PRINTED] for name in CONFIGURED]
+    lines = [[name, *PRINTED] for name in CONFIGURED]
     found = run_all([["mass_dpo_jax"], *lines])
     assert len(found) == 1 + len(CONFIGURED)
     for line, (ended, packages) in found.items():
@@ -131,5 +138,7 @@ def test_the_library_is_lazy_and_a_model_needs_no_plotting() -> None:
     assert {"matplotlib", "datasets", "jax"} <= required()
     assert packages & required() <= MODEL
     assert not packages & {"pandas", "scipy", "torch"}
-    commands = {f"mass_dpo_jax.{name}" for name in COMMANDS if name != "data"}
-    assert not commands & set(loaded) and "mass_dpo_jax.cli.commands" not in loaded
+    assert (
+        not ({*COMMANDS} - {"mass_dpo_jax.data"}) & set(loaded)
+        and "mass_dpo_jax.cli.commands" not in loaded
+    )

@@ -357,7 +357,7 @@ def _doc() -> str:
 
 
 def _refuse(message: str) -> NoReturn:
-    help_lib.refuse(message, _doc())
+    help_lib.exit_with_error(message, _doc())
 
 
 def _parse(argv: list[str], starts: bool, default: str | None) -> list[str]:
@@ -385,10 +385,10 @@ def _parse(argv: list[str], starts: bool, default: str | None) -> list[str]:
         return rest
     try:
         if asked:
-            help_lib.say(_help(path))
+            help_lib.echo(_help(path))
         else:
             config = _given(flags.FLAGS["config"].value)
-            help_lib.say("\n".join(help_lib.as_flags(config)))
+            help_lib.echo("\n".join(help_lib.as_flags(config)))
             config_lib.validate(config)
     except UserError as error:
         _refuse(str(error))

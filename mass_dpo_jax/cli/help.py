@@ -135,7 +135,7 @@ def examples(doc: str) -> str:
     return "\n".join(line for line in doc.splitlines() if line.startswith(" " * 4))
 
 
-def say(text: str) -> None:
+def echo(text: str) -> None:
     """Prints it, also to a reader that does not want it all, as `head`."""
     try:
         print(text, flush=True)
@@ -143,7 +143,7 @@ def say(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def refuse(message: str, doc: str | None) -> NoReturn:
+def exit_with_error(message: str, doc: str | None) -> NoReturn:
     """Ends the command with a user's mistake: one line on standard error and exit status 2; before
     it, to who gave no arguments at all, the examples of the docstring."""
     if len(sys.argv) == 1 and doc and examples(doc):
@@ -182,10 +182,10 @@ class Parser(argparse.ArgumentParser):
         return f"--{name}: no such flag{suggestions.did_you_mean(found)}"
 
     def error(self, message: str) -> NoReturn:
-        refuse(message, self.description)
+        exit_with_error(message, self.description)
 
     @contextlib.contextmanager
-    def refusing(self, output: Path | None = None) -> Iterator[None]:
+    def user_errors(self, output: Path | None = None) -> Iterator[None]:
         """Where a user's mistake is one line, and so is a file that cannot be read or written.
 
         Args:
@@ -199,7 +199,7 @@ class Parser(argparse.ArgumentParser):
             self.error(f"{error.filename or output or self.prog}: {error.strerror or error}")
 
 
-def path(value: str) -> Path:
+def expand_argument(value: str) -> Path:
     """The type of an argument of `Parser` that names a file or folder."""
     try:
         return expand_path(value, "argument")
@@ -207,10 +207,10 @@ def path(value: str) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def png(value: str) -> Path:
+def png_path(value: str) -> Path:
     """The type of a flag of `Parser` that names a PNG to write: what it is refused for is known
     before anything is computed."""
-    file = path(value)
+    file = expand_argument(value)
     if file.suffix != ".png" or file.is_dir():
         raise argparse.ArgumentTypeError(f"{value!r}, expected a file that ends in .png")
     return file

@@ -1,4 +1,4 @@
-r"""What a data set looks like to a model: pools, lengths, what was cut, and the first prompts.
+r"""Shows what a data set looks like to a model: pools, lengths, cuts, first prompts.
 
     python -m mass_dpo_jax.data --config=llama3 --config.data.path=pairs.jsonl
     python -m mass_dpo_jax.data --config=llama3 --config.model.path=DIR \

@@ -16,7 +16,7 @@ from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.reports import baselines
 from mass_dpo_jax.runs import metrics_files, run_config
 from mass_dpo_jax.training.monitor import EXIST_LOGPS, FINAL_LOGPS, START_LOGPS
-from mass_dpo_jax.utils.files import read_array, short_names
+from mass_dpo_jax.utils.files import read_array
 
 COLUMNS = ("accuracy", "recall@3", "mrr", "ndcg@3")
 
@@ -45,6 +45,20 @@ def compare(runs: Sequence[Path]) -> str:
             name = f"{names[i]} - {names[i - 1]}"
             lines.append(_difference(name, run / FINAL_LOGPS, runs[i - 1] / FINAL_LOGPS))
     return "\n".join(lines)
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """Returns a name for each folder: the shortest end of its path that no other path shares."""
+    paths = [folder.absolute().parts for folder in folders]
+
+    def name(path: tuple[str, ...]) -> str:
+        others = [other for other in paths if other != path]
+        length = 1
+        while any(other[-length:] == path[-length:] for other in others):
+            length += 1
+        return Path(*path[-length:]).as_posix()
+
+    return [name(path) for path in paths]
 
 
 def reference_rankings(config: ConfigDict, split: str) -> dict[str, dict[str, float]]:

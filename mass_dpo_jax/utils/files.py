@@ -8,7 +8,7 @@ import json
 import os
 import re
 import tokenize
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -209,20 +209,6 @@ def check_links(folder: Path) -> None:
                 f"{path}: a link to {target}, expected files of this folder only (weights, "
                 "*.safetensors, may be links): put a copy of the file in its place"
             )
-
-
-def short_names(folders: Sequence[Path]) -> list[str]:
-    """What to call each folder: the end of its path, as much of it as no other one's ends with."""
-    paths = [folder.absolute().parts for folder in folders]
-
-    def name(path: tuple[str, ...]) -> str:
-        others = [other for other in paths if other != path]
-        length = 1
-        while any(other[-length:] == path[-length:] for other in others):
-            length += 1
-        return Path(*path[-length:]).as_posix()
-
-    return [name(path) for path in paths]
 
 
 def shorten(text: str, length: int = 60) -> str:

@@ -43,7 +43,7 @@ LR = "did you mean --config.train.learning_rate=...?"
         ("compare --workdir=x", "runs are given without one: python -m mass_dpo_jax.compare RUN"),
         ("compare x --config.beta=1", "this command has no settings"),
         ("report x --ouput=y", "--ouput: no such flag; did you mean --output?"),
-        ("curves x --out=y.png", "--out: no such flag; did you mean --output?"),
+        ("report x --out=y", "--out: no such flag; did you mean --output?"),
         # Values.
         ("train --config=tiny --config.train.steps=many", "steps=many: expected an integer"),
         ("train --config=tiny --config.train.steps=1.5", "steps=1.5: expected an integer"),

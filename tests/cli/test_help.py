@@ -13,21 +13,23 @@ from pathlib import Path
 import pytest
 
 from mass_dpo_jax import config as config_lib
+from mass_dpo_jax.__main__ import COMMANDS
 from mass_dpo_jax.cli import help as help_lib
 from tests.support import processes
+from tests.support.processes import ROOT
 
-CONFIGURED = "train evaluate score select data quickstart".split()
-COMMANDS = [*CONFIGURED, *"export compare report curves simulation".split()]
+EXAMPLES = {"quickstart": "examples.quickstart", "simulation": "benchmarks.simulation"}
+MODULES = {name: f"mass_dpo_jax.{name}" for name in COMMANDS} | EXAMPLES
 FIELDS = dict(config_lib.flatten(config_lib.default()))
 
 
 def command(name: str, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
     options = {"env": processes.environment(**variables)} if variables else {}
-    return processes.command(f"mass_dpo_jax.{name}", *words, **options)
+    return processes.command(MODULES[name], *words, **options)
 
 
 def docstring(name: str) -> str:
-    spec = importlib.util.find_spec(f"mass_dpo_jax.{name}")
+    spec = importlib.util.find_spec(MODULES[name])
     assert spec and spec.origin
     path = Path(spec.origin)
     path = path.with_name("__main__.py") if path.name == "__init__.py" else path
@@ -43,15 +45,17 @@ def entries(text: str) -> dict[str, str]:
 def test_every_command_is_listed() -> None:
     done = processes.command("mass_dpo_jax", check=True)
     listed = dict(re.findall(r"^  (\w+) +(.*)$", done.stdout, re.MULTILINE))
-    assert sorted(listed) == sorted(COMMANDS)
-    assert listed["train"] == "Trains a policy on preferences with several negatives."
+    sources = (ROOT / "mass_dpo_jax").rglob("*.py")
+    runnable = {path for path in sources if "\nif __name__ ==" in path.read_text()}
+    assert len(listed) == len(runnable - {ROOT / "mass_dpo_jax" / "__main__.py"})
+    assert listed == {name: docstring(name).partition("\n")[0] for name in listed}
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", MODULES)
 def test_docstrings_have_examples(name: str) -> None:
     doc = docstring(name)
     lines = help_lib.examples(doc).splitlines()
-    assert sum(line.startswith(f"    python -m mass_dpo_jax.{name} ") for line in lines) == 3
+    assert sum(line.startswith(f"    python -m {MODULES[name]} ") for line in lines) == 3
     assert all(len(line) <= help_lib.WIDTH for line in doc.splitlines())
 
 
@@ -102,7 +106,7 @@ def test_help_of_commands_without_one() -> None:
     assert help_lib.examples(docstring("report")) in done.stdout and "--paper" in done.stdout
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", MODULES)
 def test_without_arguments(name: str) -> None:
     done = command(name)
     assert (done.returncode, done.stdout) == (2, "")

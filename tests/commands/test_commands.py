@@ -161,7 +161,10 @@ def test_commands_one_after_the_other(tmp_path: Path) -> None:
     said("export", f"--workdir={run}", f"--output={tmp_path / 'exported'}")
     assert (tmp_path / "exported" / "model.safetensors").is_file()
     assert str(run.name) in said("compare", str(run))
-    said("curves", str(run), f"--output={tmp_path / 'curves.png'}")
+    picture = tmp_path / "curves.png"
+    table = said("compare", str(run), f"--plot={picture}")
+    assert str(run.name) in table and table.endswith(f"Curves: {picture}\n")
+    assert picture.is_file()
     said("report", str(run), f"--output={tmp_path / 'report'}")
     assert list((tmp_path / "report").glob("*.html"))
 

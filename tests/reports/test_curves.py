@@ -15,10 +15,9 @@ from PIL import Image
 
 from benchmarks import simulation
 from mass_dpo_jax import compare, report
-from mass_dpo_jax import curves as curves_command
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.reports import curves
-from mass_dpo_jax.utils.files import short_names
+from mass_dpo_jax.reports.comparison import short_names
 from tests.support.processes import command
 
 
@@ -121,22 +120,26 @@ def test_nothing_to_draw_is_an_error(tmp_path: Path):
 def test_runs_of_the_same_name_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     shown: list[str] = []
     monkeypatch.setattr(curves, "plot", lambda runs, output: shown.extend(runs))
-    monkeypatch.setattr(sys, "argv", ["curves", "a/run", f"{tmp_path}/b/run", "b/other", "c/a/run"])
+    monkeypatch.setattr(
+        sys, "argv", ["compare", "a/run", f"{tmp_path}/b/run", "b/other", "c/a/run", "--plot=x.png"]
+    )
     monkeypatch.chdir(tmp_path)
     for run in ("a/run", "b/run", "b/other", "c/a/run"):
         Path(run).mkdir(parents=True)
         Path(run, "config.json").write_text("{}")
-    curves_command.main()
+    compare.main()
     assert shown == [f"{tmp_path.name}/a/run", "b/run", "other", "c/a/run"]
     assert short_names([Path()]) == [tmp_path.name]
 
 
 def test_command(tmp_path: Path):
     preference_run(tmp_path / "a")
-    result = command("mass_dpo_jax.curves", "a", "--output=x.png", cwd=tmp_path)
-    assert (result.returncode, result.stdout) == (0, "Curves: x.png\n"), result.stderr
+    result = command("mass_dpo_jax.compare", "a", "--plot=x.png", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    table, picture = result.stdout.splitlines()  # The run is not finished.
+    assert table.startswith("No table: a: ") and picture == "Curves: x.png"
     shape(tmp_path / "x.png")
-    result = command("mass_dpo_jax.curves", "missing", "--output=x.png", cwd=tmp_path)
+    result = command("mass_dpo_jax.compare", "missing", "--plot=x.png", cwd=tmp_path)
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: missing")
 
@@ -156,8 +159,8 @@ def test_what_cannot_be_written_is_one_line(
     (tmp_path / "folder.png").mkdir()
     # Nothing is computed before: there is no such run, and the simulation takes minutes.
     for path in (tmp_path / "folder.png", tmp_path / "a.pdf", tmp_path):
-        for main, words in ((curves_command.main, ["missing"]), (simulation.main, [])):
-            line = refused(main, *words, f"--output={path}")
+        for main, words in ((compare.main, ["missing", "--plot"]), (simulation.main, ["--output"])):
+            line = refused(main, *words[:-1], f"{words[-1]}={path}")
             assert f"'{path}', expected a file that ends in .png" in line
     (tmp_path / "file").touch()
     line = refused(report.main, "missing", f"--output={tmp_path / 'file'}")
@@ -168,7 +171,7 @@ def test_what_cannot_be_written_is_one_line(
 
     monkeypatch.setattr(Figure, "savefig", full)
     picture = tmp_path / "x.png"
-    line = refused(curves_command.main, str(tmp_path / "a"), f"--output={picture}")
+    line = refused(compare.main, str(tmp_path / "a"), f"--plot={picture}")
     assert line == f"error: {picture}: No space left on device"
     monkeypatch.setattr(report, "make_report", full)
     line = refused(report.main, "a", f"--output={tmp_path}")

@@ -110,7 +110,7 @@ def test_a_folder_that_may_not_be_written(here: Path, monkeypatch: pytest.Monkey
         "select --output=selected --workdir={}",
         "export --output=exported --workdir={}",
         "compare {}",
-        "curves {}",
+        "compare --plot=x.png {}",
         "report --output=paper {}",
         "train --workdir={}",
     ],
