@@ -54,9 +54,8 @@ def test_the_settings_of_a_page_exist(text: str) -> None:
     groups = {name.partition(".")[0] for name in settings if "." in name}
     named = set(re.findall(r"--config\.([a-z_]+(?:\.[a-z_]+)*)=?", text))
     for name in re.findall(r"`(?:config\.)?([a-z]+(?:\.[a-z_]+)+)(?:=[^`]*)?`", text):
-        if name.partition(".")[0] in groups and not (
-            exists(name) or resolves(f"mass_dpo_jax.{name}")
-        ):
+        is_other = exists(name) or resolves(f"mass_dpo_jax.{name}")
+        if name.partition(".")[0] in groups and not is_other:
             named.add(name)
     unknown = named - settings - groups - FLAGS
     # A table's head may end in a dot: `--config.model.lora.`.
