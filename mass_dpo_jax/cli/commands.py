@@ -110,7 +110,7 @@ def required(holder: flags.FlagHolder[ConfigDict]) -> ConfigDict:
       UserError: there is no --config (and no --workdir that has one).
     """
     config = config_lib.validate(_given(holder.value))
-    from mass_dpo_jax.utils.compiled import keep_compiled
+    from mass_dpo_jax.utils.cache import keep_compiled
 
     keep_compiled(config.cache_dir)
     return config

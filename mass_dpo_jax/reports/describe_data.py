@@ -17,7 +17,7 @@ from mass_dpo_jax.data.token_cache import tokenize_once
 from mass_dpo_jax.data.tokenizer import load_tokenizer
 from mass_dpo_jax.data.tokens import Tokens
 from mass_dpo_jax.training.policy import description_folder
-from mass_dpo_jax.utils.files import cache_folder
+from mass_dpo_jax.utils.cache import cache_folder
 
 
 class Row(NamedTuple):

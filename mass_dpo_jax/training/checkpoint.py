@@ -19,7 +19,6 @@ from orbax.checkpoint import checkpoint_managers
 
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.runs import run_folder
-from mass_dpo_jax.training import scoring
 from mass_dpo_jax.training.checkpoint_reading import (
     ITEMS,
     digest_negatives,
@@ -28,7 +27,7 @@ from mass_dpo_jax.training.checkpoint_reading import (
     refuse_unreadable,
 )
 from mass_dpo_jax.training.step import TrainState
-from mass_dpo_jax.utils import distributed
+from mass_dpo_jax.utils import distributed, fingerprint
 
 DAMAGED_SUFFIX = ".damaged"  # Added to the name of a checkpoint that could not be read.
 TEMPORARY_PATTERN = "*.orbax-checkpoint-tmp*"
@@ -147,8 +146,8 @@ class Checkpoints:
         if negatives is not None:
             items["negatives"] = ocp.args.ArraySave(negatives)
         digests = {
-            "params": scoring.fingerprint(state.params),
-            "opt_state": scoring.fingerprint(state.opt_state),
+            "params": fingerprint.fingerprint(state.params),
+            "opt_state": fingerprint.fingerprint(state.opt_state),
             "negatives": digest_negatives(negatives),
         }
         versions = {name: metadata.version(name) for name in PACKAGES}

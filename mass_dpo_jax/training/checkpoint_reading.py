@@ -24,8 +24,7 @@ import tensorstore as ts
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.runs import run_folder
 from mass_dpo_jax.runs.run_folder import CHECKPOINTS
-from mass_dpo_jax.training import scoring
-from mass_dpo_jax.utils import distributed
+from mass_dpo_jax.utils import distributed, fingerprint
 
 MAX_REASON_CHARS = 300  # Of an error of orbax's, in a message.
 ITEMS = {
@@ -117,16 +116,15 @@ class Reader:
                 self._arrays[path] = ts.open(spec, open=True, read=True).result()
             array = self._arrays[path]
             part = np.asarray((array if layer is None else array[layer]).read().result())
-        sums = scoring.sums_of_part(part, (layer or 0) * part.size)
+        sums = fingerprint.checksum_part(part, (layer or 0) * part.size)
         self._sums[path] = self._sums.get(path, np.zeros(2, np.uint32)) + sums
         return part
 
     def check(self) -> None:
         """Raises UserError unless every piece has been read once, and is what was written."""
         with refuse_unreadable(self._folder):
-            digest = scoring.digest_of(
-                ("".join(f"[{name!r}]" for name in path), self._arrays[path].shape, sums)
-                for path, sums in sorted(self._sums.items())
+            digest = fingerprint.combine_checksums(
+                {path: (self._arrays[path].shape, sums) for path, sums in self._sums.items()}
             )
             written = json.loads((self._folder / "run" / "metadata").read_text())["digests"]
             if digest != written["params"]:
@@ -158,7 +156,7 @@ def read_checkpoint(folder: Path, like: Mapping[str, Any]) -> dict[str, Any]:
     _raise_on_all(folder, problem)
     negatives = items.get("negatives")
     negatives = None if negatives is None else np.asarray(negatives)
-    checks = {name: scoring.fingerprint(items[name]) for name in like}
+    checks = {name: fingerprint.fingerprint(items[name]) for name in like}
     for name, digest in {**checks, "negatives": digest_negatives(negatives)}.items():
         if digest != digests[name]:
             problem = f"{folder}: not a readable checkpoint: {name}: not what was written"

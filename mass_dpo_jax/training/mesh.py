@@ -160,7 +160,7 @@ def split_rows(mesh: Mesh, leading: int = 0) -> NamedSharding:
     return NamedSharding(mesh, P(*(None,) * leading, BATCH_AXES))
 
 
-def place_rows(mesh: Mesh, rows: np.ndarray, make: Callable[[np.ndarray], Any]) -> Any:
+def shard_rows(mesh: Mesh, rows: np.ndarray, make: Callable[[np.ndarray], Any]) -> Any:
     """Arrays of some rows on the devices, split over them along the last axis of `rows`.
 
     Each process makes only what its own devices hold.

@@ -353,7 +353,7 @@ class Evaluator:
         if method.uses_whole_pool:  # n is that of the training split; pools here may be larger.
             return self._valid(split)[rows] & (np.arange(tokens.response_lengths.shape[1]) > 0)
         selected = np.zeros((len(rows), tokens.response_lengths.shape[1]), bool)
-        batches = scoring.batches(
+        batches = scoring.device_batches(
             tokens,
             setup.buckets[split],
             setup.config.eval.batch_size,
@@ -363,7 +363,7 @@ class Evaluator:
             self._refs.get(split),
         )
         key = setup.key(0)
-        for batch_rows, candidate_ids in scoring.computed(
+        for batch_rows, candidate_ids in scoring.compute_each(
             lambda batch: setup.program.choose_batch(params, batch, key)[0].numbers, batches
         ):
             selected[batch_rows[:, None], candidate_ids] = True

@@ -146,7 +146,7 @@ class NegativeSets:
         needed = np.unique(np.concatenate([self._order(s)[0] for s in steps]))
         setup = self._setup
         key = setup.key(step // self.window)
-        batches = scoring.batches(
+        batches = scoring.device_batches(
             setup.tokens["train"],
             setup.buckets["train"],
             setup.config.eval.batch_size,
@@ -156,7 +156,7 @@ class NegativeSets:
             self._reference.logps.get("train"),
             self._reference.grams,
         )
-        chosen = scoring.computed(
+        chosen = scoring.compute_each(
             lambda batch: setup.program.choose_batch(params, batch, key)[0].numbers, batches
         )
         rows, candidate_ids = zip(*chosen, strict=True)

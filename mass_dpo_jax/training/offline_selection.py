@@ -66,9 +66,9 @@ def with_model(config: ConfigDict, workdir: Path | None, split: str | None) -> I
         program = dataclasses.replace(program, method=method)
     scoring.check_finite(refs, tokens, "the reference")
     chosen: dict[int, Row] = {}
-    for rows, (picks, beyond) in scoring.computed(
+    for rows, (picks, beyond) in scoring.compute_each(
         lambda batch: _choose(program, params, batch, setup.key(0), refs is None),
-        scoring.batches(
+        scoring.device_batches(
             tokens,
             setup.buckets[split],
             config.eval.batch_size,

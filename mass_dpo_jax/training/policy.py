@@ -30,9 +30,9 @@ from mass_dpo_jax.models.lora import Adapters, Lora
 from mass_dpo_jax.models.quantize import store
 from mass_dpo_jax.models.weights import check_hf, load_hf
 from mass_dpo_jax.runs import origin, run_config, run_folder
-from mass_dpo_jax.training import checkpoint_reading, scoring
+from mass_dpo_jax.training import checkpoint_reading
 from mass_dpo_jax.training.mesh import hidden_splits, names, param_shapes
-from mass_dpo_jax.utils import distributed
+from mass_dpo_jax.utils import distributed, fingerprint
 
 TOKENIZER_EXAMPLES = 20_000  # A vocabulary does not change with more.
 
@@ -189,28 +189,25 @@ class Policy:
 
     def _of_folder(self, path: str, whole: Any) -> Weights:
         """Those of a Hugging Face folder. With LoRA, each is stored before the next is read."""
-        sums: dict[str, tuple[tuple[int, ...], Any]] = {}
+        sums: dict[tuple[str, ...], tuple[tuple[int, ...], Any]] = {}
 
         def keep(at: tuple[str, ...], array: jax.Array) -> Any:
             if self.lora is None:
                 return array
-            sums["".join(f"[{name!r}]" for name in at)] = array.shape, scoring.sums_of(array)
+            sums[at] = array.shape, fingerprint.checksum_array(array)
             return self._store(at, array)
 
         state = load_hf(path, self.config, shardings=_places(whole), store=keep, progress=True)
         params = nnx.to_pure_dict(state)
         if self.lora is None:
-            return Weights(params, scoring.fingerprint(params))
-        digest = scoring.digest_of(
-            (n, s, distributed.gather(x)) for n, (s, x) in sorted(sums.items())
-        )
-        return Weights(params, digest)
+            return Weights(params, fingerprint.fingerprint(params))
+        return Weights(params, fingerprint.combine_checksums(sums))
 
     def _of_run(self, folder: Path, step: int | None, whole: Any) -> Weights:
         model = run_config.locate_files(run_config.load_config(folder), folder).model
         if not uses_lora(model.lora):
             params = checkpoint_reading.load_params(folder, whole, step)
-            return Weights(params, scoring.fingerprint(params))
+            return Weights(params, fingerprint.fingerprint(params))
         lora = read_lora(model.lora)
         assert lora is not None
         run = dataclasses.replace(self, lora=lora, stored=model.lora.base)
@@ -226,7 +223,7 @@ class Policy:
         origin.check_weights(folder, {"model.path": digest}, advice)
         # Of its parts: what merging makes of them is rounded, otherwise on another machine.
         digest = hashlib.sha256(
-            f"{digest} {lora} {scoring.fingerprint(params['adapters'])}".encode()
+            f"{digest} {lora} {fingerprint.fingerprint(params['adapters'])}".encode()
         ).hexdigest()
         return Weights(lora_lib.merge(params, lora, _places(whole)), digest)
 

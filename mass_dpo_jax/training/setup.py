@@ -32,7 +32,8 @@ from mass_dpo_jax.training.methods import METHODS, Method, make_method
 from mass_dpo_jax.training.policy import Policy, check_model, open_policy, uses_lora
 from mass_dpo_jax.training.step import Program, Scorer
 from mass_dpo_jax.utils import distributed
-from mass_dpo_jax.utils.files import cache_folder
+from mass_dpo_jax.utils.cache import cache_folder, load_or_compute
+from mass_dpo_jax.utils.fingerprint import fingerprint
 
 LEAST_CHUNK = 4  # Candidates of a rectangle at a time: fewer leave a device idle.
 DRAWS = 2**31 - 1  # Of the seed's key: numbers from 0 are those of random weights.
@@ -98,16 +99,16 @@ class Setup:
         folder = cache_folder(self.config.cache_dir)
         lora = self.policy.lora
         if lora is None:
-            fingerprint = scoring.fingerprint(params)
+            digest = fingerprint(params)
         else:  # What is added: the same A and B add something else under another alpha.
             added = {**params, "adapters": lora.scaled(params["adapters"])}
-            fingerprint = scoring.fingerprint(lora_lib.without_idle(added))
-        key = f"{self.policy.config} {self.config.model.dtype} {fingerprint}"
+            digest = fingerprint(lora_lib.without_idle(added))
+        key = f"{self.policy.config} {self.config.model.dtype} {digest}"
         if isinstance(self.program.scorer.attention, fused_attention.Fused):
             key += " fused"  # In 16 bits its roundings are not the other's.
         logps = {}
         for split, tokens in self.tokens.items():
-            logps[split] = scoring.cached(
+            logps[split] = load_or_compute(
                 folder,
                 "ref_logps",
                 f"{key} {tokens.digest()}",
@@ -116,7 +117,7 @@ class Setup:
         if not self.method.frozen_features or choosing not in self.tokens:
             return Reference(logps)
         how, tokens, scorer = self.config.selection, self.tokens[choosing], self.program.scorer
-        grams = scoring.cached(
+        grams = load_or_compute(
             folder,
             "ref_grams",
             f"{key} {tokens.digest()} {how.pooling} {how.feature_norm}",
@@ -129,8 +130,8 @@ class Setup:
         return Reference(logps, grams)
 
     def over_split(self, compute: Callable[[Batch], Any], split: str, label: str) -> Any:
-        """What `compute` gives for every example of a split, see `scoring.over_split`."""
-        return scoring.over_split(
+        """What `compute` gives for every example of a split, see `scoring.compute_split`."""
+        return scoring.compute_split(
             compute,
             self.tokens[split],
             self.buckets[split],

@@ -85,7 +85,7 @@ class Batches:
 
     def _place(self, rows: np.ndarray, make: Any) -> Any:
         rows = rows.reshape(-1, self.setup.config.train.micro_batch_size)
-        return mesh_lib.place_rows(self.setup.mesh, rows, make)
+        return mesh_lib.shard_rows(self.setup.mesh, rows, make)
 
 
 class TrainStep:

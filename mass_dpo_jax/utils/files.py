@@ -25,13 +25,6 @@ MAX_JSON_DEPTH = (
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # Errors that come without a file's name.
 
 
-def cache_folder(setting: str) -> Path:
-    """Returns `setting` or, where that is empty, mass_dpo_jax in the user's cache folder."""
-    if setting:
-        return Path(setting)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mass_dpo_jax"
-
-
 def expand(path: str, place: str) -> str:
     """Returns a path with `~` and variables replaced, as a shell does where it sees them.
 

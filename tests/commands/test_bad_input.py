@@ -23,8 +23,8 @@ from mass_dpo_jax.reports.comparison import read_logps
 from mass_dpo_jax.reports.paper import runs
 from mass_dpo_jax.runs import metrics_files, run_config, run_folder
 from mass_dpo_jax.training.checkpoint import Checkpoints
-from mass_dpo_jax.training.scoring import cached
 from mass_dpo_jax.training.step import TrainState
+from mass_dpo_jax.utils.cache import load_or_compute
 from mass_dpo_jax.utils.files import parse_json, read_array
 from tests.support.data import load, write_lines
 from tests.support.models import hf_config
@@ -242,14 +242,16 @@ def test_a_changed_number_in_the_cache_is_noticed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     want = np.arange(6, dtype=np.float32).reshape(2, 3)
-    assert cached(tmp_path, "refs", "key", lambda: want) is want
+    assert load_or_compute(tmp_path, "refs", "key", lambda: want) is want
     [file] = tmp_path.iterdir()
-    assert np.array_equal(cached(tmp_path, "refs", "key", lambda: pytest.fail("made again")), want)
+    assert np.array_equal(
+        load_or_compute(tmp_path, "refs", "key", lambda: pytest.fail("made again")), want
+    )
     whole = file.read_bytes()
     for at in (0, 60, len(whole) - 40, len(whole) - 1):
         file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         with caplog.at_level(logging.WARNING, "mass_dpo_jax"):
-            assert cached(tmp_path, "refs", "key", lambda: want) is want
+            assert load_or_compute(tmp_path, "refs", "key", lambda: want) is want
         assert f"{file}: not what was written" in caplog.text
         assert file.read_bytes() == whole
 
@@ -257,7 +259,7 @@ def test_a_changed_number_in_the_cache_is_noticed(
 def test_a_cache_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("")
     with caplog.at_level(logging.WARNING, "mass_dpo_jax"):
-        assert cached(tmp_path / "file" / "a", "refs", "key", lambda: np.ones(3)).all()
+        assert load_or_compute(tmp_path / "file" / "a", "refs", "key", lambda: np.ones(3)).all()
     assert "is not kept" in caplog.text
 
 

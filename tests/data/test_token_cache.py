@@ -15,7 +15,7 @@ import mass_dpo_jax
 from mass_dpo_jax.data import token_cache
 from mass_dpo_jax.data.examples import Example, History
 from mass_dpo_jax.data.tokens import Tokens, tokenize
-from mass_dpo_jax.training.scoring import cached
+from mass_dpo_jax.utils.cache import load_or_compute
 from tests.support.tokenizers import settings, small
 
 SEEN = History("seen ", ("amber", "fjord"), " next ")
@@ -152,10 +152,10 @@ def test_another_version_looks_for_other_files(
 ) -> None:
     """And says nothing of those of the version before, here and with the reference's."""
     first = once(tmp_path / "tokens")
-    assert cached(tmp_path / "refs", "refs", "key", lambda: np.zeros(3)).sum() == 0
+    assert load_or_compute(tmp_path / "refs", "refs", "key", lambda: np.zeros(3)).sum() == 0
     monkeypatch.setattr(mass_dpo_jax, "__version__", "0.0.1")
     with caplog.at_level(logging.WARNING):
         assert_same(once(tmp_path / "tokens"), first)
-        assert cached(tmp_path / "refs", "refs", "key", lambda: np.ones(3)).sum() == 3
+        assert load_or_compute(tmp_path / "refs", "refs", "key", lambda: np.ones(3)).sum() == 3
     assert len(made) == 2 and not caplog.records
     assert [len(list(folder.iterdir())) for folder in sorted(tmp_path.iterdir())] == [2, 2]

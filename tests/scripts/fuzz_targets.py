@@ -41,7 +41,7 @@ from mass_dpo_jax.runs import metrics_files, run_config, run_folder
 from mass_dpo_jax.runs.metrics_files import read_metrics_log
 from mass_dpo_jax.runs.run_folder import latest_step
 from mass_dpo_jax.train import train
-from mass_dpo_jax.training import mesh, scoring
+from mass_dpo_jax.training import mesh
 from mass_dpo_jax.training.checkpoint import Checkpoints
 from mass_dpo_jax.training.loop import SPLITS
 from mass_dpo_jax.training.methods import make_method
@@ -49,6 +49,7 @@ from mass_dpo_jax.training.offline_selection import with_features
 from mass_dpo_jax.training.optimizer import learning_rate, make_optimizer
 from mass_dpo_jax.training.setup import prepare
 from mass_dpo_jax.training.updates import abstract_state
+from mass_dpo_jax.utils import cache
 from tests.data.readers import test_medmcqa, test_qasc, test_sequences
 from tests.support.data import write_lines
 from tests.support.helpers import tiny_config, write_jsonl
@@ -245,7 +246,7 @@ def _read_caches(folder: Path) -> Iterator[Callable[[], Any]]:
                 np.testing.assert_array_equal(getattr(found, field.name), value, field.name)
 
     def reference() -> None:
-        found = scoring.cached(folder, "ref_logps", "key", lambda: logps)
+        found = cache.load_or_compute(folder, "ref_logps", "key", lambda: logps)
         np.testing.assert_array_equal(found, logps)
 
     yield tokens

@@ -603,8 +603,8 @@ MUTATIONS = (
     ),
     Mutation(
         "export: every layer's digest is that of the first one",
-        "sums = scoring.sums_of_part(part, (layer or 0) * part.size)",
-        "sums = scoring.sums_of_part(part, 0)",
+        "sums = fingerprint.checksum_part(part, (layer or 0) * part.size)",
+        "sums = fingerprint.checksum_part(part, 0)",
         "commands/test_export.py::test_steps_and_types",
     ),
     Mutation(
@@ -873,8 +873,8 @@ MUTATIONS = (
     ),
     Mutation(
         "origin: a base is known by its weights as they are kept",
-        "array.shape, scoring.sums_of(array)",
-        "array.shape, scoring.sums_of(array.astype(jnp.int8))",
+        "array.shape, fingerprint.checksum_array(array)",
+        "array.shape, fingerprint.checksum_array(array.astype(jnp.int8))",
         "training/test_lora_runs.py::test_a_run_does_not_go_on_with_other_weights",
     ),
     Mutation(

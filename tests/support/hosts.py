@@ -27,14 +27,14 @@ from mass_dpo_jax.models.decoder import abstract_decoder, param_dims
 from mass_dpo_jax.models.weights import _Files, load_hf
 from mass_dpo_jax.runs import run_config, run_folder
 from mass_dpo_jax.score import score
-from mass_dpo_jax.training import checkpoint, scoring
+from mass_dpo_jax.training import checkpoint
 from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training import setup as setup_lib
 from mass_dpo_jax.training.offline_selection import with_model
 from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.setup import prepare
 from mass_dpo_jax.training.updates import Batches, abstract_state, first_state
-from mass_dpo_jax.utils import distributed
+from mass_dpo_jax.utils import cache, distributed, fingerprint
 from tests.support.helpers import tiny_config
 from tests.support.models import tiny_config as tiny_model
 from tests.support.processes import ended, environment, free_port, spawn
@@ -137,7 +137,7 @@ def replay(
         )
         losses.append(float(found["loss"]))
     made: list[int] = []
-    mesh_lib.place_rows(setup.mesh, np.arange(64), lambda mine: made.append(len(mine)) or mine)
+    mesh_lib.shard_rows(setup.mesh, np.arange(64), lambda mine: made.append(len(mine)) or mine)
     return {
         "losses": losses, "sets": np.stack(chosen).tolist(), "flips": flips, "bytes": sum(held),
         "rows": made[0], "logps": refs.logps["train"].tolist(),
@@ -203,7 +203,7 @@ def waits(folder: Path) -> dict[str, Any]:
     # Of a table that one process has in its cache: nobody may compute it.
     computed: list[int] = []
     for _ in range(2):
-        table = scoring.cached(
+        table = cache.load_or_compute(
             Path(config.cache_dir), "x", "k", lambda: computed.append(1) or np.ones(3, np.float32)
         )
     found["table"], found["computed"] = table.tolist(), len(computed)
@@ -234,14 +234,14 @@ def waits(folder: Path) -> dict[str, Any]:
             saved.close()
 
     # Of a checkpoint whose newest state process 1 alone reads otherwise.
-    real_print = scoring.fingerprint
+    real_print = fingerprint.fingerprint
     calls: list[int] = []
 
     def other(tree: Any) -> str:
         calls.append(1)
         return "another" if me == 1 and len(calls) == 1 else real_print(tree)
 
-    with mock.patch.object(scoring, "fingerprint", other):
+    with mock.patch.object(fingerprint, "fingerprint", other):
         restored = checkpoint.Checkpoints(folder / "nothing").restore(like)
     found["damaged for one"] = int(restored.state.step)
 

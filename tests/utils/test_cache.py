@@ -13,11 +13,11 @@ import pytest
 PROGRAM = """
 import json, sys
 import jax, jax.numpy as jnp
-from mass_dpo_jax.utils import compiled
+from mass_dpo_jax.utils import cache
 
 files = json.loads(sys.argv[2])
-compiled._read = lambda path: files.get(path.rpartition("/")[2], "")
-compiled.keep_compiled(sys.argv[1])
+cache._read_system_file = lambda path: files.get(path.rpartition("/")[2], "")
+cache.keep_compiled(sys.argv[1])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 events = []
 jax.monitoring.register_event_listener(lambda name, **kwargs: events.append(name))
