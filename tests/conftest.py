@@ -82,7 +82,7 @@ def pytest_make_collect_report() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder with the real data sets."""
+    """Returns the folder with the real data sets."""
     folder = os.environ.get("MASS_DPO_TEST_DATA")
     if not folder:
         pytest.skip("needs the real data: set MASS_DPO_TEST_DATA to its folder")
@@ -112,7 +112,7 @@ def _few_mappings() -> Iterator[None]:
 
 @pytest.fixture
 def one_device() -> Iterator[None]:
-    """Runs see one of the simulated devices: faster, and what most users have."""
+    """Lets runs see one of the simulated devices: faster, and what most users have."""
     from tests.support.runs import on_one_device
 
     with on_one_device():
@@ -151,14 +151,14 @@ def shapes_unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def torch() -> ModuleType:
-    """PyTorch, which only the tests use, to compare with."""
+    """Returns PyTorch, which only the tests use, as an oracle."""
     module: ModuleType = pytest.importorskip("torch", reason="needs PyTorch")
     return module
 
 
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]:
-    """What the program has logged so far."""
+    """Returns a function that gives what the program has logged so far."""
     monkeypatch.setattr(logging.getLogger("mass_dpo_jax"), "propagate", True)
     caplog.set_level(logging.INFO)
     return lambda: caplog.text

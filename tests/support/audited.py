@@ -27,7 +27,7 @@ FORBIDDEN = {
 
 
 def watch(report: Path, folders: list[str]) -> None:
-    """From now on, until the process ends."""
+    """Records what the process does from now on until it ends."""
     python = [sys.prefix, sys.base_prefix, *site.getsitepackages(), str(ROOT)]
     known = [os.path.realpath(folder) for folder in (*folders, *python, tempfile.gettempdir())]
     ours = [os.path.realpath(folder) for folder in folders]

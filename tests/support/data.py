@@ -13,7 +13,7 @@ from mass_dpo_jax.data.examples import Example, History
 
 
 def load(name: str, path: Path, split: str = "all", seed: int = 0, **changes: Any) -> list[Example]:
-    """All rows of a split of the data set called `name`; `changes` are fields of config.data."""
+    """Loads all rows of a split of the data set `name`; `changes` are fields of config.data."""
     data = default().data
     data.update(name=name, path=str(path), max_validation=0, max_test=0)
     data.update(changes)
@@ -21,7 +21,7 @@ def load(name: str, path: Path, split: str = "all", seed: int = 0, **changes: An
 
 
 def write_lines(path: Path, rows: Iterable[Any], encoding: str = "utf-8") -> Path:
-    """A line each: strings as they are, everything else as JSON."""
+    """Writes one line per entry: strings as they are, everything else as JSON."""
     lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
     path.write_text("".join(f"{line}\n" for line in lines), encoding=encoding)
     return path
@@ -37,6 +37,6 @@ def candidates(example: Example) -> list[str]:
 
 
 def listed(example: Example) -> list[str]:
-    """The candidates in the prompt, in its order."""
+    """Returns the candidates that a prompt lists, in its order."""
     text = example.prompt.after if isinstance(example.prompt, History) else str(example.prompt)
     return text.split("One of these ")[1].split("\n\n")[0].split("\n")[1:]

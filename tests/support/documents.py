@@ -47,7 +47,7 @@ class Ran(NamedTuple):
 
 
 def run(page: Path) -> Iterator[Ran]:
-    """Each block of a page, in a new folder; an error of a block is raised."""
+    """Runs each block of a page in a new folder; an error in a block is raised."""
     names: dict[str, Any] = {"__name__": "__main__"}
     text = page.read_text()
     before = Path.cwd()
@@ -85,12 +85,12 @@ def _bash(code: str, place: str) -> str:
 
 
 def _words(text: str) -> str:
-    """The text without numbers, and without the spaces that line them up."""
+    """Returns the text without numbers and without the spaces that align them."""
     return " ".join(NUMBER.sub("#", text).split())
 
 
 def check(page: Path) -> bool:
-    """Whether a page says what its blocks print; where it does not, both are shown."""
+    """Whether a page shows what its blocks print; prints both where it does not."""
     wrong = [ran for ran in run(page) if not ran.as_promised]
     for ran in wrong:
         code, promised = ran.block["code"], ran.block["output"]
@@ -99,7 +99,7 @@ def check(page: Path) -> bool:
 
 
 def write(page: Path) -> None:
-    """Puts what the blocks print now into the page, where it has a place for that."""
+    """Replaces the outputs shown on the page by what the blocks print now."""
     text, done, at = page.read_text(), [], 0
     for ran in run(page):
         if ran.block["output"] is not None:

@@ -16,7 +16,7 @@ WORDS = "amber basil cedar delta ember fjord grove haven islet jetty knoll ledge
 
 
 def write_jsonl(path: Path, examples: int = 24, negatives: int = 6, seed: int = 0) -> Path:
-    """Preferences over phrases of one to four words, with pools of 2 to `negatives`."""
+    """Writes preferences over phrases of one to four words, with 2 to `negatives` rejected."""
     rng = np.random.default_rng(seed)
 
     def phrase(low: int, high: int) -> str:
@@ -45,7 +45,7 @@ def write_jsonl(path: Path, examples: int = 24, negatives: int = 6, seed: int = 
 
 
 def tiny_config(data: Path, **changes: Any) -> ConfigDict:
-    """A run of a few seconds: a model of 32 hidden units on `data`, four updates."""
+    """Returns the settings of a run of seconds: 32 hidden units, four updates on `data`."""
     config = config_lib.default()
     config.data.update(name="jsonl", path=str(data), chat_template="none")
     config.model.scratch.update(
@@ -63,7 +63,7 @@ def tiny_config(data: Path, **changes: Any) -> ConfigDict:
 
 
 def slow(*values: Any) -> Any:
-    """Returns parameters of a test that only --all runs, beside others that the quick tests run."""
+    """Marks parameters of a test that only --all runs; the quick tests run the others."""
     reason = "other values of what a quick one covers"
     return pytest.param(*values, marks=pytest.mark.slow(reason=reason))
 

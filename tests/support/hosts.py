@@ -54,7 +54,7 @@ LEARNING = {
 
 
 def together(processes: int, devices: int, folder: Path, job: Mapping[str, Any]) -> dict[str, Any]:
-    """Does a job by several processes of some devices each."""
+    """Runs a job on several processes with some devices each."""
     folder.mkdir(exist_ok=True)
     (folder / "job.json").write_text(json.dumps(job))
     address = f"127.0.0.1:{free_port()}"
@@ -171,7 +171,7 @@ def read_share(folder: Path) -> float:
 
 
 def waits(folder: Path) -> dict[str, Any]:
-    """What this process finds where processes see different things, see test_hosts.py."""
+    """Returns what this process reads where processes see different files, see test_distributed.py."""
     found: dict[str, Any] = {}
     me, real = jax.process_index(), (distributed._get, setup_lib.open_splits, run_folder.list_steps)
     longest = 0.0

@@ -32,7 +32,7 @@ LLAMA3_SCALING = {
 
 
 def hf_config(model_type: str = "llama", **changes: Any) -> dict[str, Any]:
-    """A small `config.json`: grouped heads, and a head_dim other than hidden / heads."""
+    """Returns a small `config.json`: grouped heads, and a head_dim other than hidden / heads."""
     config = {
         "model_type": model_type,
         "vocab_size": VOCABULARY,
@@ -73,7 +73,7 @@ def random_decoder(config: DecoderConfig, seed: int = 0, **settings: Any) -> Dec
 
 
 class Candidates(NamedTuple):
-    """The arguments of `shared_prefix.score` after the model."""
+    """Returns the arguments of `shared_prefix.score` after the model."""
 
     prompts: np.ndarray
     prompt_lengths: np.ndarray
@@ -123,7 +123,7 @@ def _scored(graphdef: Any, params: Any, pool: Any, settings: Any) -> Scored:
 
 
 def random_tensors(config: DecoderConfig, seed: int = 0) -> dict[str, np.ndarray]:
-    """Hugging Face tensors that fit `config`, float32."""
+    """Returns random float32 Hugging Face tensors that fit `config`."""
     rng = np.random.default_rng(seed)
     shapes = nnx.to_pure_dict(nnx.state(abstract_decoder(config), nnx.Param))
     tensors = {}

@@ -34,7 +34,7 @@ def run(pools, n, how):
 
 
 def make_pool(seed, *, size=SIZE, dimension=DIMENSION, valid=None, offset=0.0, spread=1.0):
-    """A batch of one pool with `valid` negatives at random places (None: all)."""
+    """Makes a batch of one pool with `valid` negatives at random positions (None: all)."""
     rng = np.random.default_rng(seed)
     features = rng.normal(size=(size + 1, dimension)) + offset * rng.normal(size=dimension)
     mask = np.zeros(size, bool)
@@ -48,7 +48,7 @@ def make_pool(seed, *, size=SIZE, dimension=DIMENSION, valid=None, offset=0.0, s
 
 
 def picks(pool, n, how=None):
-    """Valid picks and their gains of the one pool in a batch, as NumPy."""
+    """Returns the valid picks of the one pool in a batch, and their gains, as NumPy."""
     got = jax.tree.map(lambda x: np.asarray(x[0]), run(pool, n, how or Settings()))
     assert got.indices.shape == got.valid.shape == got.gains.shape == (n,)
     assert (got.indices[~got.valid] == 0).all() and (got.gains[~got.valid] == 0).all()

@@ -22,7 +22,7 @@ SAVED_ALL = {"train.checkpoint_every": 1, "train.keep_checkpoints": 8}
 
 
 def final_state(workdir: Path, config: Any) -> Any:
-    """Weights and moments of the newest checkpoint, as numpy."""
+    """Returns weights and moments of the newest checkpoint, as NumPy."""
     setup = prepare(config, workdir, ("train",))
     like = abstract_state(setup, make_optimizer(config.train, config.train.steps))
     saved = checkpoint.Checkpoints(workdir, keep=100)
@@ -32,7 +32,7 @@ def final_state(workdir: Path, config: Any) -> Any:
 
 
 def assert_same_run(config: Any, one: Path, other: Path) -> None:
-    """Bit for bit: weights, moments, and every figure but the speed."""
+    """Asserts that two runs agree bit for bit: weights, moments, every figure but the speed."""
     a, b = final_state(one, config), final_state(other, config)
     jax.tree.map(np.testing.assert_array_equal, a, b)
 

@@ -25,7 +25,7 @@ USER = {"role": "user", "content": "Hi!"}
 
 @functools.cache
 def small() -> Any:
-    """Bytes and a few merges; <bos> before a text, <eos> with id 2."""
+    """Makes a tokenizer of bytes and a few merges; <bos> starts a text, <eos> has id 2."""
     with tempfile.TemporaryDirectory() as folder:
         train_tokenizer(["amber basil cedar delta ember fjord"] * 3, 300, Path(folder))
         return load_tokenizer(folder)
@@ -33,7 +33,7 @@ def small() -> Any:
 
 @functools.cache
 def real(real_data: Path, name: str) -> Any:
-    """The tokenizer of a folder that has tokenizer.json, config.json and chat_template.jinja."""
+    """Loads the tokenizer of a folder with tokenizer.json, config.json and chat_template.jinja."""
     source = real_data / "tokenizers" / name
     with tempfile.TemporaryDirectory() as folder:
         zipped = (source / "tokenizer.json.gz").read_bytes()
