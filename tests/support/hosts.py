@@ -171,7 +171,7 @@ def read_share(folder: Path) -> float:
 
 
 def waits(folder: Path) -> dict[str, Any]:
-    """Returns what this process reads where processes see different files, see test_distributed.py."""
+    """Returns what this process reads where processes see different files."""
     found: dict[str, Any] = {}
     me, real = jax.process_index(), (distributed._get, setup_lib.open_splits, run_folder.list_steps)
     longest = 0.0
