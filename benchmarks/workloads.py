@@ -17,8 +17,9 @@ from benchmarks import cost
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.data import load_examples
 from mass_dpo_jax.data.batches import Batch, Order, Shape, make_batch, make_buckets
+from mass_dpo_jax.data.tokenization import tokenize
 from mass_dpo_jax.data.tokenizer import load_tokenizer
-from mass_dpo_jax.data.tokens import Tokens, tokenize
+from mass_dpo_jax.data.tokens import Tokens
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models import attention, shared_prefix
 from mass_dpo_jax.models.attention import Attention
@@ -345,7 +346,7 @@ def _random(w: Workload) -> Tokens:
         response_tokens=rng.integers(1, w.vocabulary, int(lengths.sum()), dtype=np.int32),
         response_lengths=lengths,
         cut={},
-        numbers=np.tile(np.arange(1 + w.pool, dtype=np.int32), (w.batch, 1)),
+        candidate_ids=np.tile(np.arange(1 + w.pool, dtype=np.int32), (w.batch, 1)),
     )
 
 

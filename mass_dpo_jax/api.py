@@ -16,8 +16,10 @@ from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
 from mass_dpo_jax import config as config_lib
-from mass_dpo_jax.data import splits, tables
 from mass_dpo_jax.data.examples import Example
+from mass_dpo_jax.data.readers.preferences import read_preferences
+from mass_dpo_jax.data.rows import Table
+from mass_dpo_jax.data.splits import Source
 from mass_dpo_jax.errors import UserError, check_type
 from mass_dpo_jax.models.config import DecoderConfig
 from mass_dpo_jax.runs import run_config
@@ -106,8 +108,10 @@ class Model:
         logps, hidden = found if features else (found, None)
         by_id = {example.id: len(example.rejected) for example in rows}
         width = 1 + max(by_id[name] for name in tokens.ids)
-        logps, lengths = (tokens.by_number(x, width) for x in (logps, tokens.response_lengths))
-        hidden = None if hidden is None else tokens.by_number(hidden, width)
+        logps, lengths = (
+            tokens.restore_columns(x, width) for x in (logps, tokens.response_lengths)
+        )
+        hidden = None if hidden is None else tokens.restore_columns(hidden, width)
         return Scores(tokens.ids, logps, lengths, hidden)
 
     def updated(self, state: TrainState) -> Model:
@@ -249,5 +253,5 @@ def _check_container(rows: Any) -> None:
 def _examples(rows: Rows, data: Any) -> list[Example]:
     _check_container(rows)
     places = ((f"examples[{i}]", row) for i, row in enumerate(rows))
-    table = tables.Table("examples", splits.Source("examples", "all"), places)
-    return tables.read_preferences(table, "", data)
+    table = Table("examples", Source("examples", "all"), places)
+    return read_preferences(table, "", data)

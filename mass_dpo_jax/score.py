@@ -59,7 +59,9 @@ def score(config: ConfigDict, workdir: Path | None, split: str | None) -> Iterat
         line: dict[str, Any] = {"id": example_id}
         for name, values in found.items():
             line[name] = [None] * sizes[example_id]
-            for number, value in zip(tokens.numbers[row, there], values.tolist(), strict=True):
+            for number, value in zip(
+                tokens.candidate_ids[row, there], values.tolist(), strict=True
+            ):
                 line[name][number] = value
         yield line
 

@@ -1,7 +1,40 @@
-"""Data: from files to the arrays of a batch.
+"""Data: from a line of a file to the arrays of a batch.
 
-`load_examples` reads a split, `tokens.tokenize` turns it into token ids, `batches` cuts those into
-batches. `python -m mass_dpo_jax.data` shows what a data set looks like.
+In the order in which a row passes through them::
+
+    readers/NAME.py       the reader of config.data.name=NAME, found by `load_examples` below
+      text_files.py       lines of plain and gzip files
+      rows.py             tables of rows, and what happens to a bad one
+      fields.py           checks of single fields
+      splits.py           which file, and which of its rows, a split consists of
+      readers/preferences.py, columns.py, messages.py, row_warnings.py    for jsonl, hub
+      readers/questions.py    for qasc, medmcqa
+      readers/sequences.py    for movielens, lastfm
+    examples.py           Example: a prompt with its chosen and its rejected responses
+    split_cache.py        a disk cache of the examples of large splits
+    render.py             text as it is, or
+      chat_template.py    what a chat template writes
+      template_probe.py   ... known without rendering each answer
+      template_checks.py  ... with warnings of prompts that look wrong
+    prompts.py            prompts as token ids, cut to the length limit
+    tokenizer.py          loads, trains and runs tokenizers
+    tokenization.py       examples as token ids: all of the above and the limits of responses
+    tokens.py             Tokens: the arrays of a split
+    token_cache.py        a disk cache of the tokens of large splits
+    batches.py            Batch: shapes, the order of training, arrays of a step
+
+A row that is wrong (a field is missing, the chosen response is also rejected, the template fails,
+...) raises a UserError with file, row and field. With `data.on_bad_row` = "error" this ends the
+program, with "skip" the row is left out and counted (`rows.BadRows`).
+
+A prompt over `data.max_prompt_length` is cut, dropped with its example, or an error, by
+`data.long_prompt`: history first, then the beginning of its text (`prompts`). A response over
+`data.max_response_length` is an error or dropped, by `data.long_response`; its example goes too if
+it was the chosen one or the last negative (`tokenization`). Responses are never cut. `Tokens.cut`
+counts all of this.
+
+Only `config.data` is read here, never another section; what a function reads of it, its docstring
+says. `python -m mass_dpo_jax.data` shows what a data set looks like.
 """
 
 from __future__ import annotations
@@ -9,7 +42,8 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+
+from ml_collections import ConfigDict
 
 from mass_dpo_jax.config import CHOICES
 from mass_dpo_jax.data.examples import Example
@@ -18,36 +52,27 @@ from mass_dpo_jax.errors import UserError
 _log = logging.getLogger(__name__)
 
 
-def warn_of_shared_prompts(examples: Mapping[str, Sequence[Example]]) -> None:
-    """Warns, by split, of rows of validation and test whose prompts are trained on too."""
-    trained = {example.question for example in examples.get("train", ())}
-    for split, rows in examples.items():
-        if split != "train" and (count := sum(row.question in trained for row in rows)):
-            _log.warning(
-                "%s: the prompts of %d of its %d rows are trained on too", split, count, len(rows)
-            )
-
-
-def load_examples(data: Any, split: str, seed: int) -> list[Example]:
-    """The examples of a split of the data set that `data.name` and `data.path` name.
+def load_examples(data: ConfigDict, split: str, seed: int) -> list[Example]:
+    """Loads a split of the data set that `data.name` and `data.path` name.
 
     Args:
-      data: the configuration's `data`. Of the splits "train", "validation" and "test" at most
-        `data.max_train`, `data.max_validation` and `data.max_test` rows are used; the log says
-        what that leaves out.
-      split: one of those, or "all": every row of a single file (or dataset without splits), in
-        order. Where there are no validation rows, also in a single file, the share
-        `data.validation_share` of the training rows, drawn by seed, is held out for it (0: no
-        validation); rows that share a prompt stay together. Where there are no test rows,
-        validation's stand in. MovieLens and the original LastFM have no splits: see `sequences`.
-      seed: what is held out, drawn and shuffled is a function of it.
+        data: The configuration's `data`. Reads `name`, `path`, `columns`, `num_candidates`, and
+            what the reader of that name reads. At most `data.max_train`, `data.max_validation` and
+            `data.max_test` rows of the splits are used; the log says what that leaves out.
+        split: "train", "validation", "test", or "all": every row of a single file (or dataset
+            without splits), in order. If there are no validation rows, also in a single file, the
+            share `data.validation_share` of the training rows, drawn by seed, is held out for them
+            (0: no validation); rows that share a prompt stay together. If there are no test rows,
+            validation's stand in. MovieLens and the original LastFM have no splits: see
+            `sequences`.
+        seed: Determines what is held out, drawn and shuffled.
 
     Returns:
-      The examples; none where validation or test has no rows and none are held out.
+        The examples; none where validation or test has no rows and none are held out.
 
     Raises:
-      UserError: names the file, the row and the field, what was found and what is expected. With
-        `data.on_bad_row` = "skip" a wrong row is left out instead, and counted in the log.
+        UserError: Names the file, the row and the field, what was found and what is expected. With
+            `data.on_bad_row` = "skip" a wrong row is left out instead, and counted in the log.
     """
     from mass_dpo_jax.data import splits
 
@@ -70,3 +95,13 @@ def load_examples(data: Any, split: str, seed: int) -> list[Example]:
     reader = importlib.import_module(f"{__name__}.readers.{data.name}")
     examples: list[Example] = reader.load(data, split, seed)
     return splits.limit(examples, data, split, seed)
+
+
+def warn_of_shared_prompts(examples: Mapping[str, Sequence[Example]]) -> None:
+    """Warns of validation and test rows, by split, whose prompts are trained on too."""
+    trained = {example.question for example in examples.get("train", ())}
+    for split, rows in examples.items():
+        if split != "train" and (count := sum(row.question in trained for row in rows)):
+            _log.warning(
+                "%s: the prompts of %d of its %d rows are trained on too", split, count, len(rows)
+            )

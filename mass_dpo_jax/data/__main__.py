@@ -5,7 +5,7 @@ r"""Shows what a data set looks like to a model: pools, lengths, cuts, first pro
         --config.data.name=qasc --config.data.path=DIR --show=3
     python -m mass_dpo_jax.data --config=tiny --show=1
 
-The folder at config.model.path needs a tokenizer only, no weights. Without one, lengths are in
+The folder at config.model.path needs only a tokenizer, no weights. Without one, lengths are in
 words of the text, and no chat template or length limit is applied.
 """
 
@@ -18,6 +18,7 @@ from mass_dpo_jax.errors import UserError
 
 
 def main() -> None:
+    """Prints the description of the data set that the flags name."""
     if _SHOW.value < 0:
         raise UserError(f"--show={_SHOW.value}: expected 0 or more")
     config = commands.required(_CONFIG)

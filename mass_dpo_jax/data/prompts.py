@@ -1,8 +1,8 @@
-"""Prompts as token ids under the length limit.
+"""From prompts to token ids under the length limit `data.max_prompt_length`.
 
-A prompt that is too long keeps what the template writes around its text. What goes is, in this
-order: the oldest items of its history, or the oldest turns of its conversation; and then the
-beginning of its text, or of its last message.
+A prompt that is too long (with `data.long_prompt` = "cut") keeps what the template writes around
+its text. What is removed is, in this order: the oldest items of its history, or the oldest turns of
+its conversation; then the beginning of its text, or of its last message.
 """
 
 from __future__ import annotations
@@ -10,177 +10,193 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
-from mass_dpo_jax.data.examples import Example, History, Message, Text
-from mass_dpo_jax.data.ragged import Flat
+from mass_dpo_jax.data.examples import Example, History, Message, Prompt
 from mass_dpo_jax.data.render import Renderer
+from mass_dpo_jax.data.tokens import RaggedTokens
 from mass_dpo_jax.errors import UserError
 
-Prompt = Text | History
-GUESSES = 4  # Cuts that are guessed from lengths before halving begins.
+MAX_GUESSES = 4  # Cuts guessed from lengths before the search halves the interval instead.
 
 
 @dataclasses.dataclass
 class Prompts:
-    """The prompts of some examples as the model sees them; lists are in the examples' order."""
+    """The prompts of some examples as the model sees them, in the examples' order.
 
-    prompts: list[Prompt]  # What is left of them.
-    texts: list[str]  # Rendered.
-    tokens: Flat
+    Attributes:
+        prompts: What is left of each.
+        texts: The same, rendered.
+        tokens: One list for each.
+    """
+
+    prompts: list[Prompt]
+    texts: list[str]
+    tokens: RaggedTokens
 
 
-class Encoder:
-    """Turns prompts into token ids, with `first` before each and never twice."""
+class PromptEncoder:
+    """Turns prompts into token ids, with `prefix` once before each.
+
+    Args:
+        renderer: Renders prompts as text.
+        encode: Tokenizes texts, without special tokens around them.
+        prefix: Token ids that the tokenizer adds before a text.
+        bos_id: The token id that begins a sequence, if there is one.
+        data: The configuration's `data`. Reads `max_prompt_length`, `long_prompt`.
+    """
 
     def __init__(
         self,
         renderer: Renderer,
-        encode: Callable[[Sequence[str]], Flat],
-        first: Sequence[int],
+        encode: Callable[[Sequence[str]], RaggedTokens],
+        prefix: Sequence[int],
         bos_id: int | None,
-        data: Any,
+        data: ConfigDict,
     ):
         self._renderer = renderer
         self._encode = encode
-        self._first = first
+        self._prefix = prefix
         self._bos_id = bos_id
         self._limit = data.max_prompt_length
         self._on_long = data.long_prompt
 
-    def __call__(
+    def encode(
         self,
         examples: Sequence[Example],
-        bad: dict[int, UserError],
+        errors: dict[int, UserError],
         dropped: set[int],
         cut: collections.Counter[str],
     ) -> Prompts:
-        """The prompts of all examples; those of `bad` and `dropped` ones mean nothing.
+        """Returns the prompts of all examples; those of rows in `errors` or `dropped` are invalid.
 
-        Adds to `bad` what cannot be used, to `dropped` what `data.long_prompt` leaves out, and to
-        `cut` what was changed. Both are by the example's place in the list.
+        Args:
+            examples: The examples.
+            errors: Gets an entry for each prompt that cannot be used, by its index.
+            dropped: Gets the index of each prompt that `data.long_prompt` leaves out.
+            cut: Counts what was shortened or dropped.
         """
-        prompts: list[Prompt] = [example.prompt for example in examples]
         texts = [""] * len(examples)
         for i, example in enumerate(examples):
             try:
-                texts[i] = self._renderer.prompt(example.prompt, example.place)
+                texts[i] = self._renderer.render_prompt(example.prompt, example.place)
             except UserError as error:
-                bad[i] = error
-        found = Prompts(prompts, texts, self._tokens(texts))
-        for i in np.flatnonzero(found.tokens.lengths == 0).tolist():
-            bad.setdefault(i, UserError(f"{examples[i].place}: the prompt has no tokens"))
-        long = [
-            i for i in np.flatnonzero(found.tokens.lengths > self._limit).tolist() if i not in bad
-        ]
+                errors[i] = error
+        result = Prompts([example.prompt for example in examples], texts, self._tokenize(texts))
+        lengths = result.tokens.lengths
+        for i in np.flatnonzero(lengths == 0).tolist():
+            errors.setdefault(i, UserError(f"{examples[i].place}: the prompt has no tokens"))
+        long = [i for i in np.flatnonzero(lengths > self._limit).tolist() if i not in errors]
         if not long:
-            return found
+            return result
         if self._on_long == "drop":
             cut["prompts_too_long"] += len(long)
             dropped.update(long)
         elif self._on_long == "error":
             for i in long:
-                bad[i] = UserError(
-                    f"{examples[i].place}: the prompt has {found.tokens.lengths[i]} tokens, "
+                errors[i] = UserError(
+                    f"{examples[i].place}: the prompt has {lengths[i]} tokens, "
                     f"config.data.max_prompt_length is {self._limit}: raise it, or set "
                     "config.data.long_prompt to cut or drop"
                 )
         else:
-            self._shorten(examples, long, found, bad, cut)
-        return found
+            self._shorten(examples, long, result, errors, cut)
+        return result
 
-    def _tokens(self, texts: Sequence[str]) -> Flat:
-        return self._encode(texts).starting_with(self._first)
+    def _tokenize(self, texts: Sequence[str]) -> RaggedTokens:
+        return self._encode(texts).add_prefix(self._prefix)
 
     def _shorten(
         self,
         examples: Sequence[Example],
         long: Sequence[int],
-        found: Prompts,
-        bad: dict[int, UserError],
+        result: Prompts,
+        errors: dict[int, UserError],
         cut: collections.Counter[str],
     ) -> None:
-        """Puts shorter prompts in the place of long ones."""
-        # With a template texts are cut, so that tokens are those of a shorter message. Where the
-        # whole prompt is one text its tokens are cut, which costs nothing.
-        inside = not self._renderer.special_tokens
-        cuts = {i: _Cuts(examples[i].prompt, inside) for i in long}
+        """Replaces long prompts in `result` by shorter ones."""
+        # With a template, text is cut so that the tokens are those of a shorter message. Where the
+        # whole prompt is one text, its tokens are cut instead, which needs no search.
+        cut_text = not self._renderer.special_tokens
+        prompts = {i: _ShortenedPrompt(examples[i].prompt, cut_text) for i in long}
 
         def render(i: int, amount: int) -> str:
             try:
-                return self._renderer.prompt(cuts[i].prompt(amount), examples[i].place)
+                return self._renderer.render_prompt(prompts[i].without(amount), examples[i].place)
             except UserError as error:
-                bad[i] = error
+                errors[i] = error
                 return ""
 
-        def lengths(rows: np.ndarray, amounts: np.ndarray) -> np.ndarray:
+        def measure(rows: np.ndarray, amounts: np.ndarray) -> np.ndarray:
             texts = [render(*pair) for pair in zip(rows.tolist(), amounts.tolist(), strict=True)]
-            return self._tokens(texts).lengths
+            return self._tokenize(texts).lengths
 
         rows = np.array(long)
-        amounts, fits = _fewest(rows, found.tokens.lengths[rows], cuts, lengths, self._limit)
+        amounts, fits = _find_least_cuts(
+            rows, result.tokens.lengths[rows], prompts, measure, self._limit
+        )
         for i, amount, fit in zip(rows.tolist(), amounts.tolist(), fits.tolist(), strict=True):
-            prompt = cuts[i].prompt(amount)
-            items = min(amount, cuts[i].items)
+            items = min(amount, prompts[i].items)
             cut["prompts_with_shorter_history"] += items > 0
             cut["history_items_dropped"] += items
             cut["prompts_truncated"] += not fit or amount > items
-            found.prompts[i] = prompt
-            found.texts[i] = render(i, amount)
-        found.tokens = self._tokens(found.texts)
-        if inside:
-            for i in rows[~fits].tolist():
-                message = (
-                    f"{examples[i].place}: without its text the prompt has "
-                    f"{found.tokens.lengths[i]} tokens still, config.data.max_prompt_length is "
-                    f"{self._limit}: raise it, or leave such prompts out with "
-                    "config.data.long_prompt=drop"
-                )
-                bad.setdefault(i, UserError(message))
-        else:
-            found.tokens = found.tokens.cut_inside(self._limit, self._heads(found.tokens))
+            result.prompts[i] = prompts[i].without(amount)
+            result.texts[i] = render(i, amount)
+        result.tokens = self._tokenize(result.texts)
+        if not cut_text:
+            heads = self._count_first_tokens(result.tokens)
+            result.tokens = result.tokens.cut_middle(self._limit, heads)
+            return
+        for i in rows[~fits].tolist():
+            message = (
+                f"{examples[i].place}: without its text the prompt has "
+                f"{result.tokens.lengths[i]} tokens still, config.data.max_prompt_length is "
+                f"{self._limit}: raise it, or leave such prompts out with "
+                "config.data.long_prompt=drop"
+            )
+            errors.setdefault(i, UserError(message))
 
-    def _heads(self, tokens: Flat) -> np.ndarray:
-        """How many tokens at the start of each prompt stay."""
-        if self._first or self._bos_id is None:
-            return np.full(len(tokens.lengths), min(len(self._first), self._limit - 1))
-        starts = np.cumsum(tokens.lengths) - tokens.lengths
-        begins = np.zeros(len(starts), np.int64)
-        some = tokens.lengths > 0
-        begins[some] = tokens.tokens[starts[some]] == self._bos_id
-        return np.minimum(begins, self._limit - 1)
+    def _count_first_tokens(self, tokens: RaggedTokens) -> np.ndarray:
+        """Returns how many tokens at the start of each prompt must stay."""
+        if self._prefix or self._bos_id is None:
+            return np.full(len(tokens.lengths), min(len(self._prefix), self._limit - 1))
+        counts = np.zeros(len(tokens.lengths), np.int64)
+        nonempty = tokens.lengths > 0
+        counts[nonempty] = tokens.tokens[tokens.starts[nonempty]] == self._bos_id
+        return np.minimum(counts, self._limit - 1)
 
 
-class _Cuts:
-    """A prompt with any amount taken away: first whole items, then characters of its text."""
+class _ShortenedPrompt:
+    """A prompt from which any amount can be removed: first whole items, then characters.
 
-    def __init__(self, prompt: Prompt, inside: bool):
+    Attributes:
+        items: How many items, or turns, can be removed: all but the newest.
+        most: The largest amount: the items and, with `cut_text`, all but one character.
+    """
+
+    def __init__(self, prompt: Prompt, cut_text: bool):
         self._whole = prompt
-        self._turns: list[list[Message]] = []
-        if isinstance(prompt, History):
-            self.items = len(prompt.items) - 1
-        elif isinstance(prompt, list):
-            self._turns = _turns(prompt)
-            self.items = len(self._turns) - 1
-        else:
-            self.items = 0
-        shortest = self.prompt(self.items)
-        self.most = self.items + (len(_text(shortest)) - 1 if inside else 0)
+        self._turns = _split_turns(prompt) if isinstance(prompt, list) else []
+        units = prompt.items if isinstance(prompt, History) else self._turns
+        self.items = max(0, len(units) - 1)
+        shortest = self.without(self.items)
+        self.most = self.items + (len(_cuttable_text(shortest)) - 1 if cut_text else 0)
 
-    def prompt(self, amount: int) -> Prompt:
+    def without(self, amount: int) -> Prompt:
+        """Returns the prompt without its first `amount` items and characters."""
         items = min(amount, self.items)
-        rest = self._without(items)
+        rest = self._drop_items(items)
         characters = amount - items
         if not characters:
             return rest
-        text = _text(rest)[characters:]
+        text = _cuttable_text(rest)[characters:]
         if isinstance(rest, list):
             return [*rest[:-1], {**rest[-1], "content": text}]
         return text
 
-    def _without(self, items: int) -> Prompt:
+    def _drop_items(self, items: int) -> Prompt:
         if not items:
             return self._whole
         if isinstance(self._whole, History):
@@ -190,8 +206,8 @@ class _Cuts:
         return system + [message for turn in self._turns[items:] for message in turn]
 
 
-def _turns(messages: Sequence[Message]) -> list[list[Message]]:
-    """A user's message and what follows it, each, without the system's message at the start."""
+def _split_turns(messages: Sequence[Message]) -> list[list[Message]]:
+    """Splits messages before each user message; leaves out a system message at the start."""
     turns: list[list[Message]] = []
     for i, message in enumerate(messages):
         if i == 0 and message["role"] == "system":
@@ -202,36 +218,50 @@ def _turns(messages: Sequence[Message]) -> list[list[Message]]:
     return turns
 
 
-def _text(prompt: Prompt) -> str:
+def _cuttable_text(prompt: Prompt) -> str:
     if isinstance(prompt, History):
         return prompt.text
     return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
-def _fewest(
+def _find_least_cuts(
     rows: np.ndarray,
     whole: np.ndarray,
-    cuts: Mapping[int, _Cuts],
-    lengths: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    prompts: Mapping[int, _ShortenedPrompt],
+    measure: Callable[[np.ndarray, np.ndarray], np.ndarray],
     limit: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The least amounts to take away, int [N], and whether they are enough, bool [N].
+    """Finds the least amount to remove from each prompt, searching all of them side by side.
 
-    Searches all rows side by side. The least amount is in (too_few, enough]; characters need not
-    be the fewest where the limit is met to the token.
+    The least amount is in (too_few, enough]. It need not be the least number of characters where
+    the limit is met exactly.
+
+    Args:
+        rows: int [m], which prompts.
+        whole: int [m], their lengths in tokens.
+        prompts: The prompts, by row.
+        measure: Returns the lengths in tokens of some rows without some amounts.
+        limit: The most tokens of a prompt.
+
+    Returns:
+        The amounts, int [m], and whether they suffice, bool [m].
     """
-    items = np.array([cuts[i].items for i in rows.tolist()])
-    most = np.array([cuts[i].most for i in rows.tolist()])
+    items = np.array([prompts[i].items for i in rows.tolist()])
+    most = np.array([prompts[i].most for i in rows.tolist()])
     too_few, long = np.zeros_like(items), whole.copy()
     enough, short = most.copy(), np.full_like(whole, -1)  # -1: not known to fit.
-    # Items and characters differ in length, so guesses are made within one of them.
+
+    def try_amounts(at: np.ndarray, amounts: np.ndarray) -> None:
+        lengths = measure(rows[at], amounts)
+        fit = lengths <= limit
+        enough[at[fit]], short[at[fit]] = amounts[fit], lengths[fit]
+        too_few[at[~fit]], long[at[~fit]] = amounts[~fit], lengths[~fit]
+
+    # Items and characters differ in length, so guesses are made within one kind.
     for ends in (items, most):
-        open_ = np.flatnonzero((ends > too_few) & (short < 0))
-        if len(open_):
-            found = lengths(rows[open_], ends[open_])
-            fit = found <= limit
-            enough[open_[fit]], short[open_[fit]] = ends[open_[fit]], found[fit]
-            too_few[open_[~fit]], long[open_[~fit]] = ends[open_[~fit]], found[~fit]
+        unknown = np.flatnonzero((ends > too_few) & (short < 0))
+        if len(unknown):
+            try_amounts(unknown, ends[unknown])
     fits = short >= 0
     tries = 0
     while True:
@@ -241,12 +271,8 @@ def _fewest(
             return enough, fits
         gap = enough[at] - too_few[at]
         step = gap // 2
-        if tries < GUESSES:
-            per = (long[at] - limit) / (long[at] - short[at])
-            step = np.clip(np.ceil(per * gap).astype(int), 1, gap - 1)
+        if tries < MAX_GUESSES:
+            share = (long[at] - limit) / (long[at] - short[at])
+            step = np.clip(np.ceil(share * gap).astype(int), 1, gap - 1)
         tries += 1
-        middle = too_few[at] + step
-        found = lengths(rows[at], middle)
-        fit = found <= limit
-        enough[at[fit]], short[at[fit]] = middle[fit], found[fit]
-        too_few[at[~fit]], long[at[~fit]] = middle[~fit], found[~fit]
+        try_amounts(at, too_few[at] + step)

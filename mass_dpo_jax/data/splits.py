@@ -1,4 +1,4 @@
-"""Which rows a split has: of its own file or, where it has none, of another."""
+"""Which rows a split has: those of its own file or, where there is none, of another one."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import re
 import shlex
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from mass_dpo_jax.errors import UserError
 
@@ -29,20 +30,20 @@ _log = logging.getLogger(__name__)
 
 
 class Source(NamedTuple):
-    """A part of the rows of split `name`: "all" of them, the "held_out" ones or the "rest"."""
+    """A part of the rows of split `name`: "all" of them, the "held_out" ones, or the "rest"."""
 
     name: str
     part: str
 
 
-def resolve(split: str, available: Collection[str], place: str) -> Source:
-    """Where a split's rows come from, given the splits that there are.
+def resolve(split: str, available: Collection[str], location: str) -> Source:
+    """Returns where a split's rows come from, given the available splits.
 
     Without validation rows, some training rows are held out for it. Without test rows, those of
     validation stand in. A single, nameless set of rows counts as "train".
 
     Raises:
-      UserError: there is nothing for this split.
+        UserError: There are no rows for this split.
     """
     if split in available:
         rest = split == "train" and "validation" not in available
@@ -51,7 +52,9 @@ def resolve(split: str, available: Collection[str], place: str) -> Source:
         return Source("validation", "all")
     if split in ("validation", "test") and "train" in available:
         return Source("train", "held_out")
-    raise UserError(f"{place}: no split {split!r}; found {', '.join(sorted(available)) or 'none'}")
+    raise UserError(
+        f"{location}: no split {split!r}; found {', '.join(sorted(available)) or 'none'}"
+    )
 
 
 def take(
@@ -60,19 +63,19 @@ def take(
     part: str,
     held_out: float,
     seed: int,
-    place: str,
+    location: str,
 ) -> list[Row]:
-    """A part of the rows, "all", "held_out" or the "rest", in their order.
+    """Returns a part of the rows, "all", "held_out" or the "rest", in their order.
 
-    Rows with equal `prompts` are in one part. Which ones are held out depends on the seed alone;
-    they are about the share `held_out` of the rows, at least one prompt where that is above 0, and
-    never all. Where there is one prompt only, rows are held out nevertheless, and a single row
-    serves as both.
+    Rows with equal `prompts` are in one part. Which ones are held out depends on the seed alone.
+    They are about the share `held_out` of the rows: at least one prompt where that is above 0, and
+    never all. If all rows have the same prompt, some are held out nevertheless, and a single row
+    is in both parts.
     """
     if part == "all":
         return list(rows)
     if len(rows) == 1 and held_out:
-        _log.warning("%s: its only row serves for training and evaluation", place)
+        _log.warning("%s: its only row serves for training and evaluation", location)
         return list(rows)
     count = min(max(1, round(held_out * len(rows))), len(rows) - 1) if held_out else 0
     order = np.random.default_rng([seed, 1]).permutation(len(rows)).tolist()
@@ -80,7 +83,7 @@ def take(
     if len(sizes) == 1 and count:
         _log.warning(
             "%s: all %d rows have the same prompt, which is trained and evaluated on",
-            place, len(rows),
+            location, len(rows),
         )  # fmt: skip
         chosen = set(order[:count])
         out = [i in chosen for i in range(len(rows))]
@@ -88,18 +91,24 @@ def take(
         held = _hold_out([prompts[i] for i in order], sizes, count)
         out = [prompt in held for prompt in prompts]
     if part == "rest" and count:
-        of = f" ({len(held)} of {len(sizes)} prompts)" if 1 < len(sizes) < len(rows) else ""
-        _log.info("%s: %d of %d rows%s are held out for evaluation", place, sum(out), len(rows), of)
+        of_prompts = f" ({len(held)} of {len(sizes)} prompts)" if 1 < len(sizes) < len(rows) else ""
+        _log.info(
+            "%s: %d of %d rows%s are held out for evaluation",
+            location,
+            sum(out),
+            len(rows),
+            of_prompts,
+        )
     return [row for row, is_out in zip(rows, out, strict=True) if is_out == (part == "held_out")]
 
 
 def _hold_out(
     order: Sequence[Hashable], sizes: Mapping[Hashable, int], count: int
 ) -> set[Hashable]:
-    """The first prompts in `order` that together have about `count` rows, and not all rows.
+    """Returns the first prompts in `order` that together have about `count` rows, but not all rows.
 
-    A prompt that would lead further away from `count` than it is without is passed over. Of prompts
-    with one row each, that leaves the first `count`.
+    A prompt is passed over if adding it would lead further away from `count`. If every prompt has
+    one row, these are the first `count` ones.
     """
     held: set[Hashable] = set()
     missing, left = count, sum(sizes.values())
@@ -113,10 +122,10 @@ def _hold_out(
     return held
 
 
-def limit(rows: list[Row], data: Any, split: str, seed: int) -> list[Row]:
-    """At most as many rows as `data.max_*` allows, drawn by seed and in their order.
+def limit(rows: list[Row], data: ConfigDict, split: str, seed: int) -> list[Row]:
+    """Returns at most as many rows as `data.max_*` allows, drawn by seed and in their order.
 
-    Says how many that leaves out.
+    Logs how many that leaves out.
     """
     most = 0 if split == "all" else data[f"max_{split}"]
     if not most or len(rows) <= most:
@@ -126,82 +135,81 @@ def limit(rows: list[Row], data: Any, split: str, seed: int) -> list[Row]:
     return [rows[i] for i in sorted(chosen)]
 
 
-def by_split(words: Mapping[str, str], place: str) -> dict[str, str]:
-    """Which name stands for which split, given each name's word for one ("dev", say).
+def match_splits(words: Mapping[str, str], location: str) -> dict[str, str]:
+    """Returns which name stands for which split, given each name's word for one, such as "dev".
 
     Raises:
-      UserError: two of them stand for one split.
+        UserError: Two names stand for one split.
     """
-    found: dict[str, str] = {}
+    matches: dict[str, str] = {}
     for split, aliases in NAMES.items():
         for name, word in words.items():
             if word.lower() not in aliases:
                 continue
-            if split in found:
+            if split in matches:
                 raise UserError(
-                    f"{place}: {found[split]} and {name} could both be the {split} split; expected "
-                    "one of them"
+                    f"{location}: {matches[split]} and {name} could both be the {split} split; "
+                    "expected one of them"
                 )
-            found[split] = name
-    return found
+            matches[split] = name
+    return matches
 
 
 def find_file(
     path: Path, split: str, patterns: Sequence[str], without: Collection[str] = ()
 ) -> tuple[Path, Source]:
-    """The file a split's rows are in, and its part of them.
+    """Finds the file that has a split's rows, and the split's part of them.
 
     Args:
-      path: a file, which holds all rows, or a folder with one file a split.
-      split: "train", "validation", "test" or, for a file, "all".
-      patterns: names of files in the folder, with {} for the split's name.
-      without: splits of a folder that are not looked at.
+        path: A file, which holds all rows, or a folder with one file for each split.
+        split: "train", "validation", "test" or, for a file, "all".
+        patterns: Names of files in the folder, with {} for the split's name.
+        without: Splits of a folder to ignore.
 
     Raises:
-      UserError: says what was looked for.
+        UserError: Says what was looked for.
     """
     if path.is_file():
         if split == "all":
             return path, Source(path.name.split(".")[0], "all")
         return path, Source(path.name.split(".")[0], resolve(split, ["train"], str(path)).part)
     if not path.is_dir():
-        raise UserError(_nothing_at(path))
+        raise UserError(_describe_missing_path(path))
     names = sorted(p.name + "/" * p.is_dir() for p in path.iterdir() if p.name[0] != ".")
-    files = by_split({name: _word(name, patterns) for name in names}, str(path))
+    files = match_splits({name: _extract_word(name, patterns) for name in names}, str(path))
     if not files:
-        raise UserError(_no_split_in(path, names, patterns))
-    left = tuple(name for name in names if name not in files.values())
-    say_not_read(str(path), left, tuple(files))
+        raise UserError(_describe_missing_files(path, names, patterns))
+    unread = tuple(name for name in names if name not in files.values())
+    log_unread(str(path), unread, tuple(files))
     source = resolve(split, [name for name in files if name not in without], str(path))
     return path / files[source.name], source
 
 
 @functools.cache  # Once, not for every split.
-def say_not_read(place: str, names: tuple[str, ...], found: tuple[str, ...]) -> None:
-    """Logs which files of a folder, or splits of a dataset, are not read, but for notes on them.
+def log_unread(location: str, names: tuple[str, ...], read: tuple[str, ...]) -> None:
+    """Logs which files of a folder, or splits of a dataset, are not read, except for notes.
 
-    Warns of a file that is called like a split that was not `found`: `test.csv` beside
-    `train.jsonl`, say.
+    Warns of a file that is named like a split that is not `read`: `test.csv` beside `train.jsonl`.
     """
     if names := tuple(n for n in names if not n.startswith(("README", "LICENSE"))):
-        _log.info("%s: not read: %s", place, _listing(names))
+        _log.info("%s: not read: %s", location, _list_names(names))
     for name in names:
-        split = split_of(name)
-        if split and split not in found:
+        split = name_split(name)
+        if split and split not in read:
             _log.warning(
                 "%s: %s is in no format that is read there, and no %s split is: convert it, or "
-                "take it away", place, name, split,
+                "take it away", location, name, split,
             )  # fmt: skip
 
 
-def split_of(name: str) -> str:
-    """The split that a file is called like, whatever its format; "" for other names."""
+def name_split(name: str) -> str:
+    """Returns the split that a file is named like, whatever its format; "" for other names."""
     word = name.split(".")[0].lower()
     return next((split for split, aliases in NAMES.items() if word in aliases), "")
 
 
-def _word(name: str, patterns: Sequence[str]) -> str:
-    """What stands for {} in a name; "" where it is of no pattern."""
+def _extract_word(name: str, patterns: Sequence[str]) -> str:
+    """Returns what stands for {} in a name; "" if it matches no pattern."""
     for before, _, behind in (pattern.partition("{}") for pattern in patterns):
         if name.startswith(before) and name.endswith(behind):
             word = name[len(before) : len(name) - len(behind)]
@@ -210,7 +218,7 @@ def _word(name: str, patterns: Sequence[str]) -> str:
     return ""
 
 
-def _nothing_at(path: Path) -> str:
+def _describe_missing_path(path: Path) -> str:
     text = str(path)
     if path.exists():
         return (
@@ -228,17 +236,17 @@ def _nothing_at(path: Path) -> str:
     return f"{path}: no such file or folder (config.data.path){advice}"
 
 
-def _no_split_in(folder: Path, names: Sequence[str], patterns: Sequence[str]) -> str:
-    """What to say of a folder without a file for any split."""
+def _describe_missing_files(folder: Path, names: Sequence[str], patterns: Sequence[str]) -> str:
+    """Describes a folder that has no file for any split, with advice."""
     expected = ", ".join(patterns[0].format(split) for split in NAMES)
     endings = [pattern.partition("{}")[2] for pattern in patterns[1:]]
     also = f" (or with {', '.join(endings)})" if endings else ""
-    text = f"{folder}: expected files {expected}{also}; found {_listing(names)}"
+    text = f"{folder}: expected files {expected}{also}; found {_list_names(names)}"
     if patterns[0] != "{}.jsonl":
         return text
     if is_dataset(folder):
         return f"{text}; a dataset of Hugging Face: set --config.data.name=hub"
-    array = next((n for n in names if _word(n, ["{}.json"]).lower() in _ALIASES), "")
+    array = next((n for n in names if _extract_word(n, ["{}.json"]).lower() in _ALIASES), "")
     if array:
         file, lines = shlex.quote(str(folder / array)), shlex.quote(str(folder / f"{array}l"))
         return f"{text}; if {array} is a JSON array: jq -c '.[]' {file} > {lines}"
@@ -248,17 +256,17 @@ def _no_split_in(folder: Path, names: Sequence[str], patterns: Sequence[str]) ->
 
 
 def is_dataset(folder: Path) -> bool:
-    """Does the folder hold one dataset of Hugging Face: saved by it, or Parquet or Arrow files?
+    """Whether the folder is one Hugging Face dataset: saved by it, or Parquet or Arrow files.
 
-    Arrow files deeper down are of several datasets that were saved beside each other.
+    Arrow files in subfolders belong to several datasets that were saved side by side.
     """
     return is_saved(folder) or any(folder.rglob("*.parquet")) or any(folder.glob("*.arrow"))
 
 
 def is_saved(folder: Path) -> bool:
-    """Was the folder written by save_to_disk?"""
+    """Whether save_to_disk wrote the folder."""
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
-def _listing(names: Sequence[str]) -> str:
+def _list_names(names: Sequence[str]) -> str:
     return ", ".join(names[:8]) + (", ..." if names[8:] else "") if names else "nothing"

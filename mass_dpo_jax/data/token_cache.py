@@ -1,4 +1,4 @@
-"""Token ids of a large split, kept on disk and mapped into memory by the next run."""
+"""A disk cache of the token ids of large splits, which the next run maps into memory."""
 
 from __future__ import annotations
 
@@ -15,36 +15,27 @@ from typing import Any
 
 import numpy as np
 import transformers
+from ml_collections import ConfigDict
 
 import mass_dpo_jax
-from mass_dpo_jax.data import (
-    bad_rows,
-    doubts,
-    probe,
-    prompts,
-    ragged,
-    render,
-    row_checks,
-    tokens,
-)
-from mass_dpo_jax.data import examples as examples_lib
 from mass_dpo_jax.data.examples import Example, History
 from mass_dpo_jax.data.split_cache import (
-    WORTH,
-    Examples,
-    Said,
-    listening,
-    with_checksum,
-    without_checksum,
+    MIN_RESPONSES,
+    CachedExamples,
+    Log,
+    add_checksum,
+    digest_code,
+    record_log,
+    remove_checksum,
+    repeat_log,
 )
-from mass_dpo_jax.data.tokens import Tokens, tokenize
+from mass_dpo_jax.data.tokenization import tokenize
+from mass_dpo_jax.data.tokens import Tokens
 
 SETTINGS = (
     "chat_template", "date", "chat_template_kwargs", "on_bad_row",
     "max_prompt_length", "max_response_length", "long_prompt", "long_response",
 )  # fmt: skip
-# What the tokens depend on.
-CODE = (bad_rows, doubts, examples_lib, ragged, probe, prompts, render, row_checks, tokens)
 _log = logging.getLogger(__name__)
 
 
@@ -52,45 +43,60 @@ def tokenize_once(
     folder: Path,
     examples: Sequence[Example],
     tokenizer: Any,
-    data: Any,
+    data: ConfigDict,
     *,
     progress: bool,
     max_positions: int | None = None,
 ) -> Tokens:
-    """`tokenize`, or what an earlier run kept in `folder` of the same examples, tokenizer, limits
-    and code. Files that are not as they were written are reported and made again.
+    """Tokenizes examples, or reads the cache in `folder` of the same examples and settings.
+
+    The tokenizer and the code must be the same too. Files that are not as they were written are
+    reported and made again.
+
+    Args:
+        folder: The cache.
+        examples: As in `tokenize`, like everything else.
+        tokenizer: As in `tokenize`.
+        data: The configuration's `data`. Reads what `tokenize` reads.
+        progress: As in `tokenize`.
+        max_positions: As in `tokenize`.
 
     Raises:
-      UserError: as `tokenize`.
+        UserError: As `tokenize`.
     """
     make = functools.partial(
         tokenize, examples, tokenizer, data, progress=progress, max_positions=max_positions
     )
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    # Of those that are kept there are enough; the sum would read them.
-    kept = isinstance(examples, Examples)
-    if backend is None or (not kept and sum(1 + len(e.rejected) for e in examples) < WORTH):
+    if backend is None:
         return make()
-    path = folder / f"tokens-{_digest(examples, tokenizer, backend, data, max_positions)}"
+    # Cached examples are many; counting their responses would read them.
+    if not isinstance(examples, CachedExamples):
+        if sum(len(example.responses) for example in examples) < MIN_RESPONSES:
+            return make()
+    path = folder / f"tokens-{_make_key(examples, tokenizer, backend, data, max_positions)}"
     try:
-        found, said = _read(path)
+        tokens, log = _read(path)
         _log.info(f"tokens: read from {path}")
-        for level, message in said:
-            _log.log(level, "%s", message)
-        return found
+        repeat_log(log)
+        return tokens
     except FileNotFoundError:
         pass
     except (ValueError, OSError) as error:
         _log.warning(f"{path}: unreadable ({error}); tokenizing again")
         shutil.rmtree(path, ignore_errors=True)
-    with listening() as heard:
-        found = make()
-    _write(path, found, heard)
-    return found
+    with record_log() as log:
+        tokens = make()
+    _write(path, tokens, log)
+    return tokens
 
 
-def _digest(
-    examples: Sequence[Example], tokenizer: Any, backend: Any, data: Any, max_positions: int | None
+def _make_key(
+    examples: Sequence[Example],
+    tokenizer: Any,
+    backend: Any,
+    data: ConfigDict,
+    max_positions: int | None,
 ) -> str:
     sha = hashlib.sha256(backend.to_str().encode())
     template = Path(data.chat_template)
@@ -103,9 +109,8 @@ def _digest(
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
     }
     sha.update(json.dumps(settings, sort_keys=True).encode())
-    for module in CODE:
-        sha.update(Path(str(module.__file__)).read_bytes())
-    if isinstance(examples, Examples):
+    sha.update(digest_code())
+    if isinstance(examples, CachedExamples):
         sha.update(examples.key.encode())
         return sha.hexdigest()[:32]
     for example in examples:
@@ -117,10 +122,9 @@ def _digest(
     return sha.hexdigest()[:32]
 
 
-def _read(path: Path) -> tuple[Tokens, Said]:
-    """Tokens, and what was said when they were made."""
-    stored = json.loads(without_checksum((path / "rest.json").read_text()))
-    checksums, said = stored.pop("arrays"), stored.pop("said")
+def _read(path: Path) -> tuple[Tokens, Log]:
+    stored = json.loads(remove_checksum((path / "rest.json").read_text()))
+    checksums, log = stored.pop("arrays"), stored.pop("said")
     arrays = {}
     for field in dataclasses.fields(Tokens):
         if field.name in checksums:
@@ -128,7 +132,7 @@ def _read(path: Path) -> tuple[Tokens, Said]:
             if _checksum(file) != checksums[field.name]:
                 raise ValueError(f"{file.name} is not what was written")
             arrays[field.name] = np.load(file, mmap_mode="r", allow_pickle=False)
-    return Tokens(**stored, **arrays), said
+    return Tokens(**stored, **arrays), log
 
 
 def _checksum(file: Path) -> str:
@@ -136,9 +140,9 @@ def _checksum(file: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def _write(path: Path, found: Tokens, said: Said) -> None:
-    """Renamed when whole: another run may look for it meanwhile."""
-    fields = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
+def _write(path: Path, tokens: Tokens, log: Log) -> None:
+    """Writes a folder beside `path` and renames it when complete, since another run may look."""
+    fields = {field.name: getattr(tokens, field.name) for field in dataclasses.fields(tokens)}
     arrays = {name: value for name, value in fields.items() if isinstance(value, np.ndarray)}
     rest = {name: value for name, value in fields.items() if name not in arrays}
     temporary = None
@@ -148,11 +152,11 @@ def _write(path: Path, found: Tokens, said: Said) -> None:
         for name, value in arrays.items():
             np.save(temporary / f"{name}.npy", value)
         checksums = {name: _checksum(temporary / f"{name}.npy") for name in arrays}
-        text = json.dumps({**rest, "arrays": checksums, "said": said})
-        (temporary / "rest.json").write_text(with_checksum(text))
+        text = json.dumps({**rest, "arrays": checksums, "said": log})
+        (temporary / "rest.json").write_text(add_checksum(text))
         temporary.rename(path)
     except OSError as error:
-        if not path.exists():  # Else another run was faster.
+        if not path.exists():  # Otherwise another run was faster.
             _log.warning(f"{path}: {error.strerror}; the tokens are not kept")
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)

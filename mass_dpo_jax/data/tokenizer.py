@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from mass_dpo_jax.data.ragged import Flat
+from mass_dpo_jax.data.tokens import RaggedTokens
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.utils.files import read_json
 
@@ -165,11 +165,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def encode_texts(tokenizer: Any, texts: Sequence[str]) -> Flat:
+def encode_texts(tokenizer: Any, texts: Sequence[str]) -> RaggedTokens:
     """Tokenizes texts, without the special tokens that the tokenizer adds around a text."""
     unique = list(dict.fromkeys(texts))  # Titles and letters repeat often.
     rows = {text: i for i, text in enumerate(unique)}
-    tokens = Flat.of(_encode(tokenizer, unique))
+    tokens = RaggedTokens.from_lists(_encode(tokenizer, unique))
     if len(unique) == len(texts):
         return tokens
     return tokens.take(np.fromiter((rows[text] for text in texts), np.int64, len(texts)))

@@ -70,7 +70,7 @@ def reference_rankings(config: ConfigDict, split: str) -> dict[str, dict[str, fl
         "co-occurrence in training": baselines.cooccurrence(train, examples),
     }
     if config.data.name == "synthetic":
-        scores["the true tastes"] = synthetic.oracle_scores(examples)
+        scores["the true tastes"] = synthetic.compute_oracle_scores(examples)
     return {
         name: metrics.ranking(found, np.isfinite(found), "policy") for name, found in scores.items()
     }

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 import mass_dpo_jax
 from mass_dpo_jax import config as config_lib
-from mass_dpo_jax.data.render import template_arguments
+from mass_dpo_jax.data.render import read_template_arguments
 from mass_dpo_jax.models.config import DecoderConfig
 from mass_dpo_jax.runs import metrics_files, origin, run_config
 from mass_dpo_jax.runs.metrics_files import read_metrics_log
@@ -213,7 +213,7 @@ def _use(config: ConfigDict) -> str:
             f"    {_arguments(config)},\n"
             ")"
         )
-        asked = template_arguments(config.data)
+        asked = read_template_arguments(config.data)
         request = "/v1/chat/completions -H 'Content-Type: application/json' \\\n    -d " + (
             """'{"model": "FOLDER", "messages": [{"role": "user", "content": "PROMPT"}], """
             f""""chat_template_kwargs": {json.dumps(asked)}}}'"""
@@ -240,7 +240,7 @@ curl http://localhost:8000{request}
 
 def _arguments(config: ConfigDict) -> str:
     """What the chat template was given beside the messages, as in a Python call."""
-    values = template_arguments(config.data).items()
+    values = read_template_arguments(config.data).items()
     return ", ".join(
         f"{name}={json.dumps(v) if isinstance(v, str) else repr(v)}" for name, v in values
     )

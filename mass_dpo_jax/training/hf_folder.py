@@ -301,7 +301,8 @@ def _end_of_response(tokenizer: Any, config: ConfigDict) -> int:
     if renderer.end_id is not None:
         return renderer.end_id
     example = Example("", "question", "answer", ("other",), "chat template")
-    text = renderer.responses(example, renderer.prompt(example.prompt, example.place))[0]
+    prompt = renderer.render_prompt(example.prompt, example.place)
+    text = renderer.render_responses(example, prompt)[0]
     return int(tokenizer(text, add_special_tokens=False).input_ids[-1])
 
 

@@ -105,7 +105,7 @@ def _train(
     def save() -> None:
         if step := int(state.step):
             about = {"config": config.to_dict(), "data": digests}
-            where = {**about, **batches.order.place(step)}
+            where = {**about, **batches.order.locate(step)}
             saved.save(state, train_step.sets.state, where)
 
     # However training ends, each of these is closed: what is being written is waited for.

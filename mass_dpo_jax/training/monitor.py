@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import mass_dpo_jax
-from mass_dpo_jax.data.examples import Example, digest
+from mass_dpo_jax.data.examples import Example, digest_examples
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.metrics import evaluate_logps, metric_names, ranking_gains
 from mass_dpo_jax.runs import metrics_files, run_folder
@@ -334,7 +334,7 @@ class Evaluator:
         by_id = {example.id: example for example in self._setup.examples[split]}
         return EvaluatedSplit(
             [by_id[name] for name in tokens.ids],
-            tokens.numbers,
+            tokens.candidate_ids,
             self._valid(split),
             before,
             after,
@@ -386,7 +386,7 @@ class Evaluator:
         def describe() -> dict[str, Any]:
             ids = set(setup.tokens[split].ids)
             rows = [example for example in setup.examples[split] if example.id in ids]
-            return {"examples": len(rows), "digest": digest(rows)}
+            return {"examples": len(rows), "digest": digest_examples(rows)}
 
         return dict(distributed.run_on_primary(describe))
 

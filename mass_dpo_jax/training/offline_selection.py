@@ -87,7 +87,7 @@ def with_model(config: ConfigDict, workdir: Path | None, split: str | None) -> I
     for row, example_id in enumerate(tokens.ids):
         # Candidates that were too long are gone from the tokens.
         selected = chosen[row]["selected"]
-        numbers = [int(tokens.numbers[row, 1 + number]) - 1 for number in selected]
+        numbers = [int(tokens.candidate_ids[row, 1 + number]) - 1 for number in selected]
         yield _with_texts(by_id[example_id], {**chosen[row], "selected": numbers})
 
 

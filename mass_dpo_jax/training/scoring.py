@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from mass_dpo_jax.data.batches import Batch, Buckets, in_order, make_batch
+from mass_dpo_jax.data.batches import Batch, Buckets, iterate_batches, make_batch
 from mass_dpo_jax.data.tokens import Tokens
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.training import interruption
@@ -51,7 +51,7 @@ def device_batches(
     make = functools.partial(make_batch, tokens, ref_logps=ref_logps, ref_grams=ref_grams)
     total = len(tokens) if rows is None else len(rows)
     with progress_bar(total=total, desc=label, unit="examples") as bar:
-        for indices, shape in in_order(buckets, batch_size, rows):
+        for indices, shape in iterate_batches(buckets, batch_size, rows):
             interruption.check()
             make_shaped = functools.partial(make, shape=shape)
             yield indices, mesh_lib.shard_rows(mesh, indices, make_shaped)

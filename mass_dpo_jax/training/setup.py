@@ -325,7 +325,7 @@ def say_small_pools(n: int, sizes: np.ndarray) -> None:
 
 def _graded_by_rank(tokens: Tokens) -> Tokens:
     """Rejected responses are listed from the best to the worst: those left out keep their rank."""
-    return dataclasses.replace(tokens, scores=-tokens.numbers.astype(np.float32))
+    return dataclasses.replace(tokens, scores=-tokens.candidate_ids.astype(np.float32))
 
 
 def _check_grades(tokens: Tokens) -> None:

@@ -246,7 +246,7 @@ class TestColdStart:
     def test_any_candidate_is_as_likely_as_any_other(self):
         """The chosen one is the true one, and has the largest utility, one time in 20."""
         examples, rows = self.rows()
-        utilities = synthetic.oracle_scores(examples)
+        utilities = synthetic.compute_oracle_scores(examples)
         best = [
             (example.chosen, *example.rejected)[u.argmax()]
             for example, u in zip(examples, utilities, strict=True)

@@ -15,8 +15,8 @@ import pytest
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.data.render import make_renderer
+from mass_dpo_jax.data.tokenization import tokenize
 from mass_dpo_jax.data.tokenizer import load_tokenizer, train_tokenizer
-from mass_dpo_jax.data.tokens import tokenize
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models.config import DecoderConfig, load_config
 from mass_dpo_jax.reports.comparison import read_logps
@@ -226,7 +226,7 @@ def test_a_template_that_fails(tmp_path: Path, template: str) -> None:
     file.write_text(template)
     renderer = make_renderer(small(), settings(str(file)))
     with pytest.raises(UserError, match=r"^row 7: the chat template fails on "):
-        renderer.prompt("p", "row 7")
+        renderer.render_prompt("p", "row 7")
 
 
 def test_several_templates_without_a_default(tmp_path: Path) -> None:

@@ -14,8 +14,16 @@ from hypothesis import strategies as st
 
 from mass_dpo_jax.config import default
 from mass_dpo_jax.data import load_examples
-from mass_dpo_jax.data.batches import Buckets, Order, Shape, in_order, make_batch, make_buckets
-from mass_dpo_jax.data.tokens import Tokens, tokenize
+from mass_dpo_jax.data.batches import (
+    Buckets,
+    Order,
+    Shape,
+    iterate_batches,
+    make_batch,
+    make_buckets,
+)
+from mass_dpo_jax.data.tokenization import tokenize
+from mass_dpo_jax.data.tokens import Tokens
 from tests.support.tokenizers import real
 
 FEW = settings(deadline=None, max_examples=40)
@@ -153,10 +161,10 @@ def test_order_changes_with_epoch_and_seed() -> None:
 
 @FEW
 @given(splits(), st.integers(1, 40), st.booleans())
-def test_in_order_has_every_row_once(tokens: Tokens, batch_size: int, some: bool) -> None:
+def test_iterate_batches_has_every_row_once(tokens: Tokens, batch_size: int, some: bool) -> None:
     buckets = make_buckets(tokens, None, min_rows=5)
     wanted = list(range(0, len(tokens), 2 if some else 1))
-    batches = list(in_order(buckets, batch_size, wanted if some else None))
+    batches = list(iterate_batches(buckets, batch_size, wanted if some else None))
     assert len(batches) == -(-len(wanted) // batch_size)
     rows = np.concatenate([rows for rows, _ in batches])
     assert sorted(rows[rows >= 0].tolist()) == wanted
@@ -164,7 +172,7 @@ def test_in_order_has_every_row_once(tokens: Tokens, batch_size: int, some: bool
     for rows, shape in batches:
         assert rows.shape == (batch_size,)
         assert all(fits(tokens, i, shape, None) for i in rows if i >= 0)
-    assert list(in_order(buckets, batch_size, [])) == []
+    assert list(iterate_batches(buckets, batch_size, [])) == []
 
 
 def test_make_batch() -> None:
@@ -203,7 +211,7 @@ def test_little_is_padding_on_lastfm(real_data: Path, name: str, rows: int) -> N
 
     order = Order(buckets, 32, seed=0)
     training = useful(order(step) for step in range(order.steps_per_epoch))
-    scoring = useful(in_order(buckets, 32))
+    scoring = useful(iterate_batches(buckets, 32))
     print(f"{name}: useful tokens {training:.3f} in training batches, {scoring:.3f} in scoring")
     assert training > 0.9
     assert scoring > 0.9

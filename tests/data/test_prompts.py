@@ -13,8 +13,9 @@ from tokenizers import processors
 
 from mass_dpo_jax.data.examples import Example, History
 from mass_dpo_jax.data.render import make_renderer
+from mass_dpo_jax.data.tokenization import tokenize
 from mass_dpo_jax.data.tokenizer import load_tokenizer, train_tokenizer
-from mass_dpo_jax.data.tokens import Tokens, tokenize
+from mass_dpo_jax.data.tokens import Tokens
 from mass_dpo_jax.errors import UserError
 from tests.support.tokenizers import real, settings, small
 
@@ -97,7 +98,7 @@ def test_the_oldest_turns_go_first(template: str) -> None:
     renderer = make_renderer(tokenizer, settings(template))
 
     def ids(messages: Any) -> list[int]:
-        text = renderer.prompt(messages, "")
+        text = renderer.render_prompt(messages, "")
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     for limit in range(len(ids([system, talk[-1]])), len(ids(talk)), 7):
@@ -237,7 +238,7 @@ def test_tokens_do_not_depend_on_how_many_rows_there_are(
 ) -> None:
     prompts = [f"amber {i}" if i % 3 else LONG[: 40 * i] + "x" for i in range(20)]
     expected = run(small(), template, prompts, max_prompt_length=60)
-    monkeypatch.setattr("mass_dpo_jax.data.tokens.ROWS", size)
+    monkeypatch.setattr("mass_dpo_jax.data.tokenization.CHUNK_ROWS", size)
     found = run(small(), template, prompts, max_prompt_length=60)
     for field in dataclasses.fields(Tokens):
         np.testing.assert_equal(getattr(found, field.name), getattr(expected, field.name))

@@ -33,11 +33,11 @@ def written(folder: Path, template: str) -> str:
 
 def render(tokenizer: Any, template: str, row: Any) -> tuple[str, list[str]]:
     renderer = make_renderer(tokenizer, settings(template))
-    return renderer.prompt(row.prompt, row.place), responses(renderer, row)
+    return renderer.render_prompt(row.prompt, row.place), responses(renderer, row)
 
 
 def responses(renderer: Renderer, row: Example) -> list[str]:
-    return renderer.responses(row, renderer.prompt(row.prompt, row.place))
+    return renderer.render_responses(row, renderer.render_prompt(row.prompt, row.place))
 
 
 def test_response_is_what_the_template_writes_up_to_its_end_token(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_every_date_is_the_configured_one(tmp_path: Path) -> None:
 def test_no_template() -> None:
     renderer = make_renderer(small(), settings("none"))
     assert (renderer.special_tokens, renderer.end_id) == (True, small().eos_token_id)
-    assert renderer.prompt(History("<", ("a",), "> "), "") == "<a> "
+    assert renderer.render_prompt(History("<", ("a",), "> "), "") == "<a> "
     assert responses(renderer, example()) == [" Yo ", "No"]
     assert responses(renderer, example(chosen="Yo<eos>", rejected=("<eos>",))) == ["Yo", ""]
 
@@ -90,7 +90,7 @@ def test_arguments_of_the_template(tmp_path: Path) -> None:
 
     def prompt(arguments: str) -> str:
         data = settings(path, {"chat_template_kwargs": arguments})
-        return make_renderer(small(), data).prompt("Hi!", "").partition("<bos>")[0]
+        return make_renderer(small(), data).render_prompt("Hi!", "").partition("<bos>")[0]
 
     assert prompt("") == "26 Jul 2024 False "
     given = '{"enable_thinking": true, "more": [1], "date_string": "5 May"}'
@@ -140,7 +140,7 @@ def doubts(tokenizer: Any, template: str, *prompts: Any) -> list[str]:
     found = []
     for i, prompt in enumerate(prompts):
         row = Example("0", prompt, "a", ("b",), f"file:{i}")
-        found.append("; ".join(renderer.doubts(row, prompt)))
+        found.append("; ".join(renderer.find_warnings(row, prompt)))
     return found
 
 
@@ -283,7 +283,7 @@ def test_texts_are_those_of_transformers(real_data: Path, name: str, thinking: b
     talk = [{"role": "system", "content": "Be brief."}, USER]
     answer = {"role": "assistant", "content": "Yo, "}
     row = example(talk, [answer])
-    prompt = renderer.prompt(row.prompt, "")
+    prompt = renderer.render_prompt(row.prompt, "")
     expected = tokenizer.apply_chat_template(
         talk, tokenize=False, add_generation_prompt=True, **arguments
     )
@@ -349,7 +349,7 @@ def test_special_tokens_in_responses_are_said(real_data: Path, answer: str, is_o
     renderer = make_renderer(real(real_data, "qwen3"), settings("tokenizer"))
     for row in (example(chosen=answer), example(rejected=("No", answer)), example(chosen=answer)):
         responses(renderer, row)
-        said = renderer.doubts(row, row.prompt)
+        said = renderer.find_warnings(row, row.prompt)
         assert said == ["with special tokens in their responses"] * is_odd
 
 

@@ -21,7 +21,7 @@ SPLITS = ("train", "validation", "test")
 
 @pytest.fixture(autouse=True)
 def _every_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(split_cache, "WORTH", 0)
+    monkeypatch.setattr(split_cache, "MIN_RESPONSES", 0)
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_the_second_time_nothing_is_read(
 def test_large_splits_are_read_where_they_are_looked_at(
     tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(split_cache, "SMALL", 10)
+    monkeypatch.setattr(split_cache, "MAX_STORED_ROWS", 10)
     data = write(tmp_path / "data.jsonl")
     first = split_cache.open_splits(tmp_path / "kept", data, SPLITS, 0)
     second = split_cache.open_splits(tmp_path / "kept", data, SPLITS, 0)
@@ -127,7 +127,7 @@ def test_all_that_an_example_has_is_kept() -> None:
         Example("c", "q", [{"role": "assistant", "content": "x"}], ("d",), "file:3"),
     ]
     for row in rows:
-        again = split_cache._example(json.loads(json.dumps(split_cache._row(row))))
+        again = split_cache._from_json(json.loads(json.dumps(split_cache._to_json(row))))
         assert again == row and type(again.prompt) is type(row.prompt)
 
 
@@ -151,7 +151,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worth: int
 ) -> None:
     """The splits would be of two files, and kept as if they were of the first."""
-    monkeypatch.setattr(split_cache, "WORTH", worth)
+    monkeypatch.setattr(split_cache, "MIN_RESPONSES", worth)
     data = write(tmp_path / "data.jsonl")
 
     def load(data: Any, split: str, seed: int) -> list[Example]:
@@ -192,6 +192,6 @@ def test_a_pipe_is_refused(tmp_path: Path) -> None:
 
 
 def test_few_responses_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(split_cache, "WORTH", 1000)
+    monkeypatch.setattr(split_cache, "MIN_RESPONSES", 1000)
     found = split_cache.open_splits(tmp_path / "kept", write(tmp_path / "data.jsonl"), SPLITS, 0)
     assert isinstance(found["train"], list) and not (tmp_path / "kept").exists()

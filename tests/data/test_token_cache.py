@@ -14,7 +14,8 @@ import pytest
 import mass_dpo_jax
 from mass_dpo_jax.data import token_cache
 from mass_dpo_jax.data.examples import Example, History
-from mass_dpo_jax.data.tokens import Tokens, tokenize
+from mass_dpo_jax.data.tokenization import tokenize
+from mass_dpo_jax.data.tokens import Tokens
 from mass_dpo_jax.utils.cache import load_or_compute
 from tests.support.tokenizers import settings, small
 
@@ -27,7 +28,7 @@ ROWS = [
 
 @pytest.fixture(autouse=True)
 def _every_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_cache, "WORTH", 0)
+    monkeypatch.setattr(token_cache, "MIN_RESPONSES", 0)
 
 
 @pytest.fixture
@@ -136,10 +137,10 @@ def test_a_folder_that_cannot_be_written_stops_nothing(
 
 
 def test_few_responses_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_cache, "WORTH", 6)
+    monkeypatch.setattr(token_cache, "MIN_RESPONSES", 6)
     once(tmp_path)
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(token_cache, "WORTH", 5)
+    monkeypatch.setattr(token_cache, "MIN_RESPONSES", 5)
     once(tmp_path)
     assert len(list(tmp_path.iterdir())) == 1
 

@@ -28,8 +28,8 @@ from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.compare import compare
 from mass_dpo_jax.data import load_examples, token_cache
 from mass_dpo_jax.data.examples import Example
+from mass_dpo_jax.data.tokenization import tokenize
 from mass_dpo_jax.data.tokenizer import load_tokenizer, train_tokenizer
-from mass_dpo_jax.data.tokens import tokenize
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models.config import DecoderConfig, load_config
 from mass_dpo_jax.models.decoder import abstract_decoder

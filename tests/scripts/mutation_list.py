@@ -789,14 +789,15 @@ MUTATIONS = (
     ),
     Mutation(
         "methods: ranks are counted after responses were left out",
-        "scores=-tokens.numbers.astype(np.float32)",
-        "scores=np.zeros_like(tokens.numbers, np.float32) - np.arange(tokens.numbers.shape[1])",
+        "scores=-tokens.candidate_ids.astype(np.float32)",
+        "scores=np.zeros_like(tokens.candidate_ids, np.float32)"
+        " - np.arange(tokens.candidate_ids.shape[1])",
         "training/test_train.py::test_ranks_are_those_of_the_data_where_responses_are_left_out",
     ),
     Mutation(
         "responses: numbers move up where a response was left out",
-        "table[np.nonzero(there)[0], self.numbers[there]] = values[there]",
-        "table[np.nonzero(there)] = values[there]",
+        "table[np.nonzero(exists)[0], self.candidate_ids[exists]] = values[exists]",
+        "table[np.nonzero(exists)] = values[exists]",
         "commands/test_score.py::test_the_library_keeps_the_columns_of_the_row",
     ),
     Mutation(
@@ -1011,8 +1012,8 @@ MUTATIONS = (
     ),
     Mutation(
         "loaders: rows that share a prompt are on both sides of a split",
-        "questions = [row.question for row in rows]",
-        "questions = list(range(len(rows)))",
+        "questions = [item.question for item in items]",
+        "questions = list(range(len(items)))",
         "data/test_splits.py",
     ),
     Mutation(
@@ -1037,19 +1038,19 @@ MUTATIONS = (
         "loaders: skipping is advised where it leaves nothing",
         "if 2 * bad > self.count:",
         "if bad > self.count:",
-        "data/test_bad_rows.py",
+        "data/test_rows.py",
     ),
     Mutation(
         "loaders: answers in JSON are taken for a list of answers",
         "if isinstance(value, str) and not is_data(chosen):",
         "if isinstance(value, str):",
-        "data/test_written.py",
+        "data/readers/test_messages.py",
     ),
     Mutation(
         "loaders: strings beside each other are joined, as Python does",
         "if token.type == last == tokenize.STRING:",
         "if token.type == last == tokenize.NUMBER:",
-        "data/test_written.py",
+        "data/readers/test_messages.py",
     ),
     Mutation(
         "loaders: a table's empty values count as tools and images",
@@ -1071,14 +1072,14 @@ MUTATIONS = (
     ),
     Mutation(
         "loaders: a history ends with the answer",
-        "taken[max(0, k - MOST) : k]]",
-        "taken[max(0, k - MOST) : k + 1]]",
+        "taken[max(0, k - MAX_HISTORY) : k]]",
+        "taken[max(0, k - MAX_HISTORY) : k + 1]]",
         "data/readers/test_sequences.py",
     ),
     Mutation(
         "loaders: what was taken long ago is a candidate",
         "for event in taken[: k + 1]]",
-        "for event in taken[max(0, k - MOST) : k + 1]]",
+        "for event in taken[max(0, k - MAX_HISTORY) : k + 1]]",
         "data/readers/test_sequences.py",
     ),
     Mutation(
@@ -1101,7 +1102,7 @@ MUTATIONS = (
     ),
     Mutation(
         "loaders: QASC's answer may be a wrong choice, too",
-        "if len(wrong) < len(questions.distinct(texts)):",
+        "if len(wrong) < len(questions.find_distinct(texts)):",
         "if not texts:",
         "data/readers/test_qasc.py",
     ),
@@ -1133,25 +1134,25 @@ MUTATIONS = (
         "tokens: long prompts lose their end",
         "keep |= position >= np.repeat(",
         "keep |= position < np.repeat(",
-        "data/test_tokens.py",
+        "data/test_tokenization.py",
     ),
     Mutation(
         "tokens: a history loses one item too many",
         "fits & (enough - too_few > 1)",
         "fits & (enough - too_few > 2)",
-        "data/test_tokens.py",
+        "data/test_tokenization.py",
     ),
     Mutation(
         "tokens: an example stays without negatives",
         "keep &= (keep[:, 0] & keep[:, 1:].any(1))[:, None]",
         "keep &= keep[:, :1]",
-        "data/test_tokens.py",
+        "data/test_tokenization.py",
     ),
     Mutation(
         "tokens: the digest does not know where a response ends",
         "            self.response_lengths,\n            self.response_tokens,",
         "            self.response_tokens,",
-        "data/test_tokens.py",
+        "data/test_tokenization.py",
     ),
     Mutation(
         "tokens: cached ones are of examples with other scores",
@@ -1167,8 +1168,8 @@ MUTATIONS = (
     ),
     Mutation(
         "batches: left-over rows have no room",
-        "max(most[_next(sizes, g)], most[g])",
-        "most[_next(sizes, g)]",
+        "max(most[_next_larger(sizes, g)], most[g])",
+        "most[_next_larger(sizes, g)]",
         "data/test_batches.py",
     ),
     Mutation(
@@ -1497,14 +1498,14 @@ MUTATIONS = (
     ),
     Mutation(
         "tokens: what a tokenizer adds before a text is there twice",
-        "missing = self.lengths < len(first)\n",
+        "missing = self.lengths < len(prefix)\n",
         "missing = self.lengths >= 0\n",
         "data/test_prompts.py",
     ),
     Mutation(
         "tokens: a long prompt loses the end of its text",
-        "text = _text(rest)[characters:]",
-        "text = _text(rest)[:-characters]",
+        "text = _cuttable_text(rest)[characters:]",
+        "text = _cuttable_text(rest)[:-characters]",
         "data/test_prompts.py",
     ),
     Mutation(
@@ -1515,7 +1516,7 @@ MUTATIONS = (
     ),
     Mutation(
         "tokens: a row may be longer than the model's positions",
-        "np.flatnonzero(rows.prompts + longest > max_positions)",
+        "np.flatnonzero(prompts + longest > max_positions)",
         "np.flatnonzero(longest > max_positions)",
         "data/test_prompts.py",
     ),
@@ -1523,7 +1524,7 @@ MUTATIONS = (
         "tokens: a bad row is skipped in words only",
         "            keep[k] = False\n",
         "            pass\n",
-        "data/test_tokens.py data/test_prompts.py",
+        "data/test_tokenization.py data/test_prompts.py",
     ),
     Mutation(
         "tokens: prompts that are rendered already are rendered again",
@@ -1533,32 +1534,32 @@ MUTATIONS = (
     ),
     Mutation(
         "tokens: thoughts come after a template's empty ones",
-        "if prompt.rstrip().endswith(TAGS[1]) and any(",
-        "if prompt.rstrip().endswith(TAGS[1] * 2) and any(",
+        "if prompt.rstrip().endswith(THINK_TAGS[1]) and any(",
+        "if prompt.rstrip().endswith(THINK_TAGS[1] * 2) and any(",
         "data/test_render.py",
     ),
     Mutation(
         "tokens: what a template asks about an answer is forgotten",
-        "        self.uses.asked.append((name, arguments, result))\n",
+        "        self.uses.calls.append((name, arguments, result))\n",
         "        pass\n",
-        "data/test_probe.py",
+        "data/test_template_probe.py",
     ),
     Mutation(
         "tokens: a probe can be hidden in another string",
         "        any(True for _ in template.find_all(_BLOCKS))\n",
         "        False\n",
-        "data/test_probe.py",
+        "data/test_template_probe.py",
     ),
     Mutation(
         "loaders: a file that changes under a run is read",
-        "        if _key(data, splits, seed) != key:",
-        '        if _key(data, splits, seed) == "":',
+        "            if _make_key(data, splits, seed) != key:",
+        '            if _make_key(data, splits, seed) == "":',
         "data/test_split_cache.py",
     ),
     Mutation(
         "loaders: splits are of two files where one is replaced between them",
-        "        found = load()\n    if _key(data, splits, seed) != key:",
-        '        found = load()\n    if _key(data, splits, seed) == "":',
+        "        examples = load()\n    if _make_key(data, splits, seed) != key:",
+        '        examples = load()\n    if _make_key(data, splits, seed) == "":',
         "data/test_split_cache.py",
     ),
     Mutation(
@@ -1593,8 +1594,8 @@ MUTATIONS = (
     ),
     Mutation(
         "loaders: what was said of the data is said once only",
-        '            _log.log(level, "%s", message)\n        return kept\n',
-        "            pass\n        return kept\n",
+        "        repeat_log(log)\n        return cached\n",
+        "        return cached\n",
         "data/test_split_cache.py",
     ),
 )

@@ -48,9 +48,9 @@ from trl.data_utils import maybe_apply_chat_template, maybe_extract_prompt
 
 from mass_dpo_jax import losses, metrics
 from mass_dpo_jax.data import load_examples
-from mass_dpo_jax.data.render import make_renderer, template_arguments
+from mass_dpo_jax.data.render import make_renderer, read_template_arguments
+from mass_dpo_jax.data.tokenization import tokenize
 from mass_dpo_jax.data.tokenizer import load_tokenizer, train_tokenizer
-from mass_dpo_jax.data.tokens import tokenize
 from mass_dpo_jax.score import score
 from tests.support import tokenizers
 from tests.support.helpers import WORDS, tiny_config, write_jsonl
@@ -290,9 +290,12 @@ def same_texts(tokenizer: Any, folder: Path, arguments: dict[str, Any]) -> int:
         )
         (example,) = load_examples(data, "all", 0)
         renderer = make_renderer(tokenizer, data)
-        found = [renderer.prompt(example.prompt, example.place), *renderer.responses(example)]
+        found = [
+            renderer.render_prompt(example.prompt, example.place),
+            *renderer.render_responses(example),
+        ]
         theirs = maybe_apply_chat_template(
-            maybe_extract_prompt(row), tokenizer, **template_arguments(data)
+            maybe_extract_prompt(row), tokenizer, **read_template_arguments(data)
         )
         expected = [theirs["prompt"], theirs["chosen"], theirs["rejected"]]
         if chat:  # We leave out what a template writes after a response's end token.

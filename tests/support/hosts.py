@@ -198,7 +198,7 @@ def waits(folder: Path) -> dict[str, Any]:
         setup = prepare(config, folder / "run", ("train",))
     tokens = setup.tokens["train"]
     found["waited"], found["digest"] = longest, tokens.digest()
-    found["rest"] = [tokens.ids, tokens.cut, tokens.numbers.tolist(), tokens.scores.tolist()]
+    found["rest"] = [tokens.ids, tokens.cut, tokens.candidate_ids.tolist(), tokens.scores.tolist()]
 
     # Of a table that one process has in its cache: nobody may compute it.
     computed: list[int] = []

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from mass_dpo_jax.cli import commands
-from mass_dpo_jax.data import load_examples, tables
+from mass_dpo_jax.data import load_examples
+from mass_dpo_jax.data.readers import preferences
 from mass_dpo_jax.data.tokenizer import train_tokenizer
 from mass_dpo_jax.errors import UserError
 from tests.support.helpers import tiny_config, write_jsonl
@@ -99,7 +100,7 @@ def test_data_that_the_host_has_no_room_for(
     def fail(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(tables, "preferences", fail)
+    monkeypatch.setattr(preferences, "read_split", fail)
     config = tiny_config(write_jsonl(tmp_path / "data.jsonl"))
     with pytest.raises(UserError, match=r"to read the data; .* config\.data\.max_train"):
         commands._within_limits(lambda: load_examples(config.data, "train", 0))

@@ -1,8 +1,7 @@
-"""Preference data as a Hugging Face dataset.
+"""Preference data as a Hugging Face dataset; `preferences` says what a row may look like.
 
-That is a name on the hub, a `save_to_disk` folder, a folder with Parquet or Arrow files, such as a
-download of a hub dataset, or one such file. The columns are those of the JSON lines: prompt,
-chosen, rejected and perhaps id, score_chosen and score_rejected.
+`data.path` is a name on the hub, a `save_to_disk` folder, a folder with Parquet or Arrow files
+(such as a download of a hub dataset), or one such file.
 """
 
 from __future__ import annotations
@@ -13,53 +12,61 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import DatasetCard
+from ml_collections import ConfigDict
 
-from mass_dpo_jax.data import splits, tables
+from mass_dpo_jax.data import splits
 from mass_dpo_jax.data.examples import Example
+from mass_dpo_jax.data.readers import preferences
+from mass_dpo_jax.data.rows import Table
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.utils.files import check_links, read_json, read_text
 
 
-def load(data: Any, split: str, seed: int) -> list[Example]:
-    """The examples of a split; see `splits` for a dataset without splits and for missing ones.
+def load(data: ConfigDict, split: str, seed: int) -> list[Example]:
+    """Loads a split of the dataset `data.path`; see `splits` for missing splits.
+
+    Args:
+        data: The configuration's `data`. Reads `path`, and what `preferences.read_split` reads.
+        split: "train", "validation", "test" or, for a dataset without splits, "all".
+        seed: Determines which rows are held out.
 
     Raises:
-      UserError: the dataset cannot be read, or names the row and the field.
+        UserError: The dataset cannot be read, or a row is wrong: names it and the field.
     """
-    return tables.preferences(open_dataset(data.path, split), data, seed)
+    return preferences.read_split(open_dataset(data.path, split), data, seed)
 
 
-def open_dataset(path: str, split: str, without: Collection[str] = ()) -> tables.Table:
-    """The rows of a dataset's split, as if it had none of the splits `without`."""
+def open_dataset(path: str, split: str, without: Collection[str] = ()) -> Table:
+    """Opens the rows of a dataset's split, as if it had none of the splits `without`."""
     from datasets import Dataset
 
-    data = _read(path)
-    if isinstance(data, Dataset):
+    dataset = _load(path)
+    if isinstance(dataset, Dataset):
         part = "all" if split == "all" else splits.resolve(split, ["train"], path).part
-        source, rows = splits.Source("row", part), data
+        source, rows = splits.Source("row", part), dataset
     else:
-        names = splits.by_split({name: name for name in data}, path)
+        names = splits.match_splits({name: name for name in dataset}, path)
         if not names:
-            raise UserError(_no_split(path, list(data)))
-        left = tuple(name for name in data if name not in names.values())
-        splits.say_not_read(path, left, tuple(names))
+            raise UserError(_describe_missing_splits(path, list(dataset)))
+        unread = tuple(name for name in dataset if name not in names.values())
+        splits.log_unread(path, unread, tuple(names))
         source = splits.resolve(split, [name for name in names if name not in without], path)
-        rows = data[names[source.name]]
-    name = path if isinstance(data, Dataset) else f"{path} {source.name}"
-    places = (f"{name} row {i}" for i in range(len(rows)))
-    return tables.Table(name, source, zip(places, rows.with_format(None), strict=True))
+        rows = dataset[names[source.name]]
+    name = path if isinstance(dataset, Dataset) else f"{path} {source.name}"
+    locations = (f"{name} row {i}" for i in range(len(rows)))
+    return Table(name, source, zip(locations, rows.with_format(None), strict=True))
 
 
-def _no_split(path: str, names: Sequence[str]) -> str:
-    """What to say of a dataset none of whose splits is called as ours are."""
+def _describe_missing_splits(path: str, names: Sequence[str]) -> str:
+    """Describes a dataset none of whose splits has one of our names, with advice."""
     parts = {}
     for split, aliases in splits.NAMES.items():
         parts[split] = next((n for n in names if n.lower().startswith(aliases)), "")
-    wanted = ", ".join(f'{split}=d["{name}"]' for split, name in parts.items() if name)
-    read = "load_from_disk" if splits.is_saved(Path(path)) else "load_dataset"
+    mapping = ", ".join(f'{split}=d["{name}"]' for split, name in parts.items() if name)
+    function = "load_from_disk" if splits.is_saved(Path(path)) else "load_dataset"
     code = (
-        f'import datasets; d = datasets.{read}("{path}"); '
-        f'datasets.DatasetDict({wanted or "train=d[...]"}).save_to_disk("NEW")'
+        f'import datasets; d = datasets.{function}("{path}"); '
+        f'datasets.DatasetDict({mapping or "train=d[...]"}).save_to_disk("NEW")'
     )
     return (
         f"{path}: no split train, validation or test; found {', '.join(names)}. Write those you "
@@ -70,19 +77,19 @@ def _no_split(path: str, names: Sequence[str]) -> str:
 def _check_names(folder: Path) -> None:
     """Raises UserError where a folder's own descriptions name files elsewhere.
 
-    Of a folder, `datasets` opens whatever they name: files anywhere on this machine, and addresses
-    on the network.
+    `datasets` opens whatever they name: files anywhere on this machine, and addresses on the
+    network.
     """
     for file in (*folder.glob("**/dataset_dict.json"), *folder.glob("**/state.json")):
         content = read_json(file)
         if isinstance(content, dict):
-            for name in _strings([content.get("splits"), content.get("_data_files")]):
+            for name in _find_strings([content.get("splits"), content.get("_data_files")]):
                 _check_name(name, file)
     for file in (folder / "README.md", folder / ".huggingface.yaml"):
         if file.is_file():
             text = read_text(file)
             card = DatasetCard(text if file.suffix == ".md" else f"---\n{text}\n---\n")
-            for name in _strings(card.data.to_dict().get("configs")):
+            for name in _find_strings(card.data.to_dict().get("configs")):
                 _check_name(name, file)
 
 
@@ -91,17 +98,17 @@ def _check_name(name: str, file: Path) -> None:
         raise UserError(f"{file}: names {name!r}, expected files of this folder only")
 
 
-def _strings(value: Any) -> Iterator[str]:
+def _find_strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
-        yield from _strings(value.values())
+        yield from _find_strings(value.values())
     elif isinstance(value, Iterable):
         for part in value:
-            yield from _strings(part)
+            yield from _find_strings(part)
 
 
-def _read(path: str) -> Any:
+def _load(path: str) -> Any:
     from datasets import Dataset, load_dataset, load_from_disk
 
     folder = Path(path)

@@ -1,24 +1,27 @@
-"""Preference data in JSON lines, plain or gzip: a superset of TRL's format.
-
-One object a line, `{"id"?, "prompt", "chosen", "rejected", "score_chosen"?, "score_rejected"?}`;
-`examples.from_row` says what each may be. Lines of white space are skipped.
-"""
+"""Preference data in JSON lines, plain or gzip; `preferences` says what a row may look like."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from mass_dpo_jax.data import tables
+from ml_collections import ConfigDict
+
 from mass_dpo_jax.data.examples import Example
+from mass_dpo_jax.data.readers import preferences
+from mass_dpo_jax.data.rows import open_files
 
 PATTERNS = ("{}.jsonl", "{}.jsonl.gz")
 
 
-def load(data: Any, split: str, seed: int) -> list[Example]:
-    """The examples of a split of the file or folder `data.path`; see `splits` for missing splits.
+def load(data: ConfigDict, split: str, seed: int) -> list[Example]:
+    """Loads a split of the file or folder `data.path`; see `splits` for missing splits.
+
+    Args:
+        data: The configuration's `data`. Reads `path`, and what `preferences.read_split` reads.
+        split: "train", "validation", "test" or, for a file, "all".
+        seed: Determines which rows are held out.
 
     Raises:
-      UserError: names the file, the line and the field.
+        UserError: Names the file, the line and the field.
     """
-    return tables.preferences(tables.open_files(Path(data.path), split, PATTERNS), data, seed)
+    return preferences.read_split(open_files(Path(data.path), split, PATTERNS), data, seed)

@@ -1,11 +1,16 @@
-"""LastFM in the files that S-DPO publishes: which artist does a listener play next?
+"""LastFM: which artist does a listener play next? In S-DPO's files or HetRec 2011's.
 
-A JSON array of `{"historyList": "A::B::C", "itemList": [20 names], "trueSelection": name}`, in a
-file or in a folder with `lastfm-{train,val,test}.json[.gz]`. A folder with the original HetRec 2011
-files is left to `hetrec`.
+S-DPO publishes a JSON array of `{"historyList": "A::B::C", "itemList": [20 names], "trueSelection":
+name}`, read from a file or from a folder with `lastfm-{train,val,test}.json[.gz]`. The position of
+the true artist in `itemList` follows from the artist alone, so a list shown in that order gives the
+answer away: every row is put into a new random order.
 
-In those files the place of the true artist in `itemList` follows from the artist alone, so a list
-shown in their order gives the answer away: every row's order is drawn again.
+HetRec 2011, the original, is read from a folder with `artists.dat` (id, name, url, pictureURL) and
+`user_taggedartists-timestamps.dat` (userID, artistID, tagID, timestamp), separated by tabs, each
+with a line of column names. It has no times of listening: `user_artists.dat` has counts only. What
+has a time is when a listener put a tag on an artist, so the order of first tags is the sequence, as
+in other work on sequential recommendation. `sequences` says how rows are made; S-DPO's files keep
+other users and artists than these rules.
 """
 
 from __future__ import annotations
@@ -14,68 +19,88 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
-from mass_dpo_jax.data import lines, splits, tables
-from mass_dpo_jax.data.checks import check_string
+from mass_dpo_jax.data import splits, text_files
 from mass_dpo_jax.data.examples import Example
-from mass_dpo_jax.data.readers import hetrec
+from mass_dpo_jax.data.fields import check_string
+from mass_dpo_jax.data.readers import sequences
+from mass_dpo_jax.data.rows import Table, collect
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.utils.files import parse_json
 
 PATTERNS = ("lastfm-{}.json", "lastfm-{}.json.gz")
+HETREC = sequences.Format(
+    log=("user_taggedartists-timestamps.dat", "\t"),
+    names=("artists.dat", "\t"),
+    encoding="utf-8",
+    header=True,
+    item="artist",
+    before="A listener played these artists, oldest first:\n",
+    listed="\n\nOne of these comes next:\n{}\n\nNext artist:\n",
+    unlisted="\n\nNext artist:\n",
+)
 
 
-def load(data: Any, split: str, seed: int) -> list[Example]:
-    """The examples of a split of `data.path`; see `splits` for a file and missing splits.
+def load(data: ConfigDict, split: str, seed: int) -> list[Example]:
+    """Loads a split of `data.path`; see `splits` for a single file and missing splits.
 
     The rejected responses, and with `data.list_candidates` the list of all candidates in the
     prompt, are in an order drawn by seed and row.
 
+    Args:
+        data: The configuration's `data`. Reads `path`, `list_candidates`, `on_bad_row`,
+            `validation_share`; for HetRec, what `sequences.load` reads.
+        split: "train", "validation", "test" or "all".
+        seed: Determines orders, and which rows are held out.
+
     Raises:
-      UserError: names the file, the row (from 0) and the field.
+        UserError: Names the file, the row (from 0) or line, and the field.
     """
-    if hetrec.is_here(Path(data.path)):
-        return hetrec.load(data, split, seed)
-    file, source = splits.find_file(Path(data.path), split, PATTERNS)
-    text = "".join(lines.decode(line, f"{file}:{n}") for n, line in lines.read_lines(file))
+    path = Path(data.path)
+    if any((path / name).is_file() for name in (HETREC.names[0], HETREC.log[0])):
+        if not HETREC.is_in(path):
+            raise UserError(f"{path}: HetRec's LastFM needs {HETREC.names[0]} and {HETREC.log[0]}")
+        return sequences.load(HETREC, data, split, seed)
+    file, source = splits.find_file(path, split, PATTERNS)
+    lines = text_files.read_lines(file)
+    text = "".join(text_files.decode(line, f"{file}:{number}") for number, line in lines)
     if not text.strip():
         raise UserError(f"{file}: is empty, expected a JSON array")
     rows = parse_json(text, file)
     if not isinstance(rows, list):
         raise UserError(f"{file}: expected a JSON array of rows, found {type(rows).__name__}")
-    table = tables.Table(
-        str(file), source, [(f"{file} row {i}", row) for i, row in enumerate(rows)]
-    )
+    table = Table(str(file), source, [(f"{file} row {i}", row) for i, row in enumerate(rows)])
 
-    def make(row: Any, i: int, place: str) -> Example:
-        return _example(row, f"{source.name}-{i}", place, (seed, i), data.list_candidates)
+    def make(row: Any, i: int, location: str) -> Example:
+        return _read_row(row, f"{source.name}-{i}", location, (seed, i), data.list_candidates)
 
-    return tables.collect(table, make, data, seed)
+    return collect(table, make, data, seed)
 
 
-def _example(
-    row: Any, name: str, place: str, seed: tuple[int, int], list_candidates: bool
+def _read_row(
+    row: Any, name: str, location: str, seed: tuple[int, int], list_candidates: bool
 ) -> Example:
     if not isinstance(row, dict):
-        raise UserError(f"{place}: expected an object, found {type(row).__name__}")
+        raise UserError(f"{location}: expected an object, found {type(row).__name__}")
     for field in ("historyList", "itemList", "trueSelection"):
         if field not in row:
-            raise UserError(f"{place}: field {field!r} is missing; found {', '.join(row)}")
-    chosen = check_string(row["trueSelection"], "trueSelection", place)
-    history = check_string(row["historyList"], "historyList", place).split("::")
+            raise UserError(f"{location}: field {field!r} is missing; found {', '.join(row)}")
+    chosen = check_string(row["trueSelection"], "trueSelection", location)
+    history = check_string(row["historyList"], "historyList", location).split("::")
     items = row["itemList"]
     if not isinstance(items, list) or len(items) < 2:
-        raise UserError(f"{place}: field 'itemList' must be a list of two names or more")
+        raise UserError(f"{location}: field 'itemList' must be a list of two names or more")
     for i, item in enumerate(items):
-        check_string(item, f"itemList[{i}]", place)
+        check_string(item, f"itemList[{i}]", location)
     if items.count(chosen) != 1:
         raise UserError(
-            f"{place}: field 'itemList' must have the trueSelection {chosen!r} once, "
+            f"{location}: field 'itemList' must have the trueSelection {chosen!r} once, "
             f"found it {items.count(chosen)} times"
         )
     # Sorted first, so that nothing of the file's order is left.
     order = np.random.default_rng([*seed, 3]).permutation(len(items))
     shuffled = [sorted(items)[i] for i in order]
-    prompt = hetrec.HETREC.prompt(history, shuffled if list_candidates else ())
+    prompt = HETREC.make_prompt(history, shuffled if list_candidates else ())
     rejected = tuple(item for item in shuffled if item != chosen)
-    return Example(name, prompt, chosen, rejected, place)
+    return Example(name, prompt, chosen, rejected, location)

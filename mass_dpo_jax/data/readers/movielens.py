@@ -8,13 +8,14 @@ Two layouts, told apart by the files in the folder, both in Latin-1:
   `MovieID::Title (year)::Genres`.
 
 Every rating counts as watching, whatever its stars. Titles are as in the files: "Matrix, The
-(1999)". `sequences` says what becomes a row.
+(1999)". `sequences` says how rows are made.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+
+from ml_collections import ConfigDict
 
 from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.data.readers import sequences
@@ -33,17 +34,17 @@ ML_100K = sequences.Format(
 ML_1M = ML_100K._replace(log=("ratings.dat", "::"), names=("movies.dat", "::"))
 
 
-def load(data: Any, split: str, seed: int) -> list[Example]:
-    """The examples of a split of the users; see `sequences.load` for what is wrong with a row.
+def load(data: ConfigDict, split: str, seed: int) -> list[Example]:
+    """Loads a split of the users in the folder `data.path`; see `sequences.load`.
 
     Raises:
-      UserError: `data.path` has neither layout or both, or names the file and the line.
+        UserError: The folder has neither layout or both; or names the file and the line.
     """
     folder = Path(data.path)
-    found = [layout for layout in (ML_100K, ML_1M) if layout.is_in(folder)]
-    if len(found) != 1:
+    layouts = [layout for layout in (ML_100K, ML_1M) if layout.is_in(folder)]
+    if len(layouts) != 1:
         raise UserError(
-            f"{folder}: has {'both' if found else 'neither'} u.data and u.item (ml-100k) "
-            f"{'and' if found else 'nor'} ratings.dat and movies.dat (ml-1m), expected one pair"
+            f"{folder}: has {'both' if layouts else 'neither'} u.data and u.item (ml-100k) "
+            f"{'and' if layouts else 'nor'} ratings.dat and movies.dat (ml-1m), expected one pair"
         )
-    return sequences.load(found[0], data, split, seed)
+    return sequences.load(layouts[0], data, split, seed)

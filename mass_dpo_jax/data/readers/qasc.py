@@ -16,62 +16,74 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
-from mass_dpo_jax.data import splits, tables
-from mass_dpo_jax.data.checks import check_id, kind
+from mass_dpo_jax.data import splits
 from mass_dpo_jax.data.examples import Example
+from mass_dpo_jax.data.fields import check_id, describe_value
 from mass_dpo_jax.data.readers import questions
 from mass_dpo_jax.data.readers.questions import Question, check_text
+from mass_dpo_jax.data.rows import collect
 from mass_dpo_jax.errors import UserError
 
 PATTERNS = ("{}.jsonl", "{}.jsonl.gz")
 
 
-def load(data: Any, split: str, seed: int) -> list[Example]:
-    """The examples of a split of `data.path`; candidates are in an order drawn by seed and row.
+def load(data: ConfigDict, split: str, seed: int) -> list[Example]:
+    """Loads a split of `data.path`; candidates are in an order drawn by seed and row.
+
+    Repeated wrong choices count once.
+
+    Args:
+        data: The configuration's `data`. Reads `path`, `list_candidates`, `on_bad_row`,
+            `validation_share`, `max_train`, `max_validation`, `max_test`.
+        split: "train", "validation", "test" or "all".
+        seed: Determines orders, and which rows are held out.
 
     Raises:
-      UserError: names the file, the line and the field: something is missing, the answer key is no
-        choice, or another choice has the answer's text. Repeated wrong choices count once.
+        UserError: Names the file, the line and the field: something is missing, the answer key is
+            no choice, or another choice has the answer's text.
     """
     table = questions.open_table(data.path, split, PATTERNS, lambda row: bool(row.get("answerKey")))
 
-    def make(row: Any, index: int, place: str) -> Question:
-        return _question(row, index, f"{table.source.name}-{index}", place)
+    def make(row: Any, index: int, location: str) -> Question:
+        return _read_question(row, index, f"{table.source.name}-{index}", location)
 
-    found = tables.collect(table, make, data, seed)
-    found = splits.limit(found, data, split, seed)
+    rows = collect(table, make, data, seed)
+    rows = splits.limit(rows, data, split, seed)
     return [
-        questions.to_example(q, np.random.default_rng([seed, q.index, 3]), data.list_candidates)
-        for q in found
+        questions.make_example(q, np.random.default_rng([seed, q.index, 3]), data.list_candidates)
+        for q in rows
     ]
 
 
-def _question(row: Any, index: int, default_id: str, place: str) -> Question:
-    questions.check_object(row, ("question", "answerKey"), place)
+def _read_question(row: Any, index: int, default_id: str, location: str) -> Question:
+    questions.check_object(row, ("question", "answerKey"), location)
     if isinstance(row["question"], Mapping):
         text, choices = row["question"].get("stem"), row["question"].get("choices")
     else:
         text, choices = row["question"], row.get("choices")
-    text = check_text(text, "question", place)
-    labels, texts = _choices(choices, place)
+    text = check_text(text, "question", location)
+    labels, texts = _read_choices(choices, location)
     key = row["answerKey"]
     if labels.count(key) != 1:
         raise UserError(
-            f"{place}: field 'answerKey' must be one of the labels {', '.join(map(str, labels))}, "
-            f"found {kind(key)}"
+            f"{location}: field 'answerKey' must be one of the labels "
+            f"{', '.join(map(str, labels))}, found {describe_value(key)}"
         )
     answer = texts.pop(labels.index(key))
-    wrong = questions.distinct(texts, without=[answer])
-    if len(wrong) < len(questions.distinct(texts)):
-        raise UserError(f"{place}: field 'choices': another choice is {answer!r} too")
+    wrong = questions.find_distinct(texts, without=[answer])
+    if len(wrong) < len(questions.find_distinct(texts)):
+        raise UserError(f"{location}: field 'choices': another choice is {answer!r} too")
     if not wrong:
-        raise UserError(f"{place}: field 'choices' has no wrong choice")
-    return Question(check_id(row.get("id"), default_id, place), index, text, answer, wrong, place)
+        raise UserError(f"{location}: field 'choices' has no wrong choice")
+    return Question(
+        check_id(row.get("id"), default_id, location), index, text, answer, wrong, location
+    )
 
 
-def _choices(value: Any, place: str) -> tuple[list[Any], list[str]]:
-    """Labels and texts, of a list of objects or of an object with two lists."""
+def _read_choices(value: Any, location: str) -> tuple[list[Any], list[str]]:
+    """Reads labels and texts from a list of objects, or from an object with two lists."""
     if isinstance(value, Mapping):
         labels, texts = value.get("label"), value.get("text")
     elif isinstance(value, list) and all(isinstance(choice, Mapping) for choice in value):
@@ -81,7 +93,9 @@ def _choices(value: Any, place: str) -> tuple[list[Any], list[str]]:
         labels = texts = None
     if not isinstance(labels, list) or not isinstance(texts, list) or len(labels) != len(texts):
         raise UserError(
-            f"{place}: field 'choices' must be a list of objects with label and text, "
-            f"found {kind(value)}"
+            f"{location}: field 'choices' must be a list of objects with label and text, "
+            f"found {describe_value(value)}"
         )
-    return labels, [check_text(text, f"choices[{i}].text", place) for i, text in enumerate(texts)]
+    return labels, [
+        check_text(text, f"choices[{i}].text", location) for i, text in enumerate(texts)
+    ]

@@ -1,4 +1,4 @@
-"""What sets of multiple-choice questions share: where rows come from, and what a row becomes.
+"""What multiple-choice readers share: opening rows, comparing texts, and making examples.
 
 The response is the text of an answer, never its letter: letters say nothing without their list.
 """
@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from mass_dpo_jax.data import splits, tables
-from mass_dpo_jax.data.checks import check_string, kind
+from mass_dpo_jax.data import splits
 from mass_dpo_jax.data.examples import Example
+from mass_dpo_jax.data.fields import check_string, describe_value
 from mass_dpo_jax.data.readers import hub
+from mass_dpo_jax.data.rows import Table, open_files
 from mass_dpo_jax.errors import UserError
 
 LISTED = "{}\n\nOne of these is the answer:\n{}\n\nAnswer:\n"
@@ -27,28 +28,37 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A question with its right answer and different wrong ones."""
+    """A question with its right answer and different wrong ones.
+
+    Attributes:
+        id: Unique within a split.
+        index: Its row in the file, from 0.
+        text: The question.
+        answer: The right answer.
+        wrong: Wrong answers.
+        location: The file and the row, for messages.
+    """
 
     id: str
-    index: int  # Its row in the file, from 0.
+    index: int
     text: str
     answer: str
     wrong: tuple[str, ...]
-    place: str
+    location: str
 
     @property
     def question(self) -> str:
-        """What rows must not share across a split."""
-        return same(self.text)
+        """Equal for rows that must not be on both sides of a split."""
+        return normalize(self.text)
 
 
 def open_table(
     path: str, split: str, patterns: Sequence[str], has_answer: Callable[[Mapping[str, Any]], bool]
-) -> tables.Table:
-    """The rows of JSON lines or of a dataset (see `hub`); a test split needs answers.
+) -> Table:
+    """Opens the rows of JSON lines or of a dataset (see `hub`); a test split needs answers.
 
-    Test splits are published without them. Where no row of one has an answer, it counts as absent,
-    so that validation (or what is held out for it) serves as test; the log says so.
+    Test splits are published without answers. If no row has one, the split counts as absent, so
+    that validation (or what is held out for it) serves as test; the log says so.
     """
     table = _open(path, split, patterns, ())
     if split != "test" or Path(path).is_file():
@@ -59,52 +69,52 @@ def open_table(
             return table._replace(rows=rows)
         _log.info("%s: no row has an answer", table.name)
         table = _open(path, split, patterns, ("test",))
-    rows_of = "rows held out of it" if table.source.part == "held_out" else "its rows"
-    _log.info("%s: %s serve as test", table.name, rows_of)
+    rows_used = "rows held out of it" if table.source.part == "held_out" else "its rows"
+    _log.info("%s: %s serve as test", table.name, rows_used)
     return table
 
 
-def _open(path: str, split: str, patterns: Sequence[str], without: Collection[str]) -> tables.Table:
+def _open(path: str, split: str, patterns: Sequence[str], without: Collection[str]) -> Table:
     folder = Path(path)
     if folder.exists() and not splits.is_dataset(folder):
-        return tables.open_files(folder, split, patterns, without)
+        return open_files(folder, split, patterns, without)
     return hub.open_dataset(path, split, without)
 
 
-def check_object(row: Any, fields: Iterable[str], place: str) -> None:
+def check_object(row: Any, fields: Iterable[str], location: str) -> None:
     """Raises UserError where the row is no object or lacks one of the fields."""
     if not isinstance(row, Mapping):
-        raise UserError(f"{place}: expected an object, found {kind(row)}")
+        raise UserError(f"{location}: expected an object, found {describe_value(row)}")
     for field in fields:
         if row.get(field) is None:
             raise UserError(
-                f"{place}: field {field!r} is missing; found {', '.join(map(str, row))}"
+                f"{location}: field {field!r} is missing; found {', '.join(map(str, row))}"
             )
 
 
-def check_text(value: Any, field: str, place: str) -> str:
-    """`check_string`, without white space around it."""
-    return check_string(value, field, place).strip()
+def check_text(value: Any, field: str, location: str) -> str:
+    """Returns the string of `check_string` without white space around it."""
+    return check_string(value, field, location).strip()
 
 
-def same(text: str) -> str:
-    """Equal for two texts that differ in case and white space only."""
+def normalize(text: str) -> str:
+    """Returns a text that is equal for texts that differ in case and white space only."""
     return " ".join(text.casefold().split())
 
 
-def distinct(texts: Iterable[str], without: Iterable[str] = ()) -> tuple[str, ...]:
-    """The first of each text in the sense of `same`, but for those in `without`."""
-    seen = {same(text) for text in without}
-    found = []
+def find_distinct(texts: Iterable[str], without: Iterable[str] = ()) -> tuple[str, ...]:
+    """Returns the first of all texts that are equal when normalized, except those in `without`."""
+    seen = {normalize(text) for text in without}
+    distinct = []
     for text in texts:
-        if same(text) not in seen:
-            seen.add(same(text))
-            found.append(text)
-    return tuple(found)
+        if normalize(text) not in seen:
+            seen.add(normalize(text))
+            distinct.append(text)
+    return tuple(distinct)
 
 
-def to_example(question: Question, rng: np.random.Generator, list_candidates: bool) -> Example:
-    """The question with its candidates in an order drawn by `rng`, the same in prompt and pool."""
+def make_example(question: Question, rng: np.random.Generator, list_candidates: bool) -> Example:
+    """Makes an example whose candidates are in a random order, the same in prompt and pool."""
     # Sorted first, so that nothing of the file's order is left.
     candidates = sorted((question.answer, *question.wrong))
     candidates = [candidates[i] for i in rng.permutation(len(candidates))]
@@ -112,4 +122,4 @@ def to_example(question: Question, rng: np.random.Generator, list_candidates: bo
     if list_candidates:
         prompt = LISTED.format(question.text, "\n".join(candidates))
     rejected = tuple(text for text in candidates if text != question.answer)
-    return Example(question.id, prompt, question.answer, rejected, question.place)
+    return Example(question.id, prompt, question.answer, rejected, question.location)

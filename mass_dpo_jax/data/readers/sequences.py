@@ -1,12 +1,13 @@
-"""What does a user take next? Rows from a log of who took which item when.
+"""Examples from a log of who took which item when: what does a user take next?
 
-A user's items in order of time, ties in the order of the file, each once: the first time counts.
-From the fourth on, every item is the chosen one of a row, whose prompt lists the items before it,
-the last ten of them. That is S-DPO's format.
+A user's items are ordered by time, ties by the order of the file, and each counts once, at its
+first time. Every item from the fourth on is the chosen one of a row, whose prompt lists the items
+before it, at most the last ten. That is S-DPO's format.
 
 The other candidates are drawn by seed from the items of the catalogue that the user had not taken
-by then: none of the whole past, also beyond the ten that are shown, and not the chosen one. What is
-taken later may be among them: at that time nobody could know. Items with the same name are one.
+by then: none of the whole past, including what is too old to be shown, and not the chosen one. They
+may include items taken later, which nobody could know at that time. Items with the same name count
+as one.
 
 A user is in one split only: of ten users, drawn in the same way for every seed, eight are in train,
 one in validation, one in test.
@@ -14,23 +15,24 @@ one in validation, one in test.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from ml_collections import ConfigDict
 
-from mass_dpo_jax.data import lines, splits
-from mass_dpo_jax.data.bad_rows import BadRows
-from mass_dpo_jax.data.checks import check_string
+from mass_dpo_jax.data import splits, text_files
 from mass_dpo_jax.data.examples import Example, History
+from mass_dpo_jax.data.fields import check_string
+from mass_dpo_jax.data.rows import BadRows
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.utils.files import shorten
 
-LEAST = 3  # Items before the chosen one.
-MOST = 10  # Items that the prompt shows.
-# Names have commas in them; and on a line of its own a name in the history or the list is the same
-# tokens as in the response.
+MIN_HISTORY = 3  # Items before the chosen one.
+MAX_HISTORY = 10  # Items that the prompt shows.
+# Names contain commas. Besides, a name on a line of its own has the same tokens in the history, in
+# the list and in the response.
 SEPARATOR = "\n"
 
 
@@ -38,14 +40,14 @@ class Format(NamedTuple):
     """Two files and the words of the prompt.
 
     Attributes:
-      log: the file with lines of user, item, something and time; what they are separated by.
-      names: the file whose lines start with item and name; what they are separated by.
-      encoding: of both.
-      header: does each file start with a line of column names?
-      item: "movie", say.
-      before: the prompt up to the items.
-      listed: the prompt after them, with {} for the candidates.
-      unlisted: the same where the candidates are not listed.
+        log: The file with lines of user, item, something and time; and what separates these.
+        names: The file whose lines start with item and name; and what separates these.
+        encoding: The encoding of both files.
+        header: Whether each file starts with a line of column names.
+        item: What an item is called: "movie".
+        before: The prompt up to the items.
+        listed: The prompt after them, with {} for the candidates.
+        unlisted: The same where the candidates are not listed.
     """
 
     log: tuple[str, str]
@@ -58,10 +60,11 @@ class Format(NamedTuple):
     unlisted: str
 
     def is_in(self, folder: Path) -> bool:
+        """Whether a folder has both files."""
         return (folder / self.log[0]).is_file() and (folder / self.names[0]).is_file()
 
-    def prompt(self, items: Sequence[str], candidates: Sequence[str]) -> History:
-        """The prompt after these items; without candidates, none are listed."""
+    def make_prompt(self, items: Sequence[str], candidates: Sequence[str]) -> History:
+        """Makes the prompt after these items; without candidates, it lists none."""
         after = self.unlisted
         if candidates:
             after = self.listed.format(SEPARATOR.join(candidates))
@@ -69,20 +72,35 @@ class Format(NamedTuple):
 
 
 class Event(NamedTuple):
+    """A user took an item.
+
+    Attributes:
+        time: When, as in the log.
+        line: The line of the log, from 1.
+        name: The item's name.
+    """
+
     time: int
-    line: int  # Of the log, from 1.
-    name: str  # Of the item.
+    line: int
+    name: str
 
 
-def load(layout: Format, data: Any, split: str, seed: int) -> list[Example]:
-    """The examples of a split, or of "all" users: at most `data.max_*` of them, drawn by seed.
+def load(layout: Format, data: ConfigDict, split: str, seed: int) -> list[Example]:
+    """Loads a split, or "all" users: at most `data.max_*` examples, drawn by seed.
 
     Candidates and their order are a function of the seed and the chosen item's line.
 
+    Args:
+        layout: The files and the prompt.
+        data: The configuration's `data`. Reads `path`, `num_candidates`, `list_candidates`,
+            `on_bad_row`, `max_train`, `max_validation`, `max_test`.
+        split: "train", "validation", "test" or "all".
+        seed: Determines candidates and orders.
+
     Raises:
-      UserError: names the file and the line: a field is missing or no number, an item has no name,
-        fewer than `data.num_candidates` items are there to choose from. Or there are fewer than
-        three users with more than three items.
+        UserError: Names the file and the line: a field is missing or no number, an item has no
+            name, or there are fewer than `data.num_candidates` items to choose from. Or fewer than
+            three users have more than three items.
     """
     folder = Path(data.path)
     names = _read_names(folder, layout, data.on_bad_row)
@@ -90,9 +108,9 @@ def load(layout: Format, data: Any, split: str, seed: int) -> list[Example]:
     events = _read_log(log, layout, names, data.on_bad_row)
     catalogue = sorted(set(names.values()))
     rows = BadRows(f"{log} {split}", data.on_bad_row)
-    found: list[tuple[int, list[Event], int]] = []
-    for user in _users_of(sorted(events), split, log):
-        for k in range(LEAST, len(events[user])):
+    choices: list[tuple[int, list[Event], int]] = []  # User, events, index of the chosen one.
+    for user in _select_users(sorted(events), split, log):
+        for k in range(MIN_HISTORY, len(events[user])):
             with rows:
                 left = len(catalogue) - k
                 if left < data.num_candidates:
@@ -100,42 +118,42 @@ def load(layout: Format, data: Any, split: str, seed: int) -> list[Example]:
                         f"{log}:{events[user][k].line}: user {user} has {left} {layout.item}s left "
                         f"to choose from, config.data.num_candidates={data.num_candidates}"
                     )
-                found.append((user, events[user], k))
+                choices.append((user, events[user], k))
     rows.done()
-    number = {name: i for i, name in enumerate(catalogue)}
+    index = {name: i for i, name in enumerate(catalogue)}
     examples = []
-    for user, taken, k in splits.limit(found, data, split, seed):
+    for user, taken, k in splits.limit(choices, data, split, seed):
         rng = np.random.default_rng([seed, taken[k].line, 3])
-        past = [number[event.name] for event in taken[: k + 1]]
+        past = [index[event.name] for event in taken[: k + 1]]
         others = _draw(rng, len(catalogue), past, data.num_candidates - 1)
         chosen = taken[k].name
         candidates = [chosen, *(catalogue[i] for i in others)]
         candidates = [candidates[i] for i in rng.permutation(len(candidates))]
-        items = [event.name for event in taken[max(0, k - MOST) : k]]
+        items = [event.name for event in taken[max(0, k - MAX_HISTORY) : k]]
         examples.append(
             Example(
-                id=f"user{user}-{k}",
-                prompt=layout.prompt(items, candidates if data.list_candidates else ()),
-                chosen=chosen,
-                rejected=tuple(name for name in candidates if name != chosen),
-                place=f"{log}:{taken[k].line}",
+                f"user{user}-{k}",
+                layout.make_prompt(items, candidates if data.list_candidates else ()),
+                chosen,
+                tuple(name for name in candidates if name != chosen),
+                f"{log}:{taken[k].line}",
             )
         )
     return examples
 
 
 def _draw(rng: np.random.Generator, size: int, past: Sequence[int], count: int) -> list[int]:
-    """`count` different numbers below `size`, none of the past."""
+    """Draws `count` different numbers below `size` that are not in `past`."""
     excluded = set(past)
     sample = rng.choice(size, size=min(size, count + len(excluded)), replace=False)
     return [i for i in sample.tolist() if i not in excluded][:count]
 
 
-def _users_of(users: Sequence[int], split: str, log: Path) -> list[int]:
+def _select_users(users: Sequence[int], split: str, log: Path) -> list[int]:
     if len(users) < 3:
         raise UserError(
-            f"{log}: {len(users)} user(s) with more than {LEAST} items, expected at least three: "
-            "one each for train, validation and test"
+            f"{log}: {len(users)} user(s) with more than {MIN_HISTORY} items, expected at least "
+            "three: one each for train, validation and test"
         )
     if split == "all":
         return list(users)
@@ -153,20 +171,17 @@ def _read_names(folder: Path, layout: Format, on_bad_row: str) -> dict[int, str]
     file, separator = folder / layout.names[0], layout.names[1]
     rows = BadRows(str(file), on_bad_row)
     names = {}
-    for number, line in lines.read_lines(file):
-        if (number == 1 and layout.header) or not line.strip():
-            continue
-        place = f"{file}:{number}"
+    for location, _, line in _read_lines(file, layout):
         with rows:
-            fields = lines.decode(line, place, layout.encoding).rstrip("\r\n").split(separator)
+            fields = _split_line(line, location, layout, separator)
             if len(fields) < 2:
                 raise UserError(
-                    f"{place}: expected {layout.item} id and name, separated by {separator!r}, "
+                    f"{location}: expected {layout.item} id and name, separated by {separator!r}, "
                     f"found {len(fields)} field"
                 )
-            item = _integer(fields[0], f"{layout.item} id", place)
-            name = " ".join(check_string(fields[1], f"{layout.item} name", place).split())
-            rows.check_id(str(item), place)
+            item = _read_integer(fields[0], f"{layout.item} id", location)
+            name = " ".join(check_string(fields[1], f"{layout.item} name", location).split())
+            rows.check_id(str(item), location)
             names[item] = name
     rows.done()
     return names
@@ -175,37 +190,45 @@ def _read_names(folder: Path, layout: Format, on_bad_row: str) -> dict[int, str]
 def _read_log(
     file: Path, layout: Format, names: dict[int, str], on_bad_row: str
 ) -> dict[int, list[Event]]:
-    """Every user's items, the oldest first, of users with more than `LEAST` of them."""
+    """Reads the events of users with more than `MIN_HISTORY` items, each user's oldest first."""
     rows = BadRows(str(file), on_bad_row)
-    found: dict[int, list[Event]] = {}
-    for number, line in lines.read_lines(file):
-        if (number == 1 and layout.header) or not line.strip():
-            continue
+    log: dict[int, list[Event]] = {}
+    for location, number, line in _read_lines(file, layout):
         with rows:
-            place = f"{file}:{number}"
-            fields = lines.decode(line, place, layout.encoding).rstrip("\r\n").split(layout.log[1])
+            fields = _split_line(line, location, layout, layout.log[1])
             if len(fields) != 4:
                 raise UserError(
-                    f"{place}: expected 4 fields separated by {layout.log[1]!r}, "
+                    f"{location}: expected 4 fields separated by {layout.log[1]!r}, "
                     f"found {len(fields)}"
                 )
-            user = _integer(fields[0], "user id", place)
-            item = _integer(fields[1], f"{layout.item} id", place)
-            time = _integer(fields[3], "timestamp", place)
+            user = _read_integer(fields[0], "user id", location)
+            item = _read_integer(fields[1], f"{layout.item} id", location)
+            time = _read_integer(fields[3], "timestamp", location)
             if item not in names:
-                raise UserError(f"{place}: {layout.item} id {item} is not in {layout.names[0]}")
-            found.setdefault(user, []).append(Event(time, number, names[item]))
+                raise UserError(f"{location}: {layout.item} id {item} is not in {layout.names[0]}")
+            log.setdefault(user, []).append(Event(time, number, names[item]))
     rows.done()
-    for user, events in found.items():
+    for user, events in log.items():
         first: dict[str, Event] = {}
         for event in sorted(events):
             first.setdefault(event.name, event)
-        found[user] = list(first.values())
-    return {user: events for user, events in found.items() if len(events) > LEAST}
+        log[user] = list(first.values())
+    return {user: events for user, events in log.items() if len(events) > MIN_HISTORY}
 
 
-def _integer(text: str, what: str, place: str) -> int:
+def _read_lines(file: Path, layout: Format) -> Iterator[tuple[str, int, bytes]]:
+    """Yields location, number from 1, and bytes of each line that is neither blank nor header."""
+    for number, line in text_files.read_lines(file):
+        if line.strip() and not (number == 1 and layout.header):
+            yield f"{file}:{number}", number, line
+
+
+def _split_line(line: bytes, location: str, layout: Format, separator: str) -> list[str]:
+    return text_files.decode(line, location, layout.encoding).rstrip("\r\n").split(separator)
+
+
+def _read_integer(text: str, field: str, location: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise UserError(f"{place}: {what} must be an integer, found {shorten(text)}") from None
+        raise UserError(f"{location}: {field} must be an integer, found {shorten(text)}") from None

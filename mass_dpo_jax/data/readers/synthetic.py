@@ -1,18 +1,17 @@
-"""A made-up recommendation world with known tastes: who likes what is drawn, not collected.
+"""Synthetic recommendation worlds with known ground-truth preferences.
 
 Items and users are points on a sphere. A user's past follows taste alone: a history is drawn
-without replacement from softmax(taste * <user, item>). The next choice also follows what is
-popular now: it is drawn, among C candidates, from the softmax of the utility
+without replacement from softmax(taste * <user, item>). The next choice also depends on popularity:
+it is drawn, among C candidates, from the softmax of the utility
 
     u = taste * <user, item> + log popularity(item)
 
-where popularity falls off like Zipf's law; the other candidates are the negatives. So the best
-possible ranking is known (by u), and learning which names occur together goes a long way.
+where popularity follows Zipf's law; the other candidates are the negatives. So the best possible
+ranking is known (by u), and learning which names occur together goes a long way.
 
-There are three such worlds, named by `data.path`: the plain one (also ""), `clusters`, where a
-prompt's candidates are near copies of a few, and `long`, with pools of 59 negatives. Each is a
-fixed data set, the same for every seed: a seed shuffles the candidates and nothing else. Names say
-nothing about tastes.
+There are three worlds, named by `data.path`: the plain one (also ""), `clusters`, where a prompt's
+candidates are near copies of a few, and `long`, with pools of 59 negatives. Each is a fixed data
+set, the same for every seed, which only shuffles the candidates. Names say nothing about tastes.
 """
 
 from __future__ import annotations
@@ -35,16 +34,18 @@ class Recipe:
     """What a world is made of.
 
     Attributes:
-      number: of the world; its draws are a function of it.
-      items: how many there are.
-      candidates: C, the chosen one and C - 1 negatives.
-      dimensions: K, of the space the sphere is in. 2 is a circle, which a small model learns soon.
-      taste: weight of taste against popularity.
-      zipf: popularity of the r-th most popular item is r ** -zipf.
-      history: how many items a history has, least and most.
-      centres: points that the items lie around, the same number around each; 0: items lie anywhere.
-      spread: standard deviation of an item around its centre, in each dimension.
-      centres_per_prompt: so many centres a prompt's candidates come from.
+        number: The world's number, which determines its random draws.
+        items: I, the number of items.
+        candidates: C, the chosen one and C - 1 negatives.
+        dimensions: Of the space that the sphere is in. 2 is a circle, which a small model learns
+            quickly.
+        taste: The weight of taste against popularity.
+        zipf: The popularity of the r-th most popular item is r ** -zipf.
+        history: The least and the largest number of items in a history.
+        centres: The number of points that items lie around, equally many around each; 0: items lie
+            anywhere.
+        spread: The standard deviation of an item around its centre, in each dimension.
+        centres_per_prompt: The number of centres that a prompt's candidates come from.
     """
 
     number: int
@@ -61,8 +62,8 @@ class Recipe:
 
 RECIPES = {
     "plain": Recipe(0),
-    # Some five candidates of a prompt are near copies of each other in taste, and so on: a set of
-    # negatives drawn at random says the same thing twice.
+    # About five candidates of a prompt are near copies of each other in taste, for each of its
+    # centres: negatives drawn at random repeat each other.
     "clusters": Recipe(
         1, items=160, dimensions=3, centres=16, spread=0.03, centres_per_prompt=4, zipf=0.8
     ),
@@ -72,7 +73,14 @@ RECIPES = {
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """The items: names, points on the unit sphere [I, K], log of their popularity, centres [I]."""
+    """The items of a world.
+
+    Attributes:
+        names: I names.
+        items: float64 [I, dimensions], points on the unit sphere.
+        log_popularity: float64 [I].
+        centres: int [I], the centre that each item lies around.
+    """
 
     names: tuple[str, ...]
     items: np.ndarray
@@ -82,10 +90,12 @@ class World:
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """The users of a split, items by their numbers.
+    """The users of a split; items are indices.
 
-    histories: M tuples, oldest first. candidates: int [M, C], the chosen one first.
-    utilities: float64 [M, I], u of every item; ranking by them is the best possible.
+    Attributes:
+        histories: M tuples, oldest first.
+        candidates: int [M, C], the chosen one first.
+        utilities: float64 [M, I], u of every item; ranking by them is the best possible.
     """
 
     histories: tuple[tuple[int, ...], ...]
@@ -94,26 +104,26 @@ class Rows:
 
 
 @functools.cache
-def world(name: str = "plain") -> World:
-    """The items of a world, which every seed shares."""
-    how = RECIPES[name]
-    rng = np.random.default_rng(how.number)
-    items = _unit(rng.normal(size=(how.items, how.dimensions)))
-    ranks = rng.permutation(how.items) + 1
-    names = _names(how.items, rng)
-    centres = np.arange(how.items) % max(1, how.centres)
-    if how.centres:  # The first item of each centre is the centre; the others move close to it.
-        noise = how.spread * rng.normal(size=items.shape)
-        items = _unit(items[centres] + noise)
-    return World(names, items, -how.zipf * np.log(ranks), centres)
+def make_world(name: str = "plain") -> World:
+    """Makes the items of a world, which every seed shares."""
+    recipe = RECIPES[name]
+    rng = np.random.default_rng(recipe.number)
+    items = _normalize(rng.normal(size=(recipe.items, recipe.dimensions)))
+    ranks = rng.permutation(recipe.items) + 1
+    names = _make_names(recipe.items, rng)
+    centres = np.arange(recipe.items) % max(1, recipe.centres)
+    if recipe.centres:  # The first item of each centre is the centre; the others lie around it.
+        noise = recipe.spread * rng.normal(size=items.shape)
+        items = _normalize(items[centres] + noise)
+    return World(names, items, -recipe.zipf * np.log(ranks), centres)
 
 
-def _unit(x: np.ndarray) -> np.ndarray:
+def _normalize(x: np.ndarray) -> np.ndarray:
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
-def _names(count: int, rng: np.random.Generator) -> tuple[str, ...]:
-    """Distinct pronounceable names of two to four syllables, such as `Velumo`."""
+def _make_names(count: int, rng: np.random.Generator) -> tuple[str, ...]:
+    """Makes distinct pronounceable names of two to four syllables, such as `Velumo`."""
     syllables = [a + b for a in "b d f g k l m n p r s t v z".split() for b in "aeiou"]
     names: dict[str, None] = {}
     while len(names) < count:
@@ -124,29 +134,29 @@ def _names(count: int, rng: np.random.Generator) -> tuple[str, ...]:
 
 
 @functools.cache
-def _rows(name: str, split: str) -> Rows:
-    how, place = RECIPES[name], world(name)
-    rng = np.random.default_rng([1, list(ROWS).index(split), how.number])
+def _make_rows(name: str, split: str) -> Rows:
+    recipe, world = RECIPES[name], make_world(name)
+    rng = np.random.default_rng([1, list(ROWS).index(split), recipe.number])
     num_rows = ROWS[split]
-    users = _unit(rng.normal(size=(num_rows, how.dimensions)))
-    liking = how.taste * users @ place.items.T
-    utilities = liking + place.log_popularity
+    users = _normalize(rng.normal(size=(num_rows, recipe.dimensions)))
+    liking = recipe.taste * users @ world.items.T
+    utilities = liking + world.log_popularity
 
     # Gumbel noise makes the largest entries a draw from the softmax without replacement.
     order = np.argsort(-(liking + rng.gumbel(size=liking.shape)), axis=1)
-    lengths = rng.integers(how.history[0], how.history[1] + 1, size=num_rows)
+    lengths = rng.integers(recipe.history[0], recipe.history[1] + 1, size=num_rows)
     histories = tuple(
         tuple(map(int, row[:length])) for row, length in zip(order, lengths, strict=True)
     )
 
     # Candidates are uniform among the items outside the history, around the prompt's centres.
     lottery = rng.random(size=utilities.shape)
-    if how.centres:
-        rank = rng.random(size=(num_rows, how.centres)).argsort(axis=1).argsort(axis=1)
-        lottery += rank[:, place.centres] >= how.centres_per_prompt  # The others come later.
+    if recipe.centres:
+        rank = rng.random(size=(num_rows, recipe.centres)).argsort(axis=1).argsort(axis=1)
+        lottery += rank[:, world.centres] >= recipe.centres_per_prompt  # Other centres come later.
     for row, history in zip(lottery, histories, strict=True):
         row[list(history)] = np.inf
-    candidates = np.argsort(lottery, axis=1)[:, : how.candidates]
+    candidates = np.argsort(lottery, axis=1)[:, : recipe.candidates]
     noisy = np.take_along_axis(utilities, candidates, axis=1)
     noisy += rng.gumbel(size=noisy.shape)
     choice = np.argmax(noisy, axis=1)[:, None]
@@ -157,13 +167,18 @@ def _rows(name: str, split: str) -> Rows:
 
 
 def load(data: ConfigDict, split: str, seed: int) -> list[Example]:
-    """All examples of a split: "train", "validation" or "test".
+    """Loads all examples of a split.
 
     The rejected responses and, with `data.list_candidates`, the list of all candidates in the
     prompt are in an order drawn by seed and row.
 
+    Args:
+        data: The configuration's `data`. Reads `path`, `list_candidates`.
+        split: "train", "validation" or "test".
+        seed: Determines orders.
+
     Raises:
-      UserError: there is no such world or split.
+        UserError: There is no such world or split.
     """
     name = data.path or "plain"
     if name not in RECIPES:
@@ -172,8 +187,8 @@ def load(data: ConfigDict, split: str, seed: int) -> list[Example]:
         )
     if split not in ROWS:
         raise UserError(f"synthetic: no split {split!r}; found {', '.join(ROWS)}")
-    names, rows = world(name).names, _rows(name, split)
-    # Ids say the world, for `oracle_scores`; those of the plain one never did.
+    names, rows = make_world(name).names, _make_rows(name, split)
+    # Ids name the world, for `compute_oracle_scores`, except for the plain one.
     prefix = split if name == "plain" else f"{name}-{split}"
     examples = []
     for i, (history, candidates) in enumerate(zip(rows.histories, rows.candidates, strict=True)):
@@ -183,33 +198,33 @@ def load(data: ConfigDict, split: str, seed: int) -> list[Example]:
             after = f". One of: {', '.join(names[item] for item in order)}{after}"
         examples.append(
             Example(
-                id=f"{prefix}-{i}",
-                prompt=History("Enjoyed: ", tuple(names[item] for item in history), after),
+                f"{prefix}-{i}",
+                History("Enjoyed: ", tuple(names[item] for item in history), after),
                 # The space belongs to the name's first token, as it does in the history.
-                chosen=f" {names[candidates[0]]}",
-                rejected=tuple(f" {names[item]}" for item in order if item != candidates[0]),
-                place=f"synthetic {split} row {i}",
+                f" {names[candidates[0]]}",
+                tuple(f" {names[item]}" for item in order if item != candidates[0]),
+                f"synthetic {split} row {i}",
             )
         )
     return examples
 
 
-def oracle_scores(examples: Sequence[Example]) -> np.ndarray:
-    """The true utilities of the candidates of `load`'s examples, the chosen one first: [M, C].
+def compute_oracle_scores(examples: Sequence[Example]) -> np.ndarray:
+    """Returns the true utilities of the candidates of `load`'s examples: float64 [M, C].
 
-    The examples are of one world.
+    The chosen one comes first. All examples must be of one world.
     """
-    name = _place(examples[0])[0] if examples else "plain"
-    number = {f" {name}": item for item, name in enumerate(world(name).names)}
+    name = _parse_id(examples[0])[0] if examples else "plain"
+    index = {f" {name}": item for item, name in enumerate(make_world(name).names)}
     scores = np.empty((len(examples), RECIPES[name].candidates))
     for row, example in zip(scores, examples, strict=True):
-        _, split, i = _place(example)
-        items = [number[str(text)] for text in (example.chosen, *example.rejected)]
-        row[:] = _rows(name, split).utilities[i, items]
+        _, split, i = _parse_id(example)
+        items = [index[str(text)] for text in example.responses]
+        row[:] = _make_rows(name, split).utilities[i, items]
     return scores
 
 
-def _place(example: Example) -> tuple[str, str, int]:
-    """World, split and row, from an example's id."""
+def _parse_id(example: Example) -> tuple[str, str, int]:
+    """Returns the world, split and row that an example's id names."""
     *name, split, i = example.id.split("-")
     return (name[0] if name else "plain"), split, int(i)

@@ -41,7 +41,7 @@ def test_an_unknown_world_is_an_error():
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_names_are_distinct_and_pronounceable(world: str):
-    names = synthetic.world(world).names
+    names = synthetic.make_world(world).names
     assert len(set(names)) == synthetic.RECIPES[world].items
     for name in names:
         assert name.isascii() and name.isalpha() and name == name.capitalize()
@@ -50,7 +50,7 @@ def test_names_are_distinct_and_pronounceable(world: str):
 
 def test_names_do_not_tell_the_taste():
     """Items that share their first syllable are no closer to each other than others are."""
-    world = synthetic.world()
+    world = synthetic.make_world()
     first = np.array([name[:2] for name in world.names])
     same = (first[:, None] == first) & ~np.eye(len(first), dtype=bool)
     closeness = world.items @ world.items.T
@@ -60,7 +60,7 @@ def test_names_do_not_tell_the_taste():
 @pytest.mark.parametrize("world", WORLDS)
 def test_every_row_is_a_well_formed_choice(world: str):
     how = synthetic.RECIPES[world]
-    names = set(synthetic.world(world).names)
+    names = set(synthetic.make_world(world).names)
     examples = load("validation", world=world)
     assert len(examples) == synthetic.ROWS["validation"]
     for example in examples:
@@ -112,7 +112,7 @@ def test_listed_candidates_are_shuffled():
 def test_difficulty(seed: int):
     """Chance < popularity << co-occurrence < the true tastes < 1."""
     train, test = load("train", seed), load("test", seed)
-    oracle = synthetic.oracle_scores(test)
+    oracle = synthetic.compute_oracle_scores(test)
     assert oracle.shape == (len(test), synthetic.RECIPES["plain"].candidates)
     assert 0.12 < accuracy(baselines.popularity(train, test)) < 0.20
     assert 0.45 < accuracy(baselines.cooccurrence(train, test)) < 0.55
@@ -123,7 +123,7 @@ def test_difficulty(seed: int):
 def test_the_other_worlds_can_be_learnt_and_are_not_easy(world: str):
     """Chance < popularity < co-occurrence < the true tastes < 1/2."""
     train, test = load("train", world=world), load("test", world=world)
-    best = accuracy(synthetic.oracle_scores(test))
+    best = accuracy(synthetic.compute_oracle_scores(test))
     learnt = accuracy(baselines.cooccurrence(train, test))
     assert 0.1 < accuracy(baselines.popularity(train, test)) < learnt - 0.1
     assert learnt + 0.04 < best < 0.5
@@ -133,7 +133,7 @@ def test_candidates_are_near_copies_of_a_few():
     """In `clusters` a candidate's nearest other one is much nearer than in a world without."""
     angles = {}
     for world in ("plain", "clusters"):
-        place = synthetic.world(world)
+        place = synthetic.make_world(world)
         number = {f" {name}": i for i, name in enumerate(place.names)}
         nearest = []
         for example in load("validation", world=world)[:200]:
@@ -151,7 +151,7 @@ def test_candidates_are_near_copies_of_a_few():
 @pytest.mark.parametrize("world", WORLDS)
 def test_choices_follow_the_softmax_of_the_utilities(world: str):
     """The mean utility of the chosen equals its expectation, within the noise of the draw."""
-    utilities = synthetic.oracle_scores(load("train", world=world))
+    utilities = synthetic.compute_oracle_scores(load("train", world=world))
     weights = np.exp(utilities - utilities.max(axis=1, keepdims=True))
     weights /= weights.sum(axis=1, keepdims=True)
     mean = (weights * utilities).sum(axis=1)
@@ -167,6 +167,8 @@ def test_prompts_and_names_are_short(tmp_path):
     train_tokenizer((e.prompt.text + e.chosen for e in examples), 512, tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     prompts = tokenizer([example.prompt.text for example in examples]).input_ids
-    names = tokenizer([f" {name}" for name in synthetic.world().names], add_special_tokens=False)
+    names = tokenizer(
+        [f" {name}" for name in synthetic.make_world().names], add_special_tokens=False
+    )
     assert max(map(len, prompts)) <= 48
     assert np.mean([len(ids) for ids in names.input_ids]) < 3

@@ -1,4 +1,4 @@
-"""Lines of text files, plain or gzip; what is no such file is named by what it is."""
+"""Lines of text files, plain or gzip; errors say what another kind of file is."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from mass_dpo_jax.utils import file_kinds
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yields (line number from 1, line) of a file, which is `decode`d row by row.
+    """Yields (line number from 1, line) of a file; `decode` turns a line into text.
 
     Raises:
-      UserError: it cannot be read, or is no text: compressed in another way, Parquet and so on.
+        UserError: The file cannot be read or is no text: compressed in another way, Parquet, ...
     """
     number = 0
     try:
@@ -37,34 +37,34 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
         raise UserError(f"{path}:{number + 1}: cannot be read: {error}") from None
 
 
-def decode(line: bytes, place: str, encoding: str = "utf-8") -> str:
-    """The text of a line, without the byte-order mark that some Windows programs begin a file with.
+def decode(line: bytes, location: str, encoding: str = "utf-8") -> str:
+    """Returns a line's text, without the byte-order mark that some Windows programs write first.
 
     Raises:
-      UserError: it is not in this encoding.
+        UserError: The line is not in this encoding.
     """
     try:
         return line.decode("utf-8-sig" if encoding == "utf-8" else encoding)
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{place}: not UTF-8: {error.reason} at byte {error.start} of the line; an older "
+            f"{location}: not UTF-8: {error.reason} at byte {error.start} of the line; an older "
             "encoding? iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW"
         ) from None
 
 
 def check_json_lines(path: Path) -> None:
-    """Raises UserError where a file is JSON or a table, but not one object a line."""
+    """Raises UserError where a file is JSON or a table, but does not hold one object per line."""
     try:
         with _open(path) as file:
             head = file.read(file_kinds.HEAD_BYTES)
     except (OSError, EOFError, zlib.error):
-        return  # `read_lines` says so.
+        return  # `read_lines` reports it.
     if what := file_kinds.describe_text(head.decode(errors="replace"), path):
         raise UserError(f"{path}: {what}")
 
 
 def _open(path: Path) -> gzip.GzipFile | io.BufferedReader:
-    """The bytes of a file, decompressed if they are gzip, whatever the file is called."""
+    """Opens a file's bytes, decompressed if they are gzip, whatever the file's name."""
     with path.open("rb") as file:
         is_gzip = path.suffix == ".gz" or file.read(2) == b"\x1f\x8b"
     return gzip.open(path) if is_gzip else path.open("rb")

@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mass_dpo_jax.data import row_notes
-from mass_dpo_jax.data.examples import Example, from_row
+from mass_dpo_jax.data.examples import Example
+from mass_dpo_jax.data.readers import row_warnings
+from mass_dpo_jax.data.readers.preferences import read_row
 from mass_dpo_jax.errors import UserError
 from tests.support.data import load, write_lines
 
@@ -24,7 +25,7 @@ TWICE = {"prompt": "2 + 2", "chosen": "2 + 2 = 4", "rejected": ["2 + 2 = 5"]}
 
 
 def read(row: Any) -> Example:
-    return from_row(row, "0", "row")
+    return read_row(row, "0", "row")
 
 
 @pytest.mark.parametrize("write", [json.dumps, str, lambda x: json.dumps(x, indent=1)])
@@ -140,7 +141,7 @@ def test_rows_of_arrays_are_rows_of_lists() -> None:
 
 def notes(folder: Path, caplog: Any, *rows: Any, **changes: Any) -> list[str]:
     caplog.clear()
-    row_notes._said.clear()
+    row_warnings._logged.clear()
     file = write_lines(folder / "rows.jsonl", rows)
     with caplog.at_level(logging.INFO, "mass_dpo_jax"):
         load("jsonl", file, **changes)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from mass_dpo_jax.data.bad_rows import LOOK_AHEAD, BadRows, Reasons
+from mass_dpo_jax.data.rows import LOOK_AHEAD, BadRows, Reasons
 from mass_dpo_jax.errors import UserError
 
 
@@ -39,7 +39,7 @@ def test_messages_that_differ_in_values_are_one_reason(messages: list[str], coun
     reasons = Reasons()
     for message in messages:
         reasons.add(message)
-    found = reasons.most_frequent()
+    found = reasons.sort_by_frequency()
     assert (len(found), reasons.count) == (count, 2)
     assert found[0].first == messages[0]
 

@@ -15,8 +15,9 @@ from tokenizers import Tokenizer
 from mass_dpo_jax.config import default
 from mass_dpo_jax.data import load_examples
 from mass_dpo_jax.data.examples import Example, History
+from mass_dpo_jax.data.tokenization import tokenize
 from mass_dpo_jax.data.tokenizer import load_tokenizer, train_tokenizer
-from mass_dpo_jax.data.tokens import Tokens, tokenize
+from mass_dpo_jax.data.tokens import Tokens
 from mass_dpo_jax.errors import UserError
 from tests.support.tokenizers import real, settings, small
 
@@ -200,7 +201,7 @@ def test_whatever_is_wrong_with_a_row_it_can_be_skipped(
     assert tokens.ids == [row.id for row in rows]
     expected = tokenize(rows, small(), settings(str(template)), progress=False)
     assert tokens.digest() == expected.digest()
-    assert tokens.numbers.tolist() == [[0, 1, 2]] * 8
+    assert tokens.candidate_ids.tolist() == [[0, 1, 2]] * 8
     for text in (
         "skipped 2 of 15 rows; first: file:4: field 'rejected[1]' contains",
         "skipped 1 of 15 rows; first: file:7: the chosen response has the same tokens as",

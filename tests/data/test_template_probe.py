@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from mass_dpo_jax.data.chat_template import ChatTemplate
 from mass_dpo_jax.data.examples import Example
-from mass_dpo_jax.data.render import Template, make_renderer
+from mass_dpo_jax.data.render import make_renderer
 from tests.support.tokenizers import USER, real, settings, small
 
 ANSWERS = (
@@ -58,14 +59,14 @@ WRITTEN = {
 TALKS: tuple[Any, ...] = ("Hi!", [{"role": "system", "content": "Be nice."}, USER])
 
 
-def render_all(tokenizer: Any, template: str) -> tuple[Template, list[tuple[str, str]]]:
+def render_all(tokenizer: Any, template: str) -> tuple[ChatTemplate, list[tuple[str, str]]]:
     """The renderer, and its text and the template's for every answer after every prompt."""
     renderer = make_renderer(tokenizer, settings(template))
-    assert isinstance(renderer, Template)
+    assert isinstance(renderer, ChatTemplate)
     found = []
     for talk, answer in itertools.product(TALKS, ANSWERS):
         row = Example("0", talk, answer, ("No",), "file:1")
-        prompt = renderer.prompt(talk, "")
+        prompt = renderer.render_prompt(talk, "")
         messages = [{"role": "user", "content": talk}] if isinstance(talk, str) else talk
         whole = tokenizer.apply_chat_template(
             [*messages, {"role": "assistant", "content": answer}],
@@ -74,7 +75,7 @@ def render_all(tokenizer: Any, template: str) -> tuple[Template, list[tuple[str,
             enable_thinking=False,
             date_string="26 Jul 2024",
         )
-        found.append((prompt + renderer.responses(row, prompt)[0], whole.rstrip("\n")))
+        found.append((prompt + renderer.render_responses(row, prompt)[0], whole.rstrip("\n")))
     return renderer, found
 
 

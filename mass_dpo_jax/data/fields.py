@@ -1,4 +1,4 @@
-"""Checks of single values of a row, with messages that name the place and the field."""
+"""Single fields of a row: their values, and checks whose messages name the location and field."""
 
 from __future__ import annotations
 
@@ -9,51 +9,55 @@ from typing import Any
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.utils.files import shorten
 
-_PLAIN = (str, list, dict, int, bool, type(None))  # What most values are, for speed.
+_JSON_TYPES = (str, list, dict, int, bool, type(None))  # The types of most values, for speed.
 
 
-def check_string(value: Any, field: str, place: str) -> str:
-    """The value, if it is a string with something in it that can be written as UTF-8."""
+def check_string(value: Any, field: str, location: str) -> str:
+    """Returns the value if it is a string that is not blank and can be written as UTF-8."""
     if not isinstance(value, str):
-        raise UserError(f"{place}: field {field!r} must be a string, found {kind(value)}")
+        raise UserError(
+            f"{location}: field {field!r} must be a string, found {describe_value(value)}"
+        )
     if not value.strip():
-        raise UserError(f"{place}: field {field!r} is empty")
-    return check_encodable(value, field, place)
+        raise UserError(f"{location}: field {field!r} is empty")
+    return _check_encodable(value, field, location)
 
 
-def check_encodable(value: str, field: str, place: str) -> str:
+def _check_encodable(value: str, field: str, location: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
         raise UserError(
-            f"{place}: field {field!r} has half a surrogate pair at character {error.start}"
+            f"{location}: field {field!r} has half a surrogate pair at character {error.start}"
         ) from None
     return value
 
 
-def check_id(value: Any, default: str, place: str) -> str:
-    """A row's own id as a string, or the default where it has none.
+def check_id(value: Any, default: str, location: str) -> str:
+    """Returns a row's own id as a string, or the default where it has none.
 
-    Tables with gaps hold integers as floats: whole ones are integers.
+    Tables with gaps store integers as floats, so whole floats count as integers.
     """
-    value = plain(value)
+    value = to_json_value(value)
     if value is None:
         return default
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, (str, int)):
-        raise UserError(f"{place}: field 'id' must be a string or an integer, found {kind(value)}")
+        raise UserError(
+            f"{location}: field 'id' must be a string or an integer, found {describe_value(value)}"
+        )
     if value == "":
         raise UserError(
-            f"{place}: field 'id' is empty; leave it out, or set --config.data.columns=id= to "
+            f"{location}: field 'id' is empty; leave it out, or set --config.data.columns=id= to "
             "number all rows"
         )
-    return check_encodable(str(value), "id", place)
+    return _check_encodable(str(value), "id", location)
 
 
-def plain(value: Any) -> Any:
-    """The value as JSON has it: NumPy's as Python's, a tuple as a list, a gap, NaN say, as null."""
-    if type(value) in _PLAIN:
+def to_json_value(value: Any) -> Any:
+    """Converts a table's value to JSON's types: NumPy's, tuples, and gaps (NaN, NA) as null."""
+    if type(value) in _JSON_TYPES:
         return value
     if hasattr(value, "tolist"):
         value = value.tolist()
@@ -64,8 +68,8 @@ def plain(value: Any) -> Any:
 
 
 def has_content(value: Any) -> bool:
-    """Is there anything in a value? Tables fill what a row does not have with nulls and empties."""
-    value = plain(value)
+    """Whether a value says anything: tables fill what a row lacks with nulls and empty values."""
+    value = to_json_value(value)
     if isinstance(value, Mapping):
         return any(map(has_content, value.values()))
     if isinstance(value, list):
@@ -73,8 +77,8 @@ def has_content(value: Any) -> bool:
     return value is not None and value != "" and value is not False
 
 
-def kind(value: Any) -> str:
-    """The value's type in JSON's words, with a short one shown."""
+def describe_value(value: Any) -> str:
+    """Describes a value in JSON's terms, for messages; a short one is shown."""
     if value is None:
         return "null"
     if isinstance(value, (bool, int, float)):

@@ -1,0 +1,223 @@
+"""Texts of a preference row: strings, chat messages, and lists of them written as text.
+
+Tables write lists as text, as CSV does: `[{"role": "user", ...}]`, in JSON or as Python prints
+them. An answer may itself be JSON, so little is taken for anything but text: chat messages with a
+known role and nothing else beside them; and a list of responses in place of several ones, where the
+chosen response is no list or object.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import re
+import tokenize
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from mass_dpo_jax.data.examples import Message, Text
+from mass_dpo_jax.data.fields import check_string, describe_value, has_content, to_json_value
+from mass_dpo_jax.errors import UserError
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+MAX_PARSED_CHARS = 1 << 20  # Longer texts are never parsed.
+
+# Keys of messages that change what is said, and what to do about them.
+_UNSUPPORTED_KEYS = {
+    **dict.fromkeys(("tool_calls", "function_call"), "tool calls are not supported"),
+    **dict.fromkeys(
+        ("reasoning_content", "reasoning", "thinking"),
+        "is not read: write it into content as the model does, <think>...</think>",
+    ),
+    **dict.fromkeys(("images", "image", "videos", "audio"), "models with images are not supported"),
+}
+# The start of a list of objects with such a first key, and a known role.
+_MESSAGES = re.compile(r"""\s*\[[\s\[]*\{\s*(['"])(?:role|content)\1\s*:""")
+_ROLE = re.compile(rf"""(['"])role\1\s*:\s*(['"])(?:{"|".join(ROLES)})\2""")
+_FENCED = re.compile(r"\s*```\w*\n(.*?)```\s*", re.S)
+_SHAREGPT = re.compile(r"""\s*\[[\s\[]*\{\s*(['"])(?:from|value)\1\s*:""")
+
+
+def is_simple(value: Any) -> bool:
+    """Whether `read_text` surely returns a value as it is: quick, and False for some it does."""
+    return type(value) is str and value.isascii() and value[:1].isalnum()
+
+
+def read_text(value: Any, field: str, location: str) -> Text:
+    """Reads a string, or the messages of a list, of a single message, or of a text with those.
+
+    Raises:
+        UserError: The value is empty or something else.
+    """
+    value = to_json_value(value)
+    if isinstance(value, str):
+        value = check_string(value, field, location)
+        if value[0] in "[{" or value[0].isspace():
+            value = parse_messages(value, field, location)
+        if isinstance(value, str):
+            return value
+    if isinstance(value, Mapping) and "role" in value and "content" in value:
+        value = [value]
+    if not isinstance(value, list):
+        raise UserError(
+            f"{location}: field {field!r} must be a string or a list of chat messages (role, "
+            f"content), found {describe_value(value)}"
+        )
+    if not value:
+        raise UserError(f"{location}: field {field!r} is empty")
+    return [_read_message(m, f"{field}[{i}]", location) for i, m in enumerate(value)]
+
+
+def _read_message(value: Any, field: str, location: str) -> Message:
+    start = f"{location}: field {field!r}"
+    if not isinstance(value, Mapping):
+        raise UserError(f"{start} must be a chat message, found {describe_value(value)}")
+    if "role" not in value and "from" in value:
+        raise UserError(
+            f"{start}: a chat message needs role and content, found ShareGPT's "
+            f"{', '.join(map(str, value))}"
+        )
+    # Columns of a table hold every key in every row; only one with a value means something.
+    extra = [k for k, v in value.items() if k not in ("role", "content") and has_content(v)]
+    for key in extra:
+        if key in _UNSUPPORTED_KEYS:
+            raise UserError(f"{start}: {key!r}: {_UNSUPPORTED_KEYS[key]}")
+    content = _join_parts(to_json_value(value.get("content")), start)
+    for key, text in (("role", value.get("role")), ("content", content)):
+        if not isinstance(text, str):
+            raise UserError(
+                f"{start}: a chat message needs a string {key!r}, found {describe_value(text)}"
+            )
+    role = check_string(value["role"], f"{field}.role", location)
+    if extra:
+        raise UserError(f"{start}: a chat message has role and content only, found {extra[0]!r}")
+    if role == "system" and not content.strip():
+        return {"role": role, "content": ""}
+    return {"role": role, "content": check_string(content, f"{field}.content", location)}
+
+
+def _join_parts(content: Any, start: str) -> Any:
+    """Joins a content that is a list of parts of text; `start` begins error messages."""
+    if not isinstance(content, list) or not content:
+        return content
+    texts = []
+    for part in content:
+        text = part.get("text") if isinstance(part, Mapping) else part
+        kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
+        if kind != "text":
+            raise UserError(f"{start}: content has a part of type {kind!r}; only text is read")
+        if not isinstance(text, str):
+            raise UserError(
+                f"{start}: a part of content needs a string 'text', found {describe_value(text)}"
+            )
+        texts.append(text)
+    return "".join(texts)
+
+
+def parse_messages(text: str, field: str, location: str) -> Any:
+    """Returns the message or messages that a text stands for, or the text itself.
+
+    Raises:
+        UserError: It starts like messages, but cannot be parsed.
+    """
+    value = _parse(text)
+    if is_messages(value) and (isinstance(value, list) or set(value) == {"role", "content"}):
+        return value
+    ends = text.rstrip()[-1] == "]"
+    if ends and value is None and _MESSAGES.match(text) and _ROLE.search(text):
+        raise UserError(
+            f"{location}: field {field!r} looks like chat messages written as text, but cannot be "
+            "read as JSON or a Python list; expected a list of messages"
+        )
+    if ends and _SHAREGPT.match(text) and (value is None or _all_have(value, "from", "value")):
+        raise UserError(
+            f"{location}: field {field!r} is a ShareGPT conversation written as text; expected a "
+            "list of messages with role and content"
+        )
+    return text
+
+
+def parse_responses(text: str, location: str) -> Any:
+    """Returns the list of responses that the text of `rejected` stands for, or the text itself.
+
+    Raises:
+        UserError: It looks like a list as NumPy prints it, without commas.
+    """
+    if text.lstrip()[:1] != "[":
+        return text
+    value = _parse(text)
+    if _is_response_list(value):
+        return value
+    if value is None and text.rstrip()[-1] == "]" and _has_adjacent_strings(text):
+        raise UserError(
+            f"{location}: field 'rejected' is a list as NumPy prints it, without commas, where "
+            "responses cannot be told apart; write a list, as with json.dumps"
+        )
+    return text
+
+
+def is_messages(value: Any) -> bool:
+    """Whether a value is a chat message, or a list of some."""
+    if isinstance(value, list):
+        return bool(value) and all(isinstance(v, Mapping) and is_messages(v) for v in value)
+    return isinstance(value, Mapping) and "content" in value and value.get("role") in ROLES
+
+
+def is_data(text: Any) -> bool:
+    """Whether a text is a list or object of JSON or Python, perhaps in a Markdown code block."""
+    if not isinstance(text, str):
+        return False
+    if fenced := _FENCED.fullmatch(text):
+        text = fenced[1]
+    return text.lstrip()[:1] in ("[", "{") and _parse(text) is not None
+
+
+def is_response_list(text: Any) -> bool:
+    """Whether a text is a list of responses, or would be if it were not an answer itself."""
+    return isinstance(text, str) and text.lstrip()[:1] == "[" and _is_response_list(_parse(text))
+
+
+def _is_response_list(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(v, str) or (isinstance(v, list) and is_messages(v)) for v in value
+    )
+
+
+def _all_have(value: Any, *keys: str) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(v, Mapping) and all(key in v for key in keys) for v in value
+    )
+
+
+def _parse(text: str) -> Any:
+    """Returns what a text stands for in JSON or as a Python literal; None if it is neither."""
+    if len(text) > MAX_PARSED_CHARS or text.strip()[-1:] not in ("]", "}"):
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    if _has_adjacent_strings(text):
+        return None  # Python would join them.
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Python warns of unknown escape sequences.
+            return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return None
+
+
+def _has_adjacent_strings(text: str) -> bool:
+    """Whether Python code has two strings with nothing in between, as NumPy prints arrays."""
+    try:
+        last = 0
+        for token in tokenize.generate_tokens(io.StringIO(text.strip()).readline):
+            if token.type == last == tokenize.STRING:
+                return True
+            if token.type not in (tokenize.NL, tokenize.COMMENT):
+                last = token.type
+    except (tokenize.TokenError, SyntaxError):
+        pass
+    return False

@@ -1,0 +1,306 @@
+"""Preference rows: `{"id"?, "prompt"?, "chosen", "rejected", ...}`, a superset of TRL's format.
+
+`read_split` serves the readers `jsonl` and `hub`, `read_preferences` also the library's own rows;
+`read_row` says what a row may look like.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mass_dpo_jax.data.examples import Example, Message, Text, check_not_rejected
+from mass_dpo_jax.data.fields import check_id, describe_value, has_content, to_json_value
+from mass_dpo_jax.data.readers.columns import (
+    describe_absent,
+    has_prompt_elsewhere,
+    parse_columns,
+    rename_columns,
+)
+from mass_dpo_jax.data.readers.messages import is_data, is_simple, parse_responses, read_text
+from mass_dpo_jax.data.readers.row_warnings import RowWarnings
+from mass_dpo_jax.data.rows import Table, read_items, take_part
+from mass_dpo_jax.errors import UserError
+
+MAX_SCORE = 3e38  # Above it, float32 overflows.
+# Columns that change what a prompt is, so they are refused where they have content.
+UNSUPPORTED_COLUMNS = {
+    "tools": "leave it out, or write what the template makes of it into the prompt",
+    "chat_template_kwargs": "set config.data.chat_template_kwargs, the same for all rows",
+    **dict.fromkeys(
+        ("image", "images", "video", "videos", "audio", "audios"),
+        "models with images, videos or audio are not supported; leave the column out where the "
+        "text says it all",
+    ),
+}
+
+
+def read_split(table: Table, data: ConfigDict, seed: int) -> list[Example]:
+    """Reads the part of a table that its `source` names.
+
+    An example without an id is named after its split (or file) and its row, counted from 0.
+
+    Args:
+        table: The rows.
+        data: The configuration's `data`. Reads `columns`, `chat_template`, `on_bad_row`,
+            `validation_share`.
+        seed: Determines which rows are held out.
+
+    Raises:
+        UserError: As `read_preferences`.
+    """
+    examples = read_preferences(table, f"{table.source.name}-", data, log_once=True)
+    return take_part(table, examples, data, seed)
+
+
+def read_preferences(
+    table: Table, prefix: str, data: ConfigDict, log_once: bool = False
+) -> list[Example]:
+    """Reads all examples of a table, and logs what looks wrong with its rows as a whole.
+
+    Args:
+        table: The rows; those that are Examples already are taken as they are.
+        prefix: An example without an id is named by it and the row's index.
+        data: The configuration's `data`. Reads `columns`, `chat_template`, `on_bad_row`.
+        log_once: Whether not to repeat a warning for another split of the same rows.
+
+    Raises:
+        UserError: A row cannot be used or an id occurs twice, unless `data.on_bad_row` is "skip";
+            or no row is left.
+    """
+    names = parse_columns(data.columns)
+    warnings = RowWarnings(table.name, data.chat_template != "none")
+
+    def make(row: Any, i: int, location: str) -> Example:
+        if isinstance(row, Example):
+            return row
+        row = rename_columns(row, names, location)
+        example = read_row(row, f"{prefix}{i}", location)
+        warnings.add(row, example)
+        return example
+
+    others = [f"{ours}={theirs}" for ours, theirs in names.items() if ours != "id"]
+    setting = ",".join(["id=", *others])
+    advice = f"; several rows of one prompt? --config.data.columns={setting} numbers rows instead"
+    examples = read_items(table, make, data.on_bad_row, advice)
+    warnings.log(log_once)
+    return examples
+
+
+def read_row(row: Any, default_id: str, location: str) -> Example:
+    """Reads the example in a row `{"id"?, "prompt"?, "chosen", "rejected", ...}`.
+
+    Prompt and responses are strings or chat messages; one message stands for a list of it.
+    `rejected` is one response or a list of them, in which a null is no response; a list of messages
+    is one response. Without a `prompt`, it is the beginning that chosen and rejected share: in
+    conversations all but the last message; in strings the common characters, except for a space
+    before the responses, as in TRL. A conversation may repeat the prompt before its answer, also
+    where the prompt is the text of its last question.
+
+    A string that is a list of messages, as JSON or as Python prints it, is read as that list. A
+    string in `rejected` that is a list of strings, or of lists of messages, is read as that list,
+    unless chosen is a list or an object written as a string: then these are answers in JSON. All
+    other JSON in strings is text.
+
+    `score_chosen`, a number, and `score_rejected`, a list with a number for each rejected response
+    (or one number, for one), are optional grades; a row in which one is null or not finite has
+    none. Other columns are ignored, see `RowWarnings`, except for UNSUPPORTED_COLUMNS.
+
+    Raises:
+        UserError: A field is missing, empty or of the wrong type, the chosen response is also among
+            the rejected ones, or there is a wrong number of scores. Rejected responses may repeat
+            (drawn twice from a model, say).
+    """
+    if not isinstance(row, Mapping):
+        raise UserError(
+            f"{location}: expected an object with prompt, chosen, rejected; found "
+            f"{describe_value(row)}"
+        )
+    for field in ("chosen", "rejected"):
+        if to_json_value(row.get(field)) is None:
+            raise UserError(f"{location}: {describe_absent(row, field)}")
+    for field, advice in UNSUPPORTED_COLUMNS.items():
+        if field in row and has_content(row[field]):
+            raise UserError(f"{location}: field {field!r} is not read here: {advice}")
+    chosen = read_text(row["chosen"], "chosen", location)
+    single = isinstance(to_json_value(row["chosen"]), Mapping)
+    listed = _read_rejected(row["rejected"], chosen, single, location)
+    rejected = [text for text in listed if text is not None]
+    prompt: Text
+    if to_json_value(row.get("prompt")) is not None:
+        prompt = _complete_prompt(read_text(row["prompt"], "prompt", location), chosen)
+    elif has_prompt_elsewhere(row, chosen):
+        raise UserError(f"{location}: {describe_absent(row, 'prompt')}")
+    elif isinstance(chosen, str):
+        prompt, chosen, rejected = _split_common_start(chosen, rejected, location)
+    else:
+        prompt = _split_last_message(chosen, location)
+    if not isinstance(prompt, str) and prompt[-1]["role"] != "user":
+        raise UserError(
+            f"{location}: field 'prompt' must end with a message of role 'user', "
+            f"found {prompt[-1]['role']!r}"
+        )
+    chosen = _read_answer(prompt, chosen, "chosen", location)
+    indices = (i for i, text in enumerate(listed) if text is not None)
+    rejected = [
+        text if isinstance(text, str) else _read_answer(prompt, text, f"rejected[{i}]", location)
+        for i, text in zip(indices, rejected, strict=True)
+    ]
+    check_not_rejected(chosen, rejected, location)
+    name = check_id(row.get("id"), default_id, location)
+    scores = _read_scores(row, listed, location)
+    return Example(name, prompt, chosen, tuple(rejected), location, scores)
+
+
+def _read_scores(
+    row: Mapping[str, Any], listed: Sequence[Text | None], location: str
+) -> tuple[float, ...] | None:
+    """Reads the scores of the chosen and the rejected responses; None where one has none."""
+    fields = ("score_chosen", "score_rejected")
+    present = [field for field in fields if to_json_value(row.get(field)) is not None]
+    if len(present) == 1 and len(set(fields) & set(row)) == 1:
+        [missing] = set(fields) - set(present)
+        raise UserError(f"{location}: field {present[0]!r} is there, but {missing!r} is missing")
+    if len(present) < 2:
+        return None
+    scores = to_json_value(row["score_rejected"])
+    scores = scores if isinstance(scores, list) else [scores]
+    if len(scores) != len(listed):
+        raise UserError(
+            f"{location}: field 'score_rejected' must have a number for each of the {len(listed)} "
+            f"rejected response(s), found {len(scores)}"
+        )
+    named = [("score_chosen", row["score_chosen"])]
+    for i, (score, response) in enumerate(zip(scores, listed, strict=True)):
+        if response is not None:
+            named.append((f"score_rejected[{i}]", score))
+    values = [_read_number(value, field, location) for field, value in named]
+    return None if None in values else tuple(score for score in values if score is not None)
+
+
+def _read_number(value: Any, field: str, location: str) -> float | None:
+    """Reads a number; None for null, and for what is not finite as float32."""
+    value = to_json_value(value)
+    if value is None:
+        return None
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise UserError(
+            f"{location}: field {field!r} must be a number, found {describe_value(value)}"
+        )
+    return float(value) if abs(value) <= MAX_SCORE else None
+
+
+def _read_rejected(value: Any, chosen: Text, single: bool, location: str) -> list[Text | None]:
+    """Reads the rejected responses; None where a list of them has null.
+
+    A list of messages is one response, or several where responses are `single` messages.
+    """
+    value = to_json_value(value)
+    if isinstance(value, str) and not is_data(chosen):
+        value = parse_responses(value, location)
+    if isinstance(value, str) or (isinstance(value, Mapping) and "role" in value):
+        return [read_text(value, "rejected", location)]
+    if not isinstance(value, list):
+        raise UserError(
+            f"{location}: field 'rejected' must be a response or a list of responses, "
+            f"found {describe_value(value)}"
+        )
+    if all(map(is_simple, value)) and value:
+        return value
+    value = [to_json_value(v) for v in value]
+    present = [v for v in value if v is not None]
+    if not present:
+        raise UserError(f"{location}: field 'rejected' is empty")
+    if not single and all(isinstance(v, Mapping) and ("role" in v or "from" in v) for v in present):
+        return [read_text(present, "rejected", location)]
+    return [
+        None if v is None else read_text(v, f"rejected[{i}]", location) for i, v in enumerate(value)
+    ]
+
+
+def _complete_prompt(prompt: Text, chosen: Text) -> Text:
+    """Returns the conversation before the answer, if the prompt is its last question's text."""
+    if isinstance(prompt, str) and isinstance(chosen, list) and len(chosen) > 2:
+        if chosen[-2] == {"role": "user", "content": prompt}:
+            return chosen[:-1]
+    return prompt
+
+
+def _split_common_start(
+    chosen: str, rejected: Sequence[Text], location: str
+) -> tuple[str, str, list[Text]]:
+    """Splits off the prompt that all texts start with; returns it and what is left of them."""
+    check_not_rejected(chosen, rejected, location)
+    texts = [chosen]
+    for i, response in enumerate(rejected):
+        if not isinstance(response, str):
+            raise UserError(
+                f"{location}: field 'prompt' is missing, and 'chosen' is a string where "
+                f"'rejected[{i}]' is a conversation: expected all of one kind"
+            )
+        texts.append(response)
+    first, last = min(texts), max(texts)  # In sorted order, what these two share all texts share.
+    length = next((i for i, c in enumerate(first) if c != last[i]), len(first))
+    if length and chosen[length - 1] == " ":
+        length -= 1
+    responses = [text[length:] for text in texts]
+    if not chosen[:length].strip():
+        raise UserError(
+            f"{location}: field 'prompt' is missing, and chosen and rejected have no text in "
+            "common at their start"
+        )
+    for i, text in enumerate(responses):
+        if not text.strip():
+            field = f"rejected[{i - 1}]" if i else "chosen"
+            raise UserError(
+                f"{location}: field 'prompt' is missing, and all of {field!r} is the start of the "
+                "others: nothing is left for a response"
+            )
+    return chosen[:length], responses[0], list(responses[1:])
+
+
+def _split_last_message(chosen: list[Message], location: str) -> list[Message]:
+    if len(chosen) < 2:
+        raise UserError(
+            f"{location}: field 'prompt' is missing and 'chosen' has one message only, so there is "
+            "nothing before the answer"
+        )
+    return chosen[:-1]
+
+
+def _read_answer(prompt: Text, response: Text, field: str, location: str) -> Text:
+    """Returns the response without the prompt's messages, where it repeats them."""
+    if isinstance(response, str):
+        return response
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if len(response) > 1 and response[:-1] == asked:
+        response = response[-1:]
+    if len(response) > 1:
+        raise UserError(f"{location}: field {field!r} {_describe_messages(asked, response)}")
+    if response[0]["role"] != "assistant":
+        raise UserError(
+            f"{location}: field {field!r} must be a message of role 'assistant', "
+            f"found {response[0]['role']!r}"
+        )
+    return response
+
+
+def _describe_messages(asked: Sequence[Message], response: Sequence[Message]) -> str:
+    """Describes what is wrong with messages that are not the prompt's followed by one answer."""
+    expected = "must be one assistant message, or the prompt's messages and then one"
+    if response[0]["role"] == "assistant":
+        return (
+            f"{expected}; found {len(response)} messages: an answer of several turns is not read "
+            "(several responses are a list of lists)"
+        )
+    pairs = zip(asked, response, strict=False)
+    same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(asked), len(response)))
+    if same == len(asked):
+        return f"{expected}; found {len(response) - same} messages behind the prompt's"
+    ordinal = {1: "first", 2: "second", 3: "third"}.get(same + 1, f"{same + 1}th")
+    return (
+        f"{expected}; found {len(response)} messages that differ from the prompt's at the "
+        f"{ordinal}: they differ before the last answer"
+    )

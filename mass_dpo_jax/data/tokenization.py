@@ -1,0 +1,322 @@
+"""From examples to token ids: renders, tokenizes, checks, and applies the length limits.
+
+Prompt and responses are tokenized separately. Tokenizing them together could merge characters
+across the border, and a response's tokens would depend on its prompt. The end-of-sequence token is
+part of every response; masks come from lengths, so it may equal the padding token.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from mass_dpo_jax.data.examples import Example
+from mass_dpo_jax.data.prompts import PromptEncoder, Prompts
+from mass_dpo_jax.data.render import Renderer, make_renderer
+from mass_dpo_jax.data.rows import BadRows
+from mass_dpo_jax.data.tokenizer import encode_texts, find_added_tokens
+from mass_dpo_jax.data.tokens import RaggedTokens, Tokens
+from mass_dpo_jax.errors import UserError
+
+CHUNK_ROWS = 4096  # Rows rendered and tokenized at a time: their texts and lists take memory.
+COUNTS = (
+    "prompts_with_shorter_history", "history_items_dropped", "prompts_truncated",
+    "prompts_too_long", "responses_too_long", "examples_dropped", "repeated_negatives",
+)  # fmt: skip
+_log = logging.getLogger(__name__)
+
+
+def tokenize(
+    examples: Sequence[Example],
+    tokenizer: Any,
+    data: ConfigDict,
+    *,
+    progress: bool,
+    max_positions: int | None = None,
+) -> Tokens:
+    """Renders and tokenizes examples under the length limits of `data`.
+
+    What happens to a prompt over `data.max_prompt_length` is up to `data.long_prompt`; `prompts`
+    says what is cut. A response over `data.max_response_length` is an error (`data.long_response` =
+    "error") or leaves its pool ("drop"), together with its example if it is the chosen one or no
+    rejected one is left. `Tokens.cut` counts all of this.
+
+    Args:
+        examples: The examples of one split.
+        tokenizer: A tokenizer of transformers.
+        data: The configuration's `data`. Reads `chat_template`, `chat_template_kwargs`, `date`,
+            `max_prompt_length`, `max_response_length`, `long_prompt`, `long_response`,
+            `on_bad_row`.
+        progress: Whether to show a progress bar on a terminal.
+        max_positions: The most tokens of a prompt with one response that the model can process.
+
+    Raises:
+        UserError: A row cannot be rendered, has no tokens or too many, or its chosen response has
+            the tokens of a rejected one (templates trim). With `data.on_bad_row` = "skip" such rows
+            are left out and counted in the log.
+    """
+    chunks = _Chunks(make_renderer(tokenizer, data), tokenizer, data, max_positions)
+    show = progress and sys.stderr.isatty()
+    with tqdm(total=len(examples), desc="Tokenizing", leave=False, disable=not show) as bar:
+        for start in range(0, len(examples), CHUNK_ROWS):
+            chunks.add(examples[start : start + CHUNK_ROWS], start)
+            bar.update(min(CHUNK_ROWS, len(examples) - start))
+            if chunks.errors and data.on_bad_row == "error":
+                examples = examples[: start + CHUNK_ROWS]
+                break
+    if chunks.errors:
+        rows = BadRows("tokenizing", data.on_bad_row)
+        for i in range(len(examples)):
+            with rows:
+                if i in chunks.errors:
+                    raise chunks.errors[i]
+        rows.done()
+    chunks.log_warnings(len(examples))
+    return _join(examples, chunks)
+
+
+class Chunk(NamedTuple):
+    """The tokens of some of a split's examples, without those that were left out.
+
+    Attributes:
+        rows: int [m], which examples of the split.
+        prompts: One list for each.
+        counts: int [m], how many responses each has.
+        responses: Their lists, example by example.
+        candidate_ids: int32 [sum of counts], as in `Tokens`.
+    """
+
+    rows: np.ndarray
+    prompts: RaggedTokens
+    counts: np.ndarray
+    responses: RaggedTokens
+    candidate_ids: np.ndarray
+
+
+class _Chunks:
+    """Tokenizes examples chunk by chunk, and collects the chunks and what is wrong with rows.
+
+    Attributes:
+        done: The chunks so far.
+        errors: Why a row cannot be used, by its index in the split.
+        cut: The counts of `Tokens.cut`.
+    """
+
+    def __init__(
+        self, renderer: Renderer, tokenizer: Any, data: ConfigDict, max_positions: int | None
+    ) -> None:
+        self.done: list[Chunk] = []
+        self.errors: dict[int, UserError] = {}
+        self.cut: collections.Counter[str] = collections.Counter(dict.fromkeys(COUNTS, 0))
+        self._warnings: dict[str, list[str]] = {}  # What looks wrong -> the prompts' locations.
+        self._renderer = renderer
+        self._data = data
+        self._max_positions = max_positions
+        self._encode = functools.partial(encode_texts, tokenizer)
+        prefix, suffix = find_added_tokens(tokenizer) if renderer.special_tokens else ([], [])
+        if suffix:
+            _log.warning(
+                "the tokenizer ends texts with %s: left out of the prompts, which go on",
+                " ".join(map(str, tokenizer.convert_ids_to_tokens(suffix))),
+            )
+        self._prompts = PromptEncoder(renderer, self._encode, prefix, tokenizer.bos_token_id, data)
+
+    def add(self, examples: Sequence[Example], start: int) -> None:
+        """Tokenizes a chunk of examples; `start` is the split's index of the first."""
+        errors: dict[int, UserError] = {}
+        dropped: set[int] = set()
+        prompts = self._prompts.encode(examples, errors, dropped, self.cut)
+        rows: list[int] = []
+        texts: list[list[str]] = []
+        for i, example in enumerate(examples):
+            if i in errors or i in dropped:
+                continue
+            try:
+                texts.append(self._render_responses(example, prompts, i))
+                rows.append(i)
+            except UserError as error:
+                errors[i] = error
+        locations = [examples[i].place for i in rows]
+        chunk = self._make_chunk(np.array(rows, int), locations, prompts.tokens, texts, errors)
+        self.cut["examples_dropped"] += len(dropped)
+        self.done.append(chunk._replace(rows=chunk.rows + start))
+        self.errors |= {start + i: error for i, error in errors.items()}
+
+    def _render_responses(self, example: Example, prompts: Prompts, i: int) -> list[str]:
+        prompt = prompts.prompts[i]
+        shortened = dataclasses.replace(example, prompt=prompt)
+        texts = self._renderer.render_responses(shortened, prompts.texts[i])
+        for warning in self._renderer.find_warnings(example, prompt):
+            self._warnings.setdefault(warning, []).append(example.place)
+        return texts
+
+    def _make_chunk(
+        self,
+        rows: np.ndarray,
+        locations: Sequence[str],
+        prompts: RaggedTokens,
+        texts: Sequence[Sequence[str]],
+        errors: dict[int, UserError],
+    ) -> Chunk:
+        """Tokenizes responses and removes those that are too long, and rows that cannot be used."""
+        responses, groups = self._encode_responses([text for row in texts for text in row])
+        counts = np.array([len(row) for row in texts], int)
+        exists = np.arange(counts.max(initial=2))[None, :] < counts[:, None]  # [m, C]
+        lengths = np.zeros(exists.shape, np.int64)
+        lengths[exists] = responses.lengths
+        group = np.full(exists.shape, -1)  # Equal within a row where the tokens are equal.
+        group[exists] = groups
+        keep = exists.copy()
+        prompts = prompts.take(rows)
+        for k, message in _find_errors(
+            prompts.lengths, lengths, group, self._data, self._max_positions
+        ):
+            errors.setdefault(int(rows[k]), UserError(f"{locations[k]}: {message}"))
+            keep[k] = False
+        usable = np.asarray(keep.any(1))
+        long = keep & (lengths > self._data.max_response_length)
+        keep &= ~long
+        keep &= (keep[:, 0] & keep[:, 1:].any(1))[:, None]
+        kept = np.asarray(keep.any(1))
+        self.cut["responses_too_long"] += int(long.sum())
+        self.cut["examples_dropped"] += int((usable & ~kept).sum())
+        ordered: np.ndarray = np.sort(np.where(usable[:, None], group, -1)[:, 1:], axis=1)
+        repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+        self.cut["repeated_negatives"] += int(np.count_nonzero(repeated))
+        return Chunk(
+            rows[kept],
+            prompts if kept.all() else prompts.take(np.flatnonzero(kept)),
+            keep[kept].sum(1),
+            responses if keep[exists].all() else responses.take(np.flatnonzero(keep[exists])),
+            np.argwhere(keep)[:, 1].astype(np.int32),
+        )
+
+    def _encode_responses(self, texts: Sequence[str]) -> tuple[RaggedTokens, np.ndarray]:
+        """Returns the tokens of texts, and numbers that texts with the same tokens share."""
+        unique: dict[str, int] = {}
+        indices = np.array([unique.setdefault(text, len(unique)) for text in texts], int)
+        tokens = self._encode(list(unique))
+        if self._renderer.end_id is not None:
+            tokens = tokens.add_suffix(self._renderer.end_id)
+        groups = tokens.group_equal()[indices]
+        return tokens if len(unique) == len(texts) else tokens.take(indices), groups
+
+    def log_warnings(self, count: int) -> None:
+        """Warns of what looks wrong in some of the split's `count` prompts, and counts it."""
+        for warning, locations in self._warnings.items():
+            self.cut[f"prompts_{warning.replace(' ', '_')}"] = len(locations)
+            _log.warning(
+                "%d of %d prompts %s; first: %s%s", len(locations), count, warning, locations[0],
+                "" if self._renderer.special_tokens else f"; {_advise(warning)}",
+            )  # fmt: skip
+
+
+def _find_errors(
+    prompts: np.ndarray,
+    responses: np.ndarray,
+    group: np.ndarray,
+    data: ConfigDict,
+    max_positions: int | None,
+) -> Iterator[tuple[int, str]]:
+    """Yields the index of each row that its tokens show to be unusable, and why.
+
+    Args:
+        prompts: int [m], lengths, under the limit of prompts already.
+        responses: int [m, C], lengths, the chosen one's first; 0 where there is no response.
+        group: int [m, C], equal within a row where tokens are; -1 where there is no response.
+        data: The configuration's `data`.
+        max_positions: As in `tokenize`.
+    """
+    same = (group[:, 1:] == group[:, :1]) & (group[:, 1:] >= 0)
+    for k in np.flatnonzero(same.any(1)).tolist():
+        field = _name_field(1 + int(same[k].argmax()))
+        yield k, f"the chosen response has the same tokens as {field}"
+    limit = data.max_response_length
+    long = responses > limit
+    if data.long_response != "drop":
+        for k in np.flatnonzero(long.any(1)).tolist():
+            c = int(long[k].argmax())
+            yield (
+                k,
+                f"field {_name_field(c)!r} has {responses[k, c]} tokens, "
+                f"config.data.max_response_length is {limit}: raise it, or leave such "
+                "responses out with config.data.long_response=drop",
+            )
+    if max_positions is not None:
+        lengths = np.where(long, 0, responses)  # Long responses are dropped.
+        longest = lengths.max(1, initial=0)
+        for k in np.flatnonzero(prompts + longest > max_positions).tolist():
+            yield (
+                k,
+                f"the prompt and field {_name_field(int(lengths[k].argmax()))!r} "
+                f"have {prompts[k]} + {longest[k]} tokens, more than the model's "
+                f"{max_positions} positions (max_position_embeddings of its config.json): "
+                "lower config.data.max_prompt_length to cut the prompt, or "
+                "config.data.max_response_length",
+            )
+
+
+def _name_field(column: int) -> str:
+    return f"rejected[{column - 1}]" if column else "chosen"
+
+
+def _advise(warning: str) -> str:
+    """Returns what to do about a warning that comes from a chat template's renderer."""
+    if "does not write" in warning:
+        return "write its text into a message that the template writes, or use another template"
+    if "responses" in warning:
+        return "leave them out of texts that mean something else by them"
+    return "if they are rendered already, set --config.data.chat_template=none"
+
+
+def _join(examples: Sequence[Example], chunks: _Chunks) -> Tokens:
+    rows = np.concatenate([chunk.rows for chunk in chunks.done])
+    if not len(rows):
+        raise UserError(
+            f"no example is left: {chunks.cut['examples_dropped']} are left out for their length "
+            "(config.data.long_prompt, config.data.long_response, which are drop); raise "
+            "config.data.max_prompt_length or config.data.max_response_length"
+        )
+    counts = np.concatenate([chunk.counts for chunk in chunks.done])
+    # The remaining candidates move up, so that a row's responses stay in one piece.
+    exists = np.arange(counts.max())[None, :] < counts[:, None]
+
+    def make_table(values: np.ndarray) -> np.ndarray:
+        table = np.zeros(exists.shape, values.dtype)
+        table[exists] = values
+        return table
+
+    candidate_ids = make_table(np.concatenate([chunk.candidate_ids for chunk in chunks.done]))
+    kept = [examples[i] for i in rows.tolist()]
+    lengths = np.concatenate([chunk.responses.lengths for chunk in chunks.done])
+    return Tokens(
+        [example.id for example in kept],
+        np.concatenate([chunk.prompts.tokens for chunk in chunks.done]),
+        np.concatenate([chunk.prompts.lengths for chunk in chunks.done]).astype(np.int32),
+        np.concatenate([chunk.responses.tokens for chunk in chunks.done]),
+        make_table(lengths.astype(np.int32)),
+        dict(chunks.cut),
+        candidate_ids,
+        _make_scores(kept, candidate_ids, exists),
+    )
+
+
+def _make_scores(
+    examples: Sequence[Example], candidate_ids: np.ndarray, exists: np.ndarray
+) -> np.ndarray | None:
+    """Returns the data's scores of all candidates, float32 [M, C]; None if a row has none."""
+    table = np.zeros(exists.shape, np.float32)
+    for row, ids, present, example in zip(table, candidate_ids, exists, examples, strict=True):
+        if example.scores is None:
+            return None
+        row[present] = np.array(example.scores, np.float32)[ids[present]]
+    return table
