@@ -225,12 +225,12 @@ def _examples() -> list[Example]:
 
 
 def _cached_tokens(folder: Path) -> Any:
-    worth, token_cache.WORTH = token_cache.WORTH, 0
+    least, token_cache.MIN_RESPONSES = token_cache.MIN_RESPONSES, 0
     try:
         data = settings("none")
         return token_cache.tokenize_once(folder, _examples(), small(), data, progress=False)
     finally:
-        token_cache.WORTH = worth
+        token_cache.MIN_RESPONSES = least
 
 
 def _read_caches(folder: Path) -> Iterator[Callable[[], Any]]:
