@@ -1,4 +1,4 @@
-"""The README's Python example prints what it says."""
+"""The README is short, its Python is valid, and the example with an output prints that output."""
 
 from __future__ import annotations
 
@@ -8,10 +8,23 @@ import re
 from pathlib import Path
 
 README = Path(__file__).parents[2] / "README.md"
+MAX_LINES = 120
+BLOCK = r"```python\n((?:(?!```).)*)```\n"
+
+
+def test_it_is_short() -> None:
+    assert len(README.read_text().splitlines()) <= MAX_LINES
+
+
+def test_its_python_is_valid() -> None:
+    blocks = re.findall(BLOCK, README.read_text(), re.DOTALL)
+    assert len(blocks) > 1
+    for code in blocks:
+        compile(code, str(README), "exec")
 
 
 def test_the_example_prints_its_output() -> None:
-    blocks = re.findall(r"```python\n(.*?)```\n+```\n(.*?)```", README.read_text(), re.DOTALL)
+    blocks = re.findall(rf"{BLOCK}\n+```\n(.*?)```", README.read_text(), re.DOTALL)
     assert blocks
     for code, output in blocks:
         printed = io.StringIO()
