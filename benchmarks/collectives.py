@@ -34,7 +34,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from benchmarks import machine
-from mass_dpo_jax.cli import commands
+from mass_dpo_jax import cli
 from mass_dpo_jax.data.batches import Batch
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.training import mesh as mesh_lib
@@ -184,7 +184,7 @@ def _in_process(devices: int, mesh: Mapping[str, int]) -> dict[str, Any]:
 
 
 def main() -> None:
-    config = commands.required(_CONFIG)
+    config = cli.read_config()
     if _ONE.value:
         print(json.dumps(one(config, _ROWS.value)))
         return
@@ -206,10 +206,10 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    _CONFIG = commands.define_config()
+    cli.define_config()
     _DEVICES = flags.DEFINE_list("devices", ["8", "64", "256"], "Numbers of simulated devices.")
     _TENSOR = flags.DEFINE_list("tensor", ["1", "2"], "Devices along `tensor`, beside `fsdp`.")
     _ROWS = flags.DEFINE_integer("rows", 4, "Prompts for each device.", lower_bound=1)
     _OUTPUT = flags.DEFINE_string("output", None, "A JSON file to write the figures to.")
     _ONE = flags.DEFINE_bool("one", False, "Only the mesh of --config, on the devices there are.")
-    commands.run(main)
+    cli.run(main)

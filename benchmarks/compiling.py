@@ -18,7 +18,7 @@ from absl import flags
 
 from benchmarks import machine
 from benchmarks.workloads import WORKLOADS, Case, Workload, trace
-from mass_dpo_jax.cli import commands
+from mass_dpo_jax import cli
 from mass_dpo_jax.errors import UserError
 
 
@@ -68,4 +68,4 @@ if __name__ == "__main__":
     _LAYERS = flags.DEFINE_list("layers", ["4", "28"], "Of the shallow model and of the deep one.")
     _ROUNDS = flags.DEFINE_integer("rounds", 3, "How often each is compiled.", lower_bound=1)
     _OUTPUT, _BUSY = machine.define_flags()
-    commands.run(main)
+    cli.run(main)

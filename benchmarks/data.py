@@ -26,7 +26,7 @@ from typing import Any
 from absl import flags
 
 from benchmarks import machine
-from mass_dpo_jax.cli import commands
+from mass_dpo_jax import cli
 from mass_dpo_jax.errors import UserError
 
 TEMPLATE = (
@@ -152,4 +152,4 @@ if __name__ == "__main__":
         "model", "", "Folder of a tokenizer with a chat template; empty: one made on the spot."
     )
     _OUTPUT = flags.DEFINE_string("output", "", "JSON file for the numbers.")
-    commands.run(main)
+    cli.run(main)

@@ -35,7 +35,7 @@ from benchmarks.evidence_runs import (
     read_results,
     unpack,
 )
-from mass_dpo_jax.cli import commands
+from mass_dpo_jax import cli
 from mass_dpo_jax.data import batches
 from mass_dpo_jax.errors import UserError
 
@@ -295,4 +295,4 @@ if __name__ == "__main__":
     _SEEDS = flags.DEFINE_list("seeds", "0,1,2", "Seeds, in the order they run.")
     _STEPS = flags.DEFINE_integer("steps", 0, "Updates of a cell; 0: as many as they have here.")
     _REPORT = flags.DEFINE_bool("report", False, "Print the tables of --results and run nothing.")
-    commands.run(main)
+    cli.run(main)

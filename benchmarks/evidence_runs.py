@@ -14,9 +14,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import tiny
+from mass_dpo_jax import cli, metrics
 from mass_dpo_jax import config as config_lib
-from mass_dpo_jax import metrics
-from mass_dpo_jax.cli import commands
 from mass_dpo_jax.data import load_examples
 from mass_dpo_jax.data.examples import Example, History
 from mass_dpo_jax.errors import UserError
@@ -180,7 +179,7 @@ class Bench:
             data.mkdir(parents=True, exist_ok=True)
             if not (data / "train.jsonl").exists():
                 examples = load_examples(config.data, "train", cell.seed)
-                commands.write_lines(data / "train.jsonl", cold_rows(examples, cell.seed))
+                cli.write_lines(data / "train.jsonl", cold_rows(examples, cell.seed))
             config.data.update(name="jsonl", path=str(data), validation_share=0.0)
         train(config, self.output / name)
         return self.output / name

@@ -28,8 +28,8 @@ from absl import flags
 
 from benchmarks import machine
 from benchmarks.workloads import Case, Workload, changed, trace
+from mass_dpo_jax import cli
 from mass_dpo_jax import config as config_lib
-from mass_dpo_jax.cli import commands
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.estimate import memory as memory_lib
 from mass_dpo_jax.estimate.memory import MemoryEstimate, StepLayout
@@ -257,4 +257,4 @@ if __name__ == "__main__":
     _REMAT = flags.DEFINE_list("remat", ["dots", "full"], "Of dots, full.")
     _LAYOUT = flags.DEFINE_enum("layout", "packed", ["packed", "rectangle"], "Ours.")
     _OUTPUT = flags.DEFINE_string("output", None, "A JSON file to write the figures to.")
-    commands.run(main)
+    cli.run(main)

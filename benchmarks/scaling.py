@@ -44,7 +44,7 @@ from absl import flags
 
 from benchmarks import cost, machine
 from benchmarks.workloads import Case, Ours, Workload, changed
-from mass_dpo_jax.cli import commands
+from mass_dpo_jax import cli
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models.config import DecoderConfig
 
@@ -226,4 +226,4 @@ if __name__ == "__main__":
     _ROUNDS = flags.DEFINE_integer("rounds", 7, "How often each step is timed.", lower_bound=1)
     _PLOT = flags.DEFINE_string("plot", None, "A picture to draw.")
     _OUTPUT, _BUSY = machine.define_flags()
-    commands.run(main)
+    cli.run(main)

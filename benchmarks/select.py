@@ -32,8 +32,7 @@ from absl import flags
 from jax import lax
 
 from benchmarks import machine
-from mass_dpo_jax import selection
-from mass_dpo_jax.cli import commands
+from mass_dpo_jax import cli, selection
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.selection import Settings, catalogue
 
@@ -386,4 +385,4 @@ if __name__ == "__main__":
     ):
         flags.DEFINE_integer(name, default, text, lower_bound=1)
     _LARGE = flags.DEFINE_bool("large", False, "Also 10,000 and 1,000,000 candidates of width 64.")
-    commands.run(main)
+    cli.run(main)

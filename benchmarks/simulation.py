@@ -34,7 +34,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mass_dpo_jax.cli.help import Parser, png_path
+from mass_dpo_jax.cli.parser import Parser, png_path
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -33,8 +33,7 @@ from absl import flags
 
 from benchmarks import cost, machine
 from benchmarks.workloads import WORKLOADS, Case, Ours, Workload, changed
-from mass_dpo_jax import selection
-from mass_dpo_jax.cli import commands
+from mass_dpo_jax import cli, selection
 from mass_dpo_jax.errors import UserError
 
 # What is hoped for: peer / ours, at least; and ours / floor, at most.
@@ -400,4 +399,4 @@ if __name__ == "__main__":
     _DATA = flags.DEFINE_string("data", None, "The folder with LastFM's files, for W2.")
     _TOKENIZER = flags.DEFINE_string("tokenizer", None, "A Hugging Face folder, for W2's lengths.")
     _OUTPUT, _BUSY = machine.define_flags()
-    commands.run(main)
+    cli.run(main)

@@ -16,7 +16,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mass_dpo_jax.cli.help import Parser, echo, expand_argument, png_path
+from mass_dpo_jax.cli.help import echo
+from mass_dpo_jax.cli.parser import Parser, expand_argument, png_path
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.utils.files import expand_path
 from mass_dpo_jax.utils.run_paths import check_run

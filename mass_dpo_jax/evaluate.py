@@ -15,12 +15,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from absl import flags
 from ml_collections import ConfigDict
 
+from mass_dpo_jax import cli
 from mass_dpo_jax import config as config_lib
-from mass_dpo_jax.cli import commands
 from mass_dpo_jax.utils.files import write_whole
 from mass_dpo_jax.utils.run_paths import resolve_run
+
+FLAGS = flags.FLAGS
 
 
 def evaluate(config: ConfigDict, workdir: Path | None, split: str | None) -> dict[str, float]:
@@ -46,13 +49,13 @@ def evaluate(config: ConfigDict, workdir: Path | None, split: str | None) -> dic
 
 
 def main() -> None:
-    config = commands.required(_CONFIG)
+    config = cli.read_config()
     from mass_dpo_jax.utils import distributed
 
     output = None
-    if _OUTPUT.value is not None:
-        output = commands.output_file(_OUTPUT.value, "JSON", config.data.path)
-    found = evaluate(config, _WORKDIR.value, _SPLIT.value)
+    if FLAGS.output is not None:
+        output = cli.check_output(FLAGS.output, "JSON", config.data.path)
+    found = evaluate(config, FLAGS.workdir, FLAGS.split)
     for name, value in found.items():
         if not name.endswith("_se"):
             error = found.get(f"{name}_se")
@@ -62,9 +65,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    _CONFIG = commands.define_config()
-    commands.define_hosts()
-    _WORKDIR = commands.define_path("workdir", "A run's folder.")
-    _SPLIT = commands.define_split()
-    _OUTPUT = commands.define_path("output", "A JSON file for the metrics.")
-    commands.run(main, unread=[*commands.TRAINING, *commands.CHOOSING])
+    cli.define_config()
+    cli.define_processes()
+    cli.define_path("workdir", "A run's folder.")
+    cli.define_split()
+    cli.define_path("output", "A JSON file for the metrics.")
+    cli.run(main, unread=[*cli.TRAINING, *cli.CHOOSING])

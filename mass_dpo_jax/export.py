@@ -21,11 +21,13 @@ from pathlib import Path
 
 from absl import flags
 
-from mass_dpo_jax.cli import commands
+from mass_dpo_jax import cli
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models.config import EXPORT_DTYPES
 from mass_dpo_jax.utils.files import expand, expand_path
 from mass_dpo_jax.utils.run_paths import resolve_run
+
+FLAGS = flags.FLAGS
 
 
 def export(
@@ -71,40 +73,38 @@ def export(
 
 
 def main() -> None:
-    if _WORKDIR.value is None:
+    if FLAGS.workdir is None:
         raise UserError("--workdir is missing: the run to export")
-    if _OUTPUT.value is None:
+    if FLAGS.output is None:
         raise UserError("--output is missing: the folder to write")
     export(
-        _WORKDIR.value,
-        _OUTPUT.value,
-        step=_STEP.value,
-        dtype=_DTYPE.value,
-        max_shard_gb=_MAX_SHARD_GB.value,
-        base_model=_BASE_MODEL.value,
-        adapters=_ADAPTERS.value,
-        base_path=_BASE_PATH.value,
+        FLAGS.workdir,
+        FLAGS.output,
+        step=FLAGS.step,
+        dtype=FLAGS.dtype,
+        max_shard_gb=FLAGS.max_shard_gb,
+        base_model=FLAGS.base_model,
+        adapters=FLAGS.adapters,
+        base_path=FLAGS.base_path,
     )
 
 
 if __name__ == "__main__":
-    _WORKDIR = commands.define_path("workdir", "A run's folder.")
-    _OUTPUT = commands.define_path("output", "The folder to write; it must not exist.")
-    _STEP = flags.DEFINE_integer("step", None, "Of which checkpoint. Left out: the newest.")
-    _DTYPE = flags.DEFINE_enum(
-        "dtype", None, EXPORT_DTYPES, "Of the stored weights. Left out: the run's."
-    )
-    _MAX_SHARD_GB = flags.DEFINE_float("max_shard_gb", 5.0, "Of a file of weights, 10^9 bytes.")
-    _ADAPTERS = flags.DEFINE_boolean(
+    cli.define_path("workdir", "A run's folder.")
+    cli.define_path("output", "The folder to write; it must not exist.")
+    flags.DEFINE_integer("step", None, "Of which checkpoint. Left out: the newest.")
+    flags.DEFINE_enum("dtype", None, EXPORT_DTYPES, "Of the stored weights. Left out: the run's.")
+    flags.DEFINE_float("max_shard_gb", 5.0, "Of a file of weights, 10^9 bytes.")
+    flags.DEFINE_boolean(
         "adapters", False, "Of a run with LoRA: its adapters alone, in PEFT's format."
     )
-    _BASE_PATH = flags.DEFINE_string(
+    flags.DEFINE_string(
         "base_path", "", "Of a run with LoRA: where its base lies now, if it has moved."
     )
-    _BASE_MODEL = flags.DEFINE_string(
+    flags.DEFINE_string(
         "base_model",
         "",
         "The model training started from, as the hub calls it (meta-llama/Llama-3.2-3B-Instruct). "
         "Left out: the name of its folder.",
     )
-    commands.run(main)
+    cli.run(main)

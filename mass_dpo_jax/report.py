@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mass_dpo_jax.cli.help import Parser, expand_argument
+from mass_dpo_jax.cli.parser import Parser, expand_argument
 from mass_dpo_jax.utils.files import expand_path
 
 

@@ -19,11 +19,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from absl import flags
 from ml_collections import ConfigDict
 
+from mass_dpo_jax import cli
 from mass_dpo_jax import config as config_lib
-from mass_dpo_jax.cli import commands
 from mass_dpo_jax.utils.run_paths import resolve_run
+
+FLAGS = flags.FLAGS
 
 
 def score(config: ConfigDict, workdir: Path | None, split: str | None) -> Iterator[dict[str, Any]]:
@@ -67,16 +70,16 @@ def score(config: ConfigDict, workdir: Path | None, split: str | None) -> Iterat
 
 
 def main() -> None:
-    config = commands.required(_CONFIG)
-    output = commands.output_file(_OUTPUT.value, "JSON-lines", config.data.path)
-    count = commands.write_lines(output, score(config, _WORKDIR.value, _SPLIT.value))
+    config = cli.read_config()
+    output = cli.check_output(FLAGS.output, "JSON-lines", config.data.path)
+    count = cli.write_lines(output, score(config, FLAGS.workdir, FLAGS.split))
     print(f"{count} examples written to {output}")
 
 
 if __name__ == "__main__":
-    _CONFIG = commands.define_config()
-    commands.define_hosts()
-    _WORKDIR = commands.define_path("workdir", "A run's folder.")
-    _SPLIT = commands.define_split()
-    _OUTPUT = commands.define_path("output", "The JSON-lines file to write.")
-    commands.run(main, unread=[*commands.TRAINING, *commands.CHOOSING, *commands.LIMITS])
+    cli.define_config()
+    cli.define_processes()
+    cli.define_path("workdir", "A run's folder.")
+    cli.define_split()
+    cli.define_path("output", "The JSON-lines file to write.")
+    cli.run(main, unread=[*cli.TRAINING, *cli.CHOOSING, *cli.LIMITS])

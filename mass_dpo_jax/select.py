@@ -28,34 +28,36 @@ from __future__ import annotations
 
 from absl import flags
 
+from mass_dpo_jax import cli
 from mass_dpo_jax import config as config_lib
-from mass_dpo_jax.cli import commands
 
 FORMATS = ("lists", "pairs")
 
+FLAGS = flags.FLAGS
+
 
 def main() -> None:
-    config = config_lib.resolve(_CONFIG.value or config_lib.default())
-    inputs = (config.data.path, _FEATURES.value or "")
-    output = commands.output_file(_OUTPUT.value, "JSON-lines", *inputs)
+    config = config_lib.resolve(FLAGS.config or config_lib.default())
+    inputs = (config.data.path, FLAGS.features or "")
+    output = cli.check_output(FLAGS.output, "JSON-lines", *inputs)
     from mass_dpo_jax.training.offline_selection import as_pairs, with_features, with_model
 
-    if _FEATURES.value:
-        rows = with_features(config, _FEATURES.value, _SPLIT.value)
+    if FLAGS.features:
+        rows = with_features(config, FLAGS.features, FLAGS.split)
     else:
-        rows = with_model(commands.required(_CONFIG), _WORKDIR.value, _SPLIT.value)
-    if _FORMAT.value == "pairs":
-        rows = as_pairs(rows, chat=not _FEATURES.value and config.data.chat_template != "none")
-    count = commands.write_lines(output, rows)
-    print(f"{count} {'pairs' if _FORMAT.value == 'pairs' else 'rows'} written to {output}")
+        rows = with_model(cli.read_config(), FLAGS.workdir, FLAGS.split)
+    if FLAGS.format == "pairs":
+        rows = as_pairs(rows, chat=not FLAGS.features and config.data.chat_template != "none")
+    count = cli.write_lines(output, rows)
+    print(f"{count} {'pairs' if FLAGS.format == 'pairs' else 'rows'} written to {output}")
 
 
 if __name__ == "__main__":
-    _CONFIG = commands.define_config()
-    commands.define_hosts()
-    _WORKDIR = commands.define_path("workdir", "A run's folder.")
-    _SPLIT = commands.define_split()
-    _FEATURES = commands.define_path("features", "A .npy or .safetensors file, no model.")
-    _FORMAT = flags.DEFINE_enum("format", "lists", FORMATS, "Rows per prompt, or per pair.")
-    _OUTPUT = commands.define_path("output", "The JSON-lines file to write.")
-    commands.run(main, default=config_lib.__file__, unread=[*commands.TRAINING, *commands.LIMITS])
+    cli.define_config()
+    cli.define_processes()
+    cli.define_path("workdir", "A run's folder.")
+    cli.define_split()
+    cli.define_path("features", "A .npy or .safetensors file, no model.")
+    flags.DEFINE_enum("format", "lists", FORMATS, "Rows per prompt, or per pair.")
+    cli.define_path("output", "The JSON-lines file to write.")
+    cli.run(main, default=config_lib.__file__, unread=[*cli.TRAINING, *cli.LIMITS])

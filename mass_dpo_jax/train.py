@@ -19,17 +19,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from absl import flags
 from ml_collections import ConfigDict
 
+from mass_dpo_jax import cli
 from mass_dpo_jax import config as config_lib
-from mass_dpo_jax.cli import commands
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.runs import run_folder
 from mass_dpo_jax.utils.files import expand_path
 from mass_dpo_jax.utils.run_paths import check_new_run
 
 if TYPE_CHECKING:
     from mass_dpo_jax.training.monitor import EvaluatedSplit
+
+FLAGS = flags.FLAGS
 
 
 def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
@@ -60,15 +62,16 @@ def _write_report(
 
 
 def main() -> None:
-    workdir = _WORKDIR.value
+    workdir = FLAGS.workdir
     if workdir is not None:
         check_new_run(workdir)
-    config = commands.required(_CONFIG)
+    config = cli.read_config()
     from mass_dpo_jax.estimate.dry_run import dry_run
+    from mass_dpo_jax.runs import run_folder
     from mass_dpo_jax.training import interruption, loop, methods, monitor
     from mass_dpo_jax.utils import distributed
 
-    commands.say_unread("this training", methods.find_unread(config))
+    cli.log_unread("this training", methods.find_unread(config))
     if config.dry_run:
         if distributed.is_multiprocess():
             raise UserError("config.dry_run: expected one process; it only needs the mesh's sizes")
@@ -93,7 +96,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    _CONFIG = commands.define_config()
-    commands.define_hosts()
-    _WORKDIR = commands.define_path("workdir", "Folder that the run keeps all it writes in.")
-    commands.run(main, goes_on=True)
+    cli.define_config()
+    cli.define_processes()
+    cli.define_path("workdir", "Folder that the run keeps all it writes in.")
+    cli.run(main, resumes=True)

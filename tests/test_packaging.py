@@ -63,8 +63,8 @@ def test_every_configuration_is_found_by_name_without_a_checkout(
     empty.mkdir()
     install(built[1], site)
     code = (
-        "import runpy; from mass_dpo_jax.cli import command_line\n"
-        "for name, path in command_line.configurations().items():\n"
+        "import runpy; from mass_dpo_jax.cli import flags\n"
+        "for name, path in flags.find_configurations().items():\n"
         "    print(name, runpy.run_path(path)['get_config']().method, path)"
     )
     env = {**os.environ, "PYTHONPATH": str(site), "JAX_PLATFORMS": "cpu"}

@@ -19,7 +19,7 @@ from absl import flags
 from benchmarks import machine
 from benchmarks.gpu.job import SHAPES, SIZES, Job, workload
 from benchmarks.workloads import changed
-from mass_dpo_jax.cli import commands
+from mass_dpo_jax import cli
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models.decoder import REMAT
 
@@ -271,7 +271,7 @@ def main() -> None:
 
 
 def start() -> None:
-    commands.run(main)
+    cli.run(main)
 
 
 _WORKLOADS = flags.DEFINE_list("workloads", list(SHAPES), "Which.")

@@ -24,8 +24,8 @@ from benchmarks import memory
 from benchmarks.collectives import collective_bytes
 from benchmarks.gpu.job import SHAPES, SIZES, workload
 from benchmarks.workloads import Case, trace
+from mass_dpo_jax import cli
 from mass_dpo_jax import config as config_lib
-from mass_dpo_jax.cli import commands
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models import fused_attention
 from mass_dpo_jax.models.decoder import REMAT
@@ -123,4 +123,4 @@ if __name__ == "__main__":
     _REUSE = flags.DEFINE_bool("reuse", True, "train.reuse_scoring.")
     _ATTENTION = flags.DEFINE_enum("attention", "fused", ["fused", "plain"], "model.attention.")
     _OUTPUT = flags.DEFINE_string("output", None, "A file for the program's text.")
-    commands.run(main)
+    cli.run(main)

@@ -1,0 +1,45 @@
+"""What commands share: their flags, --help, the command line, and errors in one line.
+
+A command is a module with `main`, which ends in the flags it has and a call of `run`:
+
+    if __name__ == "__main__":
+        cli.define_config()
+        cli.define_path("output", "The JSON-lines file to write.")
+        cli.run(main)
+
+`main` reads flags from absl's `flags.FLAGS`. Commands that take run folders as plain arguments and
+no settings (compare, report) parse them with `parser.Parser` instead.
+
+Everything heavy, JAX above all, is imported inside the functions that need it, so that --help and
+refusals come at once.
+"""
+
+from __future__ import annotations
+
+from mass_dpo_jax.cli.flags import (
+    CHOOSING,
+    LIMITS,
+    TRAINING,
+    define_config,
+    define_path,
+    define_processes,
+    define_split,
+    read_config,
+)
+from mass_dpo_jax.cli.output import check_output, write_lines
+from mass_dpo_jax.cli.running import log_unread, run
+
+__all__ = [
+    "CHOOSING",
+    "LIMITS",
+    "TRAINING",
+    "check_output",
+    "define_config",
+    "define_path",
+    "define_processes",
+    "define_split",
+    "log_unread",
+    "read_config",
+    "run",
+    "write_lines",
+]

@@ -1,92 +1,103 @@
-"""The words behind a command: each flag and setting known, its value of the right kind.
+"""The command line: from the words that somebody types to flags with values, or one line of help.
 
-absl and ml_collections parse them after this, and find nothing to complain of: their messages are
-those of Python's own conversions, and name no setting of ours.
+absl and ml_collections parse flags and settings. `parse` prepares the words for them.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+import traceback
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 from absl import flags
 
 from mass_dpo_jax import config as config_lib
+from mass_dpo_jax.cli import help as help_lib
+from mass_dpo_jax.cli.flags import find_configurations, find_own_flags, require_config
+from mass_dpo_jax.cli.words import PRINT, read_pairs
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.runs import run_config
 from mass_dpo_jax.utils import suggestions
 from mass_dpo_jax.utils.files import expand, read_text
 from mass_dpo_jax.utils.run_paths import check_run, is_run
 
-BOOLEANS = {
-    **dict.fromkeys(("true", "t", "yes", "y", "on", "1"), "true"),
-    **dict.fromkeys(("false", "f", "no", "n", "off", "0"), "false"),
-}
-PRINT = "config.print"
-Pair = tuple[str, str]
 
+def parse(argv: list[str], *, resumes: bool, default: str | None) -> list[str]:
+    """Parses the command line; --help and --config.print=True end the command here.
 
-class PathParser(flags.ArgumentParser[Path]):
-    """Of a flag that names a file or folder, in which `~` and variables are replaced."""
+    Before absl parses, the words are rewritten in this order:
 
-    syntactic_help = "a path"
-
-    def parse(self, argument: str | Path) -> Path:
-        return Path(argument)
-
-    def flag_type(self) -> str:
-        return "path"
-
-
-def configurations() -> dict[str, Path]:
-    """The configurations that come with the program: folder configs/ of the project, which is
-    inside the package where that is installed."""
-    inside = Path(config_lib.__file__).parent / "configs"
-    folder = inside if inside.is_dir() else inside.parent.parent / "configs"
-    return {path.stem: path for path in sorted(folder.glob("[!_]*.py"))}
-
-
-def read(argv: Sequence[str], default: str | None = None, starts: bool = False) -> list[Pair]:
-    """Returns the flags and settings in `argv`, with the file of --config first and its full path.
+    1. --help is set aside, so that it can show the values of the --config beside it.
+    2. Each word becomes a known flag or setting with a value of its type (`words.read_pairs`).
+    3. --config becomes the path of a file. Where it is left out, the run in --workdir or the
+       command's default gives it. It comes first, so that settings override it.
+    4. --config.print is set aside: it is no setting, and no run should remember it.
+    5. The result replaces sys.argv, where ml_collections looks for the values of settings.
 
     Args:
-      argv: the program's name, and what is behind it.
-      default: a configuration where neither --config nor a run gives one.
-      starts: the command can start a run: a --workdir without one is no mistake.
+        argv: the program's name and the words behind it.
+        resumes: the command can start a run, so a --workdir without one is no mistake.
+        default: a configuration for when neither --config nor a run gives one.
 
-    Raises:
-      UserError: a name that there is not, a value of another kind, no such file or run.
+    Returns:
+        The words that are no flags.
     """
-    pairs = list(_pairs(argv[1:]))
-    if "config" not in flags.FLAGS:
-        return pairs
+    asks_help = any(word in help_lib.HELP for word in argv[1:])
+    path = ""
+    try:
+        pairs = list(read_pairs([word for word in argv[1:] if word not in help_lib.HELP]))
+        if "config" in flags.FLAGS:
+            pairs = _put_config_first(pairs, resumes, default)
+        prints = dict(pairs).get(PRINT) == "true"
+        path = dict(pairs).get("config", "")
+        sys.argv[1:] = [f"--{name}={value}" for name, value in pairs if name != PRINT]
+        if "config" in flags.FLAGS and not path:
+            settings = [word for word in sys.argv if word.startswith("--config.")]
+            flags.FLAGS([word for word in sys.argv if word not in settings])
+            if settings:  # The configuration itself is missing, not its settings.
+                require_config()
+        rest = flags.FLAGS(sys.argv)
+        if path and flags.FLAGS["config"].value is None:
+            raise UserError(f"--config={path}: get_config() returns None; expected the settings")
+    except Exception as error:  # A configuration is a program, and can raise anything.
+        exit_with_error(_explain(error, path))
+    if not asks_help and not prints:
+        return rest
+    try:
+        if asks_help:
+            help_lib.echo(_describe_command(path))
+        else:
+            config = require_config()
+            help_lib.echo("\n".join(help_lib.as_flags(config)))
+            config_lib.validate(config)
+    except UserError as error:
+        exit_with_error(str(error))
+    raise SystemExit(0)
+
+
+def exit_with_error(message: str) -> NoReturn:
+    """Ends the running command as `help.exit_with_error`, with the examples of its docstring."""
+    help_lib.exit_with_error(message, sys.modules["__main__"].__doc__)
+
+
+def _put_config_first(
+    pairs: list[tuple[str, str]], resumes: bool, default: str | None
+) -> list[tuple[str, str]]:
+    """Returns the pairs with the file of --config in front, if any configuration is given."""
     given = dict(pairs)  # Of several values the last.
-    others = [(name, value) for name, value in pairs if name != "config"]
     config, workdir = given.get("config"), given.get("workdir")
     if config is not None:
-        config = _config_file(config)
-    elif workdir is not None and not (starts and not (Path(workdir) / "config.json").exists()):
+        config = _find_config_file(config)
+    elif workdir is not None and not (resumes and not (Path(workdir) / "config.json").exists()):
         _check_workdir(Path(workdir))
-        run_config.load_config(Path(workdir))  # What is wrong with it, said without ml_collections.
+        run_config.load_config(Path(workdir))  # Its mistakes, without ml_collections' traceback.
         config = f"{run_config.__file__}:{workdir}"
     elif default is not None and pairs:
         config = default
+    others = [(name, value) for name, value in pairs if name != "config"]
     return others if config is None else [("config", config), *others]
-
-
-def own_flags() -> list[flags.Flag]:
-    """The flags that the package, or the command's own, defines; settings are none of them."""
-    packages = ("mass_dpo_jax", (sys.modules["__main__"].__package__ or "mass_dpo_jax"))
-    return [
-        flag
-        for module, defined in flags.FLAGS.flags_by_module_dict().items()
-        if module == sys.argv[0] or module.startswith(packages)
-        for flag in defined
-        if not flag.name.startswith("config.")
-    ]
 
 
 def _check_workdir(workdir: Path) -> None:
@@ -96,147 +107,13 @@ def _check_workdir(workdir: Path) -> None:
         raise UserError(f"--workdir={error}") from None
 
 
-def _pairs(words: Sequence[str]) -> Iterator[Pair]:
-    """Each flag with its value as absl reads it; `--flag value` and `--noflag` as `--flag=value`.
+def _find_config_file(value: str) -> str:
+    """Returns the path of the file that --config names, with what is behind a colon.
 
     Raises:
-      UserError: as `read`.
+        UserError: there is no such file, or it is no configuration.
     """
-    settings = dict(config_lib.flatten(config_lib.default())) if "config" in flags.FLAGS else {}
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("-") or not word.strip("-"):
-            raise UserError(f"unexpected argument {word!r}; {_as_flag(word)}")
-        name, equals, value = word.lstrip("-").partition("=")
-        usual = _usual(name, settings)
-        if usual is None and not equals and (other := _denied(name)):
-            if isinstance(_usual(other, settings), bool):
-                yield other, "false"
-                continue
-        if usual is None:
-            raise UserError(_unknown(name, list(settings)))
-        if not equals:
-            if isinstance(usual, bool) and not (rest and rest[0].lower() in BOOLEANS):
-                value = "true"
-            elif not rest or rest[0].startswith("--"):
-                raise UserError(f"--{name}: its value is missing, as in --{name}=VALUE")
-            else:
-                value = rest.pop(0)
-                if value == "=":
-                    raise UserError(f"--{name} =: expected --{name}=VALUE without blanks")
-        yield name, _converted(name, value, usual)
-
-
-def _usual(name: str, settings: dict[str, Any]) -> Any:
-    """A value of the kind that a flag or setting has; None: there is none of this name."""
-    if name == PRINT:
-        return False if settings else None
-    if name.startswith("config."):
-        field = name.removeprefix("config.")
-        if any(other.startswith(f"{field}.") for other in settings):
-            raise UserError(f"--{name}: is a group of settings; set one of its fields")
-        return settings.get(field)
-    if name not in flags.FLAGS:
-        return None
-    parser = flags.FLAGS[name].parser
-    kinds: list[tuple[type, Any]] = [
-        (flags.BooleanParser, False),
-        (flags.IntegerParser, 0),
-        (flags.FloatParser, 0.0),
-        (flags.EnumParser, parser),
-        (PathParser, Path()),
-    ]
-    return next((usual for kind, usual in kinds if isinstance(parser, kind)), "")
-
-
-def _denied(name: str) -> str | None:
-    """The flag that --noNAME sets to false."""
-    return name.removeprefix("no") if name.startswith("no") else None
-
-
-def _converted(name: str, value: str, usual: Any) -> str:
-    """A value as absl takes it.
-
-    Raises:
-      UserError: it is not of the kind of `usual`.
-    """
-    place = f"--{name}"
-    if isinstance(usual, str):
-        if not value and not name.startswith("config."):
-            raise UserError(f"{place}=: is empty; a variable that is not set?")
-        return value
-    if not value:
-        raise UserError(f"{place}=: is empty; a variable that is not set?")
-    if isinstance(usual, bool):
-        if value.lower() not in BOOLEANS:
-            raise UserError(f"{place}={value}: expected true or false")
-        return BOOLEANS[value.lower()]
-    if isinstance(usual, (int, float)):
-        return _number(place, value, usual)
-    if isinstance(usual, Path):
-        return expand(value, place)
-    known = usual.enum_values
-    if value not in known:
-        raise UserError(
-            f"{place}={value}: expected one of {', '.join(known)}"
-            + suggestions.suggest_choice(value, known)
-        )
-    return value
-
-
-def _number(place: str, value: str, usual: float) -> str:
-    """Whole numbers may be written as 1e3 or 1000.0."""
-    kind = type(usual)
-    try:
-        return str(int(value))
-    except ValueError:
-        pass
-    try:
-        number = float(value)
-    except ValueError:
-        number = None
-    if number is not None and kind is float:
-        return value
-    if number is not None and number.is_integer():
-        return str(int(number))
-    what = "an integer" if kind is int else "a number"
-    raise UserError(f"{place}={value}: expected {what}" + (f", as {usual}" if usual else ""))
-
-
-def _unknown(name: str, settings: Sequence[str]) -> str:
-    """What is wrong with a name that there is not, and which are meant perhaps."""
-    ours = [flag.name for flag in own_flags()]
-    if name.startswith("config.") and not settings:
-        return (
-            f"--{name}: this command has no settings of its own, it takes the run's; its flags are "
-            + ", ".join(f"--{flag}" for flag in ours)
-        )
-    kind = "setting" if name.startswith("config.") else "flag"
-    found = [f"--{other}=..." for other in suggestions.suggest_names(name, settings, ours)]
-    more = " --help lists all" if found else "; --help lists all"
-    return f"--{name}: no such {kind}{suggestions.did_you_mean(found)}{more}"
-
-
-def _as_flag(word: str) -> str:
-    if word[0] in "\u2010\u2011\u2012\u2013\u2014\u2015\u2212":
-        return "it begins with a dash that is none on the keyboard; write --"
-    if word.partition("=")[0] in flags.FLAGS or word.startswith("config."):
-        return f"did you mean --{word}?"
-    if word in configurations():
-        return f"did you mean --config={word}?"
-    if "workdir" in flags.FLAGS and is_run(Path(word)):
-        return f"did you mean --workdir={word}?"
-    return "flags look like --name=value"
-
-
-def _config_file(value: str) -> str:
-    """The path of the file that --config names, with what is behind a colon.
-
-    Raises:
-      UserError: there is no such file.
-    """
-    named = configurations()
+    named = find_configurations()
     file, colon, rest = value.partition(":")
     if file.endswith(".py") or os.sep in file:
         path = Path(expand(file, "--config"))
@@ -244,15 +121,44 @@ def _config_file(value: str) -> str:
         path = named.get(file, Path(file))
     if path.is_dir() or (path.is_file() and path.suffix != ".py"):
         run = path if path.is_dir() else path.parent
-        theirs = f"; a run's own settings come with --workdir={run}" if is_run(run) else ""
-        raise UserError(f"--config={value}: not a Python file{theirs}")
+        advice = f"; a run's own settings come with --workdir={run}" if is_run(run) else ""
+        raise UserError(f"--config={value}: not a Python file{advice}")
     if not path.is_file():
-        beside = path.with_name(f"{path.name}.py")
-        near = suggestions.did_you_mean([str(beside)] if beside.is_file() else [])
+        with_suffix = path.with_name(f"{path.name}.py")
+        meant = suggestions.did_you_mean([str(with_suffix)] if with_suffix.is_file() else [])
         raise UserError(
             f"--config={value}: no such file; a name alone can be {', '.join(named)}, as in "
-            f"--config=tiny{near or suggestions.suggest_choice(path.stem, list(named))}"
+            f"--config=tiny{meant or suggestions.suggest_choice(path.stem, list(named))}"
         )
     if "get_config" not in read_text(path):
         raise UserError(f"--config={value}: has no function get_config() that returns the settings")
     return f"{path}{colon}{rest}"
+
+
+def _explain(error: Exception, path: str) -> str:
+    """Returns what went wrong and, for an error in the configuration file at `path`, its line.
+
+    absl and ml_collections wrap such an error in others, which have its traceback as text.
+    """
+    chain: list[BaseException] = [error]
+    while chain[-1].__context__ is not None:
+        chain.append(chain[-1].__context__)
+    for cause in chain:
+        if isinstance(cause, UserError):
+            return str(cause)
+        for frame in reversed(traceback.extract_tb(cause.__traceback__)):
+            if frame.filename == path:
+                return f"--config={path}:{frame.lineno}: {type(cause).__name__}: {cause}"
+    if isinstance(error, flags.Error) and len(chain) == 1:
+        return str(error)
+    return f"--config={path}: {type(chain[-1]).__name__}: {chain[-1]}"
+
+
+def _describe_command(path: str) -> str:
+    """Returns the --help of the running command, with the settings' values of a file."""
+    doc = sys.modules["__main__"].__doc__ or ""
+    if "config" not in flags.FLAGS:
+        return help_lib.describe(doc, find_own_flags(), None, "")
+    source = f"the values of {path}" if path else "the defaults"
+    config = flags.FLAGS["config"].value or config_lib.default()
+    return help_lib.describe(doc, find_own_flags(), config, source)

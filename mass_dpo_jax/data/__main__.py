@@ -13,22 +13,24 @@ from __future__ import annotations
 
 from absl import flags
 
-from mass_dpo_jax.cli import commands
+from mass_dpo_jax import cli
 from mass_dpo_jax.errors import UserError
+
+FLAGS = flags.FLAGS
 
 
 def main() -> None:
     """Prints the description of the data set that the flags name."""
-    if _SHOW.value < 0:
-        raise UserError(f"--show={_SHOW.value}: expected 0 or more")
-    config = commands.required(_CONFIG)
+    if FLAGS.show < 0:
+        raise UserError(f"--show={FLAGS.show}: expected 0 or more")
+    config = cli.read_config()
     from mass_dpo_jax.reports.describe_data import describe
 
-    for line in describe(config, _SHOW.value):
+    for line in describe(config, FLAGS.show):
         print(line)
 
 
 if __name__ == "__main__":
-    _CONFIG = commands.define_config()
-    _SHOW = flags.DEFINE_integer("show", 2, "How many rows of the first split to show in full.")
-    commands.run(main, unread=commands.TRAINING)
+    cli.define_config()
+    flags.DEFINE_integer("show", 2, "How many rows of the first split to show in full.")
+    cli.run(main, unread=cli.TRAINING)

@@ -16,14 +16,14 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, NoReturn
 
-STATUS = 130
-GRACE = 2.0  # Seconds in which the main thread may clean up before the process ends without it.
+EXIT_STATUS = 130
+GRACE_SECONDS = 2.0  # Time for the main thread to clean up before the process ends without it.
 
 
 def _end() -> NoReturn:
     sys.stdout.flush()
     os.write(2, f"{ctrl_c.line}\n".encode())
-    os._exit(STATUS)
+    os._exit(EXIT_STATUS)
 
 
 @dataclasses.dataclass
@@ -84,7 +84,7 @@ def _listen(reader: int) -> None:
         if pressed > 1:
             ctrl_c.end()
         elif not ctrl_c.held:
-            threading.Timer(GRACE, _end_unless_noticed).start()
+            threading.Timer(GRACE_SECONDS, _end_unless_noticed).start()
 
 
 def _end_unless_noticed() -> None:

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mass_dpo_jax import metrics
-from mass_dpo_jax.cli import commands
+from mass_dpo_jax import cli, metrics
 from mass_dpo_jax.data.tokenizer import train_tokenizer
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.evaluate import evaluate
@@ -244,8 +243,8 @@ def test_what_an_output_must_not_be(tmp_path: Path) -> None:
         (link, f"would replace the input {data}"),
     ):
         with pytest.raises(UserError, match=f"^--output={value}: {message}"):
-            commands.output_file(Path(value), "JSON", "", "missing", data)
-    assert commands.output_file(tmp_path / "new", "JSON", data) == tmp_path / "new"
+            cli.check_output(Path(value), "JSON", "", "missing", data)
+    assert cli.check_output(tmp_path / "new", "JSON", data) == tmp_path / "new"
     for name in ("score", "select", "evaluate"):  # Said before there is a model to read.
         words = (f"mass_dpo_jax.{name}", "--config=llama3", f"--config.data.path={data}")
         assert "would replace the input" in refused(*words, f"--output={link}")
@@ -260,18 +259,18 @@ def test_an_output_replaces_no_file_of_a_run_or_of_a_data_folder(tmp_path: Path)
     link.symlink_to(run / "config.json")
     for path in (run / "config.json", run / "metrics.jsonl", link):
         with pytest.raises(UserError, match=f"^--output={path}: is a part of the run {run}; name"):
-            commands.output_file(path, "JSON")
+            cli.check_output(path, "JSON")
     with pytest.raises(UserError, match=f"would replace a file in the folder of the data, {data}"):
-        commands.output_file(data / "a", "JSON", data)
+        cli.check_output(data / "a", "JSON", data)
     for path in (run / "scores.jsonl", data / "new"):
-        assert commands.output_file(path, "JSON", data) == path
+        assert cli.check_output(path, "JSON", data) == path
 
 
 def test_an_output_goes_where_a_link_points(tmp_path: Path) -> None:
     target, link = tmp_path / "target", tmp_path / "link"
     target.write_text("before")
     link.symlink_to(target)
-    commands.write_lines(link, [1])
+    cli.write_lines(link, [1])
     assert link.is_symlink() and target.read_text() == "1\n"
 
 
@@ -279,9 +278,9 @@ def test_a_full_disk_leaves_an_output_as_it_was(tmp_path: Path) -> None:
     output = tmp_path / "rows.jsonl"
     output.write_text("before")
     code = (
-        "import sys, pathlib; from mass_dpo_jax.cli import commands\n"
+        "import sys, pathlib; from mass_dpo_jax import cli\n"
         "rows = ({'row': 'x' * 100} for _ in range(1000))\n"
-        f"commands.run(lambda: commands.write_lines(pathlib.Path({str(output)!r}), rows))"
+        f"cli.run(lambda: cli.write_lines(pathlib.Path({str(output)!r}), rows))"
     )
     with SmallFiles(10_000):
         done = python("-c", code)
@@ -317,8 +316,8 @@ def test_of_two_run_folders_the_last(tmp_path: Path) -> None:
 def test_too_little_memory_on_the_device() -> None:
     """XLA's own error, of 64 TiB in one array."""
     code = (
-        "import jax.numpy as jnp; from mass_dpo_jax.cli import commands\n"
-        "commands.run(lambda: jnp.zeros(2**46, jnp.uint8).block_until_ready())"
+        "import jax.numpy as jnp; from mass_dpo_jax import cli\n"
+        "cli.run(lambda: jnp.zeros(2**46, jnp.uint8).block_until_ready())"
     )
     done = python("-c", code, "--verbosity=-1", env=environment(JAX_PLATFORMS="cpu"))
     assert done.returncode == 2
@@ -329,14 +328,14 @@ def test_too_little_memory_on_the_device() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "hint"),
-    [("", "nothing was written"), (", goes_on=True", "the same command goes on from what was sa")],
+    [("", "nothing was written"), (", resumes=True", "the same command goes on from what was sa")],
 )
 def test_what_an_interruption_left(settings: str, hint: str) -> None:
     code = (
-        "import signal; from mass_dpo_jax.cli import commands\n"
+        "import signal; from mass_dpo_jax import cli\n"
         # A shell has its background jobs ignore the signal, and these tests may be one.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        f"commands.run(lambda: signal.raise_signal(signal.SIGINT){settings})"
+        f"cli.run(lambda: signal.raise_signal(signal.SIGINT){settings})"
     )
     done = python("-c", code)
     assert done.returncode == 130 and done.stderr.startswith(f"interrupted; {hint}")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mass_dpo_jax.cli import commands
+from mass_dpo_jax.cli import running
 from mass_dpo_jax.data import load_examples
 from mass_dpo_jax.data.readers import preferences
 from mass_dpo_jax.data.tokenizer import train_tokenizer
@@ -79,7 +79,7 @@ def test_no_memory_in_the_words_of_several_libraries(error: Exception, said: str
         raise error
 
     with pytest.raises(UserError, match=f"not enough memory on {said}"):
-        commands._within_limits(fail)
+        running.run_within_limits(fail)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_other_errors_are_left_alone(error: Exception) -> None:
         raise error
 
     with pytest.raises(type(error)) as kept:
-        commands._within_limits(fail)
+        running.run_within_limits(fail)
     assert kept.value is error
 
 
@@ -103,4 +103,4 @@ def test_data_that_the_host_has_no_room_for(
     monkeypatch.setattr(preferences, "read_split", fail)
     config = tiny_config(write_jsonl(tmp_path / "data.jsonl"))
     with pytest.raises(UserError, match=r"to read the data; .* config\.data\.max_train"):
-        commands._within_limits(lambda: load_examples(config.data, "train", 0))
+        running.run_within_limits(lambda: load_examples(config.data, "train", 0))

@@ -1,0 +1,66 @@
+"""The file that a command writes: checked before anything is computed, written whole or not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.utils.files import write_whole
+from mass_dpo_jax.utils.run_paths import find_enclosing_run
+
+
+def check_output(path: Path | None, kind: str, *inputs: str | Path) -> Path:
+    """Returns the file that --output names, in a folder that exists.
+
+    Args:
+        path: the flag's value.
+        kind: of file, for messages.
+        inputs: files that the command reads, which it must not replace; empty ones are none.
+
+    Raises:
+        UserError: nothing can be written there, or an input or a part of a run would be lost.
+    """
+    if path is None:
+        raise UserError(f"--output is missing: the {kind} file to write")
+    if str(path) == "-" or path.is_relative_to("/dev"):  # /dev/stdout would become a file itself.
+        raise UserError(f"--output={path}: no ordinary file; expected the {kind} file to write")
+    from mass_dpo_jax.utils import distributed
+
+    if not distributed.is_primary():
+        return path
+    if not path.parent.is_dir():
+        raise UserError(f"--output={path}: its folder does not exist")
+    if path.exists() and not path.is_file():  # A folder, or a device.
+        raise UserError(f"--output={path}: no ordinary file; expected the {kind} file to write")
+    if path.exists() and (run := find_enclosing_run(path.resolve())):
+        raise UserError(f"--output={path}: is a part of the run {run}; name another file")
+    for read in (Path(name) for name in inputs if name):
+        inside = read.is_dir() and path.resolve().is_relative_to(read.resolve())
+        if path.exists() and read.exists() and (inside or path.samefile(read)):
+            what = f"a file in the folder of the data, {read}" if inside else f"the input {read}"
+            raise UserError(f"--output={path}: would replace {what}; name another file")
+    return path
+
+
+def write_lines(path: Path, rows: Iterable[Any]) -> int:
+    """Writes one JSON object per line, whole or not at all, and returns how many.
+
+    Of several processes the primary one writes; the others take part in computing the rows.
+    """
+    from mass_dpo_jax.utils import distributed
+
+    if not distributed.is_primary():
+        return sum(1 for _ in rows)
+    count = 0
+
+    def lines() -> Iterator[str]:
+        nonlocal count
+        for row in rows:
+            count += 1
+            yield json.dumps(row) + "\n"
+
+    write_whole(path, lines())
+    return count
