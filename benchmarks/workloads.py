@@ -302,7 +302,7 @@ class Ours:
             self._key,
             shape.responses if everyone else shape.selected,
         )
-        return used.numbers, figures
+        return used.candidate_ids, figures
 
 
 def trace(case: Case, program: Program) -> Any:

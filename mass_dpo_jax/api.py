@@ -24,7 +24,7 @@ from mass_dpo_jax.errors import UserError, check_type
 from mass_dpo_jax.models.config import DecoderConfig
 from mass_dpo_jax.runs import run_config
 from mass_dpo_jax.training.hf_folder import save_model
-from mass_dpo_jax.training.optimizer import make_optimizer, unless_bad
+from mass_dpo_jax.training.optimizer import make_optimizer, skip_if_not_finite
 from mass_dpo_jax.training.policy import Policy, open_policy, run_of
 from mass_dpo_jax.training.setup import Reference, open_mesh, prepare_examples
 from mass_dpo_jax.training.step import TrainState
@@ -220,7 +220,7 @@ def make_train_step(
     if optimizer is None:
         chosen = make_optimizer(batches.setup.config.train, len(batches))
     elif callable(getattr(optimizer, "init", None)) and hasattr(optimizer, "update"):
-        chosen = unless_bad(optimizer)
+        chosen = skip_if_not_finite(optimizer)
     else:
         raise UserError(
             f"optimizer: found a {type(optimizer).__name__}, expected one of optax, as optax.adam("

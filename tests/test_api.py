@@ -210,7 +210,7 @@ def test_a_criterion_that_is_registered_again_needs_batches_of_its_own(
         batches = mdj.batches(model, examples)
         step = mdj.make_train_step(model, batches)
         state, used, _ = step.update(step.init(model.params), batches[0])
-        return np.unique(used.numbers), step, (state, batches[1])
+        return np.unique(used.candidate_ids), step, (state, batches[1])
 
     found, step, following = chosen()
     assert found.tolist() == [1]

@@ -122,9 +122,11 @@ def _train(
                 batch = batches[step]
                 state, used, figures = train_step.update(state, batch)
                 interruption.hold()
-                changed = train_step.sets.fraction_changed(batch.rows, used.numbers)
+                changed = train_step.sets.fraction_changed(batch.rows, used.candidate_ids)
                 metrics = {**figures, "learning_rate": rate(step)}
-                steps.add(step + 1, metrics, [ids[row] for row in batch.rows], used.bad, changed)
+                steps.add(
+                    step + 1, metrics, [ids[row] for row in batch.rows], used.not_finite, changed
+                )
                 last = step + 1 == total
                 due = every > 0 and (last or (step + 1) % every == 0)
                 keep = last or (step + 1) % config.train.checkpoint_every == 0

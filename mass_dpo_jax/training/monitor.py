@@ -364,7 +364,7 @@ class Evaluator:
         )
         key = setup.key(0)
         for batch_rows, candidate_ids in scoring.compute_each(
-            lambda batch: setup.program.choose_batch(params, batch, key)[0].numbers, batches
+            lambda batch: setup.program.choose_batch(params, batch, key)[0].candidate_ids, batches
         ):
             selected[batch_rows[:, None], candidate_ids] = True
         selected[:, 0] = False  # 0 stands for no negative, too.

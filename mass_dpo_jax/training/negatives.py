@@ -119,7 +119,7 @@ class NegativeSets:
         return self._last if self._scores_pools else None
 
     def _take(self, given: KeptSets) -> None:
-        candidate_ids = np.asarray(distributed.gather(given.numbers), np.int32)
+        candidate_ids = np.asarray(distributed.gather(given.candidate_ids), np.int32)
         if candidate_ids.shape != self._last.shape:
             raise UserError(
                 f"the state's sets of negatives are {list(candidate_ids.shape)}, expected "
@@ -157,7 +157,7 @@ class NegativeSets:
             self._reference.grams,
         )
         chosen = scoring.compute_each(
-            lambda batch: setup.program.choose_batch(params, batch, key)[0].numbers, batches
+            lambda batch: setup.program.choose_batch(params, batch, key)[0].candidate_ids, batches
         )
         rows, candidate_ids = zip(*chosen, strict=True)
         return np.concatenate(rows), np.concatenate(candidate_ids)

@@ -100,7 +100,7 @@ def _choose(
     Args:
       at_reference: these weights are the reference, so that all scores are 0.
     """
-    pools, _ = program.pools(params, batch, key)
+    pools, _ = program.score_pools(params, batch, key)
     if at_reference and pools.scores is not None:
         # What is no number stays, so that it is found.
         pools = pools._replace(scores=jnp.where(jnp.isfinite(pools.scores), 0.0, pools.scores))

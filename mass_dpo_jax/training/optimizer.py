@@ -1,6 +1,6 @@
-"""AdamW with linear warm-up, cosine decay and a clipped gradient, as the paper trains.
+"""AdamW with linear warm-up, cosine decay and gradient clipping, as in the paper.
 
-Adam's moments take twice the memory of the weights. They can be stored in bfloat16, and lie in
+Adam's moments take twice the memory of the weights. They can be stored in bfloat16, and can stay in
 the host's memory between updates.
 """
 
@@ -20,26 +20,29 @@ from ml_collections import ConfigDict
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.training.mesh import replicated
 
-HOST = "pinned_host"  # JAX's name of the host memory that a device can copy from and to.
+HOST = "pinned_host"  # JAX's name for host memory that a device can copy from and to.
 
 
 def learning_rate(train: ConfigDict, total_steps: int) -> Callable[[int], float]:
-    """The rate of each update, counted from 0, for the log: no device computes it."""
+    """Returns the rate of each update, counted from 0, for the log, computed on the host."""
     peak, warmup = train.learning_rate, round(train.warmup_ratio * total_steps)
     decay = max(total_steps, warmup + 1) - warmup
 
     def rate(step: int) -> float:
         if step < warmup:
             return float(peak * step / warmup)
-        done = min((step - warmup) / decay, 1.0)
-        return float(peak * (1 + math.cos(math.pi * done)) / 2)
+        progress = min((step - warmup) / decay, 1.0)
+        return float(peak * (1 + math.cos(math.pi * progress)) / 2)
 
     return rate
 
 
 def make_optimizer(train: ConfigDict, total_steps: int) -> optax.GradientTransformationExtraArgs:
-    """The same object for the same settings, so that what was compiled for it serves again."""
-    return _optimizer(
+    """Makes the optimizer of the section `config.train`.
+
+    Equal settings give the same object, so that a program compiled for it is used again.
+    """
+    return _make_optimizer(
         train.learning_rate,
         round(train.warmup_ratio * total_steps),
         total_steps,
@@ -53,36 +56,40 @@ def make_optimizer(train: ConfigDict, total_steps: int) -> optax.GradientTransfo
 def state_shapes(
     optimizer: optax.GradientTransformation, params: Any, mesh: Mesh, memory: str | None = None
 ) -> Any:
-    """An optimizer's state as shapes with shardings: moments lie where their weights do, what has
-    other shapes (a count, the rows and columns of Adafactor) on every device.
+    """Returns an optimizer's state as shapes with shardings.
+
+    Moments lie where their weights do. What has another shape (a count, the rows and columns of
+    Adafactor) lies on every device.
 
     Args:
-      params: the weights, as shapes with shardings.
-      memory: the kind of memory of the moments; None: that of their weights.
+        optimizer: of the run.
+        params: the weights, as shapes with shardings.
+        mesh: the devices.
+        memory: the kind of memory of the moments; None for that of their weights.
     """
     everywhere = replicated(mesh)
 
-    def put(leaf: Any, place: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+    def shape(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    def beside(leaf: Any, weight: Any) -> jax.ShapeDtypeStruct:
-        place = weight.sharding if leaf.shape == weight.shape else everywhere
-        return put(leaf, place if memory is None else place.with_memory_kind(memory))
+    def shape_like_weight(leaf: Any, weight: Any) -> jax.ShapeDtypeStruct:
+        sharding = weight.sharding if leaf.shape == weight.shape else everywhere
+        return shape(leaf, sharding if memory is None else sharding.with_memory_kind(memory))
 
     return optax.tree_utils.tree_map_params(
         optimizer,
-        beside,
+        shape_like_weight,
         jax.eval_shape(optimizer.init, params),
         params,
-        transform_non_params=lambda leaf: put(leaf, everywhere),
+        transform_non_params=lambda leaf: shape(leaf, everywhere),
     )
 
 
-def memory_of_moments(train: ConfigDict, mesh: Mesh) -> str | None:
-    """The memory kind of Adam's moments in shardings; None: the devices' own.
+def moments_memory(train: ConfigDict, mesh: Mesh) -> str | None:
+    """Returns the memory kind of Adam's moments, for shardings; None for the devices' own memory.
 
     Raises:
-      UserError: they are to lie in the host's memory, and the devices cannot address it.
+        UserError: they are to lie in the host's memory, and the devices cannot address it.
     """
     if not train.offload_moments:
         return None
@@ -96,7 +103,7 @@ def memory_of_moments(train: ConfigDict, mesh: Mesh) -> str | None:
     return HOST
 
 
-def _schedule(peak: float, warmup: int, total_steps: int) -> optax.Schedule:
+def _make_schedule(peak: float, warmup: int, total_steps: int) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0 if warmup else peak,
         peak_value=peak,
@@ -106,7 +113,7 @@ def _schedule(peak: float, warmup: int, total_steps: int) -> optax.Schedule:
 
 
 @functools.cache
-def _optimizer(
+def _make_optimizer(
     peak: float,
     warmup: int,
     total_steps: int,
@@ -117,39 +124,39 @@ def _optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     adam = optax.scale_by_adam()
     if moments_dtype == "bfloat16":
-        adam = stored_in_bfloat16(adam)
-    adam = unless_bad(adam, clip)
+        adam = store_in_bfloat16(adam)
+    adam = skip_if_not_finite(adam, clip)
     if offload:
-        adam = kept_on_host(adam)
-    # optax.clip_by_global_norm and optax.adamw, taken apart; the first keeps nothing, and its place
-    # stays since checkpoints have it.
+        adam = offload_to_host(adam)
+    # optax.adamw, taken apart.
     return optax.chain(
-        optax.identity(),
-        optax.chain(
-            adam,
-            optax.add_decayed_weights(weight_decay),
-            optax.scale_by_learning_rate(_schedule(peak, warmup, total_steps)),
-        ),
+        adam,
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(_make_schedule(peak, warmup, total_steps)),
     )
 
 
-def unless_bad(
-    adam: optax.GradientTransformation, clip: float = math.inf
+def skip_if_not_finite(
+    inner: optax.GradientTransformation, clip: float = math.inf
 ) -> optax.GradientTransformationExtraArgs:
-    """`adam` that stays as it is where its argument `finite`, a bool scalar, says no.
+    """Skips the update where its argument `finite`, a bool scalar, is False.
 
-    Its gradient g is clipped first, g * clip / max(||g||, clip), as optax.clip_by_global_norm does.
-    Before the branch below, that would be written to memory and read again; in it, a product with
-    one number is computed where it is used.
+    A gradient that is not finite would never leave Adam's moments again. The update returned in its
+    place is meaningless, and the caller keeps the old weights. This differs from
+    `optax.apply_if_finite` in three ways. The caller decides what is finite, so the loss counts,
+    too. The gradient g is clipped inside of the branch, g * clip / max(||g||, clip) as in
+    `optax.clip_by_global_norm`: in front of it, the clipped gradient would be written to memory and
+    read again. And it branches instead of selecting between new and old moments, which would have
+    to be in memory together: that costs a twentieth of a small model's step on a CPU.
 
-    A gradient that is not finite would never leave the moments again. What it gives then is the
-    gradient itself, of no use; the step holds the weights.
+    Args:
+        inner: the transformation.
+        clip: upper bound on the norm of the gradient.
 
-    A branch, and not a choice between new and old moments, which would have to be in memory
-    together: a twentieth of a small model's step on a CPU.
-
-    `places`, if given, are shardings of the weights, and what comes out lies so. XLA for GPUs would
-    otherwise give every device all moments, whatever came in.
+    Returns:
+        A transformation whose `update` also takes `shardings`, a tree like the weights. If given,
+        updates and state are held to them: XLA for GPUs would otherwise give every device all
+        moments, whatever came in.
     """
 
     def update(
@@ -158,7 +165,7 @@ def unless_bad(
         params: Any = None,
         *,
         finite: Any = True,
-        places: Any = None,
+        shardings: Any = None,
         **_: Any,
     ) -> tuple[Any, Any]:
         factor: Any = 1.0
@@ -166,39 +173,42 @@ def unless_bad(
             factor = clip / jnp.maximum(optax.tree.norm(updates), clip)
         updates, state = jax.lax.cond(
             finite,
-            lambda g, state: adam.update(jax.tree.map(lambda x: x * factor, g), state, params),
+            lambda g, state: inner.update(jax.tree.map(lambda x: x * factor, g), state, params),
             lambda g, state: (g, state),
             updates,
             state,
         )
-        if places is None:
+        if shardings is None:
             return updates, state
-        put = jax.lax.with_sharding_constraint
+        constrain = jax.lax.with_sharding_constraint
 
-        def beside(leaf: Any, weight: Any, place: Any) -> Any:
-            return put(leaf, place if leaf.shape == weight.shape else replicated(place.mesh))
+        def constrain_like_weight(leaf: Any, weight: Any, sharding: Any) -> Any:
+            everywhere = replicated(sharding.mesh)
+            return constrain(leaf, sharding if leaf.shape == weight.shape else everywhere)
 
-        state = optax.tree_utils.tree_map_params(adam, beside, state, updates, places)
-        return put(updates, places), state
+        state = optax.tree_utils.tree_map_params(
+            inner, constrain_like_weight, state, updates, shardings
+        )
+        return constrain(updates, shardings), state
 
-    return optax.GradientTransformationExtraArgs(adam.init, update)
+    return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
-def stored_in_bfloat16(adam: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`optax.scale_by_adam` whose moments are bfloat16 between updates; its arithmetic is float32.
+def store_in_bfloat16(adam: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Stores the moments of `optax.scale_by_adam` in bfloat16; its arithmetic stays float32.
 
-    Rounding is stochastic. One update changes the second moment by at most 1/1000 of itself where
-    the gradient shrinks, less than half of bfloat16's spacing of 1/128 to 1/256: rounded to the
+    Rounding is stochastic. Where the gradient shrinks, one update changes the second moment by at
+    most 1/1000 of itself, less than half of bfloat16's spacing of 1/128 to 1/256: rounded to the
     nearest value it would never move. So each value goes up or down with the probabilities that
-    keep its expectation. The bits depend on the count of updates alone, so a resumed run draws the
-    same.
+    preserve its expectation. The random bits depend on the count of updates alone, so a resumed run
+    draws the same ones.
     """
 
     def init(params: optax.Params) -> Any:
-        return _with_moments(adam.init(params), lambda x: x.astype(jnp.bfloat16))
+        return _map_moments(adam.init(params), lambda x: x.astype(jnp.bfloat16))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        wide = _with_moments(state, lambda x: x.astype(jnp.float32))
+        wide = _map_moments(state, lambda x: x.astype(jnp.float32))
         updates, new = adam.update(updates, wide, params)
         leaves, tree = jax.tree.flatten(new.mu)
         key = jax.random.fold_in(jax.random.key(0), new.count)
@@ -214,32 +224,31 @@ def stored_in_bfloat16(adam: optax.GradientTransformation) -> optax.GradientTran
     return optax.GradientTransformation(init, update)
 
 
-def kept_on_host(adam: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """`adam` whose moments come to the device for the update and go back to the host after it.
+def offload_to_host(adam: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Keeps Adam's moments in the host's memory, except during the update.
 
-    Their first place is that of the state which comes in: see `memory_of_moments`.
+    The state has to lie there at first: see `moments_memory`.
     """
-
     adam = optax.with_extra_args_support(adam)
 
-    def update(updates: Any, state: Any, params: Any = None, **more: Any) -> tuple[Any, Any]:
-        near = _with_moments(state, lambda x: jax.device_put(x, jax.memory.Space.Device))
-        updates, new = adam.update(updates, near, params, **more)
-        return updates, _with_moments(new, lambda x: jax.device_put(x, jax.memory.Space.Host))
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        near = _map_moments(state, lambda x: jax.device_put(x, jax.memory.Space.Device))
+        updates, new = adam.update(updates, near, params, **extra)
+        return updates, _map_moments(new, lambda x: jax.device_put(x, jax.memory.Space.Host))
 
     return optax.GradientTransformationExtraArgs(adam.init, update)
 
 
-def _with_moments(state: Any, change: Any) -> Any:
-    """`optax.ScaleByAdamState` with both moments changed, leaf by leaf."""
+def _map_moments(state: Any, change: Callable[[jax.Array], Any]) -> Any:
+    """Applies a function to both moments of an `optax.ScaleByAdamState`, leaf by leaf."""
     return state._replace(mu=jax.tree.map(change, state.mu), nu=jax.tree.map(change, state.nu))
 
 
 def _round(x: jax.Array, bits: jax.Array) -> jax.Array:
-    """float32 to one of the two bfloat16 around it, by 16 random bits (uint32).
+    """Rounds float32 to one of the two bfloat16 around it, by 16 random bits (uint32).
 
-    A bfloat16 is a float32 without its lower 16 bits. They carry over into the upper ones with the
-    probability (lower bits) / 2^16, so the expectation is x.
+    A bfloat16 is a float32 without its lower 16 bits. Random bits added to these carry over into
+    the upper ones with the probability (lower bits) / 2^16, so the expectation is x.
     """
     carried = jax.lax.bitcast_convert_type(x, jnp.uint32) + bits
     upper = (carried >> 16).astype(jnp.uint16)

@@ -1,13 +1,14 @@
-"""The train step: score the pool, choose negatives, descend the loss on them. Pure functions.
+"""The train step: score the pools, choose negatives, and descend the loss on them.
 
-`Program` holds what stays the same from step to step; its methods are traced once for each shape
-of batch. Arrays enter with a leading axis of micro-batches, `[A, B, ...]`.
+`Program` has everything that stays the same from step to step. Its methods are pure functions of
+arrays, traced once for each shape of batch.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -28,45 +29,59 @@ Metrics = dict[str, Array]
 
 
 class KeptSets(NamedTuple):
-    """The negatives of the steps of one refresh window. NumPy, on the host."""
+    """The negatives of one refresh window, as NumPy arrays on the host.
+
+    Attributes:
+        window: int, which window of the run, from 0.
+        candidate_ids: int32 [M, n] of every training example, as in `Choice`; -1 throughout where
+            nothing has been chosen for an example yet.
+    """
 
     window: Any
-    """int: which window of the run, counted from 0."""
-    numbers: Any
-    """int32 [M, n] of every training example, numbers as in `Choice`; -1 throughout where an
-    example has had no set yet."""
+    candidate_ids: Any
 
 
 class TrainState(NamedTuple):
-    """All that a step changes; or the shapes and shardings of all that."""
+    """The training state, as arrays or as shapes with shardings.
 
-    step: Any  # int32: updates made
-    params: Params  # The weights that are trained: all, or LoRA's adapters.
+    Attributes:
+        step: int32, updates made.
+        params: the trained weights: all, or LoRA's adapters.
+        opt_state: the optimizer's state.
+        sets: negatives that outlive a step, where `selection.refresh` keeps them.
+    """
+
+    step: Any
+    params: Params
     opt_state: optax.OptState
-    sets: KeptSets | None = None  # Where `selection.refresh` keeps sets for more than a step.
+    sets: KeptSets | None = None
 
 
 class Choice(NamedTuple):
-    """Negatives to train on, of B prompts.
+    """The negatives of B prompts to train on.
 
-    numbers: int32 [B, n], candidates 1..N in order of choice, 0 where the pool has no more.
-    weights: float32 [B, n] and pool_loss: float32 [B], for the loss on drawn negatives; else None.
+    Attributes:
+        candidate_ids: int32 [B, n], candidates 1..N in order of choice; 0 where the pool has no
+            more.
+        weights: float32 [B, n], for the loss on drawn negatives; else None.
+        pool_loss: float32 [B], with `weights`.
     """
 
-    numbers: Any
+    candidate_ids: Any
     weights: Any = None
     pool_loss: Any = None
 
 
 class Trained(NamedTuple):
-    """What a step trained on, of A micro-batches of B examples.
+    """What a step has trained on, in A micro-batches of B examples.
 
-    numbers: int32 [A, B, n], the negatives.
-    bad: bool [A, B], examples whose own loss is not finite.
+    Attributes:
+        candidate_ids: int32 [A, B, n], the negatives.
+        not_finite: bool [A, B], examples whose own loss is not finite.
     """
 
-    numbers: Any
-    bad: Any
+    candidate_ids: Any
+    not_finite: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,13 +89,13 @@ class Scorer:
     """A decoder as a function of weights and batches. A static argument of its own methods.
 
     Attributes:
-      graphdef: the decoder without its weights (`nnx.split`).
-      layout: `packed` or `rectangle`.
-      max_response: R, the longest response of any batch (the rectangle's width).
-      chunk: how many candidates of a rectangle are computed at a time; None: all.
-      pooling: `response` or `all`, the tokens whose hidden states make a feature.
-      attention: plain, or by a fused kernel.
-      max_logits: held at once on a device.
+        graphdef: the decoder without its weights (`nnx.split`).
+        layout: `packed` or `rectangle`.
+        max_response: R, the longest response of any batch, the width of a rectangle.
+        chunk: candidates of a rectangle that are computed at a time; None for all.
+        pooling: `response` or `all`, the tokens whose hidden states make a feature.
+        attention: plain, or a fused kernel.
+        max_logits: logits that a device holds at a time.
     """
 
     graphdef: nnx.GraphDef
@@ -94,8 +109,17 @@ class Scorer:
     def __call__(
         self, params: Params, batch: Batch, features: bool = False, record: bool = False
     ) -> Any:
-        """Log-probs `[B, C]` and, if asked for, features `[B, C, D]` of every candidate, and the
-        record of the pass."""
+        """Scores every candidate.
+
+        Args:
+            params: weights of the decoder.
+            batch: [B, ...].
+            features: return the candidates' features [B, C, D], too.
+            record: return the record of the pass, too.
+
+        Returns:
+            A `shared_prefix.Scored`.
+        """
         return shared_prefix.score(
             nnx.merge(self.graphdef, params),
             batch.prompts,
@@ -118,7 +142,7 @@ class Scorer:
         batch: Batch,
         picks: shared_prefix.Picks | None = None,
     ) -> Array:
-        """Log-probs `[B, K]` of some candidates, or of all, of a batch that was recorded."""
+        """Returns log-probabilities of a recorded batch, for training: of the picks, or of all."""
         return shared_prefix.replay(
             nnx.merge(self.graphdef, params),
             record,
@@ -135,18 +159,18 @@ class Scorer:
 
     @functools.partial(jax.jit, static_argnums=0)
     def logps(self, params: Params, batch: Batch) -> Array:
-        """`[B, C]`: the reference pass and evaluation."""
+        """Returns log-probabilities [B, C], for the reference pass and evaluation."""
         return self(params, batch).logps
 
     @functools.partial(jax.jit, static_argnums=0)
     def logps_and_features(self, params: Params, batch: Batch) -> tuple[Array, Array]:
-        """`[B, C]` and `[B, C, D]`."""
-        found = self(params, batch, features=True)
-        return found.logps, found.features
+        """Returns log-probabilities [B, C] and features [B, C, D]."""
+        scored = self(params, batch, features=True)
+        return scored.logps, scored.features
 
     @functools.partial(jax.jit, static_argnums=(0, 3))
     def grams(self, params: Params, batch: Batch, settings: selection.Settings) -> Array:
-        """`[B, C, C]`, what criteria see of these weights' features: for frozen features."""
+        """Returns what criteria see of these weights' features, [B, C, C], to be frozen."""
         mask = batch.response_lengths[:, 1:] > 0
         return selection.grams(self(params, batch, features=True).features, mask, settings)
 
@@ -159,10 +183,10 @@ class Program:
     also those of different runs in one process.
 
     Attributes:
-      scorer: the decoder.
-      method: loss and choice of negatives.
-      shardings: of the trained weights, a tree like them; gradients are held to it.
-      reuse: the pass that scores a pool is the forward pass of training too.
+        scorer: the decoder.
+        method: the loss, and the choice of negatives.
+        shardings: of the trained weights, a tree like them; gradients are held to it.
+        reuse: whether the pass that scores a pool is the forward pass of training, too.
     """
 
     scorer: Scorer
@@ -181,99 +205,103 @@ class Program:
     def __hash__(self) -> int:
         return hash(self._key)
 
-    def choose(
-        self, params: Params, batch: Batch, key: Array, record: bool = False
-    ) -> tuple[Choice, Metrics, shared_prefix.Record | None]:
-        """The negatives to train on.
-
-        Args:
-          params: the current policy.
-          batch: `[B, ...]`, the whole pool of each prompt.
-          key: of this drawing; every prompt gets one of its own from it, by its row of the split.
-          record: keep what `loss` can use of a scoring pass.
-
-        Returns:
-          The choice, figures on it, and the record; None where nothing was scored.
-        """
-        pools, found = self.pools(params, batch, key, record)
-        settings = self.method.selection
-        chosen = selection.select(pools, self.method.num_negatives, settings)
-        numbers = jnp.where(chosen.valid, chosen.indices + 1, 0)
-        figures = selection.diagnostics(pools, chosen, settings) if settings.needs_scoring else {}
-        if not self.method.uses_draws:
-            return Choice(numbers), figures, found
-        assert pools.scores is not None
-        pool_loss = jax.vmap(selection.pool_loss)(pools.scores, pools.mask)
-        return Choice(numbers, chosen.weights, pool_loss), figures, found
-
-    def pools(
+    def score_pools(
         self, params: Params, batch: Batch, key: Array, record: bool = False
     ) -> tuple[selection.Pool, shared_prefix.Record | None]:
-        """What the method's criterion chooses from; scored only if the criterion looks at that."""
+        """Computes what the method's criterion chooses from.
+
+        Args:
+            params: the current policy.
+            batch: [B, ...], with the whole pool of each prompt.
+            key: of this draw; every prompt folds its row of the split into it.
+            record: keep what `loss` can use of the scoring pass.
+
+        Returns:
+            The pools, and the record; None where the criterion needs no scores.
+        """
         settings = self.method.selection
         mask = batch.response_lengths[:, 1:] > 0
         keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(batch.index)
         if not settings.needs_scoring:
             return selection.Pool(gram=None, scores=None, mask=mask, key=keys), None
-        live = settings.needs_features and not self.method.frozen_features
-        scored = self.scorer(params, batch, features=live, record=record)
+        features = settings.needs_features and not self.method.frozen_features
+        scored = self.scorer(params, batch, features=features, record=record)
         rewards = self.method.beta * (scored.logps - batch.ref_logps)
         gram = batch.ref_gram
-        if live:
+        if features:
             gram = selection.grams(scored.features, mask, settings)
         pools = selection.Pool(gram, rewards[:, 1:] - rewards[:, :1], mask, keys)
         return pools, scored.record
+
+    def choose(self, pools: selection.Pool) -> tuple[Choice, Metrics]:
+        """Chooses negatives by the method's criterion, and describes the choice."""
+        settings = self.method.selection
+        selected = selection.select(pools, self.method.num_negatives, settings)
+        candidate_ids = jnp.where(selected.valid, selected.indices + 1, 0)
+        metrics = selection.diagnostics(pools, selected, settings) if settings.needs_scoring else {}
+        if not self.method.uses_draws:
+            return Choice(candidate_ids), metrics
+        assert pools.scores is not None
+        pool_loss = jax.vmap(selection.pool_loss)(pools.scores, pools.mask)
+        return Choice(candidate_ids, selected.weights, pool_loss), metrics
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def choose_batch(self, params: Params, batch: Batch, key: Array) -> tuple[Choice, Metrics]:
+        """Scores pools and chooses, for negatives that outlive a step."""
+        return self.choose(self.score_pools(params, batch, key)[0])
 
     def loss(
         self,
         params: Params,
         batch: Batch,
         choice: Choice,
-        size: int,
+        packed_length: int,
         record: shared_prefix.Record | None = None,
     ) -> tuple[Array, tuple[Array, Metrics]]:
-        """Mean loss of a micro-batch on the chosen response and the chosen negatives.
+        """Computes the mean loss of a micro-batch on the chosen response and the picks.
 
-        The forward pass is that of the record, of these weights on the pools; without one, it is on
-        the sets alone. Returns also which of its examples' losses are not finite, bool [B], and
-        figures.
+        Args:
+            params: the policy.
+            batch: [B, ...], with the whole pools.
+            choice: the picks.
+            packed_length: see `train_step`.
+            record: of these weights on the pools, which is the forward pass then; without it, the
+                picks alone are computed.
+
+        Returns:
+            The loss; which examples' own losses are not finite, bool [B]; and metrics.
         """
-        negatives = choice.numbers
-        candidates = jnp.pad(negatives, ((0, 0), (1, 0)))
-        valid = jnp.pad(negatives > 0, ((0, 0), (1, 0)), constant_values=True)
-        picks = shared_prefix.Picks(candidates, valid, size)
+        candidates = jnp.pad(choice.candidate_ids, ((0, 0), (1, 0)))
+        valid = jnp.pad(choice.candidate_ids > 0, ((0, 0), (1, 0)), constant_values=True)
+        picks = shared_prefix.Picks(candidates, valid, packed_length)
         responses, lengths = shared_prefix.gather_candidates(
             batch.responses, batch.response_lengths, picks
         )
 
-        def of_chosen(table: Array) -> Array:
+        def gather_picks(table: Array) -> Array:
             return jnp.take_along_axis(table, candidates, axis=1)
 
         if record is None:
-            some = batch._replace(responses=responses, response_lengths=lengths)
-            record = self.scorer(jax.lax.stop_gradient(params), some, record=True).record
-            logps = self.scorer.replay(params, record, some)
+            picked = batch._replace(responses=responses, response_lengths=lengths)
+            record = self.scorer(jax.lax.stop_gradient(params), picked, record=True).record
+            logps = self.scorer.replay(params, record, picked)
         else:
             logps = self.scorer.replay(params, record, batch, picks)
-        found = Responses(
+        x = Responses(
             logps=logps,
-            log_ratios=jnp.where(valid, logps - of_chosen(batch.ref_logps), 0.0),
+            log_ratios=jnp.where(valid, logps - gather_picks(batch.ref_logps), 0.0),
             lengths=lengths,
             valid=valid,
-            grades=None if batch.grades is None else of_chosen(batch.grades),
+            grades=None if batch.grades is None else gather_picks(batch.grades),
             weights=choice.weights,
             pool_loss=choice.pool_loss,
         )
-        losses = self.method.loss(found)
-        bad = ~jnp.isfinite(losses)
+        losses = self.method.loss(x)
         if self.method.is_supervised:
-            return losses.mean(), (bad, {"logps/chosen": logps[:, 0].mean()})
-        return losses.mean(), (bad, _figures(logps, self.method.rewards(found), valid))
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def choose_batch(self, params: Params, batch: Batch, key: Array) -> tuple[Choice, Metrics]:
-        """`choose`, on its own: for sets that outlive a step."""
-        return self.choose(params, batch, key)[:2]
+            metrics = {"logps/chosen": logps[:, 0].mean()}
+        else:
+            metrics = _describe_responses(logps, self.method.rewards(x), valid)
+        return losses.mean(), (~jnp.isfinite(losses), metrics)
 
     @functools.partial(jax.jit, static_argnums=(0, 1, 6), donate_argnums=2)
     def train_step(
@@ -283,75 +311,120 @@ class Program:
         batch: Batch,
         negatives: Array | None,
         key: Array,
-        size: int,
+        packed_length: int,
         frozen: Params | None = None,
     ) -> tuple[TrainState, Trained, Metrics]:
-        """One update, or none where loss or gradient are not finite: weights and Adam's moments
-        stay what they were, the figure `skipped` is 1.
+        """Makes one update, or none where the loss or the gradient is not finite.
+
+        Without an update, weights and Adam's moments stay as they were, and the metric `skipped` is
+        1.
 
         Args:
-          optimizer: the gradient transformation.
-          state: donated; do not use it again.
-          batch: `[A, B, ...]`, micro-batches whose gradients are averaged.
-          negatives: `[A, B, n]`, numbers as in `Choice`, or None to choose them here, with the
-            policy as it is before the update.
-          key: see `choose`.
-          size: S after selection, room for the chosen response and any n negatives.
-          frozen: with LoRA, the weights that are not in the state.
+            optimizer: the gradient transformation.
+            state: donated; do not use it again.
+            batch: [A, B, ...], micro-batches whose gradients are averaged.
+            negatives: int32 [A, B, n], candidate ids as in `Choice`; None to choose them here.
+            key: see `score_pools`.
+            packed_length: S after selection, room for the chosen response and any n negatives.
+            frozen: with LoRA, the weights that are not in the state.
 
         Returns:
-          The next state, what it trained on, and the step's figures, float32 scalars.
+            The next state, what it was trained on, and the step's metrics, float32 scalars.
         """
         frozen = frozen or {}
-        params = {**frozen, **state.params}
+        policy = {**frozen, **state.params}  # Before the update.
+        value_and_grad = jax.value_and_grad(
+            lambda trained, *args: self.loss({**frozen, **trained}, *args), has_aux=True
+        )
 
-        @functools.partial(jax.value_and_grad, has_aux=True)
-        def gradient(weights: Params, *args: Any) -> tuple[Array, tuple[Array, Metrics]]:
-            return self.loss({**frozen, **weights}, *args)
-
-        def micro(sums: Any, args: Any) -> tuple[Any, Trained]:
-            micro_batch, numbers = args
-            figures: Metrics = {}
-            record = None
+        def micro_step(micro_batch: Batch, candidate_ids: Array | None) -> tuple[Any, Trained]:
+            record: shared_prefix.Record | None = None
+            selection_metrics: Metrics = {}
             if self.method.is_supervised:
-                choice = Choice(jnp.zeros((micro_batch.prompts.shape[0], 0), jnp.int32))
-            elif numbers is None:
-                choice, figures, record = self.choose(params, micro_batch, key, self.reuse)
+                choice = Choice(jnp.zeros((len(micro_batch.index), 0), jnp.int32))
+            elif candidate_ids is not None:
+                choice = Choice(candidate_ids)
             else:
-                choice = Choice(numbers)
-            (loss, (bad, more)), grads = gradient(state.params, micro_batch, choice, size, record)
-            found = grads, {"loss": loss, **more, **figures}
-            total = found if sums is None else jax.tree.map(jnp.add, sums, found)
-            return total, Trained(choice.numbers, bad)
+                # 1. Score the pools, with the policy before the update.
+                with jax.named_scope("score"):
+                    pools, record = self.score_pools(policy, micro_batch, key, self.reuse)
+                # 2. Choose n negatives of each pool.
+                with jax.named_scope("choose"):
+                    choice, selection_metrics = self.choose(pools)
+            # 3. Loss and gradient on the picks. Where there is a record, it is the forward pass.
+            with jax.named_scope("loss"):
+                (loss, (not_finite, loss_metrics)), grads = value_and_grad(
+                    state.params, micro_batch, choice, packed_length, record
+                )
+            metrics = {"loss": loss, **loss_metrics, **selection_metrics}
+            return (grads, metrics), Trained(choice.candidate_ids, not_finite)
 
-        count = batch.prompts.shape[0]
-        first = jax.tree.map(lambda x: x[0], (batch, negatives))
-        if count == 1:
-            total, trained = micro(None, first)
-            trained = jax.tree.map(lambda x: x[None], trained)
-        else:
-            like, _ = jax.eval_shape(lambda args: micro(None, args), first)
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-            total, trained = jax.lax.scan(micro, zeros, (batch, negatives))
-        grads, figures = jax.tree.map(lambda x: x / count, total)
+        # 4. Average gradients and metrics over the micro-batches.
+        (grads, metrics), trained = average_micro_batches(micro_step, batch, negatives)
+        # 5. Update the weights, or leave everything as it was.
+        with jax.named_scope("update"):
+            state, update_metrics = self._update(optimizer, state, grads, metrics["loss"])
+        return state, trained, {**metrics, **update_metrics}
+
+    def _update(
+        self,
+        optimizer: optax.GradientTransformationExtraArgs,
+        state: TrainState,
+        grads: Params,
+        loss: Array,
+    ) -> tuple[TrainState, Metrics]:
         grads = jax.lax.with_sharding_constraint(grads, self.shardings)
-        figures["grad_norm"] = optax.tree.norm(grads)
-        finite = jnp.isfinite(figures["loss"]) & jnp.isfinite(figures["grad_norm"])
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(
-            grads, state.opt_state, state.params, finite=finite, places=self.shardings
+            grads, state.opt_state, state.params, finite=finite, shardings=self.shardings
         )
         ratio = optax.tree.norm(updates) / optax.tree.norm(state.params)
-        figures["update_ratio"] = jnp.where(finite, ratio, 0.0)
-        figures["skipped"] = 1.0 - finite
         updated = optax.apply_updates(state.params, updates)
-        weights = jax.tree.map(lambda a, b: jnp.where(finite, a, b), updated, state.params)
-        weights = jax.lax.with_sharding_constraint(weights, self.shardings)
-        return TrainState(state.step + 1, weights, opt_state), trained, figures
+        params = jax.tree.map(lambda a, b: jnp.where(finite, a, b), updated, state.params)
+        params = jax.lax.with_sharding_constraint(params, self.shardings)
+        metrics = {
+            "grad_norm": grad_norm,
+            "update_ratio": jnp.where(finite, ratio, 0.0),
+            "skipped": 1.0 - finite,
+        }
+        return TrainState(state.step + 1, params, opt_state), metrics
 
 
-def _figures(logps: Array, rewards: Array, valid: Array) -> Metrics:
-    """TRL's names, over the responses trained on; the first column is the chosen one. A row without
-    negatives counts as 0 in what compares with them."""
+def average_micro_batches(micro_step: Callable[..., tuple[Any, Any]], *args: Any) -> Any:
+    """Calls a function on one micro-batch after another and averages what it returns.
+
+    Args:
+        micro_step: returns two pytrees; the first is averaged, the second one stacked.
+        *args: its arguments, pytrees of arrays [A, ...].
+
+    Returns:
+        The mean over A, and the stacked arrays [A, ...].
+    """
+    count = jax.tree.leaves(args)[0].shape[0]
+    first = jax.tree.map(lambda x: x[0], args)
+    if count == 1:
+        total, rest = micro_step(*first)
+        rest = jax.tree.map(lambda x: x[None], rest)
+    else:
+
+        def add(total: Any, args: Any) -> tuple[Any, Any]:
+            terms, rest = micro_step(*args)
+            with jax.named_scope("average"):
+                return jax.tree.map(jnp.add, total, terms), rest
+
+        shapes, _ = jax.eval_shape(micro_step, *first)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        total, rest = jax.lax.scan(add, zeros, args)
+    with jax.named_scope("average"):
+        return jax.tree.map(lambda x: x / count, total), rest
+
+
+def _describe_responses(logps: Array, rewards: Array, valid: Array) -> Metrics:
+    """Computes TRL's metrics of the responses trained on, [B, 1 + n], under TRL's names.
+
+    A row without negatives counts as 0 in every comparison with them.
+    """
     negatives = valid[:, 1:]
     count = jnp.maximum(negatives.sum(1), 1)
 
@@ -359,13 +432,13 @@ def _figures(logps: Array, rewards: Array, valid: Array) -> Metrics:
         return (jnp.where(negatives, x[:, 1:], 0).sum(1) / count).mean()
 
     hardest = jnp.where(negatives, rewards[:, 1:], -jnp.inf).max(1)
-    hard = jnp.where(negatives.any(1), rewards[:, 0] - hardest, 0.0)
+    hard_margins = jnp.where(negatives.any(1), rewards[:, 0] - hardest, 0.0)
     return {
         "rewards/chosen": rewards[:, 0].mean(),
         "rewards/rejected": mean(rewards),
         "rewards/accuracies": mean((rewards[:, :1] > rewards).astype(jnp.float32)),
         "rewards/margins": mean(rewards[:, :1] - rewards),
-        "rewards/margins_hard": hard.mean(),
+        "rewards/margins_hard": hard_margins.mean(),
         "logps/chosen": logps[:, 0].mean(),
         "logps/rejected": mean(logps),
     }

@@ -1,9 +1,9 @@
-"""The updates of a run: their batches, the state they change, and one of them after another."""
+"""The updates of a run: their batches, the state they change, and the step from one to the next."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -15,33 +15,36 @@ from mass_dpo_jax.data.batches import Batch, Order, make_batch
 from mass_dpo_jax.errors import UserError, check_type
 from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training.negatives import NegativeSets
-from mass_dpo_jax.training.optimizer import memory_of_moments, state_shapes
+from mass_dpo_jax.training.optimizer import moments_memory, state_shapes
 from mass_dpo_jax.training.setup import Reference, Setup
 from mass_dpo_jax.training.step import Metrics, Params, Trained, TrainState
 
 
 class StepBatch(NamedTuple):
-    """What one update trains on: B prompts in A micro-batches, each with its whole pool."""
+    """What one update trains on: B prompts in A micro-batches, each with its whole pool.
+
+    Attributes:
+        step: which update, counted from 0.
+        rows: int32 [B], the examples' rows of the training split.
+        arrays: [A, B / A, ...] on the devices.
+        packed_length: tokens that hold the chosen response and any n negatives of a prompt.
+    """
 
     step: int
-    """Which update, counted from 0."""
     rows: np.ndarray
-    """int32 [B], their places among the training examples."""
     arrays: Batch
-    """[A, B / A, ...] on the devices."""
-    size: int
-    """Tokens that the chosen response and any n negatives of a prompt have room in."""
+    packed_length: int
 
 
 class Batches:
     """The batches of a run, in order: a sequence without a state.
 
     `batches[step]` is a function of (seed, step, lengths of the examples) alone, so a loop that
-    goes on from a saved step sees what it would have seen. Every epoch is a new permutation, cut
-    into batches of similar lengths. Made by `mass_dpo_jax.batches`.
+    resumes at a saved step sees what it would have seen. Every epoch is a new permutation, cut into
+    batches of similar lengths. Made by `mass_dpo_jax.batches`.
 
     Attributes:
-        setup: what they are batches of: method, decoder, tokens.
+        setup: method, decoder and tokens.
         reference: its log-probabilities of every response.
         order: from a step to its rows.
     """
@@ -54,36 +57,39 @@ class Batches:
         self._total = train.steps or train.epochs * self.order.steps_per_epoch
 
     def __len__(self) -> int:
-        """Updates of the run: `train.steps`, or as many as `train.epochs` need."""
+        """Returns the updates of the run: `train.steps`, or as many as `train.epochs` need."""
         return self._total
 
     def __iter__(self) -> Iterator[StepBatch]:
         return (self[step] for step in range(self._total))
 
     def __getitem__(self, step: int) -> StepBatch:
-        """The batch of an update, on the devices.
+        """Returns the batch of an update, on the devices.
 
         Raises:
             IndexError: there is no such update.
         """
         step = range(self._total)[operator.index(step)]  # No slices.
         rows, shape = self.order(step)
-        refs = self.reference.logps.get("train")
+        tokens, ref_logps = self.setup.tokens["train"], self.reference.logps.get("train")
 
         def make(rows: np.ndarray) -> Batch:
-            every = rows.reshape(-1)
-            tokens = self.setup.tokens["train"]
-            batch = make_batch(tokens, every, shape, refs, self.reference.grams)
+            batch = make_batch(tokens, rows.reshape(-1), shape, ref_logps, self.reference.grams)
             return jax.tree.map(lambda x: x.reshape(*rows.shape, *x.shape[1:]), batch)
 
-        return StepBatch(step, rows, self._place(rows, make), shape.selected)
+        return StepBatch(step, rows, self._shard(rows, make), shape.selected)
 
-    def place_sets(self, rows: np.ndarray, sets: np.ndarray) -> jax.Array:
-        """int32 [A, B / A, n] of a step's `rows`, from the negatives [M, n] of every example."""
-        placed: jax.Array = self._place(rows, lambda rows: sets[rows])
-        return placed
+    def shard_negatives(self, rows: np.ndarray, candidate_ids: np.ndarray) -> jax.Array:
+        """Puts the negatives of a step's rows on the devices, int32 [A, B / A, n].
 
-    def _place(self, rows: np.ndarray, make: Any) -> Any:
+        Args:
+            rows: int32 [B].
+            candidate_ids: int32 [M, n], of every example.
+        """
+        sharded: jax.Array = self._shard(rows, lambda rows: candidate_ids[rows])
+        return sharded
+
+    def _shard(self, rows: np.ndarray, make: Callable[[np.ndarray], Any]) -> Any:
         rows = rows.reshape(-1, self.setup.config.train.micro_batch_size)
         return mesh_lib.shard_rows(self.setup.mesh, rows, make)
 
@@ -91,13 +97,13 @@ class Batches:
 class TrainStep:
     """`state, metrics = step(state, batch)`: one update. Made by `mass_dpo_jax.make_train_step`.
 
-    Negatives are chosen anew as `selection.refresh` says. Where sets outlive a step, those of a
+    Negatives are chosen anew as `selection.refresh` says. Where they outlive a step, those of a
     window are chosen at its first step and handed on in the state, so that another function, or
-    another process with a saved state, goes on with them. A step whose sets are not there (a state
-    without `sets`, a window entered in its middle) chooses them itself, with a warning.
+    another process with a saved state, can continue with them. A step whose negatives are missing
+    (a state without `sets`, a window entered in its middle) chooses them itself, with a warning.
 
     Attributes:
-        optimizer: what the gradients go through.
+        optimizer: the gradient transformation.
         sets: chooses the negatives of a window, where they outlive a step.
     """
 
@@ -116,7 +122,7 @@ class TrainStep:
         self._frozen = frozen
 
     def init(self, params: Params) -> TrainState:
-        """The state before the first update. The weights [trained ones] are copied into it.
+        """Returns the state before the first update, with a copy of the trained weights.
 
         Args:
             params: of the model, as `Model.params`.
@@ -135,7 +141,7 @@ class TrainStep:
         return first_state(like, self.optimizer, jax.tree.map(jnp.copy, trained))
 
     def __call__(self, state: TrainState, batch: StepBatch) -> tuple[TrainState, Metrics]:
-        """Scores the pools, chooses negatives, descends the loss on them.
+        """Scores the pools, chooses negatives, and descends the loss on them.
 
         Args:
             state: donated: its arrays are gone afterwards.
@@ -146,15 +152,15 @@ class TrainStep:
                 batches were made, or the state's `sets` are those of other examples.
 
         Returns:
-            The next state; and figures by name, float32 scalars on the devices: `loss` (nats),
-            `grad_norm`, `update_ratio`, `skipped` (1 where loss or gradient were not finite, and
-            nothing was changed), `rewards/*`, `logps/*` and `selection/*`.
+            The next state, and metrics by name, float32 scalars on the devices: `loss` (nats),
+            `grad_norm`, `update_ratio`, `skipped` (1 where the loss or the gradient was not finite,
+            and nothing was changed), `rewards/*`, `logps/*` and `selection/*`.
         """
-        state, _, figures = self.update(state, batch)
-        return state, figures
+        state, _, metrics = self.update(state, batch)
+        return state, metrics
 
     def update(self, state: TrainState, batch: StepBatch) -> tuple[TrainState, Trained, Metrics]:
-        """As a call, and what it trained on."""
+        """Does what a call does, and returns what it trained on, too."""
         check_type(state, TrainState, "state", "that of init(model.params), or the last step's")
         check_type(batch, StepBatch, "batch", "one of those that the step was made for")
         if isinstance(state.step, jax.Array) and state.step.is_deleted():
@@ -170,37 +176,40 @@ class TrainStep:
                 "batch: of other batches than the step was made for, whose sets of negatives it "
                 "keeps; make_train_step(model, batches) makes one for these"
             )
-        state, used, figures = setup.program.train_step(
+        negatives = None
+        if sets is not None:
+            negatives = self._batches.shard_negatives(batch.rows, sets.candidate_ids)
+        state, trained, metrics = setup.program.train_step(
             self.optimizer,
             state._replace(sets=None),
             batch.arrays,
-            None if sets is None else self._batches.place_sets(batch.rows, sets.numbers),
+            negatives,
             setup.key(batch.step // self.sets.window),
-            batch.size,
+            batch.packed_length,
             self._frozen,
         )
-        return state._replace(sets=sets), used, figures
+        return state._replace(sets=sets), trained, metrics
 
 
 def first_state(like: Any, optimizer: optax.GradientTransformation, trained: Params) -> TrainState:
-    """The state before the first update, which the weights become a part of.
+    """Returns the state before the first update, of which the weights become a part.
 
     Args:
         like: its `abstract_state`.
         optimizer: of the run.
         trained: the weights.
     """
-    places = jax.tree.map(lambda x: x.sharding, like.opt_state)
+    shardings = jax.tree.map(lambda x: x.sharding, like.opt_state)
     return TrainState(
         jax.device_put(np.int32(0), like.step.sharding),
         trained,
-        jax.jit(optimizer.init, out_shardings=places)(trained),
+        jax.jit(optimizer.init, out_shardings=shardings)(trained),
     )
 
 
 def abstract_state(setup: Setup, optimizer: optax.GradientTransformation) -> Any:
-    """A `TrainState` of shapes and shardings: Adam's moments lie where their weights do."""
+    """Returns a `TrainState` of shapes and shardings; Adam's moments lie where their weights do."""
     params, _ = setup.policy.split(setup.policy.abstract)
-    memory = memory_of_moments(setup.config.train, setup.mesh)
+    memory = moments_memory(setup.config.train, setup.mesh)
     step = jax.ShapeDtypeStruct((), np.int32, sharding=mesh_lib.replicated(setup.mesh))
     return TrainState(step, params, state_shapes(optimizer, params, setup.mesh, memory))

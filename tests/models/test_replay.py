@@ -177,12 +177,12 @@ def test_a_step_is_the_same_without_reuse(tmp_path: Path, changes: dict[str, Any
             batch.arrays,
             None,
             setup.key(0),
-            batch.size,
+            batch.packed_length,
         )
         found.append((numbers, figures))
     (numbers, figures), (others, expected) = found
-    np.testing.assert_array_equal(numbers.numbers, others.numbers)
-    assert not np.asarray(numbers.bad).any()
+    np.testing.assert_array_equal(numbers.candidate_ids, others.candidate_ids)
+    assert not np.asarray(numbers.not_finite).any()
     assert figures.keys() == expected.keys()
     for name, value in figures.items():
         np.testing.assert_allclose(value, expected[name], rtol=2e-5, atol=2e-5, err_msg=name)

@@ -123,7 +123,7 @@ MUTATIONS = (
     ),
     Mutation(
         "methods: the loss does not see the reference",
-        "log_ratios=jnp.where(valid, logps - of_chosen(batch.ref_logps), 0.0)",
+        "log_ratios=jnp.where(valid, logps - gather_picks(batch.ref_logps), 0.0)",
         "log_ratios=jnp.where(valid, logps, 0.0)",
         "training/test_train.py::test_losses_at_the_reference",
     ),
@@ -711,8 +711,8 @@ MUTATIONS = (
     ),
     Mutation(
         "steps: a gradient that is not finite is not noticed",
-        'finite = jnp.isfinite(figures["loss"]) & jnp.isfinite(figures["grad_norm"])',
-        'finite = jnp.isfinite(figures["loss"])',
+        "finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)",
+        "finite = jnp.isfinite(loss)",
         "training/test_reliability.py::test_an_update_with_an_infinite_gradient_is_skipped",
     ),
     Mutation(
@@ -747,8 +747,8 @@ MUTATIONS = (
     ),
     Mutation(
         "refresh: a state hands on no sets",
-        "return state._replace(sets=sets), used, figures",
-        "return state, used, figures",
+        "return state._replace(sets=sets), trained, metrics",
+        "return state, trained, metrics",
         "test_api.py::test_another_step_function_goes_on_inside_a_window",
     ),
     Mutation(

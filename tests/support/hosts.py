@@ -127,13 +127,13 @@ def replay(
             own = np.zeros((rows, 3), np.int32)
             micro = jax.tree.map(lambda x: x[0], batch.arrays)
             choice, _ = setup.program.choose_batch(state.params, micro, setup.key(step))
-            own[distributed.gather(micro.index)] = distributed.gather(choice.numbers)
+            own[distributed.gather(micro.index)] = distributed.gather(choice.candidate_ids)
             if sets is not None:
                 flips += int((own != sets[step])[batch.rows].any(1).sum())
         chosen.append(own if sets is None else sets[step])
-        negatives = batches.place_sets(batch.rows, chosen[-1])
+        negatives = batches.shard_negatives(batch.rows, chosen[-1])
         state, _, found = setup.program.train_step(
-            optimizer, state, batch.arrays, negatives, setup.key(step), batch.size
+            optimizer, state, batch.arrays, negatives, setup.key(step), batch.packed_length
         )
         losses.append(float(found["loss"]))
     made: list[int] = []

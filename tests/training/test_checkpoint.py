@@ -259,7 +259,7 @@ def test_restoring_into_another_type(tmp_path: Path, data: Path) -> None:
     after = final_state(tmp_path / "run", config)
     for a, b in zip(*map(jax.tree.leaves, (after.params, before.params)), strict=True):
         np.testing.assert_array_equal(a, b)
-    mu, wide = (x.opt_state[1][0].mu["blocks"]["gate"]["kernel"] for x in (after, before))
+    mu, wide = (x.opt_state[0].mu["blocks"]["gate"]["kernel"] for x in (after, before))
     assert mu.dtype == jnp.bfloat16
     np.testing.assert_array_equal(mu, wide.astype(jnp.bfloat16))
 

@@ -229,16 +229,16 @@ def test_eight_devices_equal_one(
         figures = []
         for step in range(3):
             batch = batches[step]
-            chosen = batches.place_sets(batch.rows, sets)
+            chosen = batches.shard_negatives(batch.rows, sets)
             state, _, figure = setup.program.train_step(
-                optimizer, state, batch.arrays, chosen, setup.key(step), batch.size, frozen
+                optimizer, state, batch.arrays, chosen, setup.key(step), batch.packed_length, frozen
             )
             figures.append({name: float(figure[name]) for name in ("loss", "grad_norm")})
         found.append((reference.logps["train"], figures))
     gate = frozen["blocks"]["gate"]["kernel"]
     for part in jax.tree.leaves(gate):
         assert part.addressable_shards[0].data.size == part.size // (4 if part.shape[1] > 1 else 2)
-    a = state.opt_state[1][0].mu["adapters"]["gate"]["a"]
+    a = state.opt_state[0].mu["adapters"]["gate"]["a"]
     assert a.addressable_shards[0].data.shape == (2, 16, 2)  # [layer, embed, rank]
     b = state.params["adapters"]["gate"]["b"]
     assert b.addressable_shards[0].data.shape == (2, 2, 32)  # [layer, rank, mlp]

@@ -61,7 +61,7 @@ def test_eight_devices_equal_one(
     logps = refs.logps["train"]
     np.testing.assert_allclose(refs_8.logps["train"], logps, rtol=1e-5, atol=1e-5)
 
-    for part in (state_8.params, state_8.opt_state[1][0].mu, state_8.opt_state[1][0].nu):
+    for part in (state_8.params, state_8.opt_state[0].mu, state_8.opt_state[0].nu):
         kernel = part["blocks"]["gate"]["kernel"]  # [layer, embed, mlp]
         assert kernel.addressable_shards[0].data.shape == (2, 32 // 2, 48 // 2)
         assert part["embed"].addressable_shards[0].data.size == part["embed"].size // 4
@@ -79,11 +79,11 @@ def test_eight_devices_equal_one(
             for part in range(2):
                 micro = jax.tree.map(lambda x, i=part: x[i], arrays)
                 choice, _ = program.program.choose_batch(weights, micro, program.key(step))
-                target[np.asarray(micro.index)] = np.asarray(choice.numbers)
+                target[np.asarray(micro.index)] = np.asarray(choice.candidate_ids)
         flips += int((sets != sets_8).any(1).sum())
-        negatives, negatives_8 = (batches.place_sets(batch.rows, sets) for batches in both)
+        negatives, negatives_8 = (batches.shard_negatives(batch.rows, sets) for batches in both)
         state, _, found = setup.program.train_step(
-            optimizer, state, batch.arrays, negatives, setup.key(step), batch.size
+            optimizer, state, batch.arrays, negatives, setup.key(step), batch.packed_length
         )
         state_8, _, found_8 = setup_8.program.train_step(
             optimizer_8, state_8, batch_8.arrays, negatives_8, setup_8.key(step), batch_8.size
@@ -94,7 +94,7 @@ def test_eight_devices_equal_one(
             assert float(found_8[name]) == pytest.approx(float(value), rel=1e-4, abs=1e-4), name
     assert flips <= 1
     # The update keeps the state where it was.
-    kernel = state_8.opt_state[1][0].nu["blocks"]["gate"]["kernel"]
+    kernel = state_8.opt_state[0].nu["blocks"]["gate"]["kernel"]
     assert kernel.addressable_shards[0].data.shape == (2, 16, 24)
 
 
@@ -128,7 +128,7 @@ def test_a_step_says_where_its_state_lies(tmp_path: Path, changes: dict[str, Any
     setup, optimizer, state, refs = start(config, tmp_path / "run")
     batch = Batches(setup, refs)[0]
     traced = setup.program.train_step.trace(
-        setup.program, optimizer, state, batch.arrays, None, setup.key(0), batch.size
+        setup.program, optimizer, state, batch.arrays, None, setup.key(0), batch.packed_length
     )
     program = traced.jaxpr.jaxpr
     made_by = {x: equation for equation in program.eqns for x in equation.outvars}

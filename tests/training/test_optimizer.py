@@ -23,8 +23,8 @@ from mass_dpo_jax.training import optimizer as optimizer_lib
 from mass_dpo_jax.training.optimizer import (
     HOST,
     make_optimizer,
-    memory_of_moments,
-    stored_in_bfloat16,
+    moments_memory,
+    store_in_bfloat16,
 )
 from mass_dpo_jax.training.setup import prepare
 from mass_dpo_jax.training.updates import abstract_state
@@ -55,10 +55,10 @@ def after(optimizer: optax.GradientTransformation, gradients: np.ndarray) -> Any
 def test_it_is_adamw_with_a_clipped_gradient(scale: float) -> None:
     gradients = np.random.default_rng(0).normal(size=(50, 40)) * scale
     train = settings(weight_decay=0.1, clip=0.3)
-    rate = optimizer_lib._schedule(train.learning_rate, round(train.warmup_ratio * 50), 50)
+    rate = optimizer_lib._make_schedule(train.learning_rate, round(train.warmup_ratio * 50), 50)
     want = optax.chain(optax.clip_by_global_norm(0.3), optax.adamw(rate, weight_decay=0.1))
     ours, theirs = (after(o, gradients) for o in (make_optimizer(train, 50), want))
-    assert jax.tree.structure(ours[1]) == jax.tree.structure(theirs[1])  # Old checkpoints load.
+    assert jax.tree.structure(ours[1]) == jax.tree.structure(theirs[1][1])  # That of AdamW.
     np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-5, atol=1e-7)
     assert np.abs(ours[0]).min() > 0
 
@@ -67,7 +67,7 @@ def test_it_is_adamw_with_a_clipped_gradient(scale: float) -> None:
 @pytest.mark.parametrize("total", [50, 1])
 def test_the_rate_in_the_log_is_that_of_the_updates(warmup: int, total: int) -> None:
     train = settings(learning_rate=2e-3, warmup_ratio=warmup / 50)
-    schedule = optimizer_lib._schedule(2e-3, round(warmup / 50 * total), total)
+    schedule = optimizer_lib._make_schedule(2e-3, round(warmup / 50 * total), total)
     with jax.transfer_guard("disallow"):
         rate = optimizer_lib.learning_rate(train, total)
         found = [rate(step) for step in range(total + 3)]
@@ -92,7 +92,7 @@ def test_bfloat16_moments_are_float32s_on_average() -> None:
     gradients[1000:] *= 0.1
     adam = optax.scale_by_adam()
     _, wide = after(adam, gradients)
-    _, narrow = after(stored_in_bfloat16(adam), gradients)
+    _, narrow = after(store_in_bfloat16(adam), gradients)
     assert narrow.mu.dtype == narrow.nu.dtype == jnp.bfloat16
     ratio = np.asarray(narrow.nu, np.float64) / np.asarray(wide.nu, np.float64)
     assert abs(ratio.mean() - 1) < 0.012  # The standard error of this mean is 0.003.
@@ -166,7 +166,7 @@ def test_a_run_with_small_moments_goes_on_bit_for_bit(
     setup = prepare(config, parts, ("train",))
     like = abstract_state(setup, make_optimizer(config.train, 4))
     state, *_ = checkpoint.Checkpoints(parts).restore(like)
-    for moment in (state.opt_state[1][0].mu, state.opt_state[1][0].nu):
+    for moment in (state.opt_state[0].mu, state.opt_state[0].nu):
         kernel = moment["blocks"]["gate"]["kernel"]
         assert kernel.dtype == jnp.bfloat16 and np.abs(np.asarray(kernel)).max() > 0
         assert kernel.sharding.memory_kind == (HOST if offload else "device")
@@ -184,7 +184,7 @@ def test_moments_on_the_host_change_nothing(dtype: str) -> None:
     for offload in (False, True):
         train = settings(moments_dtype=dtype, offload_moments=offload)
         optimizer = make_optimizer(train, 5)
-        memory = memory_of_moments(train, devices) or "device"
+        memory = moments_memory(train, devices) or "device"
 
         def place(leaf: Any, memory: str = memory) -> Any:
             return split.with_memory_kind(memory) if leaf.ndim else mesh.replicated(devices)
@@ -200,12 +200,12 @@ def test_moments_on_the_host_change_nothing(dtype: str) -> None:
         for gradient in gradients:
             before = state
             weights, state = step(weights, state, jax.device_put(gradient, split))
-            adam = state[1][0]
+            adam = state[0]
             for moment in (adam.mu, adam.nu):
                 assert moment.sharding.memory_kind == memory
                 assert moment.addressable_shards[0].data.shape == (4, 6)
                 assert moment.dtype == dtype
-            assert before[1][0].mu.is_deleted() and before[1][0].nu.is_deleted()
+            assert before[0].mu.is_deleted() and before[0].nu.is_deleted()
         found[offload] = np.asarray(weights)
     np.testing.assert_array_equal(found[True], found[False])
     assert np.abs(found[True]).min() > 0
@@ -213,8 +213,8 @@ def test_moments_on_the_host_change_nothing(dtype: str) -> None:
 
 def test_devices_without_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     devices = mesh.make_mesh(config_lib.default().mesh)
-    assert memory_of_moments(settings(), devices) is None
-    assert memory_of_moments(settings(offload_moments=True), devices) == HOST
+    assert moments_memory(settings(), devices) is None
+    assert moments_memory(settings(offload_moments=True), devices) == HOST
     monkeypatch.setattr(optimizer_lib, "HOST", "pinned_nowhere")
     with pytest.raises(UserError, match=r"offload_moments=True: cpu .*device, .*pinned_nowhere"):
-        memory_of_moments(settings(offload_moments=True), devices)
+        moments_memory(settings(offload_moments=True), devices)

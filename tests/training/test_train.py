@@ -22,7 +22,7 @@ from mass_dpo_jax.training.methods import METHODS
 from mass_dpo_jax.training.negatives import NO_SET, NegativeSets
 from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.setup import Reference, prepare
-from mass_dpo_jax.training.step import Choice, KeptSets, Program, TrainState, _figures
+from mass_dpo_jax.training.step import Choice, KeptSets, Program, TrainState, _describe_responses
 from mass_dpo_jax.training.updates import Batches, TrainStep
 from tests.support.helpers import log_lines, losses, slow, tiny_config, write_jsonl
 from tests.support.runs import on_one_device
@@ -149,13 +149,13 @@ def first_loss(tmp_path: Path, data: Path, **changes: Any) -> float:
     params = setup.policy.weights("", 0)
     reference = setup.reference(params) if setup.method.uses_reference else Reference({})
     first = Batches(setup, reference)[0]
-    batch, size = first.arrays, first.size
+    batch, size = first.arrays, first.packed_length
 
     @jax.jit
     def loss(params: Any, batch: Any) -> Any:
         choice = Choice(jnp.zeros((len(batch.index), 0), jnp.int32))
         if not setup.method.is_supervised:
-            choice, *_ = setup.program.choose(params, batch, setup.key(0))
+            choice, _ = setup.program.choose_batch(params, batch, setup.key(0))
         return setup.program.loss(params, batch, choice, size)[0]
 
     parts = [loss(params, jax.tree.map(lambda x, i=i: x[i], batch)) for i in range(len(batch[0]))]
@@ -346,7 +346,7 @@ def test_random_sets_are_each_prompts_own_and_last_a_window(
     def choose(self: Program, _: Any, state: Any, arrays: Any, given: Any, key: Any, *rest: Any):
         assert given is None  # They are chosen inside of the step.
         micro_batch = jax.tree.map(lambda x: x[0], arrays)
-        return state, self.choose_batch(state.params, micro_batch, key)[0].numbers, {}
+        return state, self.choose_batch(state.params, micro_batch, key)[0].candidate_ids, {}
 
     monkeypatch.setattr(Program, "train_step", choose)  # Its choice without its gradient.
     step = TrainStep(batches, make_optimizer(config.train, 3), {})
@@ -375,7 +375,7 @@ def test_a_step_moves_nothing_between_host_and_device(tmp_path: Path, data: Path
     for guard in ("allow", "disallow"):  # Compiled at the first call.
         with jax.transfer_guard(guard):
             state, *_ = setup.program.train_step(
-                optimizer, state, batch.arrays, None, key, batch.size, {}
+                optimizer, state, batch.arrays, None, key, batch.packed_length, {}
             )
     assert int(state.step) == 2
     # The guard works on this device, too.
@@ -402,7 +402,7 @@ def test_a_window_chooses_for_every_row_it_trains_on_with_the_policy_at_its_star
     sets = NegativeSets(setup, order, 5, Reference({}), None)
     for step, start in enumerate((10, 10, 12, 12, 14)):
         found = sets.for_step(step, 10 + step)  # A number in the place of weights.
-        assert found is not None and (found.numbers[order(step)[0]] == start).all()
+        assert found is not None and (found.candidate_ids[order(step)[0]] == start).all()
 
 
 def test_sets_that_are_not_there_are_chosen_with_a_warning(
@@ -423,27 +423,27 @@ def test_sets_that_are_not_there_are_chosen_with_a_warning(
     def at(sets: NegativeSets, step: int, policy: int, given: KeptSets | None = None) -> KeptSets:
         found = sets.for_step(step, policy, given)  # A number in the place of weights.
         assert found is not None and found.window == step // 3
-        assert (found.numbers != NO_SET).all(1)[order(step)[0]].all()
+        assert (found.candidate_ids != NO_SET).all(1)[order(step)[0]].all()
         return found
 
     def policy_of(found: KeptSets, step: int) -> int:
-        (policy,) = np.unique(found.numbers[order(step)[0]])
+        (policy,) = np.unique(found.candidate_ids[order(step)[0]])
         return int(policy)
 
     first = at(sets(), 0, 1)
-    before = first.numbers.copy()
+    before = first.candidate_ids.copy()
     assert "no sets" not in said()
     # Handed on: with the state, as arrays of JAX too, or with a checkpoint.
     for given in (first, jax.tree.map(jnp.asarray, first)):
         assert policy_of(at(sets(), 1, 2, given), 1) == 1
-    assert policy_of(at(sets(first.numbers), 2, 2), 2) == 1
+    assert policy_of(at(sets(first.candidate_ids), 2, 2), 2) == 1
     assert "no sets" not in said()
     # A window of its own begins: nothing is missing.
     assert policy_of(at(sets(), 3, 4, first), 3) == 4
-    np.testing.assert_array_equal(first.numbers, before)  # A state is not changed afterwards.
+    np.testing.assert_array_equal(first.candidate_ids, before)  # A state is not changed afterwards.
     assert "no sets" not in said()
     # Entered in the middle: without sets, with those of another window, with some rows' only.
-    partial = first.numbers.copy()
+    partial = first.candidate_ids.copy()
     partial[order(2)[0][3]] = NO_SET
     for step, given in ((1, None), (4, first), (5, first), (2, KeptSets(0, partial))):
         assert policy_of(at(sets(), step, 9, given), step) == 9
@@ -465,7 +465,7 @@ def test_a_set_in_another_order_has_not_changed(tmp_path: Path, data: Path) -> N
 def test_a_row_without_negatives_has_no_margin() -> None:
     logps, rewards = jnp.array([[-1.0, -2.0, -3.0]] * 3), jnp.array([[3.0, 1.0, 2.0]] * 3)
     valid = jnp.array([[True, True, True], [True, True, False], [True, False, False]])
-    found = _figures(logps, rewards, valid)
+    found = _describe_responses(logps, rewards, valid)
     assert all(np.isfinite(value) for value in found.values())
     assert found["rewards/margins_hard"] == pytest.approx((1 + 2 + 0) / 3)
 
