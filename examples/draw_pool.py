@@ -41,7 +41,7 @@ PANELS = {
     "hardest": "hardest",
     "sampled": "drawn from the pool weights (pl_sampled)",
     "pool_fisher": "Fisher information (MASS-DPO)",
-    "contrast": "with the chosen response (contrast)",
+    "contrast": "contrast (sees the chosen response)",
 }
 PICKED, CHOSEN, REST = COLOURS[0], COLOURS[1], "#BCC3CC"
 # Where a label may stand beside its point, in points: offset, then alignment.
