@@ -34,7 +34,7 @@ from jax import lax
 from benchmarks import machine
 from mass_dpo_jax import cli, selection
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.selection import Settings, catalogue
+from mass_dpo_jax.selection import Settings, catalogue, sharded_search
 
 RIDGE = Settings().ridge
 # In other words than a tie: sums in another order, and gains that are a difference of large ones.
@@ -176,7 +176,7 @@ def select_batch(h: jax.Array, scores: jax.Array, n: int, how: Settings) -> sele
     mask = jnp.ones(scores.shape, bool)
     keys = jax.random.split(jax.random.key(0), len(h))
     return selection.select(
-        selection.Pool(selection.grams(h, mask, how), scores, mask, keys), n, how
+        selection.Pool(selection.compute_grams(h, mask, how), scores, mask, keys), n, how
     )
 
 
@@ -287,17 +287,17 @@ def large_pool(size: int, width: int, n: int, case: Case) -> tuple[dict[str, Pro
     h = rng.standard_normal((size, width), dtype=np.float32)
     h *= np.arange(1, width + 1, dtype=np.float32) ** -case.decay
     scores = rng.standard_normal(size, dtype=np.float32) * np.float32(case.spread)
-    mesh = catalogue.all_devices()
-    arrays = [catalogue.split(mesh, x) for x in (h, scores, np.ones(size, bool))]
+    mesh = catalogue.make_mesh()
+    arrays = [catalogue.shard_rows(mesh, x) for x in (h, scores, np.ones(size, bool))]
     static = n, "pool_fisher", "none", mesh
     scale, unused = jnp.float32(1 / case.ridge), jnp.zeros(width)
     on_device, their_scores = jnp.asarray(h), jnp.asarray(scores)
 
     def ours() -> tuple[selection.Selection, jax.Array]:
-        return jax.block_until_ready(catalogue.greedy(*arrays, unused, scale, *static))
+        return jax.block_until_ready(catalogue.search_greedily(*arrays, unused, scale, *static))
 
     sweeps = int(ours()[1])
-    room = catalogue.shortlist_room(size // mesh.size) * mesh.size
+    room = sharded_search.shortlist_size(size // mesh.size) * mesh.size
     touched = (room * n + (sweeps - 1) * size) / (size * n)  # The first is of norms only.
     programs = {
         OURS: Program(ours, lambda found: _jax_picks(found[0])),

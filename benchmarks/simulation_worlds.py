@@ -228,7 +228,7 @@ def measure(theta: jax.Array, world: World) -> Measured:
 def measure_all(world: World, sizes: Sequence[int], key: jax.Array) -> dict[str, np.ndarray]:
     """Every method for every n in `sizes`: [sizes, 3], the fields of `Measured`."""
     everyone = jnp.ones((PROMPTS, NEGATIVES), bool)
-    gram = selection.grams(world.features, everyone, selection.Settings())
+    gram = selection.compute_grams(world.features, everyone, selection.Settings())
     largest = max((n for n in sizes if n < NEGATIVES), default=1)
 
     def error(members: jax.Array, method: Method = METHODS["all"], n: int = 0) -> list[float]:

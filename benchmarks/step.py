@@ -190,10 +190,10 @@ class Bench:
 
         @jax.jit
         def select(features: jax.Array, rewards: jax.Array, mask: jax.Array, keys: Any) -> Any:
-            grams = selection.grams(features, mask, settings)
+            grams = selection.compute_grams(features, mask, settings)
             pools = selection.Pool(grams, rewards[:, 1:] - rewards[:, :1], mask, keys)
             chosen = selection.select(pools, n, settings)
-            return chosen, selection.diagnostics(pools, chosen, settings) if figures else None
+            return chosen, selection.diagnose(pools, chosen, settings) if figures else None
 
         ready = []
         for batch in self.case.batches:

@@ -135,7 +135,6 @@ def default() -> ConfigDict:
     # ---- How negatives are chosen, and when.
     c.selection = Settings()
     c.selection.criterion = "pool_fisher"  # How mass_dpo chooses the negatives it trains on.
-    c.selection.search = "greedy"  # How to search for a set with a large determinant.
     c.selection.ridge = 0.1  # The paper's gamma: H_0 = ridge * I.
     # How often negatives are chosen: step (at every step) | epoch | once | a number of steps.
     c.selection.refresh = "step"
@@ -307,7 +306,6 @@ CHOICES = {
     "data.long_prompt": ("cut", "drop", "error"),
     "data.long_response": ("error", "drop"),
     "selection.criterion": tuple(CRITERION_SUMMARIES),
-    "selection.search": ("greedy", "exchange", "exhaustive"),
     "selection.features": ("policy", "reference"),
     "selection.feature_norm": ("none", "l2"),
     "selection.pooling": ("response", "all"),

@@ -18,7 +18,7 @@ from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models import decoder
 from mass_dpo_jax.models.config import FAMILIES, TARGETS
 from mass_dpo_jax.runs import run_config
-from mass_dpo_jax.selection import designs, registry
+from mass_dpo_jax.selection import gram
 from mass_dpo_jax.train import train
 from tests.support.helpers import tiny_config, write_jsonl
 
@@ -176,8 +176,7 @@ def test_choices_are_those_of_the_code_that_reads_them() -> None:
     expected = {
         "model.scratch.model_type": FAMILIES,
         "model.remat": decoder.REMAT,
-        "selection.feature_norm": registry.FEATURE_NORMS,
-        "selection.search": designs.SEARCHES,
+        "selection.feature_norm": gram.FEATURE_NORMS,
     }
     for name, choices in expected.items():
         assert set(config_lib.CHOICES[name]) == set(choices), name

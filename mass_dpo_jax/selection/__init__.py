@@ -1,25 +1,41 @@
-"""Which n of N negatives a prompt is trained on.
+"""Which n of N negatives an example is trained on.
 
-`select_negatives` chooses in the pools of a batch, `catalogue` in one pool of up to a million;
-`design` and `criterion` register a criterion of one's own, beside those in `criteria`.
+batch.py           in the pools of a batch: `select`, `select_negatives`, diagnostics
+catalogue.py       in one pool of up to a million: `select_from_catalogue`
+sharded_search.py  its greedy search, over devices
+registry.py        `Settings`; `criterion` and `design` register a criterion
+criteria.py        the built-in criteria
+search.py          which set has a large determinant
+gram.py            Gram matrices of features and of designs
+types.py           `Pool`, `Selection`, `Design`
+arrays.py          reads the arrays of other libraries
 """
 
-from mass_dpo_jax.selection.batch import check, diagnostics, excess, grams, select, select_negatives
+from mass_dpo_jax.selection.batch import (
+    check_selection,
+    compute_grams,
+    diagnose,
+    float32_excess,
+    select,
+    select_negatives,
+)
 from mass_dpo_jax.selection.criteria import pool_loss, pool_weights
-from mass_dpo_jax.selection.designs import Design, Selection
-from mass_dpo_jax.selection.registry import Pool, Settings, criterion, design, in_order, names
+from mass_dpo_jax.selection.gram import from_origin
+from mass_dpo_jax.selection.registry import Settings, criterion, design, in_order, names
+from mass_dpo_jax.selection.types import Design, Pool, Selection
 
 __all__ = [
     "Design",
     "Pool",
     "Selection",
     "Settings",
-    "check",
+    "check_selection",
+    "compute_grams",
     "criterion",
     "design",
-    "diagnostics",
-    "excess",
-    "grams",
+    "diagnose",
+    "float32_excess",
+    "from_origin",
     "in_order",
     "names",
     "pool_loss",

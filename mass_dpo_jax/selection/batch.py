@@ -1,13 +1,13 @@
-"""Which n of a prompt's N negatives to train on.
+"""Selects negatives for the examples of a batch.
 
-`select` maps a criterion over the prompts of a batch, `select_negatives` does so for arrays of
-whoever calls. What a criterion is says registry.py, those there are criteria.py. Everything is
-`jit`-able with static `n` and `settings`.
+`select` maps a criterion over pools, `select_negatives` does so for arrays from any library.
+registry.py defines what a criterion is; criteria.py has the built-in ones. Everything but
+`select_negatives` is `jit`-able with static `n` and `settings`.
 
 Examples:
     >>> features = jnp.array([[0.0, 0.0], [0.8, 0.8], [1.0, 0.0], [0.0, 1.0], [0.1, 0.0]])
-    >>> chosen = select_negatives(features, n=2, criterion="contrast")
-    >>> print(chosen.indices, [f"{gain:.4f}" for gain in chosen.gains])
+    >>> picks = select_negatives(features, n=2, criterion="contrast")
+    >>> print(picks.indices, [f"{gain:.4f}" for gain in picks.gains])
     [0 1] ['3.2000', '1.5476']
 """
 
@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,25 +23,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array, Float, Key
 
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.selection import criteria, designs
-from mass_dpo_jax.selection.designs import Selection
-from mass_dpo_jax.selection.registry import (
-    Pool,
-    Settings,
-    check_name,
-)
+from mass_dpo_jax.selection import criteria
+from mass_dpo_jax.selection.arrays import as_array, as_integer, as_mask
+from mass_dpo_jax.selection.gram import compute_gram, norm_excess
+from mass_dpo_jax.selection.registry import Settings, check_name
+from mass_dpo_jax.selection.search import search_exhaustively
+from mass_dpo_jax.selection.types import Pool, Selection
 
-OVERLAP = 2**31 - 1  # Of the key by which `diagnostics` draws: no candidate has this number.
+MAX_SETS = 20_000  # `diagnose` looks for the best of no more sets than this.
+OVERLAP = 2**31 - 1  # Folded into the key that diagnostics draw with: no candidate has this index.
 
 
 def select(pools: Pool, n: int, settings: Settings) -> Selection:
-    """Selects up to n negatives of every prompt.
+    """Selects up to n negatives of every example.
 
     Args:
-        pools: a `Pool` whose fields have a leading batch dimension B; see `Settings` for which of
-            gram and scores may be None.
+        pools: a `Pool` whose fields have a leading batch dimension B; `Settings` says whether gram
+            and scores may be None.
         n: how many to select, >= 1; static.
         settings: static.
 
@@ -53,55 +53,72 @@ def select(pools: Pool, n: int, settings: Settings) -> Selection:
     return jax.vmap(lambda pool: choose(pool, n, settings))(pools)
 
 
-def excess(pools: Pool, settings: Settings) -> jax.Array:
-    """How far the numbers of each prompt are beyond what its choice can be computed of: [B], above
-    1 or NaN where it means nothing. For `check`, where a wrong choice would not be noticed."""
+def float32_excess(pools: Pool, settings: Settings) -> Float[Array, " B"]:
+    """Returns the ratio of each pool's magnitude to what float32 can resolve.
+
+    Above 1, or NaN, the selection is meaningless, which `check_selection` refuses.
+    """
     make = settings.definition.design
 
-    def of(pool: Pool) -> jax.Array:
+    def excess(pool: Pool) -> Array:
         if pool.scores is None:
             return jnp.float32(0)
-        found = designs.excess(make(pool, settings)) if make else jnp.float32(0)
-        return jnp.where(jnp.isfinite(pool.scores) | ~pool.mask, found, jnp.nan).max()
+        ratio = norm_excess(make(pool, settings)) if make else jnp.float32(0)
+        return jnp.where(jnp.isfinite(pool.scores) | ~pool.mask, ratio, jnp.nan).max()
 
-    return jax.vmap(of)(pools)
+    return jax.vmap(excess)(pools)
 
 
-def check(chosen: Selection, beyond: Any, settings: Settings, names: Sequence[str]) -> None:
-    """Raises UserError for the first prompt whose choice means nothing.
+def check_selection(
+    picks: Selection, excess: Any, settings: Settings, locations: Sequence[str]
+) -> None:
+    """Raises UserError for the first example whose selection is meaningless.
 
     Args:
-        chosen: with a leading batch dimension B.
-        beyond: [B], see `excess`.
-        settings: that it was chosen by.
-        names: what to call each prompt.
+        picks: with a leading batch dimension B.
+        excess: [B], from `float32_excess`.
+        settings: by which it was selected.
+        locations: what to call each example.
     """
-    beyond = np.asarray(beyond)
-    bad = ~(beyond <= 1)
-    for figures in (chosen.gains, chosen.weights):
+    excess = np.asarray(excess)
+    bad = ~(excess <= 1)
+    for figures in (picks.gains, picks.weights):
         bad |= ~np.isfinite(figures).all(-1)
     if not bad.any():
         return
     row = int(bad.argmax())
-    if beyond[row] > 1:
+    if excess[row] > 1:
         raise UserError(
-            f"{names[row]}: features too far apart to choose by {settings.criterion} in float32: "
-            f"squared distances over the ridge {beyond[row]:.1e} times what it has the digits for; "
-            "expected less, as with selection.feature_norm=l2 or a larger selection.ridge"
+            f"{locations[row]}: features too far apart to choose by {settings.criterion} in "
+            f"float32: squared distances over the ridge {excess[row]:.1e} times what it has the "
+            "digits for; expected less, as with selection.feature_norm=l2 or a larger "
+            "selection.ridge"
         )
     raise UserError(
-        f"{names[row]}: features or scores that are not finite or overflow float32; expected "
+        f"{locations[row]}: features or scores that are not finite or overflow float32; expected "
         "finite numbers"
     )
 
 
 def select_negatives(
-    features: Any, scores: Any = None, mask: Any = None, *, n: int, seed: int = 0, **settings: Any
+    features: Any,
+    scores: Any = None,
+    mask: Any = None,
+    *,
+    n: int,
+    criterion: str = "pool_fisher",
+    ridge: float = 0.1,
+    feature_norm: str = "none",
+    fisher_scale: bool = False,
+    beta: float = 0.1,
+    replacement: bool = False,
+    seed: int = 0,
+    **unknown: Any,
 ) -> Selection:
-    """Selects up to n negatives of one prompt or of many: the selector as a library call.
+    """Selects up to n negatives of one example or of many: the selector as a library call.
 
-    Arrays are NumPy's, JAX's, or any that speak DLPack, such as PyTorch's, slices and those that
-    have a gradient too; `torch.from_dlpack` takes back what is returned.
+    Arrays may be NumPy's, JAX's, or any that speak DLPack, such as PyTorch's, including slices and
+    tensors with a gradient; `torch.from_dlpack` takes back what is returned.
 
     Args:
         features: [C, D] or [B, C, D], pooled hidden states of each response, the chosen one first.
@@ -109,9 +126,14 @@ def select_negatives(
             None: all 0, as where the policy is the reference.
         mask: bool, like scores: which negatives exist. None: all.
         n: how many to select.
-        seed: of criteria that draw.
-        settings: `criterion`, `search`, `ridge`, `feature_norm`, `fisher_scale`, `beta`,
-            `replacement`; see `Settings` and mass_dpo_jax/config.py.
+        criterion: a built-in name or one that was registered, see `selection.names()`.
+        ridge: gamma of the paper, H_0 = ridge * I.
+        feature_norm: "none", or "l2" to divide each feature by its norm.
+        fisher_scale: whether to multiply by Eq. 11's factor beta^2 (1 - sigma(Z)).
+        beta: that of the scores, for `fisher_scale`.
+        replacement: whether `sampled` draws with replacement.
+        seed: for criteria that draw.
+        unknown: refused, with the setting that was meant.
 
     Returns:
         A `Selection` of JAX arrays, with leading dimension B if features have it. Negatives are
@@ -119,14 +141,12 @@ def select_negatives(
 
     Raises:
         ValueError: shapes do not fit together, or n < 1.
-        UserError: an unknown name or a value out of range in `settings`; or of the negatives there
-            are, features or scores that are not finite, or too large to choose by in float32; or
-            something that is no array of real numbers, no mask or no whole number.
+        UserError: an unknown name or a value out of range; features or scores of existing negatives
+            that are not finite, or too large to choose by in float32; or something that is no array
+            of real numbers, no mask or no whole number.
     """
-    known = [field.name for field in dataclasses.fields(Settings) if field.init]
-    for name in settings:
-        check_name("a setting of select_negatives", name, tuple(known))
-    n, seed = whole(n, "n"), whole(seed, "seed")
+    refuse_unknown("select_negatives", unknown, SETTINGS)
+    n, seed = as_integer(n, "n"), as_integer(seed, "seed")
     features = as_array(features, "features")
     if features.ndim not in (2, 3) or features.shape[-2] < 2 or n < 1:
         raise ValueError(
@@ -141,140 +161,96 @@ def select_negatives(
             f"features {features.shape} need scores and mask of shape {shape}: got "
             f"{scores.shape}, {mask.shape}"
         )
-    if single := features.ndim == 2:
+    if is_single := features.ndim == 2:
         features, scores, mask = features[None], scores[None], mask[None]
-    how = Settings(**settings)
-    chosen, beyond = select_features(features, scores, mask, jax.random.key(seed), n, how)
-    names = ["features"] if single else [f"features[{row}]" for row in range(len(mask))]
-    check(chosen, beyond, how, names)
-    return jax.tree.map(lambda x: x[0], chosen) if single else chosen
+    settings = Settings(criterion, ridge, feature_norm, fisher_scale, beta, replacement)
+    picks, excess = select_features(features, scores, mask, jax.random.key(seed), n, settings)
+    locations = ["features"] if is_single else [f"features[{row}]" for row in range(len(mask))]
+    check_selection(picks, excess, settings, locations)
+    return jax.tree.map(lambda x: x[0], picks) if is_single else picks
+
+
+SETTINGS = tuple(field.name for field in dataclasses.fields(Settings) if field.init)
+
+
+def refuse_unknown(function: str, unknown: dict[str, Any], settings: tuple[str, ...]) -> None:
+    """Raises UserError for keywords that a function does not take."""
+    for name in unknown:
+        check_name(f"a setting of {function}", name, settings)
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5))
 def select_features(
-    features: jax.Array,
-    scores: jax.Array,
-    mask: jax.Array,
-    key: jax.Array,
-    n: int,
-    settings: Settings,
-) -> tuple[Selection, jax.Array]:
-    """`select_negatives` of arrays [B, ...], with what `check` needs."""
+    features: Array, scores: Array, mask: Array, key: Key[Array, ""], n: int, settings: Settings
+) -> tuple[Selection, Float[Array, " B"]]:
+    """Selects as `select_negatives` from arrays [B, ...]; returns `float32_excess` beside."""
     keys = jax.random.split(key, features.shape[0])
-    pools = Pool(grams(features, mask, settings), scores, mask, keys)
-    return select(pools, n, settings), excess(pools, settings)
+    pools = Pool(compute_grams(features, mask, settings), scores, mask, keys)
+    return select(pools, n, settings), float32_excess(pools, settings)
 
 
-def grams(features: jax.Array, mask: jax.Array, settings: Settings) -> jax.Array:
-    """What criteria see of features [B, C, D]: float32 [B, C, C]; mask [B, N] as in `Pool`."""
+def compute_grams(features: Array, mask: Array, settings: Settings) -> Float[Array, "B C C"]:
+    """Computes what criteria see of features [B, C, D], with mask [B, N] as in `Pool`."""
 
-    def gram(one: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return designs.gram_matrix(*one, settings.feature_norm)
+    def gram(example: tuple[Array, Array]) -> Array:
+        return compute_gram(*example, settings.feature_norm)
 
-    def at_once(features: jax.Array, mask: jax.Array) -> jax.Array:
+    def at_once(features: Array, mask: Array) -> Array:
         return jax.vmap(gram)((features, mask))
 
-    def in_turn(features: jax.Array, mask: jax.Array) -> jax.Array:
+    def in_turn(features: Array, mask: Array) -> Array:
         return lax.map(gram, (features, mask))
 
     if jax.device_count() > 1:
         return at_once(features, mask)
-    # On a CPU, one prompt after another stays in the cache from its centring to its product.
+    # On a CPU, an example at a time stays in the cache from its centring to its product.
     return lax.platform_dependent(features, mask, cpu=in_turn, default=at_once)
 
 
-def diagnostics(pools: Pool, chosen: Selection, settings: Settings) -> dict[str, jax.Array]:
-    """Figures on a choice from scored pools: means over the batch, float32 scalars.
+def diagnose(pools: Pool, picks: Selection, settings: Settings) -> dict[str, Array]:
+    """Computes figures of a selection from scored pools: means over the batch, float32 scalars.
 
     - `selection/random_overlap`: the share of picks that `random` would have made; n / N is what
       chance gives.
 
     And for designs:
 
-    - `selection/logdet`: the value of the chosen sets.
+    - `selection/logdet`: the value of the picks.
     - `selection/max_norm_ridge`: max ||v||^2 / ridge over the pool. Far below 1, a design is close
       to "largest norms first".
     - `selection/effective_rank`: (sum of G's eigenvalues)^2 / sum of their squares, how many
       directions the pool's design vectors have.
-    - `selection/optimality`: of the first prompt, the value over that of the best set there is;
-      left out where more than `designs.MOST_SETS` sets would have to be looked at.
+    - `selection/optimality`: for the first example, the value over that of the best set; left out
+      where there are more than `MAX_SETS` sets.
     """
-    n = chosen.indices.shape[1]
-    size = pools.mask.shape[1]
+    n, size = picks.indices.shape[1], pools.mask.shape[1]
 
-    def overlap(pool: Pool, mine: Selection) -> jax.Array:
+    def overlap(pool: Pool, picks: Selection) -> Array:
         # With noise of its own: a criterion that draws would meet itself.
-        apart = pool._replace(key=jax.random.fold_in(pool.key, OVERLAP))
-        other = criteria.random(apart, n, settings)
-        theirs = jnp.zeros(size, bool).at[other.indices].max(other.valid)
-        hits = jnp.sum(mine.valid & theirs[mine.indices])
-        return hits / jnp.maximum(jnp.sum(mine.valid), 1)
+        pool = pool._replace(key=jax.random.fold_in(pool.key, OVERLAP))
+        random = criteria.random(pool, n, settings)
+        is_random = jnp.zeros(size, bool).at[random.indices].max(random.valid)
+        hits = jnp.sum(picks.valid & is_random[picks.indices])
+        return hits / jnp.maximum(jnp.sum(picks.valid), 1)
 
-    figures = {"selection/random_overlap": jax.vmap(overlap)(pools, chosen).mean()}
+    figures = {"selection/random_overlap": jax.vmap(overlap)(pools, picks).mean()}
     make = settings.definition.design
     if make is None:
         return figures
 
-    def shape(pool: Pool) -> tuple[jax.Array, jax.Array]:
+    def norm_and_rank(pool: Pool) -> tuple[Array, Array]:
         gram = make(pool, settings).gram
         trace = jnp.trace(gram)
         rank = trace**2 / jnp.maximum(jnp.sum(gram**2), jnp.finfo(gram.dtype).tiny)
         return jnp.diagonal(gram).max(), rank
 
-    norm, rank = jax.vmap(shape)(pools)
-    figures["selection/logdet"] = jnp.log1p(chosen.gains).sum(1).mean()
+    norm, rank = jax.vmap(norm_and_rank)(pools)
+    figures["selection/logdet"] = jnp.log1p(picks.gains).sum(1).mean()
     figures["selection/max_norm_ridge"] = norm.mean()
     figures["selection/effective_rank"] = rank.mean()
-    if math.comb(size, min(n, size)) <= designs.MOST_SETS:
+    if math.comb(size, min(n, size)) <= MAX_SETS:
         first = jax.tree.map(lambda x: x[0], pools)
-        best = designs.search(make(first, settings), first.mask, n, "exhaustive")
-        values = [jnp.log1p(gains).sum() for gains in (chosen.gains[0], best.gains)]
-        figures["selection/optimality"] = jnp.where(values[1] > 0, values[0] / values[1], 1.0)
+        best = search_exhaustively(make(first, settings), first.mask, n)
+        value, optimum = (jnp.log1p(gains).sum() for gains in (picks.gains[0], best.gains))
+        figures["selection/optimality"] = jnp.where(optimum > 0, value / optimum, 1.0)
     return figures
-
-
-def whole(x: Any, name: str) -> int:
-    """An integer of any library as Python's own; raises UserError of anything else."""
-    try:
-        return operator.index(x)
-    except TypeError:
-        raise UserError(f"{name}={x!r}: expected a whole number") from None
-
-
-def as_mask(x: Any) -> jax.Array:
-    """A bool array; raises UserError of one that has more to say than who is there, such as indices
-    or what is added to scores."""
-    found = as_array(x, "mask")
-    if not ((found == 0) | (found == 1)).all():
-        raise UserError("mask: expected bool, or 1 where there is a negative and 0 elsewhere")
-    return found.astype(bool)
-
-
-def as_array(x: Any, name: str) -> jax.Array:
-    """A JAX array of the same values; without a copy where the other library allows it.
-
-    Raises:
-        UserError: it is no array of real numbers; called by `name`.
-    """
-    foreign = hasattr(x, "__dlpack__") and not hasattr(x, "__array_interface__")
-    read = jnp.from_dlpack if foreign else jnp.asarray
-    given = x
-    try:
-        if foreign and hasattr(x, "detach"):
-            # PyTorch hands over neither what has a gradient nor slices.
-            given = x.detach().contiguous()
-        try:
-            found = read(given)
-        except (BufferError, RuntimeError, TypeError, ValueError):
-            if not hasattr(given, "cpu"):
-                raise
-            found = read(given.cpu())  # On a device that JAX does not see.
-        if jnp.issubdtype(found.dtype, jnp.complexfloating):
-            raise TypeError("complex numbers")
-    except (BufferError, RuntimeError, TypeError, ValueError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0][:200]
-        raise UserError(
-            f"{name}: {type(x).__name__}: not read as an array of real numbers ({reason}); "
-            "expected one of NumPy or JAX, or a dense tensor of PyTorch"
-        ) from None
-    return found

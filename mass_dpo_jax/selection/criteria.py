@@ -1,7 +1,7 @@
-"""The criteria that come with the package, each from the pool of one prompt.
+"""The built-in criteria, each on the pool of one example.
 
-They see features through one Gram matrix per prompt, so that is all that has to be kept of features
-that are frozen. They are compared on language models in docs/results.md.
+They see features only through the example's Gram matrix, so of frozen features nothing else has to
+be kept. docs/results.md compares them on language models.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Bool, Float
 
-from mass_dpo_jax.selection import designs
-from mass_dpo_jax.selection.designs import Design, Selection
-from mass_dpo_jax.selection.registry import Pool, Settings, criterion, design, in_order
+from mass_dpo_jax.selection.gram import from_origin, log_det, weighted_gram
+from mass_dpo_jax.selection.registry import Settings, criterion, design, in_order
+from mass_dpo_jax.selection.types import Design, Pool, Selection
 
 
 @design(
@@ -23,7 +24,7 @@ from mass_dpo_jax.selection.registry import Pool, Settings, criterion, design, i
     "(MASS-DPO's Algorithm 1)",
 )
 def pool_fisher(pool: Pool, settings: Settings) -> Design:
-    """Algorithm 1 of MASS-DPO: D-optimal design on the pool's Fisher information.
+    """Makes the design of MASS-DPO's Algorithm 1: D-optimal on the pool's Fisher information.
 
     v_i = sqrt(p_i) (h_i - sum_j p_j h_j) with p the softmax of the scores over the valid pool. In
     the paper's terms h_i is phi_i: the chosen response's feature is in every phi and in their mean,
@@ -31,8 +32,8 @@ def pool_fisher(pool: Pool, settings: Settings) -> Design:
     where Z = -log sum_i exp(score_i) over the pool.
     """
     assert pool.gram is not None and pool.scores is not None
-    weights = pool_weights(pool.scores, pool.mask)
-    return Design(_scaled(designs.weighted_gram(pool.gram[1:, 1:], weights), pool, settings))
+    weights_N = pool_weights(pool.scores, pool.mask)
+    return Design(_scale(weighted_gram(pool.gram[1:, 1:], weights_N), pool, settings))
 
 
 @design(
@@ -42,13 +43,15 @@ def pool_fisher(pool: Pool, settings: Settings) -> Design:
     "pooled hidden state minus that of the chosen response",
 )
 def contrast(pool: Pool, settings: Settings) -> Design:
-    """As `pool_fisher`, with v_i = sqrt(p_i) (h_i - h_chosen): not centred, so the chosen response
-    counts. sum_i v_i v_i' is the pool's Cov_p(phi) + phi_bar phi_bar', which is Lemma 4.2's Hessian
-    with the dropped term put back whole."""
+    """Makes a design as `pool_fisher` does, with v_i = sqrt(p_i) (h_i - h_chosen).
+
+    It is not centred, so the chosen response counts. sum_i v_i v_i' is the pool's
+    Cov_p(phi) + phi_bar phi_bar': Lemma 4.2's Hessian with the dropped term put back whole.
+    """
     assert pool.gram is not None and pool.scores is not None
-    roots = jnp.sqrt(pool_weights(pool.scores, pool.mask))
-    products = designs.from_origin(pool.gram, 0)[1:, 1:]
-    return Design(_scaled(roots[:, None] * roots[None, :] * products, pool, settings))
+    roots_N = jnp.sqrt(pool_weights(pool.scores, pool.mask))
+    products_NN = from_origin(pool.gram, 0)[1:, 1:]
+    return Design(_scale(roots_N[:, None] * roots_N[None, :] * products_NN, pool, settings))
 
 
 @design(
@@ -57,7 +60,7 @@ def contrast(pool: Pool, settings: Settings) -> Design:
     "the selected set is large",
 )
 def set_fisher(pool: Pool, settings: Settings) -> Design:
-    """D-optimal design on the exact Hessian of the loss that is trained, on T = S + {chosen}.
+    """Makes a D-optimal design on the exact Hessian of the trained loss, on T = S + {chosen}.
 
     That Hessian is beta^2 Cov_q(h), q the softmax of the rewards over T: Lemma 4.2 with nothing
     dropped. The value of S is log det(I + Cov_q(h) / ridge), by the (n + 1) x (n + 1) products of
@@ -65,39 +68,39 @@ def set_fisher(pool: Pool, settings: Settings) -> Design:
     sets have no guarantee. With `fisher_scale` beta^2 multiplies the covariance.
     """
     assert pool.gram is not None and pool.scores is not None
-    gram = pool.gram / settings.ridge * (settings.beta**2 if settings.fisher_scale else 1.0)
-    rewards = jnp.pad(pool.scores.astype(jnp.float32), (1, 0))
+    gram_CC = pool.gram / settings.ridge * (settings.beta**2 if settings.fisher_scale else 1.0)
+    rewards_C = jnp.pad(pool.scores.astype(jnp.float32), (1, 0))
 
-    def value(indices: jax.Array, valid: jax.Array) -> jax.Array:
-        everyone = jnp.pad(indices + 1, (1, 0))
+    def value(indices: Array, valid: Array) -> Array:
+        members = jnp.pad(indices + 1, (1, 0))
         present = jnp.pad(valid, (1, 0), constant_values=True)
-        share = pool_weights(rewards[everyone], present)
-        return designs.log_det(designs.weighted_gram(gram[everyone[:, None], everyone], share))
+        weights = pool_weights(rewards_C[members], present)
+        return log_det(weighted_gram(gram_CC[members[:, None], members], weights))
 
-    everyone = pool_weights(rewards, jnp.pad(pool.mask, (1, 0), constant_values=True))
-    return Design(designs.weighted_gram(gram, everyone), value)
+    weights_C = pool_weights(rewards_C, jnp.pad(pool.mask, (1, 0), constant_values=True))
+    return Design(weighted_gram(gram_CC, weights_C), value)
 
 
 @criterion("hardest", needs_scoring=True, summary="those of the largest reward")
 def hardest(pool: Pool, n: int, settings: Settings) -> Selection:
-    """The n negatives with the largest scores."""
+    """Selects the n negatives with the largest scores."""
     del settings
     assert pool.scores is not None
     scores = jnp.where(jnp.isnan(pool.scores), -jnp.inf, pool.scores)
-    # Masked ones after the valid ones, whatever those score.
+    # Masked negatives come last, however low the valid ones score.
     order = jnp.lexsort((jnp.arange(scores.shape[0]), -scores, ~pool.mask))
     return in_order(order, pool.mask, n)
 
 
 @criterion("sampled", needs_scoring=True, weighted=True)
 def sampled(pool: Pool, n: int, settings: Settings) -> Selection:
-    """n draws from the pool weights p, weighted for an unbiased estimate of sum_i p_i f(i).
+    """Draws n from the pool weights p, weighted for an unbiased estimate of sum_i p_i f(i).
 
     With `replacement`: n independent draws, each with weight 1/n; a candidate drawn k times comes
-    once, with weight k/n. Without: the n largest of log p_i + Gumbel noise, and with kappa the
-    largest of the others, candidate i has weight p_i / (1 - exp(-exp(log p_i - kappa))), its
-    probability to be drawn given kappa: see Kool, van Hoof and Welling, "Stochastic Beams and Where
-    to Find Them", 2019. A pool of n or fewer then gives the sum itself.
+    once, with weight k/n. Without: the n largest of log p_i + Gumbel noise. With kappa the largest
+    of the others, candidate i is drawn with probability 1 - exp(-exp(log p_i - kappa)) given kappa,
+    and its weight is p_i over that: see Kool, van Hoof and Welling, "Stochastic Beams and Where to
+    Find Them", 2019. A pool of n or fewer then gives the sum itself.
     """
     assert pool.scores is not None
     size = pool.mask.shape[0]
@@ -119,20 +122,23 @@ def sampled(pool: Pool, n: int, settings: Settings) -> Selection:
         order = order[:size]
         kappa = values[min(n, size)]
         # p / (1 - exp(-exp(x))) with x = log p - kappa is exp(kappa) where exp(x) vanishes, but
-        # with kappa = -inf, where everyone is drawn, it is p.
+        # with kappa = -inf, where all candidates are drawn, it is p.
         exponential = jnp.exp(jnp.minimum(logs - kappa, 80.0))
         included = -jnp.expm1(-exponential)
         weights = jnp.where(exponential > 1e-30, jnp.exp(logs) / included, jnp.exp(kappa))
         weights = jnp.where(jnp.isneginf(kappa), jnp.exp(logs), weights)
         count = jnp.sum(pool.mask)
-    chosen = in_order(order, jnp.arange(size) < count, n)
-    return chosen._replace(weights=jnp.where(chosen.valid, weights[chosen.indices], 0.0))
+    picks = in_order(order, jnp.arange(size) < count, n)
+    return picks._replace(weights=jnp.where(picks.valid, weights[picks.indices], 0.0))
 
 
 @criterion("random", needs_scoring=False, summary="at random")
 def random(pool: Pool, n: int, settings: Settings) -> Selection:
-    """n distinct negatives, uniformly. The same key and negatives give the same picks, however far
-    the pool is padded: the number a candidate draws depends on the key and its index only."""
+    """Draws n distinct negatives uniformly.
+
+    The same key and negatives give the same picks, however far the pool is padded: the number a
+    candidate draws depends on the key and its index only.
+    """
     del settings
     size = pool.mask.shape[0]
     draws = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(pool.key, i)))(
@@ -144,28 +150,30 @@ def random(pool: Pool, n: int, settings: Settings) -> Selection:
 
 @criterion("all", needs_scoring=False, summary="all of the pool")
 def every(pool: Pool, n: int, settings: Settings) -> Selection:
-    """Every negative, in order; n must be at least N."""
+    """Selects every negative, in order; n must be at least N."""
     del settings
     if n < pool.mask.shape[0]:
         raise ValueError(f"criterion all needs n >= N = {pool.mask.shape[0]}, got n = {n}")
     return in_order(jnp.argsort(~pool.mask, stable=True), pool.mask, n)
 
 
-def pool_weights(scores: jax.Array, mask: jax.Array) -> jax.Array:
-    """Softmax of the scores over the valid ones: [N], 0 where masked, all 0 if none is."""
+def pool_weights(scores: Float[Array, " N"], mask: Bool[Array, " N"]) -> Float[Array, " N"]:
+    """Computes the softmax of the valid scores: 0 where masked, all 0 if none is valid."""
     scores = jnp.where(mask, scores.astype(jnp.float32), 0.0)
     weights = jnp.where(mask, jnp.exp(scores - jnp.max(scores, where=mask, initial=-jnp.inf)), 0.0)
-    return weights / jnp.maximum(jnp.sum(weights), 1.0)  # the sum is >= 1 unless all are masked
+    return weights / jnp.maximum(jnp.sum(weights), 1.0)  # The sum is >= 1 unless all are masked.
 
 
-def pool_loss(scores: jax.Array, mask: jax.Array) -> jax.Array:
-    """The Plackett-Luce loss -log sigma(Z) on the whole pool, Z = -log sum_i exp(score_i)."""
+def pool_loss(scores: Float[Array, "*B N"], mask: Bool[Array, "*B N"]) -> Float[Array, "*B"]:
+    """Computes the loss -log sigma(Z) on the whole pool, with Z = -log sum_i exp(score_i)."""
     scores = jnp.where(mask, scores.astype(jnp.float32), -jnp.inf)
     return jax.nn.softplus(jax.nn.logsumexp(scores, axis=-1))
 
 
-def fisher_factor(scores: jax.Array, mask: jax.Array, beta: float) -> jax.Array:
-    """beta^2 (1 - sigma(Z)) with Z = -log sum_i exp(score_i) over the valid pool: a scalar.
+def fisher_factor(
+    scores: Float[Array, " N"], mask: Bool[Array, " N"], beta: float
+) -> Float[Array, ""]:
+    """Computes beta^2 (1 - sigma(Z)), with Z = -log sum_i exp(score_i) over the valid pool.
 
     1 - sigma(Z) is the probability that the model does not rank the chosen response first. At the
     reference it is N / (N + 1): with beta = 0.1 and N = 19 the factor is 0.0095.
@@ -174,10 +182,11 @@ def fisher_factor(scores: jax.Array, mask: jax.Array, beta: float) -> jax.Array:
     return beta**2 * jax.nn.sigmoid(jax.nn.logsumexp(scores))
 
 
-def _scaled(products: jax.Array, pool: Pool, settings: Settings) -> jax.Array:
-    """G of an additive design, 0 where masked."""
+def _scale(products_NN: Array, pool: Pool, settings: Settings) -> Array:
+    """Returns G of an additive design, 0 where masked."""
     assert pool.scores is not None
-    gram = jnp.where(pool.mask[:, None] & pool.mask[None, :], products / settings.ridge, 0.0)
+    present_NN = pool.mask[:, None] & pool.mask[None, :]
+    gram_NN = jnp.where(present_NN, products_NN / settings.ridge, 0.0)
     if settings.fisher_scale:
-        gram *= fisher_factor(pool.scores, pool.mask, settings.beta)
-    return gram
+        gram_NN *= fisher_factor(pool.scores, pool.mask, settings.beta)
+    return gram_NN

@@ -221,7 +221,6 @@ def make_method(config: ConfigDict, largest_pool: int) -> Method:
         )
     settings = Settings(
         criterion=criterion,
-        search=config.selection.search,
         ridge=config.selection.ridge,
         feature_norm=config.selection.feature_norm,
         fisher_scale=config.selection.fisher_scale,
@@ -252,8 +251,8 @@ def find_unread(config: ConfigDict) -> list[str]:
     selects = criterion is not CRITERIA["all"] and spec.max_negatives != 0
     uses_lora = bool(config.model.lora.rank or config.model.lora.path)
     design_settings = (
-        "selection.search selection.ridge selection.feature_norm selection.fisher_scale "
-        "selection.features selection.pooling"
+        "selection.ridge selection.feature_norm selection.fisher_scale selection.features "
+        "selection.pooling"
     )
     is_read = {
         "selection.criterion": not spec.criterion,

@@ -79,7 +79,7 @@ def with_model(config: ConfigDict, workdir: Path | None, split: str | None) -> I
         ),
     ):
         names = [f"{workdir or config.model.path}: example {tokens.ids[row]!r}" for row in rows]
-        batch_lib.check(picks, beyond, method.selection, names)
+        batch_lib.check_selection(picks, beyond, method.selection, names)
         chosen |= zip(rows.tolist(), _rows(picks, method.uses_draws), strict=True)
     if not distributed.is_primary():  # It has no texts, and writes nothing.
         return
@@ -95,7 +95,7 @@ def with_model(config: ConfigDict, workdir: Path | None, split: str | None) -> I
 def _choose(
     program: Program, params: Any, batch: Batch, key: jax.Array, at_reference: bool
 ) -> tuple[Selection, jax.Array]:
-    """A selection with its gains, and what `selection.check` needs.
+    """A selection with its gains, and what `check_selection` needs.
 
     Args:
       at_reference: these weights are the reference, so that all scores are 0.
@@ -106,7 +106,7 @@ def _choose(
         pools = pools._replace(scores=jnp.where(jnp.isfinite(pools.scores), 0.0, pools.scores))
     how = program.method.selection
     chosen = batch_lib.select(pools, program.method.num_negatives, how)
-    return chosen, batch_lib.excess(pools, how)
+    return chosen, batch_lib.float32_excess(pools, how)
 
 
 def with_features(config: ConfigDict, path: Path, split: str | None) -> Iterator[Row]:
@@ -151,7 +151,7 @@ def with_features(config: ConfigDict, path: Path, split: str | None) -> Iterator
             method.selection,
         )
         names = [f"{path}: row {row}" for row in range(rows)[part]]
-        batch_lib.check(found, beyond, method.selection, names)
+        batch_lib.check_selection(found, beyond, method.selection, names)
         selected = _rows(found, method.uses_draws)
         for row, (example, choice) in enumerate(zip(examples[part], selected, strict=True), start):
             yield {"id": row, **choice} if example is None else _with_texts(example, choice)

@@ -172,7 +172,7 @@ class Scorer:
     def grams(self, params: Params, batch: Batch, settings: selection.Settings) -> Array:
         """Returns what criteria see of these weights' features, [B, C, C], to be frozen."""
         mask = batch.response_lengths[:, 1:] > 0
-        return selection.grams(self(params, batch, features=True).features, mask, settings)
+        return selection.compute_grams(self(params, batch, features=True).features, mask, settings)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -229,7 +229,7 @@ class Program:
         rewards = self.method.beta * (scored.logps - batch.ref_logps)
         gram = batch.ref_gram
         if features:
-            gram = selection.grams(scored.features, mask, settings)
+            gram = selection.compute_grams(scored.features, mask, settings)
         pools = selection.Pool(gram, rewards[:, 1:] - rewards[:, :1], mask, keys)
         return pools, scored.record
 
@@ -238,7 +238,7 @@ class Program:
         settings = self.method.selection
         selected = selection.select(pools, self.method.num_negatives, settings)
         candidate_ids = jnp.where(selected.valid, selected.indices + 1, 0)
-        metrics = selection.diagnostics(pools, selected, settings) if settings.needs_scoring else {}
+        metrics = selection.diagnose(pools, selected, settings) if settings.needs_scoring else {}
         if not self.method.uses_draws:
             return Choice(candidate_ids), metrics
         assert pools.scores is not None

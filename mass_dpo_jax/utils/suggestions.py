@@ -73,7 +73,7 @@ _CHOICES = {
     "flash": "fused", "flash_attention_2": "fused", "sdpa": "auto", "eager": "plain",
     "json": "jsonl", "csv": "hub", "parquet": "hub", "huggingface": "hub", "hf": "hub",
     "dev": "validation", "val": "validation", "valid": "validation", "eval": "validation",
-    "exact": "exhaustive", "mean": "response", "ignore": "skip", "truncate": "drop",
+    "mean": "response", "ignore": "skip", "truncate": "drop",
 }  # fmt: skip
 
 

@@ -75,7 +75,7 @@ def test_draws_are_unbiased(criterion, n):
 @pytest.mark.parametrize("criterion", ["random", "pool_fisher", "contrast", "set_fisher"])
 def test_a_set_is_the_beginning_of_a_larger_one(world, criterion):
     everyone = jnp.ones((500, 19), bool)
-    gram = selection.grams(world.features, everyone, selection.Settings())
+    gram = selection.compute_grams(world.features, everyone, selection.Settings())
     small, large = (
         simulation_worlds.choose(gram, jnp.zeros((500, 19)), KEY, criterion, n) for n in (2, 4)
     )

@@ -177,7 +177,7 @@ def test_settings_without_an_effect_are_named(tmp_path: Path) -> None:
     ("changes", "expected"),
     [
         ({}, "selection.replacement odpo. model.lora. device_memory_gb"),
-        ({"selection.criterion": "all"}, "selection.search selection.refresh num_negatives"),
+        ({"selection.criterion": "all"}, "selection.ridge selection.refresh num_negatives"),
         ({"selection.criterion": "hardest"}, "selection.ridge selection.pooling"),
         ({"method": "sdpo"}, "selection.criterion selection.features"),
         ({"method": "dpo"}, "num_negatives"),

@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 
 from mass_dpo_jax import selection, theory
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.selection import Settings, criteria, designs, registry
+from mass_dpo_jax.selection import Design, Settings, criteria, registry
+from mass_dpo_jax.selection import batch as batch_lib
 from mass_dpo_jax.selection.catalogue import select_from_catalogue
+from mass_dpo_jax.selection.search import search_greedily
 from tests.support.helpers import slow
-from tests.support.pools import SIZE, make_pool, picks, run, to_select
+from tests.support.pools import SIZE, Pool, make_pool, picks, run, run_exhaustively, to_select
 
 pytestmark = pytest.mark.usefixtures("strict_jax")
 
@@ -164,10 +166,10 @@ def test_what_rounding_adds_to_a_gain_decides_nothing():
     """The first of two that differ by the last digit of a float32, and not the larger one."""
     for larger in (1 + 2**-23, 1 + 2**-20):
         gram = jnp.diag(jnp.array([0.5, 1.0, larger, 0.9], jnp.float32))
-        chosen = designs.greedy(gram, jnp.ones(4, bool), 2)
+        chosen = search_greedily(Design(gram), jnp.ones(4, bool), 2)
         assert chosen.indices.tolist() == [1, 2]
     gram = jnp.diag(jnp.array([1.0, 1.001], jnp.float32))
-    assert designs.greedy(gram, jnp.ones(2, bool), 1).indices.tolist() == [1]
+    assert search_greedily(Design(gram), jnp.ones(2, bool), 1).indices.tolist() == [1]
 
 
 def test_ties_go_to_the_lowest_index():
@@ -285,27 +287,30 @@ def test_frozen_features_are_a_gram_matrix():
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def diagnose(pools, n, how):
+def diagnose_run(pools, n, how):
     pools = to_select(pools, how)
-    return selection.diagnostics(pools, selection.select(pools, n, how), how)
+    return selection.diagnose(pools, selection.select(pools, n, how), how)
 
 
 def test_diagnostics():
     batch = [make_pool(s, valid=v, dimension=40) for s, v in enumerate([SIZE, 5])]
     many = jax.tree.map(lambda *x: jnp.concatenate(x), *batch)
-    got = diagnose(many, 3, Settings())
+    got = diagnose_run(many, 3, Settings())
     names = "random_overlap logdet max_norm_ridge effective_rank optimality".split()
     assert set(got) == {f"selection/{name}" for name in names}
     assert 0 <= got["selection/random_overlap"] <= 1
     assert 1 - 1 / np.e <= got["selection/optimality"] <= 1 + 1e-6
     assert got["selection/max_norm_ridge"] > 0 and 1 < got["selection/effective_rank"] < SIZE
-    got = diagnose(many, 3, Settings(search="exhaustive"))
+    best = run_exhaustively(many, 3, Settings())
+    got = selection.diagnose(to_select(many, Settings()), best, Settings())
     assert got["selection/optimality"] == pytest.approx(1.0)
     hard = Settings(criterion="hardest")
-    got = diagnose(many, 3, hard)
+    got = diagnose_run(many, 3, hard)
     assert set(got) == {"selection/random_overlap"}
+    # Of 60 negatives there are 34,220 sets of 3: too many to look for the best.
+    assert "selection/optimality" not in diagnose_run(make_pool(0, size=60), 3, Settings())
     # All of a pool is what random takes too.
-    assert diagnose(many, SIZE, hard)["selection/random_overlap"] == 1.0
+    assert diagnose_run(many, SIZE, hard)["selection/random_overlap"] == 1.0
 
 
 def test_draws_do_not_meet_themselves_in_the_overlap_with_random():
@@ -321,7 +326,7 @@ def test_draws_do_not_meet_themselves_in_the_overlap_with_random():
     for replacement in (False, True):
         how = Settings(criterion="sampled", replacement=replacement)
         chosen = selection.select(pools, n, how)
-        overlap = float(selection.diagnostics(pools, chosen, how)["selection/random_overlap"])
+        overlap = float(selection.diagnose(pools, chosen, how)["selection/random_overlap"])
         assert overlap == pytest.approx(n / SIZE, abs=0.06)  # Four standard errors.
 
 
@@ -337,17 +342,17 @@ def test_every_product_of_a_design_is_in_full_float32(name):
 
 @pytest.mark.parametrize(
     ("search", "ridge"),
-    [("greedy", 10.0), ("exhaustive", 1e4), slow("greedy", 0.1), slow("greedy", 1e4),
-     slow("exchange", 10.0), slow("exchange", 1e4)],
-)  # fmt: skip
+    [(run, 10.0), (run_exhaustively, 1e4), slow(run, 0.1), slow(run, 1e4)],
+)
 def test_small_values_choose_as_large_ones_do(search, ridge):
     """Values of 1e-2 down to 1e-8: sums of log(1 + something small) once had no digits left, and
     whatever differed by less than 4e-6 was a tie."""
     rng = np.random.default_rng(0)
     features = rng.normal(size=(60, SIZE + 1, 16)).astype(np.float32)
     scores = rng.normal(0, 0.3, (60, SIZE)).astype(np.float32)
-    how = {"ridge": ridge, "feature_norm": "l2", "fisher_scale": True, "search": search}
-    found = selection.select_negatives(features, scores, n=2, criterion="set_fisher", **how)
+    how = Settings("set_fisher", ridge, feature_norm="l2", fisher_scale=True)
+    keys = jax.random.split(jax.random.key(0), 60)
+    found = search(Pool(features, scores, jnp.ones(scores.shape, bool), keys), 2, how)
     same, values = 0, []
     for row in range(60):
         h = features[row].astype(np.float64)
@@ -355,12 +360,12 @@ def test_small_values_choose_as_large_ones_do(search, ridge):
         args = h, scores[row].astype(np.float64)
         chosen = found.indices[row].tolist()
         value = theory.set_logdet(*args, chosen, ridge / 0.01)
-        if search == "greedy":
+        if search is run:
             same += chosen == list(theory.set_fisher(*args, 2, ridge=ridge / 0.01)[0])
         else:
             pairs = itertools.combinations(range(SIZE), 2)
             best = max(theory.set_logdet(*args, list(pair), ridge / 0.01) for pair in pairs)
-            same += value >= best * (0.999 if search == "exhaustive" else 0.9)
+            same += value >= best * 0.999
         values.append(float(np.log1p(np.float64(found.gains[row])).sum()) / value)
     assert same >= 59
     np.testing.assert_allclose(values, 1.0, rtol=1e-3)
@@ -369,11 +374,9 @@ def test_small_values_choose_as_large_ones_do(search, ridge):
 def test_equal_candidates_are_ties_however_small_their_value():
     features = np.zeros((6, 8), np.float32)
     features[1:, 0] = [2, 1, 2, 1, 2]
-    for ridge, search in ((1e7, "greedy"), (1e3, "exhaustive")):
-        found = selection.select_negatives(
-            features, n=1, criterion="set_fisher", ridge=ridge, search=search
-        )
-        assert found.indices.tolist() == [0]
+    pool = Pool(features[None], jnp.zeros((1, 5)), jnp.ones((1, 5), bool), jax.random.key(0)[None])
+    for ridge, search in ((1e7, run), (1e3, run_exhaustively)):
+        assert picks(pool, 1, Settings("set_fisher", ridge), search)[0] == [0]
 
 
 def test_slices_and_tensors_with_a_gradient_are_read(torch):
@@ -505,7 +508,8 @@ def test_the_library_refuses_what_no_choice_can_be_made_by(name):
         choose(2)
 
 
-@pytest.mark.parametrize("module", [selection, registry])
+@pytest.mark.usefixtures("own_criteria")
+@pytest.mark.parametrize("module", [batch_lib, registry])
 def test_the_examples_in_docstrings_run(module):
     assert doctest.testmod(module).failed == 0
     assert doctest.testmod(module).attempted > 0
@@ -573,7 +577,9 @@ def test_grams_one_by_one_are_those_of_the_batch(monkeypatch: pytest.MonkeyPatch
     found = {}
     for devices in (1, 8):
         monkeypatch.setattr(jax, "device_count", lambda devices=devices: devices)
-        found[devices] = selection.grams(features, mask, Settings())
-        text = str(jax.make_jaxpr(lambda h, m: selection.grams(h, m, Settings()))(features, mask))
+        found[devices] = selection.compute_grams(features, mask, Settings())
+        text = str(
+            jax.make_jaxpr(lambda h, m: selection.compute_grams(h, m, Settings()))(features, mask)
+        )
         assert ("scan" in text) == (devices == 1)
     np.testing.assert_allclose(found[1], found[8], rtol=1e-6, atol=1e-6)

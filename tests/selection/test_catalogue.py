@@ -14,9 +14,9 @@ from jax.sharding import AxisType
 
 from mass_dpo_jax import selection
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.selection import catalogue
+from mass_dpo_jax.selection import catalogue, sharded_search
 from mass_dpo_jax.selection.catalogue import select_from_catalogue
-from mass_dpo_jax.selection.designs import TIE
+from mass_dpo_jax.selection.search import TIE
 
 pytestmark = pytest.mark.usefixtures("strict_jax")
 
@@ -27,8 +27,8 @@ SIZE, WIDTH, N = 603, 24, 12  # One shape for most tests, so that little is comp
 def small() -> Iterator[None]:
     """Several chunks and a short shortlist in pools that are quick to check."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(catalogue, "CHUNK_BYTES", 4 * WIDTH * 70)
-        patch.setattr(catalogue, "SHORTEST", 16)
+        patch.setattr(sharded_search, "CPU_CHUNK_BYTES", 4 * WIDTH * 70)
+        patch.setattr(sharded_search, "MIN_SHORTLIST", 16)
         yield
 
 
@@ -119,9 +119,7 @@ def test_picks_are_those_of_select_negatives(criterion: str, how: dict[str, Any]
     features, scores, chosen = make_pool(2)
     mask = np.random.default_rng(0).random(SIZE) < 0.7
     responses = np.concatenate([chosen[None], features])
-    want = selection.select_negatives(
-        responses, scores, mask, n=N, criterion=criterion, search="greedy", **how
-    )
+    want = selection.select_negatives(responses, scores, mask, n=N, criterion=criterion, **how)
     got = one(features, scores, mask, n=N, chosen=chosen, criterion=criterion, **how)
     np.testing.assert_array_equal(got.indices, want.indices)
     np.testing.assert_allclose(got.gains, want.gains, rtol=1e-4)
@@ -148,9 +146,9 @@ def test_eight_devices_choose_what_one_does(criterion: str) -> None:
 
 def test_each_device_holds_its_own_part_and_none_is_gathered() -> None:
     arrays = np.zeros((SIZE, WIDTH), np.float32), np.zeros(SIZE, np.float32), np.ones(SIZE, bool)
-    parts = [catalogue.split(mesh(8), x) for x in arrays]
+    parts = [catalogue.shard_rows(mesh(8), x) for x in arrays]
     assert {shard.data.shape for shard in parts[0].addressable_shards} == {(76, WIDTH)}
-    program = catalogue.greedy.lower(
+    program = catalogue.search_greedily.lower(
         *parts, jnp.zeros(WIDTH), jnp.float32(1), N, "pool_fisher", "none", mesh(8)
     )
     text = program.compile().as_text()
@@ -159,9 +157,13 @@ def test_each_device_holds_its_own_part_and_none_is_gathered() -> None:
 
 
 def sweeps(features: np.ndarray, scores: np.ndarray, ridge: float) -> int:
-    parts = [catalogue.split(mesh(1), x) for x in (features, scores, np.ones(len(scores), bool))]
+    parts = [
+        catalogue.shard_rows(mesh(1), x) for x in (features, scores, np.ones(len(scores), bool))
+    ]
     static = N, "pool_fisher", "none", mesh(1)
-    return int(catalogue.greedy(*parts, jnp.zeros(WIDTH), jnp.float32(1 / ridge), *static)[1])
+    return int(
+        catalogue.search_greedily(*parts, jnp.zeros(WIDTH), jnp.float32(1 / ridge), *static)[1]
+    )
 
 
 def test_bounds_save_sweeps_where_gains_fall_slowly_and_not_where_they_are_all_equal() -> None:
@@ -308,7 +310,7 @@ def test_mistakes_are_told() -> None:
         one(features, n=3, criterion="contrast")
     with pytest.raises(UserError, match="'set_fisher': expected one of pool_fisher, contrast"):
         one(features, n=3, criterion="set_fisher")
-    with pytest.raises(UserError, match=r"^a setting of select_from_catalogue='search': ex"):
-        one(features, n=3, search="exchange")
+    with pytest.raises(UserError, match=r"^a setting of select_from_catalogue='seed': exp"):
+        one(features, n=3, seed=1)
     with pytest.raises(UserError, match=r"^ridge=0\.0: expected a finite number"):
         one(features, n=3, ridge=0.0)

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax import selection, theory
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.selection import Settings, designs, registry
+from mass_dpo_jax.selection import Design, Settings, registry
+from mass_dpo_jax.selection.search import empty_selection
 from mass_dpo_jax.training.methods import make_method
-from tests.support.pools import SIZE, Pool, make_pool, picks, run, to_select
+from tests.support.pools import SIZE, Pool, make_pool, picks, run, run_exhaustively, to_select
 
 pytestmark = pytest.mark.usefixtures("strict_jax")
 
@@ -26,7 +27,7 @@ DESIGNS = ["pool_fisher", "contrast", "set_fisher"]
 def _chosen(indices, valid=None):
     indices = jnp.asarray(indices)
     valid = jnp.ones(indices.shape, bool) if valid is None else valid
-    return designs.nothing(len(indices))._replace(indices=indices, valid=valid)
+    return empty_selection(len(indices))._replace(indices=indices, valid=valid)
 
 
 @pytest.mark.parametrize(
@@ -120,45 +121,32 @@ def best_of(value, n):
 def test_searches_against_brute_force_in_float64(name, seed, offset, spread):
     pool = make_pool(seed, offset=offset, spread=spread)
     value, n = values_of(pool, name), 3
-    found = {}
-    for how in ("greedy", "exchange", "exhaustive"):
-        chosen, gains = picks(pool, n, Settings(criterion=name, search=how))
-        found[how] = value(chosen)
+    values = {}
+    for search in (run, run_exhaustively):
+        chosen, gains = picks(pool, n, Settings(criterion=name), search)
+        values[search] = value(chosen)
         assert len(set(chosen)) == n
-        assert np.log1p(gains).sum() == pytest.approx(found[how], rel=1e-3, abs=1e-3)
-        if how == "greedy":
+        assert np.log1p(gains).sum() == pytest.approx(values[search], rel=1e-3, abs=1e-3)
+        if search is run:
             for k, pick in enumerate(chosen):  # the most that could be added, at every step
                 most = max(value([*chosen[:k], j]) for j in range(SIZE) if j not in chosen[:k])
                 assert value([*chosen[:k], pick]) >= most - 1e-3 * (1 + abs(most))
     best = best_of(value, n)
     rounding = 1e-3 * (1 + abs(best))
-    assert found["exhaustive"] == pytest.approx(best, abs=rounding)
-    assert found["greedy"] - rounding <= found["exchange"] <= best + rounding
+    assert values[run_exhaustively] == pytest.approx(best, abs=rounding)
+    assert values[run] <= best + rounding
     if name != "set_fisher":
-        assert found["greedy"] >= (1 - 1 / np.e) * best - rounding
-
-
-@pytest.mark.parametrize("name", DESIGNS)
-def test_exchange_improves_some_greedy_sets_and_never_spoils_one(name):
-    batch = [make_pool(s, dimension=3) for s in range(200)]
-    many = jax.tree.map(lambda *x: jnp.concatenate(x), *batch)
-    totals = {
-        how: np.log1p(run(many, 3, Settings(criterion=name, search=how)).gains).sum(1)
-        for how in ("greedy", "exchange")
-    }
-    gain = totals["exchange"] - totals["greedy"]
-    assert gain.min() > -1e-4 and gain.max() > 1e-3
+        assert values[run] >= (1 - 1 / np.e) * best - rounding
 
 
 def test_greedy_is_not_optimal_and_the_exhaustive_search_is():
     # Lemma 4.3's counterexample through Algorithm 1's own centring.
     features = np.array([[0, 0], [-0.5, -0.7], [0.4, -0.7], [0, 0.6], [0, 0.9]], np.float32)
-    scores, offset = np.zeros((1, 4), np.float32), 2 * np.log(0.1)
-    values = []
-    for how in ("greedy", "exhaustive"):
-        got = selection.select_negatives(features, scores[0], n=2, search=how)
-        values.append(float(np.log1p(got.gains).sum()) + offset)
-    assert values == pytest.approx([-2.851, -2.617], abs=1e-3)
+    pool = Pool(features[None], jnp.zeros((1, 4)), jnp.ones((1, 4), bool), jax.random.key(0)[None])
+    values = [
+        np.log1p(picks(pool, 2, search=search)[1]).sum() for search in (run, run_exhaustively)
+    ]
+    assert values + 2 * np.log(0.1) == pytest.approx([-2.851, -2.617], abs=1e-3)
 
 
 @pytest.mark.parametrize("offset", [-200.0, 0.0, 200.0])
@@ -178,24 +166,31 @@ def test_an_exhaustive_search_takes_n_where_fewer_have_a_larger_value():
         theory.set_logdet(features, scores, s, 0.1) for s in ([1], [0, 1], [0, 2])
     )
     assert alone > both > copies
-    how = {"criterion": "set_fisher", "search": "exhaustive"}
-    mask = np.array([True, True, True, False])
-    got = selection.select_negatives(features, scores, mask, n=2, **how)
-    assert got.indices.tolist() == [0, 1] and got.valid.all()
+    mask = jnp.array([[True, True, True, False]])
+    pool = Pool(features[None], scores[None], mask, jax.random.key(0)[None])
+    assert picks(pool, 2, Settings(criterion="set_fisher"), run_exhaustively)[0] == [0, 1]
 
 
-@pytest.mark.parametrize("name", ["contrast", "set_fisher", "hardest"])
-@pytest.mark.parametrize("search", designs.SEARCHES)
+@pytest.mark.parametrize(
+    ("name", "search"),
+    [
+        ("contrast", run),
+        ("set_fisher", run),
+        ("hardest", run),
+        ("contrast", run_exhaustively),
+        ("set_fisher", run_exhaustively),
+    ],
+)
 def test_what_is_masked_changes_nothing_for_the_other_criteria(name, search):
     for valid in (0, 2, 7):
         pool = make_pool(valid, valid=valid)
-        how = Settings(criterion=name, search=search)
-        clean = picks(pool, 3, how)
+        how = Settings(criterion=name)
+        clean = picks(pool, 3, how, search)
         for garbage in (np.nan, np.inf, -np.inf):
             features, scores = pool.features.copy(), pool.scores.copy()
             features[0, 1:][~pool.mask[0]] = garbage
             scores[~pool.mask] = garbage
-            dirty = picks(pool._replace(features=features, scores=scores), 3, how)
+            dirty = picks(pool._replace(features=features, scores=scores), 3, how, search)
             assert clean[0] == dirty[0] and len(clean[0]) == min(3, valid)
             np.testing.assert_array_equal(clean[1], dirty[1])
 
@@ -257,29 +252,23 @@ def test_drawn_weights_estimate_any_sum_over_the_pool(replacement, spread):
         assert (got.valid.sum(1) == n).all()
 
 
-def test_an_exhaustive_search_of_too_many_sets_is_refused():
-    pool = make_pool(0, size=60)
-    with pytest.raises(UserError, match=r"34220 sets of 3 of 60 .* 20000"):
-        run(pool, 3, Settings(search="exhaustive"))
-
-
 @pytest.mark.usefixtures("own_criteria")
 def test_a_criterion_is_one_function():
     @selection.criterion("easiest", needs_scoring=True)
     def easiest(pool, n, settings):
         _, order = jax.lax.top_k(jnp.where(pool.mask, -pool.scores, -jnp.inf), n)
-        return designs.nothing(n)._replace(indices=order, valid=pool.mask[order])
+        return empty_selection(n)._replace(indices=order, valid=pool.mask[order])
 
     @selection.design("norms")
     def norms(pool, settings):
-        return designs.Design(jnp.diag(jnp.diagonal(pool.gram)[1:]))
+        return Design(jnp.diag(jnp.diagonal(pool.gram)[1:]))
 
     pool = make_pool(9)
     how = Settings(criterion="easiest")
     got = selection.select(to_select(pool, how), 2, how)
     assert got.indices[0].tolist() == np.argsort(pool.scores[0])[:2].tolist()
     assert how.needs_scoring and not how.needs_features
-    how = Settings(criterion="norms", search="exchange")
+    how = Settings(criterion="norms")
     got = selection.select(to_select(pool, how), 2, how)
     centred = pool.features[0, 1:] - pool.features[0, 1:].mean(0)
     assert got.indices[0].tolist() == np.argsort(-(centred**2).sum(1))[:2].tolist()
@@ -337,8 +326,8 @@ def test_a_criterion_that_is_registered_again_is_used():
     """As in a notebook, whose cell is run again: programs compiled for the first one are not."""
     features = np.eye(5, dtype=np.float32) * np.arange(1, 6)[:, None]
 
-    def chosen(**how):
-        return selection.select_negatives(features, n=2, criterion="mine", **how).indices.tolist()
+    def chosen():
+        return selection.select_negatives(features, n=2, criterion="mine").indices.tolist()
 
     def in_order(sign, needs_scoring=False):
         @selection.criterion("mine", needs_scoring=needs_scoring)
@@ -364,6 +353,6 @@ def test_a_criterion_that_is_registered_again_is_used():
 
         @selection.design("mine")
         def mine(pool, settings, scale=scale):
-            return designs.Design(jnp.diag(jnp.diagonal(pool.gram)[1:] ** scale))
+            return Design(jnp.diag(jnp.diagonal(pool.gram)[1:] ** scale))
 
-        assert chosen() == want == chosen(search="exchange")
+        assert chosen() == want

@@ -10,6 +10,7 @@ import numpy as np
 
 from mass_dpo_jax import selection
 from mass_dpo_jax.selection import Settings
+from mass_dpo_jax.selection.search import search_exhaustively
 
 SIZE, DIMENSION = 11, 6  # one shape for most tests, so that little is compiled
 
@@ -24,13 +25,24 @@ class Pool(NamedTuple):
 
 
 def to_select(pools, how):
-    gram = None if pools.features is None else selection.grams(pools.features, pools.mask, how)
+    gram = (
+        None if pools.features is None else selection.compute_grams(pools.features, pools.mask, how)
+    )
     return selection.Pool(gram, pools.scores, pools.mask, pools.key)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def run(pools, n, how):
     return selection.select(to_select(pools, how), n, how)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def run_exhaustively(pools, n, how):
+    """Selects as `run` for a design, but the best set of all."""
+    make = how.definition.design
+    return jax.vmap(lambda pool: search_exhaustively(make(pool, how), pool.mask, n))(
+        to_select(pools, how)
+    )
 
 
 def make_pool(seed, *, size=SIZE, dimension=DIMENSION, valid=None, offset=0.0, spread=1.0):
@@ -47,9 +59,9 @@ def make_pool(seed, *, size=SIZE, dimension=DIMENSION, valid=None, offset=0.0, s
     )
 
 
-def picks(pool, n, how=None):
+def picks(pool, n, how=None, search=run):
     """Returns the valid picks of the one pool in a batch, and their gains, as NumPy."""
-    got = jax.tree.map(lambda x: np.asarray(x[0]), run(pool, n, how or Settings()))
+    got = jax.tree.map(lambda x: np.asarray(x[0]), search(pool, n, how or Settings()))
     assert got.indices.shape == got.valid.shape == got.gains.shape == (n,)
     assert (got.indices[~got.valid] == 0).all() and (got.gains[~got.valid] == 0).all()
     return got.indices[got.valid].tolist(), got.gains[got.valid]
