@@ -40,13 +40,14 @@ def plot(runs: Sequence[Path], output: Path) -> None:
     Raises:
         UserError: a folder is no run, or there is nothing to draw yet.
     """
-    from mass_dpo_jax.reports import comparison, curves
+    from mass_dpo_jax.reports import curves
+    from mass_dpo_jax.reports.format import short_names
 
     for run in runs:
         if not (run / "metrics.jsonl").exists():
             check_run(run)
     logs = [run / "metrics.jsonl" for run in runs]
-    curves.plot(dict(zip(comparison.short_names(runs), logs, strict=True)), output)
+    curves.plot(dict(zip(short_names(runs), logs, strict=True)), output)
 
 
 def main() -> None:

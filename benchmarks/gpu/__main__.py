@@ -5,8 +5,8 @@ import sys
 
 # Before they are imported: this runs on whatever Python a machine with a card has.
 NEEDED = (
-    "absl flax huggingface_hub jax jinja2 ml_collections numpy optax orbax qwix safetensors "
-    "tensorstore tokenizers torch tqdm transformers"
+    "absl flax huggingface_hub jax jaxtyping jinja2 ml_collections numpy optax orbax qwix "
+    "safetensors tensorstore tokenizers torch tqdm transformers"
 ).split()
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What is made of runs that exist: pictures of training, tables that compare them."""
+"""What is made of runs that exist: pages, pictures, tables and model cards."""

@@ -1,5 +1,7 @@
-"""report.html of a run: its curves, what it learnt and what it selected, on one page that needs
-nothing else. Its pictures are also kept as PNGs in figures/."""
+"""report.html of a run: its curves, what it learnt and what it selected, on one page.
+
+The page needs nothing else. Its pictures are also kept as PNGs in figures/.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from mass_dpo_jax import config as config_lib
-from mass_dpo_jax import metrics
+from mass_dpo_jax import metrics as metrics_lib
 from mass_dpo_jax.data.examples import History, Text
-from mass_dpo_jax.reports import curves
-from mass_dpo_jax.reports.curves import COLOURS, Panel
-from mass_dpo_jax.reports.paper.page import STYLE
+from mass_dpo_jax.reports import curves, page, style
+from mass_dpo_jax.reports.curves import Panel
+from mass_dpo_jax.reports.format import HEADLINE_METRICS, format_metric
+from mass_dpo_jax.reports.style import COLOURS, INK
+from mass_dpo_jax.runs.metrics_files import Series, read_metrics_log
 from mass_dpo_jax.training.monitor import EvaluatedSplit
+from mass_dpo_jax.utils.files import write_whole
 
-CURVES = (
+TRAINING = (
     *curves.PANELS,
     Panel("Norm of the gradient, before clipping", {"grad_norm": ""}),
     Panel("Examples per second", {"examples_per_second": ""}),
@@ -38,246 +42,185 @@ SELECTION = (
     Panel("Largest squared norm over ridge", {"selection/max_norm_ridge": ""}),
     Panel("Value over that of the best set", {"selection/optimality": ""}),
 )
-SHOWN = 6  # Examples of each direction.
-LONGEST = 400  # Characters of a prompt or a response.
-COLUMNS = ("accuracy", "recall@3", "mrr", "ndcg@3")
-# Colours that the page's style sets, so that pictures follow light and dark.
-FOLLOWING = {
-    "#333333": "currentColor", "#888888": "var(--dim)", "#e6e6e6": "var(--grid)",
-    "#bbbbbb": "var(--axis)", "#0072b2": "var(--first)", "#d55e00": "var(--second)",
-    "#009e73": "var(--third)",
+MAX_EXAMPLES = 6  # Shown of each direction.
+MAX_TEXT_CHARS = 400  # Shown of a prompt or a response.
+# Variables of the page's style for a picture's colours, so that it is readable on dark pages too.
+PAGE_COLOURS = {
+    INK: "currentColor", style.FAINT: "var(--dim)", style.GRID: "var(--grid)",
+    style.AXIS: "var(--axis)", COLOURS[0]: "var(--first)", COLOURS[1]: "var(--second)",
+    COLOURS[2]: "var(--third)",
 }  # fmt: skip
-MORE_STYLE = """
-:root { --dim: #888; --grid: #e6e6e6; --axis: #bbb; --first: #0072b2; --second: #d55e00;
-  --third: #009e73; }
-@media (prefers-color-scheme: dark) { :root { --dim: #999; --grid: #3a3a3a; --axis: #666;
-  --first: #56b4e9; --second: #e8853d; --third: #35c79b; } }
-.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr));
-  gap: 1rem; }
-svg { width: 100%; height: auto; }
-.words td { white-space: normal; text-align: left; vertical-align: top; }
-.words td.n { white-space: nowrap; text-align: right; }
-.prompt { overflow-wrap: anywhere; white-space: pre-wrap; border-left: 3px solid var(--axis);
-  padding-left: .8rem; }
-.chosen { font-weight: 600; }
-details { margin: .5rem 0; }
-pre { overflow-x: auto; font-size: .8rem; }
-"""
 
 
 def write(
-    workdir: Path, config: ConfigDict, done: Mapping[str, Any], tested: EvaluatedSplit | None
+    workdir: Path, config: ConfigDict, metrics: Mapping[str, Any], split: EvaluatedSplit | None
 ) -> None:
     """Writes report.html and figures/ into a run folder.
 
     Args:
-      workdir: has the run's metrics.jsonl.
-      config: the run's.
-      done: what metrics.json says.
-      tested: None where the run was tested on nothing.
+        workdir: the folder, which has the run's metrics.jsonl.
+        config: the run's configuration.
+        metrics: the content of metrics.json.
+        split: the rows that the run was tested on; None where there are none.
     """
-    series = curves.read_metrics_log(workdir / "metrics.jsonl")
-    title = f"{config.method.replace('_', '-')}: {workdir.resolve().name}"
-    parts = [f"<h1>{escape(title)}</h1>", _summary(config, done)]
-    drawn = [_curve(workdir, panel, series) for panel in CURVES if _known(panel, series)]
-    parts += ["<h2>Training</h2>", _pictures(drawn)]
-    if tested is not None:
-        if histogram := _histogram(workdir, tested, config.beta):
-            count = len(tested.valid if tested.selected is None else tested.selected)
-            parts += [
-                "<h2>Rewards at the end</h2>",
-                f"<p>Of {count} examples of the {escape(done['split'])} split, at the final "
-                "policy: each kind's curve covers the same area; means in brackets.</p>",
-                _pictures([histogram]),
-            ]
-    drawn = [_curve(workdir, panel, series) for panel in SELECTION if _known(panel, series)]
-    if drawn:
-        parts += ["<h2>Selection</h2>", _pictures(drawn)]
-    if tested is not None:
-        parts += _examples(tested, config.beta)
-    settings = "\n".join(f"{name} = {value!r}" for name, value in config_lib.flatten(config))
-    parts += ["<h2>Settings</h2>", f"<details><summary>All</summary><pre>{escape(settings)}</pre>"]
-    parts.append("</details>")
-    body = "\n".join(parts)
-    page = (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}{MORE_STYLE}</style>\n</head>\n"
-        f"<body>\n{body}\n</body>\n</html>\n"
+    series = read_metrics_log(workdir / "metrics.jsonl")
+    (workdir / "figures").mkdir(exist_ok=True)
+    text = page.render(
+        "run_page.html",
+        title=f"{config.method.replace('_', '-')}: {workdir.resolve().name}",
+        step=metrics["step"],
+        batch_size=config.train.batch_size,
+        examples=metrics.get("examples"),
+        split=metrics.get("split"),
+        ranking=_ranking_table(metrics) if metrics.get("final") else None,
+        training=_draw_panels(workdir, TRAINING, series),
+        rewards=None if split is None else _draw_rewards(workdir, split, config.beta),
+        selection=_draw_panels(workdir, SELECTION, series),
+        changes=None if split is None else _rank_changes(split, config.beta),
+        settings="\n".join(f"{name} = {value!r}" for name, value in config_lib.flatten(config)),
     )
-    (workdir / "report.html").write_text(page, encoding="utf-8")
+    write_whole(workdir / "report.html", [text])
 
 
-def _summary(config: ConfigDict, done: Mapping[str, Any]) -> str:
-    words = f"{done['step']} updates of {config.train.batch_size} prompts."
-    if not done.get("final"):
-        return f"<p>{words} There was nothing to test on.</p>"
-    start, final, gain = (done.get(name) or {} for name in ("start", "final", "gain"))
-    rows = {
-        "start, by policy": (start, "policy"),
-        "end, by policy": (final, "policy"),
-        "difference, same examples": (gain, "policy"),
-        "end, by reward": (final, "reward"),
-    }
-    lines = []
-    for words_of, (found, ranking) in rows.items():
-        if f"{ranking}/accuracy" in found:
-            values = [(found[f"{ranking}/{x}"], found[f"{ranking}/{x}_se"]) for x in COLUMNS]
-            cells = [f"{100 * value:.1f} ± {100 * error:.1f}" for value, error in values]
-            lines.append(_row("td", [words_of, *cells]))
-    head = _row("th", ["", *COLUMNS])
-    return (
-        f"<p>{words} Tested on {done['examples']} examples of the {escape(done['split'])} split: "
-        "the rank of the chosen response among all candidates, % ± standard error.</p>\n"
-        f'<div class="wide"><table><thead>{head}</thead><tbody>{"".join(lines)}</tbody></table>'
-        "</div>"
-    )
+def _ranking_table(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    start, final, gain = (metrics.get(name) or {} for name in ("start", "final", "gain"))
+    rows = [
+        [label, *(format_metric(values, f"{ranking}/{name}") for name in HEADLINE_METRICS)]
+        for label, values, ranking in (
+            ("start, by policy", start, "policy"),
+            ("end, by policy", final, "policy"),
+            ("difference, same examples", gain, "policy"),
+            ("end, by reward", final, "reward"),
+        )
+        if f"{ranking}/accuracy" in values
+    ]
+    return {"header": ["", *HEADLINE_METRICS], "rows": rows}
 
 
-def _row(tag: str, words: Sequence[str]) -> str:
-    first, *rest = map(escape, words)
-    cells = "".join(f"<{tag}>{word}</{tag}>" for word in rest)
-    return f"<tr><{tag} class=name>{first}</{tag}>{cells}</tr>"
+def _draw_panels(
+    workdir: Path, panels: Sequence[Panel], series: Mapping[str, Series]
+) -> list[Markup]:
+    """Draws the panels that the run has metrics for."""
+    pictures = []
+    for panel in panels:
+        if any(name in series for name in panel.lines):
+            figure = style.new_figure(4.6, 2.9, padded=False)
+            ax = figure.add_subplot()
+            curves.draw_run(ax, panel, series, 0.0, COLOURS[0])
+            curves.finish_panel(ax, panel)
+            pictures.append(_save(figure, workdir, panel.title))
+    return pictures
 
 
-def _known(panel: Panel, series: Mapping[str, curves.Series]) -> bool:
-    return any(name in series for name in panel.lines)
-
-
-def _pictures(drawn: Sequence[str]) -> str:
-    return f'<div class="pictures">{"".join(f"<div>{svg}</div>" for svg in drawn)}</div>'
-
-
-def _figure() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(4.6, 2.9), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
-
-
-def _curve(workdir: Path, panel: Panel, series: Mapping[str, curves.Series]) -> str:
-    figure, ax = _figure()
-    curves.draw(ax, panel, series, 0.0, COLOURS[0])
-    curves.dress(ax, panel)
-    return _save(figure, workdir, panel.title)
-
-
-def _histogram(workdir: Path, tested: EvaluatedSplit, beta: float) -> str | None:
-    rewards = tested.rewards(tested.after, beta)
+def _draw_rewards(workdir: Path, split: EvaluatedSplit, beta: float) -> dict[str, Any] | None:
+    """Draws a histogram of the final rewards; None where they have none or are all the same."""
+    rewards = split.rewards(split.after, beta)
     if rewards is None:
         return None
-    kinds = {"chosen": rewards[:, 0]}
-    if tested.selected is None:
-        kinds["rejected"] = rewards[:, 1:][tested.valid[:, 1:]]
+    if split.selected is None:
+        examples = len(rewards)
+        groups = {"chosen": rewards[:, 0], "rejected": rewards[:, 1:][split.valid[:, 1:]]}
     else:
-        count = len(tested.selected)
-        rewards, valid = rewards[:count, 1:], tested.valid[:count, 1:]
-        selected = tested.selected[:, 1:] & valid
-        kinds["chosen"] = kinds["chosen"][:count]
-        kinds |= {"selected": rewards[selected], "not selected": rewards[valid & ~selected]}
-    # In float64, as edges are: a value clipped to the last one must not lie beyond it.
-    kinds = {name: values.astype(np.float64) for name, values in kinds.items()}
-    everything = np.concatenate(list(kinds.values()))
-    # A few far-off rewards would leave the others in one bar.
-    low, high = np.quantile(everything, [0.005, 0.995])
-    bars = int(np.clip(np.sqrt(len(kinds["chosen"])), 8, 40))
+        examples = len(split.selected)
+        rewards, valid = rewards[:examples], split.valid[:examples, 1:]
+        selected = split.selected[:, 1:] & valid
+        groups = {
+            "chosen": rewards[:, 0],
+            "selected": rewards[:, 1:][selected],
+            "not selected": rewards[:, 1:][valid & ~selected],
+        }
+    # In float64, like the edges: a value clipped to the last edge must not lie beyond it.
+    groups = {name: values.astype(np.float64) for name, values in groups.items()}
+    # A few far-off rewards would leave all others in one bar.
+    low, high = np.quantile(np.concatenate(list(groups.values())), [0.005, 0.995])
+    bars = int(np.clip(np.sqrt(examples), 8, 40))
     edges = np.linspace(low, high, bars + 1).tolist()
     if edges[0] == edges[-1]:
         return None
-    figure, ax = _figure()
-    for (name, values), colour in zip(kinds.items(), COLOURS):
+    figure = style.new_figure(4.6, 2.9, padded=False)
+    ax = figure.add_subplot()
+    for (name, values), colour in zip(groups.items(), COLOURS):
         if len(values):
-            inside = np.clip(values, edges[0], edges[-1])
-            ax.hist(inside, edges, density=True, histtype="step", color=colour, linewidth=1.6)
+            clipped = np.clip(values, edges[0], edges[-1])
+            ax.hist(clipped, edges, density=True, histtype="step", color=colour, linewidth=1.6)
             ax.plot([], [], color=colour, label=f"{name} ({values.mean():.2f})")
-    curves.dress(ax, Panel("Rewards", {}))
-    ax.set_xlabel("reward", fontsize=9, color=curves.INK)
-    figure.legend(
-        loc="outside lower center", ncols=3, frameon=False, fontsize=8, labelcolor=curves.INK
-    )
-    return _save(figure, workdir, "Rewards at the end")
+    style.style_axes(ax, "Rewards", xlabel="reward")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8, labelcolor=INK)
+    return {"svg": _save(figure, workdir, "Rewards at the end"), "examples": examples}
 
 
-def _save(figure: Figure, workdir: Path, title: str) -> str:
-    """The figure as SVG for the page; and as a PNG in figures/."""
+def _save(figure: Figure, workdir: Path, title: str) -> Markup:
+    """Writes a figure to figures/ as a PNG, and returns it as SVG for the page."""
     name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
-    (workdir / "figures").mkdir(exist_ok=True)
-    figure.savefig(workdir / "figures" / f"{name}.png", facecolor="white")
+    write_whole(workdir / "figures" / f"{name}.png", [style.to_png(figure)])
     file = io.StringIO()
-    # Text stays text; ids are the figure's own, and the same in every report of the same run.
+    # Text stays text, and ids are the same whenever the same run is drawn.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(id="|"#|url\(#)', lambda m: f"{m[1]}{name}-", svg)  # One page, many figures.
-    for colour, follows in FOLLOWING.items():
-        svg = svg.replace(colour, follows)
+    # A page has several figures, whose ids must differ.
+    svg = re.sub(r'(id="|"#|url\(#)', lambda match: f"{match[1]}{name}-", svg)
+    for colour, variable in PAGE_COLOURS.items():
+        svg = svg.replace(colour.lower(), variable)
     label = f'<svg role="img" aria-label="{escape(title)}" '
-    return svg.replace("<svg ", label, 1)
+    return Markup(svg.replace("<svg ", label, 1))
 
 
-def _examples(tested: EvaluatedSplit, beta: float) -> list[str]:
-    before = metrics.per_example_rank(tested.before, tested.valid)
-    after = metrics.per_example_rank(tested.after, tested.valid)
-    moved = after - before
-    order = np.argsort(moved, kind="stable")
-    up = [row for row in order[:SHOWN] if moved[row] < 0]
-    down = [row for row in order[::-1][:SHOWN] if moved[row] > 0]
-    parts = [
-        "<h2>Examples whose ranking changed</h2>",
-        f"<p>The chosen response's rank by policy is better than at the start in "
-        f"{int((moved < 0).sum())} of {len(moved)} examples, worse in {int((moved > 0).sum())}. "
-        "Those that moved the most; log-probabilities in nats, rewards are beta times the "
-        "log-ratio to the reference.</p>",
-    ]
-    for title, rows in (("Up", up), ("Down", down)):
-        if rows:
-            parts.append(f"<h3>{title}</h3>")
-        for i, row in enumerate(rows):
-            opened = " open" if i == 0 else ""
-            prompt = tested.examples[row].prompt
-            parts.append(
-                f"<details{opened}><summary>{escape(tested.examples[row].id)}: rank {before[row]} "
-                f"→ {after[row]}</summary>\n<p class=prompt>{escape(_short(prompt))}</p>\n"
-                f"{_candidates(tested, int(row), beta)}</details>"
-            )
-    return parts
-
-
-def _candidates(tested: EvaluatedSplit, row: int, beta: float) -> str:
-    """A table of an example's candidates, the best after training first."""
-    example = tested.examples[row]
-    tables = [(tested.before, tested.after)]
-    header = ["log-prob before", "after"]
-    first, last = tested.rewards(tested.before, beta), tested.rewards(tested.after, beta)
-    if first is not None and last is not None:
-        tables.append((first, last))
+def _rank_changes(split: EvaluatedSplit, beta: float) -> dict[str, Any]:
+    """The examples whose chosen response moved the most, up and down, with their candidates."""
+    before = metrics_lib.per_example_rank(split.before, split.valid)
+    after = metrics_lib.per_example_rank(split.after, split.valid)
+    change = after - before
+    order = np.argsort(change, kind="stable")
+    # Log-probabilities and, where there is a reference, rewards; each before and after.
+    header, tables = ["response", "", "log-prob before", "after"], [split.before, split.after]
+    if split.refs is not None:
         header += ["reward before", "after"]
-    known = tested.selected is not None and row < len(tested.selected)
-    lines = []
-    for place in np.argsort(-tested.after[row], kind="stable"):
-        if not tested.valid[row, place]:
-            continue
-        number = tested.candidate_ids[row, place]
-        text = example.chosen if number == 0 else example.rejected[number - 1]
-        kind = "chosen" if number == 0 else ""
-        if known and tested.selected is not None and tested.selected[row, place]:
-            kind = "selected"
-        cells = [f"{table[row, place]:.2f}" for pair in tables for table in pair]
-        lines.append(
-            f"<tr{' class=chosen' if number == 0 else ''}><td>{escape(_short(text))}</td>"
-            f"<td>{kind}</td>{''.join(f'<td class=n>{cell}</td>' for cell in cells)}</tr>"
-        )
-    head = "".join(f"<th>{word}</th>" for word in ("response", "", *header))
-    return (
-        f'<div class="wide"><table class=words><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
-    )
+        tables += [split.rewards(table, beta) for table in tables]
+
+    def describe(row: int) -> dict[str, Any]:
+        example = split.examples[row]
+        candidates = []
+        for i in np.argsort(-split.after[row], kind="stable"):
+            if not split.valid[row, i]:
+                continue
+            response = split.candidate_ids[row, i]
+            kind = "" if response else "chosen"
+            if split.selected is not None and row < len(split.selected) and split.selected[row, i]:
+                kind = "selected"
+            candidates.append(
+                {
+                    "text": _shorten(example.rejected[response - 1] if response else example.chosen),
+                    "kind": kind,
+                    "values": [f"{table[row, i]:.2f}" for table in tables],
+                }
+            )
+        return {
+            "id": example.id,
+            "before": before[row],
+            "after": after[row],
+            "prompt": _shorten(example.prompt),
+            "candidates": candidates,
+        }
+
+    return {
+        "header": header,
+        "examples": len(change),
+        "better": int((change < 0).sum()),
+        "worse": int((change > 0).sum()),
+        "up": [describe(row) for row in order[:MAX_EXAMPLES].tolist() if change[row] < 0],
+        "down": [describe(row) for row in order[::-1][:MAX_EXAMPLES].tolist() if change[row] > 0],
+    }
 
 
-def _short(text: Text | History) -> str:
+def _shorten(text: Text | History) -> str:
     if isinstance(text, History):
         text = text.text
     elif not isinstance(text, str):
         text = "\n".join(f"{message['role']}: {message['content']}" for message in text)
-    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"
+    if len(text) <= MAX_TEXT_CHARS:
+        return text
+    half = MAX_TEXT_CHARS // 2
+    return f"{text[:half]} … {text[-half:]}"

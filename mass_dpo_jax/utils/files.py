@@ -65,8 +65,10 @@ def expand_path(path: str | Path, place: str) -> Path:
     return Path(expand(str(path), place))
 
 
-def write_whole(path: Path, parts: Iterable[str]) -> None:
-    """Writes a text file from its parts, whole or not at all; a link's target, not the link.
+def write_whole(path: Path, parts: Iterable[str | bytes]) -> None:
+    """Writes a file from its parts, whole or not at all; a link's target, not the link.
+
+    Text is written in UTF-8.
 
     Raises:
       OSError: it cannot be written; names the file.
@@ -74,8 +76,8 @@ def write_whole(path: Path, parts: Iterable[str]) -> None:
     path = path.resolve()
     temporary = path.with_name(f"{path.name}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(parts)
+        with temporary.open("wb") as file:
+            file.writelines(x.encode() if isinstance(x, str) else x for x in parts)
         temporary.replace(path)
     except OSError as error:
         if error.filename is None and error.errno in DISK_FULL:

@@ -1,4 +1,1 @@
-"""From run folders to the paper's tables and figures: what `mass_dpo_jax.report` is made of.
-
-And the simulation of its Theorem 5.1, which `benchmarks.simulation` runs.
-"""
+"""The paper's tables and figures from run folders: what `python -m mass_dpo_jax.report` writes."""

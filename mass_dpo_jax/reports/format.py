@@ -1,0 +1,60 @@
+"""Metrics and names of runs as text, for every table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+# The ranking metrics that tables show, without "policy/" or "reward/", and their titles.
+HEADLINE_METRICS = {
+    "accuracy": "Accuracy (R@1)",
+    "recall@3": "Recall@3",
+    "mrr": "MRR",
+    "ndcg@3": "NDCG@3",
+}
+
+
+def format_percent(mean: float, error: float, sign: str = "") -> str:
+    """Formats a mean and its standard error in percent, such as "12.3 ± 0.4".
+
+    Args:
+        mean: the mean; 1 is 100%.
+        error: its standard error.
+        sign: "+" shows the sign of positive means too.
+    """
+    return f"{100 * mean:{sign}.1f} ± {100 * error:.1f}"
+
+
+def format_metric(metrics: Mapping[str, float], name: str) -> str:
+    """Formats a metric and its standard error, `NAME_se`, in percent; "" where it is missing."""
+    error = f"{name}_se"
+    return format_percent(metrics[name], metrics[error]) if {name, error} <= set(metrics) else ""
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], labels: int = 1) -> str:
+    """Formats a table in Markdown.
+
+    Args:
+        header: the title of every column.
+        rows: the cells.
+        labels: columns that name the row, and are aligned left.
+    """
+    rules = ["---"] * labels + ["---:"] * (len(header) - labels)
+    return "\n".join(
+        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |"
+        for row in (header, rules, *rows)
+    )
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """Returns a name for each folder: the shortest end of its path that no other path shares."""
+    paths = [folder.absolute().parts for folder in folders]
+
+    def name(path: tuple[str, ...]) -> str:
+        others = [other for other in paths if other != path]
+        length = 1
+        while any(other[-length:] == path[-length:] for other in others):
+            length += 1
+        return Path(*path[-length:]).as_posix()
+
+    return [name(path) for path in paths]
