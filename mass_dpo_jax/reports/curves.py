@@ -69,7 +69,9 @@ def plot(
     panels = [p for p in PANELS if any(name in run for run in metrics.values() for name in p.lines)]
     if not panels:
         raise UserError(f"{', '.join(map(str, runs.values()))}: nothing to draw yet")
-    lengths = [max((steps[-1] for steps, _ in run.values()), default=0.0) for run in metrics.values()]
+    lengths = [
+        max((steps[-1] for steps, _ in run.values()), default=0.0) for run in metrics.values()
+    ]
     starts = [0.0] * len(runs)
     if in_sequence:
         starts = [0.0, *itertools.accumulate(lengths)][: len(runs)]

@@ -20,6 +20,6 @@ _TEMPLATES = jinja2.Environment(
 def render(template: str, **values: Any) -> str:
     """Returns the page that a template of this folder makes of the values.
 
-    Text is escaped; `markupsafe.Markup` is inserted as it is.
+    Text is escaped, except where a template calls it safe.
     """
     return _TEMPLATES.get_template(template).render(values)

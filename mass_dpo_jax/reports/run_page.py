@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
@@ -97,9 +96,7 @@ def _ranking_table(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {"header": ["", *HEADLINE_METRICS], "rows": rows}
 
 
-def _draw_panels(
-    workdir: Path, panels: Sequence[Panel], series: Mapping[str, Series]
-) -> list[Markup]:
+def _draw_panels(workdir: Path, panels: Sequence[Panel], series: Mapping[str, Series]) -> list[str]:
     """Draws the panels that the run has metrics for."""
     pictures = []
     for panel in panels:
@@ -149,7 +146,7 @@ def _draw_rewards(workdir: Path, split: EvaluatedSplit, beta: float) -> dict[str
     return {"svg": _save(figure, workdir, "Rewards at the end"), "examples": examples}
 
 
-def _save(figure: Figure, workdir: Path, title: str) -> Markup:
+def _save(figure: Figure, workdir: Path, title: str) -> str:
     """Writes a figure to figures/ as a PNG, and returns it as SVG for the page."""
     name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
     write_whole(workdir / "figures" / f"{name}.png", [style.to_png(figure)])
@@ -165,7 +162,7 @@ def _save(figure: Figure, workdir: Path, title: str) -> Markup:
     for colour, variable in PAGE_COLOURS.items():
         svg = svg.replace(colour.lower(), variable)
     label = f'<svg role="img" aria-label="{escape(title)}" '
-    return Markup(svg.replace("<svg ", label, 1))
+    return svg.replace("<svg ", label, 1)
 
 
 def _rank_changes(split: EvaluatedSplit, beta: float) -> dict[str, Any]:
@@ -176,9 +173,11 @@ def _rank_changes(split: EvaluatedSplit, beta: float) -> dict[str, Any]:
     order = np.argsort(change, kind="stable")
     # Log-probabilities and, where there is a reference, rewards; each before and after.
     header, tables = ["response", "", "log-prob before", "after"], [split.before, split.after]
-    if split.refs is not None:
-        header += ["reward before", "after"]
-        tables += [split.rewards(table, beta) for table in tables]
+    for words, logps in (("reward before", split.before), ("after", split.after)):
+        table = split.rewards(logps, beta)
+        if table is not None:
+            header.append(words)
+            tables.append(table)
 
     def describe(row: int) -> dict[str, Any]:
         example = split.examples[row]
@@ -187,14 +186,15 @@ def _rank_changes(split: EvaluatedSplit, beta: float) -> dict[str, Any]:
             if not split.valid[row, i]:
                 continue
             response = split.candidate_ids[row, i]
+            text = example.rejected[response - 1] if response else example.chosen
             kind = "" if response else "chosen"
             if split.selected is not None and row < len(split.selected) and split.selected[row, i]:
                 kind = "selected"
             candidates.append(
                 {
-                    "text": _shorten(example.rejected[response - 1] if response else example.chosen),
+                    "text": _shorten(text),
                     "kind": kind,
-                    "values": [f"{table[row, i]:.2f}" for table in tables],
+                    "figures": [f"{table[row, i]:.2f}" for table in tables],
                 }
             )
         return {

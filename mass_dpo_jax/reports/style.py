@@ -28,7 +28,9 @@ def new_figure(width: float, height: float, dpi: int = 130, padded: bool = True)
         dpi: pixels of an inch.
         padded: whether there is space around the axes, as figures of several need.
     """
-    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1) if padded else "constrained"
+    layout = ConstrainedLayoutEngine()
+    if padded:
+        layout.set(w_pad=0.12, h_pad=0.1)
     figure = Figure(figsize=(width, height), dpi=dpi, layout=layout)
     FigureCanvasAgg(figure)  # Without pyplot, which keeps figures alive and wants a display.
     return figure
@@ -61,9 +63,7 @@ def show_percent(ax: Axes) -> None:
     ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
 
-def add_legend(
-    place: Axes | Figure, lines: Iterable[tuple[str, str, str]], **options: Any
-) -> None:
+def add_legend(place: Axes | Figure, lines: Iterable[tuple[str, str, Any]], **options: Any) -> None:
     """Adds a legend of lines to axes or a figure.
 
     Args:

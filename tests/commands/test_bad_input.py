@@ -141,7 +141,7 @@ def test_the_report_says_which_settings_are_unreadable(tmp_path: Path) -> None:
     config: Any = config_lib.default().to_dict()
     (tmp_path / "config.json").write_text(json.dumps(config | {"method": 7}))
     (tmp_path / "metrics.jsonl").write_text("")
-    [run] = runs.find([tmp_path])
+    [run] = runs.find_runs([tmp_path])
     assert run.state == "unreadable: config.json: config.method=7: expected a string"
 
 

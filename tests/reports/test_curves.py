@@ -17,7 +17,7 @@ from benchmarks import simulation
 from mass_dpo_jax import compare, report
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.reports import curves
-from mass_dpo_jax.reports.comparison import short_names
+from mass_dpo_jax.reports.format import short_names
 from tests.support.processes import command
 
 
@@ -185,8 +185,8 @@ def test_rounding_errors_do_not_fill_a_picture():
     ax = Figure().add_subplot()
     panel = curves.Panel("Value over that of the best set", {"a": ""})
     series = {"a": np.array([[1, 2, 3], [1.0, 1.0 + 2e-7, 1.0 - 1e-7]])}
-    curves.draw(ax, panel, series, 0.0, "#000000")
-    curves.dress(ax, panel)
+    curves.draw_run(ax, panel, series, 0.0, "#000000")
+    curves.finish_panel(ax, panel)
     low, high = ax.get_ylim()
     assert high - low == pytest.approx(1e-3)
     assert low < 1.0 < high

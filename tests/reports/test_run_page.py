@@ -12,6 +12,7 @@ import pytest
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.reports import run_page
+from mass_dpo_jax.reports.format import HEADLINE_METRICS
 from mass_dpo_jax.reports.run_page import write
 from mass_dpo_jax.runs import run_config
 from mass_dpo_jax.train import train
@@ -54,7 +55,7 @@ def test_a_run_ends_with_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     data = write_jsonl(tmp_path / "data.jsonl", examples=40)
     config = tiny_config(data, **{"log.report": True, "train.steps": 2, "num_negatives": 2})
     seen: list[EvaluatedSplit] = []
-    monkeypatch.setattr(run_page, "_examples", lambda tested, beta: seen.append(tested) or [])
+    monkeypatch.setattr(run_page, "_rank_changes", lambda split, beta: seen.append(split))
     done = train(config, tmp_path / "run")
     page = (tmp_path / "run/report.html").read_text()
     check(page)
@@ -98,7 +99,7 @@ def test_words_of_the_data_are_text(tmp_path: Path) -> None:
         [example], np.arange(3)[None], np.ones((1, 3), bool), before, after, before,
         np.array([[False, True, False]]),
     )  # fmt: skip
-    ranks = {f"policy/{name}{kind}": 0.5 for name in run_page.COLUMNS for kind in ("", "_se")}
+    ranks = {f"policy/{name}{kind}": 0.5 for name in HEADLINE_METRICS for kind in ("", "_se")}
     done = {"step": 1, "examples": 1, "split": "test", "final": ranks}
     write(tmp_path, config, done, tested)
     page = (tmp_path / "report.html").read_text()

@@ -814,8 +814,8 @@ MUTATIONS = (
     ),
     Mutation(
         "reports: a log-prob of 0 is a missing response",
-        "if not beside.exists():",
-        "if True:",
+        "exists = read_array(mask_path)",
+        "exists = logps != 0",
         "commands/test_compare.py::test_a_log_prob_of_0_is_one",
     ),
     Mutation(
@@ -1444,20 +1444,20 @@ MUTATIONS = (
     ),
     Mutation(
         "reports: other test rows are compared",
-        'if not metrics_.get("digest") or metrics_["digest"] != found[0].get("digest"):',
-        'if not metrics_.get("digest"):',
+        'if not own.get("digest") or own["digest"] != metrics[0].get("digest"):',
+        'if not own.get("digest"):',
         "commands/test_compare.py",
     ),
     Mutation(
         "reports: a gain has the other sign",
-        "metrics.paired_difference(*correct)",
-        "metrics.paired_difference(*correct[::-1])",
+        "metrics_lib.paired_difference(*first)",
+        "metrics_lib.paired_difference(*first[::-1])",
         "commands/test_compare.py",
     ),
     Mutation(
         "reports: runs on other rows are paired",
-        "if b is None or not digests[0] or digests[0] != digests[1]:",
-        "if b is None or not digests[0]:",
+        'if other is None or not digest or digest != other.metrics.get("digest"):',
+        "if other is None or not digest:",
         "reports/paper/test_report.py",
     ),
     Mutation(
@@ -1468,7 +1468,7 @@ MUTATIONS = (
     ),
     Mutation(
         "reports: the error over seeds is their spread",
-        "spread = metrics.standard_error(np.array(values))",
+        "spread = metrics.standard_error(values)",
         "spread = float(np.std(values, ddof=1))",
         "reports/paper/test_report.py",
     ),

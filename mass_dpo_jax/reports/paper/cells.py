@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 
 from mass_dpo_jax import metrics
-from mass_dpo_jax.reports.paper.runs import Run, experiment
+from mass_dpo_jax.reports.format import format_percent
+from mass_dpo_jax.reports.paper.runs import Run, experiment_settings
 
 DATASETS = ("lastfm", "movielens", "medmcqa", "qasc")  # In the paper's order; others follow.
+# Baselines first and the paper's method last, as papers do.
 METHODS = ("sft", "dpo", "dpo_k", "dmpo", "odpo", "mppo", "sdpo", "pl_sampled", "pl_all")
-NOT_TESTED = ("data.max_train", "data.max_validation")
+NOT_TESTED_ON = ("data.max_train", "data.max_validation")  # Data settings of other splits.
 BETA, N = 0.1, 3  # The paper's main setting.
 
 
@@ -22,9 +24,10 @@ class Estimate:
     """A mean over seeds.
 
     Attributes:
-      se_seeds: its standard error from the spread over seeds; None for a single one.
-      se_rows: the standard error over test rows that the runs state, averaged.
-      seeds: how many finished.
+        mean: the mean.
+        se_seeds: its standard error from the spread over seeds; None for a single one.
+        se_rows: the standard error over test rows that the runs report, averaged.
+        seeds: how many seeds have finished.
     """
 
     mean: float
@@ -34,14 +37,24 @@ class Estimate:
 
     @property
     def text(self) -> str:
+        """In percent; a star marks an error over test rows."""
         if self.se_seeds is None:
-            return f"{100 * self.mean:.1f} ± {100 * self.se_rows:.1f}*"
-        return f"{100 * self.mean:.1f} ± {100 * self.se_seeds:.1f}"
+            return f"{format_percent(self.mean, self.se_rows)}*"
+        return format_percent(self.mean, self.se_seeds)
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One experiment. `runs` has one run a seed, finished or not."""
+    """One experiment.
+
+    Attributes:
+        model: the model that training first started from.
+        dataset: the data set.
+        method: the method's name, with the settings that tell its experiments apart.
+        n: negatives of a prompt; None where the method has none.
+        beta: the factor from log-ratios to rewards; None where the method has none.
+        runs: a run for each seed, finished or not.
+    """
 
     model: str
     dataset: str
@@ -52,11 +65,12 @@ class Cell:
 
     @property
     def finished(self) -> list[Run]:
+        """The finished runs."""
         return [run for run in self.runs if run.finished]
 
     @property
     def state(self) -> str:
-        """What is the matter with it, in few words; "" when all is well."""
+        """What is missing, in a few words; "" when all runs are finished."""
         if len(self.finished) == len(self.runs):
             return ""
         if self.finished or len(self.runs) > 1:
@@ -64,41 +78,48 @@ class Cell:
         return self.runs[0].state
 
     def title(self, others: Sequence[Cell]) -> str:
-        """Its method, with n and beta where another of the cells has the same."""
+        """Returns its method, with n and beta if the method is there several times in `others`."""
         if sum(other.method == self.method for other in others) == 1:
             return self.method
         return f"{self.method}, n={self.n}, beta={self.beta:g}"
 
     def estimate(self, metric: str) -> Estimate | None:
+        """Returns the mean of a final metric over finished seeds; None where no run has it."""
         return estimate(self.finished, Run.final, metric)
 
 
 def estimate(
     runs: Sequence[Run], read: Callable[[Run, str], float | None], metric: str
 ) -> Estimate | None:
-    """The mean of what `read` finds in the runs; None where it finds nothing."""
-    found = [(read(run, metric), read(run, f"{metric}_se") or 0.0) for run in runs]
-    values = [value for value, _ in found if value is not None]
-    if not values:
+    """Returns the mean of what `read` finds in the runs; None where it finds nothing."""
+    pairs = [
+        (value, read(run, f"{metric}_se") or 0.0)
+        for run in runs
+        if (value := read(run, metric)) is not None
+    ]
+    if not pairs:
         return None
-    errors = [error for value, error in found if value is not None]
-    spread = metrics.standard_error(np.array(values)) if len(values) > 1 else None
-    return Estimate(float(np.mean(values)), spread, float(np.mean(errors)), len(values))
+    values, errors = np.array(pairs).T
+    spread = metrics.standard_error(values) if len(values) > 1 else None
+    return Estimate(float(values.mean()), spread, float(errors.mean()), len(values))
 
 
 def gather(runs: Sequence[Run]) -> tuple[list[Cell], list[tuple[Run, Run]]]:
-    """The cells of all runs with a readable configuration, and runs that repeat another.
+    """Groups all runs with a readable configuration into cells.
 
     Where experiments of one model, data set and method differ in anything but n and beta, the
-    method's name says in what; where those of different methods were tested on different examples,
-    theirs do too.
+    method's name says in what. Where experiments of different methods were tested on different
+    examples, their names say so too.
+
+    Returns:
+        The cells in the order of tables, and pairs of a run and another one that it repeats.
     """
     groups: dict[Any, dict[int, Run]] = {}
     repeats = []
     for run in runs:
         if not run.settings:
             continue
-        settings = tuple(sorted((k, repr(v)) for k, v in experiment(run).items()))
+        settings = tuple(sorted((k, repr(v)) for k, v in experiment_settings(run).items()))
         key = (run.model, run.dataset, run.method, run.n, run.beta, settings)
         seeds = groups.setdefault(key, {})
         if run.seed not in seeds:
@@ -110,47 +131,45 @@ def gather(runs: Sequence[Run]) -> tuple[list[Cell], list[tuple[Run, Run]]]:
             repeats.append((run, seeds[run.seed]))
     cells = []
     for (model, dataset, method, n, beta, settings), seeds in groups.items():
-        near = [dict(key[5]) for key in groups if key[:2] == (model, dataset)]
-        same = [dict(key[5]) for key in groups if key[:3] == (model, dataset, method)]
-        words = []
-        for name, value in settings:
-            rivals = near if name.startswith("data.") and name not in NOT_TESTED else same
-            if any(other.get(name) != value for other in rivals):
-                words.append(f"{name}={value.strip(chr(39))}")
+        same_data = [dict(key[5]) for key in groups if key[:2] == (model, dataset)]
+        same_method = [dict(key[5]) for key in groups if key[:3] == (model, dataset, method)]
+        name = [method]
+        for setting, value in settings:
+            tested_on = setting.startswith("data.") and setting not in NOT_TESTED_ON
+            rivals = same_data if tested_on else same_method
+            if any(other.get(setting) != value for other in rivals):
+                name.append(f"{setting}={value.strip(chr(39))}")
         members = tuple(seeds[seed] for seed in sorted(seeds))
-        cells.append(Cell(model, dataset, ", ".join([method, *words]), n, beta, members))
+        cells.append(Cell(model, dataset, ", ".join(name), n, beta, members))
     return sorted(cells, key=_order), repeats
 
 
 def main_setting(cells: Sequence[Cell]) -> list[Cell]:
-    """Of each method its cells with the paper's n and beta or, where it has none, all of them."""
-    chosen = []
-    for cell in cells:
-        alike = [c for c in cells if _who(c) == _who(cell)]
-        if _is_main(cell) or not any(_is_main(c) for c in alike):
-            chosen.append(cell)
-    return chosen
+    """Returns each method's cells with the paper's n and beta; all of them where it has none."""
+
+    def method(cell: Cell) -> tuple[str, str, str]:
+        return cell.model, cell.dataset, cell.method
+
+    with_main = {method(cell) for cell in cells if _is_main(cell)}
+    return [cell for cell in cells if _is_main(cell) or method(cell) not in with_main]
 
 
 def _is_main(cell: Cell) -> bool:
-    return cell.beta in (None, BETA) and cell.n in (None, "all", 1 if _name(cell) == "dpo" else N)
+    n = 1 if _base_method(cell) == "dpo" else N
+    return cell.beta in (None, BETA) and cell.n in (None, "all", n)
 
 
-def _who(cell: Cell) -> tuple[str, str, str]:
-    return cell.model, cell.dataset, cell.method
-
-
-def _name(cell: Cell) -> str:
+def _base_method(cell: Cell) -> str:
     return cell.method.partition(" ")[0].rstrip(",")
 
 
 def _order(cell: Cell) -> tuple[Any, ...]:
-    # The paper's method last, as papers do.
-    name = _name(cell)
-    place = METHODS.index(name) if name in METHODS else len(METHODS)
+    name = _base_method(cell)
+    index = METHODS.index(name) if name in METHODS else len(METHODS)
     n = cell.n if isinstance(cell.n, int) else 10**9
-    return (cell.model, *dataset_order(cell.dataset), place, cell.method, n, cell.beta or 0.0)
+    return (cell.model, *dataset_order(cell.dataset), index, cell.method, n, cell.beta or 0.0)
 
 
 def dataset_order(dataset: str) -> tuple[int, str]:
+    """Returns the key that sorts data sets in the paper's order."""
     return (DATASETS.index(dataset) if dataset in DATASETS else len(DATASETS), dataset)

@@ -1,19 +1,19 @@
 """Differences between methods on the same test rows, with bootstrap intervals.
 
 Two runs are compared only where they share model, data set and seed and were tested on the same
-rows. Row by row, the difference of a metric is one number; of S seeds with M test rows that makes
-a table [S, M].
+rows. Row by row, the difference of a metric is one number, which makes a table of seeds by M test
+rows.
 
-How seeds are pooled: the estimate is the mean of that table (each seed counts alike). A bootstrap
-draw takes S seeds with replacement and, independently, M row positions with replacement, the same
-positions in every seed, since seeds may share their test rows. The interval is the 2.5 and 97.5
-percentiles of DRAWS such means, from a fixed random seed. So it covers the choice of test rows and
-of training seeds; with one seed it covers the rows only.
+How seeds are pooled: the estimate is the mean of that table, each seed with the same weight. A
+bootstrap draw takes as many seeds with replacement and, independently, M row indices with
+replacement, the same indices in every seed, since seeds may share their test rows. The interval is
+the 2.5 and 97.5 percentiles of the means of DRAWS draws, from a fixed random seed. So it covers the
+choice of test rows and of training seeds; with one seed it covers the rows only.
 
-How often it holds the truth, simulated with 400 rows: 94 to 98% where trainings spread as much as
-the error of the rows, for two, three and five seeds. Where they spread four times as much: 71, 80
-and 89%, since two or three seeds cannot tell. Where seeds share all their rows in another order,
-which the files do not show: 96, 92 and 90%.
+Coverage, simulated with 400 rows: 94 to 98% for two, three and five seeds where trainings spread
+as much as the error of the rows. Where they spread four times as much it is 71, 80 and 89%, since
+two or three seeds cannot show that. Where seeds share all their rows in another order, which the
+files do not show, it is 96, 92 and 90%.
 """
 
 from __future__ import annotations
@@ -35,12 +35,25 @@ from mass_dpo_jax.training.monitor import FINAL_LOGPS, START_LOGPS
 from mass_dpo_jax.utils.files import read_array
 
 DRAWS, SEED = 2000, 0
-METRICS = ("policy/accuracy", "policy/mrr", "reward/accuracy", "reward/mrr")
+METRICS = {
+    "policy/accuracy": "accuracy, policy",
+    "policy/mrr": "MRR, policy",
+    "reward/accuracy": "accuracy, reward",
+    "reward/mrr": "MRR, reward",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """Mean over seeds and rows of ours - theirs, and the ends of its interval."""
+    """The mean of ours - theirs over seeds and rows.
+
+    Attributes:
+        mean: the mean.
+        low: the lower end of its interval.
+        high: the upper end.
+        seeds: number of seeds.
+        rows: number of rows, of all seeds.
+    """
 
     mean: float
     low: float
@@ -50,108 +63,114 @@ class Difference:
 
 
 def compare_all(cells: Sequence[Cell]) -> tuple[Table, list[str]]:
-    """All pairs of cells of one model and data set; and, in words, what could not be compared."""
+    """Compares all pairs of cells of one model and data set.
+
+    Returns:
+        The table, and sentences about what could not be compared.
+    """
     fields = "model dataset ours theirs metric difference low high seeds rows".split()
     table = Table("paired", "Differences between methods on the same rows (points)", fields=fields)
-    left_out: list[str] = []
+    header = ["difference", *METRICS.values(), "seeds"]
+    not_compared: list[str] = []
     values = {
-        run.folder: _per_row(run, left_out) for cell in cells for run in cell.runs if run.finished
+        run.folder: _row_values(run, not_compared)
+        for cell in cells
+        for run in cell.runs
+        if run.finished
     }
-    for place in dict.fromkeys((cell.model, cell.dataset) for cell in cells):
-        here = [cell for cell in cells if (cell.model, cell.dataset) == place and cell.finished]
+    for group in dict.fromkeys((cell.model, cell.dataset) for cell in cells):
+        finished = [c for c in cells if (c.model, c.dataset) == group and c.finished]
         rows = []
-        for theirs, ours in itertools.combinations(here, 2):
-            pairs = _same_rows(ours, theirs, values)
-            names = [ours.title(here), theirs.title(here)]
+        for theirs, ours in itertools.combinations(finished, 2):
+            names = [ours.title(finished), theirs.title(finished)]
+            pairs = _pairs_on_same_rows(ours, theirs, values)
             if not pairs:
-                left_out.append(
-                    f"{', '.join(place)}: {names[0]} and {names[1]} have no finished runs of one "
+                not_compared.append(
+                    f"{', '.join(group)}: {names[0]} and {names[1]} have no finished runs of one "
                     "seed on the same test rows"
                 )
+                continue
             entries = []
             for metric in METRICS:
-                tables = [
+                differences = [
                     values[a.folder][metric] - values[b.folder][metric]
                     for a, b in pairs
                     if metric in values[a.folder] and metric in values[b.folder]
                 ]
-                if not tables:
+                if not differences:
                     entries.append("")
                     continue
-                found = pooled(tables)
-                figures = [100 * x for x in (found.mean, found.low, found.high)]
-                entries.append("{:+.1f} ({:+.1f} to {:+.1f})".format(*figures))
-                line = [
-                    *place, *names, metric, *(f"{x:.4f}" for x in figures), found.seeds, found.rows
-                ]  # fmt: skip
-                table.records.append(dict(zip(fields, line, strict=True)))
-            if pairs:
-                rows.append([f"{names[0]} − {names[1]}", *entries, str(len(pairs))])  # noqa: RUF001
+                difference = pool_differences(differences)
+                points = [100 * x for x in (difference.mean, difference.low, difference.high)]
+                entries.append("{:+.1f} ({:+.1f} to {:+.1f})".format(*points))
+                numbers = [*(f"{x:.4f}" for x in points), difference.seeds, difference.rows]
+                table.add_record(*group, *names, metric, *numbers)
+            rows.append([f"{names[0]} − {names[1]}", *entries, str(len(pairs))])  # noqa: RUF001
         if rows:
-            header = [
-                "difference", "accuracy, policy", "MRR, policy", "accuracy, reward", "MRR, reward",
-                "seeds",
-            ]  # fmt: skip
-            table.blocks.append(Block(", ".join(place), header, rows))
-    return table, left_out
+            table.blocks.append(Block(", ".join(group), header, rows))
+    return table, not_compared
 
 
-def pooled(differences: Sequence[np.ndarray]) -> Difference:
-    """Mean and 95% interval of per-row differences, one array a seed; see above."""
+def pool_differences(differences: Sequence[np.ndarray]) -> Difference:
+    """Returns the mean and the 95% interval of per-row differences, one array [M] for each seed."""
     generator = np.random.default_rng(SEED)
     count = len(differences)
-    # How often a draw takes each seed [DRAWS, S], and the mean it finds there.
+    # How often each draw takes each seed, and the mean that it finds there: [DRAWS, seeds].
     seeds = generator.multinomial(count, np.full(count, 1 / count), size=DRAWS)
-    means = np.stack([_resampling(len(d)) @ d / len(d) for d in differences], axis=1)
+    means = np.stack([_draw_rows(len(d)) @ d / len(d) for d in differences], axis=1)
     low, high = np.percentile((seeds * means).sum(1) / count, [2.5, 97.5])
     mean = float(np.mean([np.mean(d) for d in differences]))
     return Difference(mean, float(low), float(high), count, sum(map(len, differences)))
 
 
 @functools.cache
-def _resampling(rows: int) -> np.ndarray:
-    """float64 [DRAWS, rows]: how often each draw takes each row."""
+def _draw_rows(rows: int) -> np.ndarray:
+    """How often each draw takes each row, float64 [DRAWS, rows]."""
     generator = np.random.default_rng([SEED, rows])
-    taken = generator.integers(rows, size=(DRAWS, rows))
-    counts = [np.bincount(line, minlength=rows) for line in taken]
+    indices = generator.integers(rows, size=(DRAWS, rows))
+    counts = [np.bincount(draw, minlength=rows) for draw in indices]
     return np.stack(counts).astype(np.float64)
 
 
-def _same_rows(
+def _pairs_on_same_rows(
     ours: Cell, theirs: Cell, values: Mapping[Path, Mapping[str, np.ndarray]]
 ) -> list[tuple[Run, Run]]:
-    """Runs of one seed each, tested on the same rows."""
+    """Pairs of runs with the same seed that were tested on the same rows."""
     others = {run.seed: run for run in theirs.finished}
-    found = []
-    for a in ours.finished:
-        b = others.get(a.seed)
-        digests = [run.metrics.get("digest") for run in (a, b) if run]
-        if b is None or not digests[0] or digests[0] != digests[1]:
+    pairs = []
+    for run in ours.finished:
+        other = others.get(run.seed)
+        digest = run.metrics.get("digest")
+        if other is None or not digest or digest != other.metrics.get("digest"):
             continue
-        x, y = (values[run.folder].get("exists") for run in (a, b))
-        if x is not None and y is not None and np.array_equal(x, y):
-            found.append((a, b))
-    return found
+        ours_exist, theirs_exist = (values[r.folder].get("exists") for r in (run, other))
+        if ours_exist is None or theirs_exist is None:
+            continue  # Their log-probabilities cannot be used.
+        if np.array_equal(ours_exist, theirs_exist):
+            pairs.append((run, other))
+    return pairs
 
 
-def _per_row(run: Run, left_out: list[str]) -> dict[str, np.ndarray]:
-    """Metrics of every test row [M], and under "exists" which candidates there are [M, C]."""
+def _row_values(run: Run, not_compared: list[str]) -> dict[str, np.ndarray]:
+    """Metrics of every test row [M] and, as "exists", which candidates exist [M, C]."""
     try:
         final, exists = read_logps(run.folder / FINAL_LOGPS)
         if len(final) != run.metrics.get("examples"):
             raise ValueError("other rows than metrics.json")
-        found = {"exists": exists} | _ranking("policy", final, exists)
+        values = {"exists": exists} | _rank_rows("policy", final, exists)
         # The start is the reference where the run named no other, and a reward was measured.
         if not run.settings["model.reference_path"] and run.final("reward/accuracy") is not None:
             start = read_array(run.folder / START_LOGPS)
             rewards = np.float32(run.settings["beta"]) * (final - start)
-            found |= _ranking("reward", rewards, exists)
+            values |= _rank_rows("reward", rewards, exists)
     except ValueError as error:
-        left_out.append(f"{run.folder.as_posix()}: its log-probabilities cannot be used: {error}")
+        not_compared.append(
+            f"{run.folder.as_posix()}: its log-probabilities cannot be used: {error}"
+        )
         return {}
-    return found
+    return values
 
 
-def _ranking(prefix: str, scores: np.ndarray, exists: np.ndarray) -> dict[str, np.ndarray]:
+def _rank_rows(prefix: str, scores: np.ndarray, exists: np.ndarray) -> dict[str, np.ndarray]:
     values = metrics.per_example_ranking(metrics.per_example_rank(scores, exists))
     return {f"{prefix}/{name}": values[name] for name in ("accuracy", "mrr")}

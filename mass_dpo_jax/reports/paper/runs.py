@@ -1,7 +1,7 @@
 """Run folders: found, read, and called what the paper calls them.
 
 Nothing that was started is dropped: a run that is not finished, or whose files cannot be read, is
-found too and says so in its `state`.
+found too, and its `state` says so.
 """
 
 from __future__ import annotations
@@ -14,23 +14,17 @@ from typing import Any
 
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.runs.metrics_files import read_complete_lines
+from mass_dpo_jax.runs.metrics_files import read_complete_lines, read_metrics_json
 from mass_dpo_jax.runs.resume import NOT_COMPUTED
 from mass_dpo_jax.utils.files import read_json
 from mass_dpo_jax.utils.run_paths import explain_non_run
 
 FINISHED = "finished"
-LOG = "log.txt"  # What launch/paper.sh keeps of a run's output.
-
-# Settings that do not make another experiment: where things lie, how often a run reports.
-ELSEWHERE = (
-    "seed",
-    "model.path",
-    "model.reference_path",
-    "data.path",
-    "train.eval_every",
-    *NOT_COMPUTED,
-)
+LOG = "log.txt"  # A run's output, kept by launch/paper.sh.
+# Settings that do not make another experiment: where files are, and how often a run reports.
+SAME_EXPERIMENT = (
+    "seed", "model.path", "model.reference_path", "data.path", "train.eval_every", *NOT_COMPUTED,
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,13 +32,17 @@ class Run:
     """A run folder.
 
     Attributes:
-      settings: by name, such as "train.steps"; empty where config.json cannot be read.
-      model: the name of the folder that training first started from, or "scratch".
-      start: the method of the run that this one goes on from; "" for a model that is no run.
-      method: its name with what tells its variants apart.
-      n, beta: None where the method has none.
-      state: "finished", or what is the matter.
-      metrics: of metrics.json.
+        folder: its path.
+        settings: by name, such as "train.steps"; empty where config.json cannot be read.
+        model: the name of the folder that training first started from, or "scratch".
+        start: the method of the run whose weights this one started from; "" if they were no run's.
+        dataset: the data set.
+        method: its name, with what tells its variants apart.
+        n: negatives of a prompt; None where the method has none.
+        beta: the factor from log-ratios to rewards; None where the method has none.
+        seed: the seed.
+        state: "finished", or what is wrong or missing.
+        metrics: the content of metrics.json.
     """
 
     folder: Path
@@ -61,50 +59,50 @@ class Run:
 
     @property
     def finished(self) -> bool:
+        """Whether it has final metrics."""
         return self.state == FINISHED
 
     def final(self, metric: str) -> float | None:
-        """A metric at the end of the run; None where there is none."""
-        return _number(self.metrics.get("final"), metric)
+        """Returns a metric at the end of the run; None where there is none."""
+        return _finite(self.metrics.get("final"), metric)
 
     def at_start(self, metric: str) -> float | None:
-        """A metric before the first update; None where there is none."""
-        return _number(self.metrics.get("start"), metric)
+        """Returns a metric before the first update; None where there is none."""
+        return _finite(self.metrics.get("start"), metric)
 
 
-def find(folders: Sequence[Path]) -> list[Run]:
-    """Every run in or below the folders, in the order of their paths.
+def find_runs(folders: Sequence[Path]) -> list[Run]:
+    """Reads every run in or below the folders, in the order of their paths.
 
     Raises:
-      UserError: a folder does not exist, or none has a run.
+        UserError: a folder does not exist, or none has a run.
     """
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"{folder}: {explain_non_run(folder)}")
-    places: dict[Path, Path] = {}
+    paths: dict[Path, Path] = {}
     for folder in folders:
-        for place in _below(folder):
-            places.setdefault(place.resolve(), place)
-    if not places:
+        for path in _runs_below(folder):
+            paths.setdefault(path.resolve(), path)
+    if not paths:
         raise UserError(f"{', '.join(map(str, folders))}: no runs (folders with config.json) here")
-    found = sorted(places.values())
-    configs = {place: _config(place) for place in found}
-    return [_read(place, configs) for place in found]
+    configs = {path: _read_settings(path) for path in sorted(paths.values())}
+    return [_read_run(path, configs) for path in configs]
 
 
-def _below(folder: Path) -> Iterable[Path]:
+def _runs_below(folder: Path) -> Iterable[Path]:
     """The run folders in a folder, itself included. A run's own folders hold no further runs."""
-    written = any((folder / name).exists() for name in ("metrics.jsonl", "metrics.json"))
-    if written or isinstance(_config(folder), dict):
+    started = any((folder / name).exists() for name in ("metrics.jsonl", "metrics.json"))
+    if started or isinstance(_read_settings(folder), dict):
         yield folder
         return
     if (folder / LOG).exists():
-        yield folder  # Of a run that failed before it wrote anything.
+        yield folder  # It failed before it wrote anything else.
     for below in sorted(p for p in folder.iterdir() if p.is_dir()):
-        yield from _below(below)
+        yield from _runs_below(below)
 
 
-def _config(folder: Path) -> dict[str, Any] | str | None:
+def _read_settings(folder: Path) -> dict[str, Any] | str | None:
     """A run's settings by name, or what is wrong; None where no run's config.json is there.
 
     A Hugging Face folder has a config.json too, with other fields.
@@ -126,38 +124,35 @@ def _config(folder: Path) -> dict[str, Any] | str | None:
     return settings
 
 
-def _read(folder: Path, configs: Mapping[Path, Any]) -> Run:
+def _read_run(folder: Path, configs: Mapping[Path, Any]) -> Run:
     settings = configs[folder]
     if not isinstance(settings, dict):
-        return Run(folder, {}, state=settings or _never_started(folder))
-    metrics, state = _metrics(folder)
-    method, n, beta = label(settings)
+        return Run(folder, {}, state=settings or _explain_missing_config(folder))
+    metrics, state = _read_metrics(folder)
+    method, n, beta = describe_method(settings)
     model, start = _origin(str(settings["model.path"]), configs)
     dataset = settings["data.name"]
-    if dataset in ("jsonl", "hub"):  # Names of formats; the data are in the path.
+    if dataset in ("jsonl", "hub"):  # Formats; the path names the data.
         dataset = f"{dataset} {Path(str(settings['data.path'])).name}"
     return Run(
         folder, settings, model, start, dataset, method, n, beta, settings["seed"], state, metrics
     )
 
 
-def _metrics(folder: Path) -> tuple[dict[str, Any], str]:
-    if not (folder / "metrics.json").exists():
-        return {}, f"unfinished{_last_step(folder)}"
+def _read_metrics(folder: Path) -> tuple[dict[str, Any], str]:
+    """A run's metrics.json, and its state."""
     try:
-        metrics = read_json(folder / "metrics.json")
-    except UserError:
-        return {}, "unreadable: metrics.json is no valid JSON"
-    if not isinstance(metrics, dict) or "finished" not in metrics:
-        return {}, "unreadable: metrics.json has no field 'finished'"
-    if not metrics["finished"]:
-        return metrics, f"unfinished{_last_step(folder)}"
-    if not isinstance(metrics.get("final"), dict):
-        return metrics, "finished, without a test split"
-    return metrics, FINISHED
+        metrics = read_metrics_json(folder) or {}
+    except UserError as error:
+        return {}, f"unreadable: {str(error).removeprefix(f'{folder}/')}"
+    if not metrics.get("finished"):
+        lines = read_complete_lines(folder)
+        step = f", step {lines[-1]['step']:.0f}" if lines else ""
+        return metrics, f"unfinished{step}"
+    return metrics, FINISHED if metrics.get("final") else "finished, without a test split"
 
 
-def _never_started(folder: Path) -> str:
+def _explain_missing_config(folder: Path) -> str:
     if (folder / LOG).exists():
         lines = (folder / LOG).read_text(errors="replace").split("\n")
         last = next((line.strip() for line in reversed(lines) if line.strip()), "")
@@ -165,43 +160,38 @@ def _never_started(folder: Path) -> str:
     return "unreadable: it has no config.json"
 
 
-def _last_step(folder: Path) -> str:
-    rows = read_complete_lines(folder)
-    return f", step {rows[-1]['step']:.0f}" if rows else ""
-
-
 def _origin(path: str, configs: Mapping[Path, Any]) -> tuple[str, str]:
-    """The model that a chain of runs began with, and the method of the run just before."""
+    """The model that a chain of runs began with, and the method of the run at `path`."""
     start, seen = "", set()
     while path and path not in seen:
         seen.add(path)
-        settings = _run_at(Path(path), configs)
+        settings = _settings_at(Path(path), configs)
         if settings is None:
             return Path(path).name, start
-        start = start or label(settings)[0]
+        start = start or describe_method(settings)[0]
         path = str(settings["model.path"])
     return "scratch", start
 
 
-def _run_at(path: Path, configs: Mapping[Path, Any]) -> dict[str, Any] | None:
+def _settings_at(path: Path, configs: Mapping[Path, Any]) -> dict[str, Any] | None:
     """The settings of the run at a path, as written on the machine and in the folder it ran in."""
-    here = _config(path)
-    if isinstance(here, dict):
-        return here
-    # Moved since, perhaps: the one run here whose path ends alike, with more than its name.
+    settings = _read_settings(path)
+    if isinstance(settings, dict):
+        return settings
+    # The run may have been moved: accept the only one whose path ends in the same way, by more
+    # than its name.
     for length in range(len(path.parts), 1, -1):
-        tail = path.parts[-length:]
-        alike = [c for p, c in configs.items() if p.resolve().parts[-length:] == tail]
-        if len(alike) == 1 and isinstance(alike[0], dict):
-            return alike[0]
+        end = path.parts[-length:]
+        matches = [c for p, c in configs.items() if p.resolve().parts[-length:] == end]
+        if len(matches) == 1 and isinstance(matches[0], dict):
+            return matches[0]
     return None
 
 
-def label(settings: Mapping[str, Any]) -> tuple[str, int | str | None, float | None]:
-    """What a run's method is called, its n and its beta."""
+def describe_method(settings: Mapping[str, Any]) -> tuple[str, int | str | None, float | None]:
+    """Returns what a run's method is called, its n and its beta."""
     method = settings["method"]
     refresh = settings["selection.refresh"]
-    words = {"step": "redrawn", "once": "fixed"}
     n, beta = settings["num_negatives"], settings["beta"]
     if method == "sft":
         return method, None, None
@@ -212,15 +202,16 @@ def label(settings: Mapping[str, Any]) -> tuple[str, int | str | None, float | N
     if method == "mass_dpo":
         method = f"mass_dpo ({settings['selection.criterion']}, {refresh})"
     if method == "sdpo":
-        method = f"sdpo ({words.get(str(refresh), refresh)})"
+        drawn = {"step": "redrawn", "once": "fixed"}
+        method = f"sdpo ({drawn.get(refresh, refresh)})"
     return method, n, beta
 
 
-def experiment(run: Run) -> dict[str, Any]:
-    """The settings that make a run's experiment and are not in its model, method, n and beta."""
+def experiment_settings(run: Run) -> dict[str, Any]:
+    """Returns the settings that make a run's experiment, beside its model, method, n and beta."""
     method = str(run.settings["method"])
-    # What stands in the label, and what this method does not read.
-    unused = ["method", "num_negatives", "beta", "data.name", *ELSEWHERE]
+    # Those that the label has, and those that this method does not read.
+    unused = ["method", "num_negatives", "beta", "data.name", *SAME_EXPERIMENT]
     if method == "mass_dpo":
         unused += ["selection.criterion", "selection.refresh", "selection.replacement"]
     elif method == "sdpo":
@@ -236,11 +227,11 @@ def experiment(run: Run) -> dict[str, Any]:
         unused.append("odpo.")
     if run.model != "scratch":
         unused.append("model.scratch.")
-    chosen = {k: v for k, v in run.settings.items() if not k.startswith(tuple(unused))}
-    return {**chosen, "start": run.start or "model"}
+    settings = {k: v for k, v in run.settings.items() if not k.startswith(tuple(unused))}
+    return {**settings, "start": run.start or "model"}
 
 
-def _number(values: Any, name: str) -> float | None:
+def _finite(values: Any, name: str) -> float | None:
     value = values.get(name) if isinstance(values, Mapping) else None
     if isinstance(value, (int, float)) and math.isfinite(value):
         return float(value)

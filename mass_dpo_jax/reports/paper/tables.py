@@ -5,25 +5,32 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.reports.paper.cells import Cell, Estimate, dataset_order, estimate, main_setting
+from mass_dpo_jax.reports.paper.cells import Cell, dataset_order, estimate, main_setting
 from mass_dpo_jax.reports.paper.runs import Run
 
 NUMBERS = Path(__file__).with_name("numbers.csv")
 QUESTIONS = ("medmcqa", "qasc")  # Multiple choice; every other data set counts as recommendation.
 RANKINGS = {"policy": "by log-probability", "reward": "by log-ratio to the reference"}
-RECORD = (
+FIELDS = (
     "model dataset method n beta metric percent se_seeds se_rows seeds_finished seeds state paper"
 ).split()
 
 
 @dataclasses.dataclass
 class Block:
-    """Rows of text under a heading; the first `labels` columns name the row."""
+    """Rows of text under a heading.
+
+    Attributes:
+        title: the heading; "" for none.
+        header: the title of every column.
+        rows: the cells.
+        labels: columns that name the row.
+    """
 
     title: str
     header: list[str]
@@ -33,16 +40,33 @@ class Block:
 
 @dataclasses.dataclass
 class Table:
-    """A table: `blocks` to read, `records` with the same figures, one a line, for programs."""
+    """A table for people and for programs.
+
+    Attributes:
+        name: of its CSV file.
+        title: the heading.
+        blocks: what people read.
+        records: the same figures, one a line.
+        fields: the names of a record's values, in their order.
+    """
 
     name: str
     title: str
     blocks: list[Block] = dataclasses.field(default_factory=list)
     records: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    fields: Sequence[str] = tuple(RECORD)
+    fields: Sequence[str] = tuple(FIELDS)
+
+    def add_record(self, *values: Any) -> None:
+        """Adds a record, its values in the order of the fields."""
+        self.records.append(dict(zip(self.fields, values, strict=True)))
 
     def csv(self) -> str:
-        return to_csv(self.records, self.fields)
+        """Returns the records as CSV."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.fields, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.records)
+        return text.getvalue()
 
 
 class PaperNumbers:
@@ -66,204 +90,193 @@ class PaperNumbers:
         return len(self._rows)
 
     def find(self, table: str, cell: Cell, metric: str) -> str:
-        """The paper's figure in per cent as printed, or ""."""
+        """Returns the paper's figure in percent as printed, or ""."""
+        key = (table, cell.dataset, cell.method, metric.partition("/")[2])
         for row in self._rows:
-            same = (row["table"], row["dataset"], row["method"], row["metric"]) == (
-                table, cell.dataset, cell.method, metric.partition("/")[2],
-            )  # fmt: skip
-            if same and row["model"].lower() in cell.model.lower():
-                if row["n"] in ("", _plain(cell.n)) and row["beta"] in ("", _plain(cell.beta)):
-                    return row["percent"]
+            if (row["table"], row["dataset"], row["method"], row["metric"]) != key:
+                continue
+            if row["model"].lower() not in cell.model.lower():
+                continue
+            if row["n"] in ("", _plain(cell.n)) and row["beta"] in ("", _plain(cell.beta)):
+                return row["percent"]
         return ""
 
 
 def paper_tables(cells: Sequence[Cell], paper: PaperNumbers) -> list[Table]:
-    """Tables 1 to 5, in this order."""
+    """Returns tables 1 to 5, in this order."""
     main = main_setting(cells)
     questions = [cell for cell in main if cell.dataset in QUESTIONS]
     others = [cell for cell in main if cell.dataset not in QUESTIONS]
     return [
         _accuracy(main, paper),
-        _ablation("2", "Accuracy at different beta", cells, "beta", paper),
+        _ablation("2", "accuracy at different beta", cells, "beta", paper),
         _ranking("3", "Recall and NDCG, recommendation", others, paper),
-        _ablation("4", "Accuracy at different numbers of negatives n", cells, "n", paper),
+        _ablation("4", "accuracy at different numbers of negatives n", cells, "n", paper),
         _ranking("5", "Recall and NDCG, multiple-choice questions", questions, paper),
     ]
 
 
 def _accuracy(cells: Sequence[Cell], paper: PaperNumbers) -> Table:
+    """A row for each method, a column for each data set."""
     table = Table("table1", "Table 1: accuracy (%)")
-    for model in dict.fromkeys(cell.model for cell in cells):
-        ours = [cell for cell in cells if cell.model == model]
-        datasets = sorted({cell.dataset for cell in ours}, key=dataset_order)
-        for kind, words in RANKINGS.items():
-            metric = f"{kind}/accuracy"
-            if kind == "reward" and not any(cell.estimate(metric) for cell in ours):
+    for model, own in _by_model(cells).items():
+        datasets = sorted({cell.dataset for cell in own}, key=dataset_order)
+        # Methods in the order of the data set with the most of them.
+        count = {d: sum(cell.dataset == d for cell in own) for d in datasets}
+        first = max(dict.fromkeys(cell.dataset for cell in own), key=lambda d: count[d])
+        methods = dict.fromkeys(
+            (c.method, c.n, c.beta) for c in sorted(own, key=lambda c: c.dataset != first)
+        )
+        for ranking, words in RANKINGS.items():
+            metric = f"{ranking}/accuracy"
+            if ranking == "reward" and not any(cell.estimate(metric) for cell in own):
                 continue
             rows = []
-            if kind == "policy":
-                rows.append(["before training", "", "", *(_start(ours, d) for d in datasets)])
-            names = dict.fromkeys((c.method, c.n, c.beta) for c in _by_method(ours))
-            for name in names:
-                found = {c.dataset: c for c in ours if (c.method, c.n, c.beta) == name}
-                entries = [
-                    _entry(found[d], metric, paper.find("1", found[d], metric))
-                    if d in found
-                    else ""
-                    for d in datasets
-                ]
+            if ranking == "policy":
+                starts = [_start_accuracy(own, dataset) for dataset in datasets]
+                rows.append(["before training", "", "", *starts])
+            for method in methods:
+                found = {c.dataset: c for c in own if (c.method, c.n, c.beta) == method}
+                entries = [_entry("1", found.get(d), metric, paper) for d in datasets]
                 if any(entries):  # Supervised training has no rewards.
-                    rows.append([name[0], _plain(name[1]), _plain(name[2]), *entries])
+                    rows.append([*map(_plain, method), *entries])
             header = ["method", "n", "beta", *datasets]
             table.blocks.append(Block(f"{model}, {words}", header, rows, labels=3))
-            table.records += [_record("1", cell, metric, paper) for cell in ours]
+            for cell in own:
+                _add_record(table, "1", cell, metric, paper)
     return table
 
 
 def _ablation(
     number: str, title: str, cells: Sequence[Cell], varied: str, paper: PaperNumbers
 ) -> Table:
-    """Experiments that differ in nothing but `varied`, in one row."""
-    table = Table(f"table{number}", f"Table {number}: {title.lower()} (%)")
-    kept = "n" if varied == "beta" else "beta"
+    """A row for experiments that differ only in `varied`, a column for each of its values."""
+    table = Table(f"table{number}", f"Table {number}: {title} (%)")
+    other = "n" if varied == "beta" else "beta"
     groups: dict[Any, dict[str, Cell]] = {}
     for cell in cells:
         if getattr(cell, varied) not in (None, "all"):
-            key = (cell.model, cell.dataset, cell.method, getattr(cell, kept))
+            key = (cell.model, cell.dataset, cell.method, getattr(cell, other))
             groups.setdefault(key, {})[_plain(getattr(cell, varied))] = cell
-    groups = {key: found for key, found in groups.items() if len(found) > 1}
+    groups = {key: group for key, group in groups.items() if len(group) > 1}
     for model in dict.fromkeys(key[0] for key in groups):
-        ours = {key: found for key, found in groups.items() if key[0] == model}
-        values = sorted({value for found in ours.values() for value in found}, key=float)
-        for kind, words in RANKINGS.items():
-            metric = f"{kind}/accuracy"
+        own = {key: group for key, group in groups.items() if key[0] == model}
+        values = sorted({value for group in own.values() for value in group}, key=float)
+        header = ["data", "method", other, *(f"{varied} = {value}" for value in values)]
+        for ranking, words in RANKINGS.items():
+            metric = f"{ranking}/accuracy"
             rows = []
-            for (_, dataset, method, other), found in ours.items():
-                entries = [
-                    _entry(found[v], metric, paper.find(number, found[v], metric))
-                    if v in found
-                    else ""
-                    for v in values
-                ]
-                rows.append([dataset, method, _plain(other), *entries])
-            header = ["data", "method", kept, *(f"{varied} = {value}" for value in values)]
+            for (_, dataset, method, fixed), group in own.items():
+                entries = [_entry(number, group.get(v), metric, paper) for v in values]
+                rows.append([dataset, method, _plain(fixed), *entries])
+                for value in values:
+                    if value in group:
+                        _add_record(table, number, group[value], metric, paper)
             table.blocks.append(Block(f"{model}, {words}", header, rows, labels=3))
-            table.records += [
-                _record(number, found[v], metric, paper)
-                for found in ours.values()
-                for v in values
-                if v in found
-            ]
     return table
 
 
 def _ranking(number: str, title: str, cells: Sequence[Cell], paper: PaperNumbers) -> Table:
+    """A row for each experiment, a column for each metric."""
     table = Table(f"table{number}", f"Table {number}: {title} (%)")
     columns = {"recall@1": "R@1", "recall@3": "R@3", "ndcg@3": "N@3", "mrr": "MRR"}
-    for model in dict.fromkeys(cell.model for cell in cells):
-        for kind, words in RANKINGS.items():
-            ours = [cell for cell in cells if cell.model == model]
-            if kind == "reward":
-                ours = [c for c in ours if not c.finished or c.estimate("reward/accuracy")]
-                if not any(cell.finished for cell in ours):
+    header = ["data", "method", "n", "beta", *columns.values()]
+    for model, own in _by_model(cells).items():
+        for ranking, words in RANKINGS.items():
+            shown = own
+            if ranking == "reward":
+                shown = [c for c in own if not c.finished or c.estimate("reward/accuracy")]
+                if not any(cell.finished for cell in shown):
                     continue
             rows = []
-            for cell in ours:
-                metrics = [f"{kind}/{name}" for name in columns]
-                entries = [_entry(cell, m, paper.find(number, cell, m)) for m in metrics]
+            for cell in shown:
+                metrics = [f"{ranking}/{name}" for name in columns]
                 rows.append(
-                    [cell.dataset, cell.method, _plain(cell.n), _plain(cell.beta), *entries]
+                    [*_names(cell), *(_entry(number, cell, metric, paper) for metric in metrics)]
                 )
-                table.records += [_record(number, cell, m, paper) for m in metrics]
-            header = ["data", "method", "n", "beta", *columns.values()]
+                for metric in metrics:
+                    _add_record(table, number, cell, metric, paper)
             table.blocks.append(Block(f"{model}, {words}", header, rows, labels=4))
     return table
 
 
-def seconds_table(cells: Sequence[Cell], seconds: dict[Path, float]) -> Table:
-    """Time of a training step: of each run the median over its steps, averaged over runs."""
+def seconds_table(cells: Sequence[Cell], seconds: Mapping[Path, float]) -> Table:
+    """Returns the time of a training step: a run's median over its steps, averaged over runs."""
     fields = "model dataset method n beta seconds_per_step runs".split()
     table = Table("seconds", "Seconds per training step", fields=fields)
-    for model in dict.fromkeys(cell.model for cell in cells):
+    header = ["data", "method", "n", "beta", "seconds", "runs"]
+    for model, own in _by_model(cells).items():
         rows = []
-        for cell in (c for c in cells if c.model == model):
+        for cell in own:
             times = [seconds[run.folder] for run in cell.runs if run.folder in seconds]
             if times:
                 mean = sum(times) / len(times)
-                names = [cell.dataset, cell.method, _plain(cell.n), _plain(cell.beta)]
-                rows.append([*names, f"{mean:.3g}", str(len(times))])
-                line = [model, *names, f"{mean:.6g}", len(times)]
-                table.records.append(dict(zip(fields, line, strict=True)))
+                rows.append([*_names(cell), f"{mean:.3g}", str(len(times))])
+                table.add_record(model, *_names(cell), f"{mean:.6g}", len(times))
         if rows:
-            header = ["data", "method", "n", "beta", "seconds", "runs"]
             table.blocks.append(Block(model, header, rows, labels=4))
     return table
 
 
 def runs_table(runs: Sequence[Run], repeats: Sequence[tuple[Run, Run]]) -> Table:
-    """Every run that was found, and what became of it."""
+    """Returns every run that was found, and its state."""
     fields = "folder model dataset method n beta seed state split examples".split()
     table = Table("runs", "All runs", fields=fields)
     repeated = {run.folder: f"repeats {other.folder.as_posix()}" for run, other in repeats}
     for run in runs:
         state = "; ".join(word for word in (run.state, repeated.get(run.folder, "")) if word)
-        line = [
-            run.folder.as_posix(), run.model, run.dataset, run.method, _plain(run.n),
-            _plain(run.beta), _plain(run.seed if run.settings else None), state,
-            _plain(run.metrics.get("split")), _plain(run.metrics.get("examples")),
-        ]  # fmt: skip
-        table.records.append(dict(zip(fields, line, strict=True)))
-    rows = [[str(record[f]) for f in fields] for record in table.records]
+        seed = run.seed if run.settings else None
+        values = (
+            run.folder.as_posix(), run.model, run.dataset, run.method, run.n, run.beta, seed,
+            state, run.metrics.get("split"), run.metrics.get("examples"),
+        )  # fmt: skip
+        table.add_record(*map(_plain, values))
+    rows = [[record[field] for field in fields] for record in table.records]
     table.blocks.append(Block("", [*fields[:-1], "rows"], rows, labels=8))
     return table
 
 
-def to_csv(records: Iterable[dict[str, Any]], fields: Sequence[str]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fields, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    return text.getvalue()
+def _by_model(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
+    groups: dict[str, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(cell.model, []).append(cell)
+    return groups
 
 
-def _by_method(cells: Sequence[Cell]) -> list[Cell]:
-    """In the order in which the longest list of methods, of all data sets, has them."""
-    datasets = dict.fromkeys(cell.dataset for cell in cells)
-    longest = max(datasets, key=lambda d: sum(cell.dataset == d for cell in cells))
-    return sorted(cells, key=lambda cell: cell.dataset != longest)
+def _names(cell: Cell) -> list[str]:
+    return [cell.dataset, cell.method, _plain(cell.n), _plain(cell.beta)]
 
 
-def _start(cells: Sequence[Cell], dataset: str) -> str:
-    """The model itself: of the runs that do not go on from another run, one a seed."""
+def _start_accuracy(cells: Sequence[Cell], dataset: str) -> str:
+    """The model's own accuracy: from runs that start from no other run, one for each seed."""
     runs = [r for c in cells if c.dataset == dataset for r in c.runs if not r.start]
     measured = {run.seed: run for run in runs if run.at_start("policy/accuracy") is not None}
-    found = estimate(list(measured.values()), Run.at_start, "policy/accuracy")
-    return found.text if found else ""
+    mean = estimate(list(measured.values()), Run.at_start, "policy/accuracy")
+    return mean.text if mean else ""
 
 
-def _entry(cell: Cell, metric: str, paper: str) -> str:
-    found = cell.estimate(metric)
-    words = found.text if found else ""
-    if words and cell.state:
-        words += f" ({len(cell.finished)} of {len(cell.runs)})"
-    words = words or cell.state
-    return f"{words} [{paper}]".strip() if paper else words
+def _entry(number: str, cell: Cell | None, metric: str, paper: PaperNumbers) -> str:
+    """A table's text for a metric of a cell; "" where there is no such cell."""
+    if cell is None:
+        return ""
+    mean = cell.estimate(metric)
+    text = mean.text if mean else cell.state
+    if mean and cell.state:
+        text += f" ({len(cell.finished)} of {len(cell.runs)})"
+    printed = paper.find(number, cell, metric)
+    return f"{text} [{printed}]".strip() if printed else text
 
 
-def _record(number: str, cell: Cell, metric: str, paper: PaperNumbers) -> dict[str, Any]:
-    found = cell.estimate(metric)
-    figures = _figures(found) if found else ["", "", ""]
-    line = [
-        cell.model, cell.dataset, cell.method, _plain(cell.n), _plain(cell.beta), metric,
-        *figures, found.seeds if found else 0, len(cell.runs), cell.state,
-        paper.find(number, cell, metric),
-    ]  # fmt: skip
-    return dict(zip(RECORD, line, strict=True))
-
-
-def _figures(found: Estimate) -> list[str]:
-    spread = "" if found.se_seeds is None else f"{100 * found.se_seeds:.4f}"
-    return [f"{100 * found.mean:.4f}", spread, f"{100 * found.se_rows:.4f}"]
+def _add_record(table: Table, number: str, cell: Cell, metric: str, paper: PaperNumbers) -> None:
+    mean = cell.estimate(metric)
+    figures: list[str] = ["", "", ""]
+    if mean:
+        spread = "" if mean.se_seeds is None else f"{100 * mean.se_seeds:.4f}"
+        figures = [f"{100 * mean.mean:.4f}", spread, f"{100 * mean.se_rows:.4f}"]
+    table.add_record(
+        cell.model, *_names(cell), metric, *figures, mean.seeds if mean else 0, len(cell.runs),
+        cell.state, paper.find(number, cell, metric),
+    )  # fmt: skip
 
 
 def _plain(value: Any) -> str:

@@ -69,6 +69,7 @@ def write_run(
     found["digest"] = f"{seed} {tested_on}"
     found["start"] = metrics.evaluate_logps(before, None, exists, 1.0)
     np.save(folder / "logps-start.npy", before)
+    np.save(folder / "logps-exist.npy", exists)
     if finished:
         refs = None if config.method == "sft" else before
         found["final"] = metrics.evaluate_logps(after, refs, exists, config.beta)
@@ -159,6 +160,7 @@ def test_what_is_not_finished_is_marked_and_listed(folder: Path, tmp_path: Path)
     (folder / "failed").mkdir()
     (folder / "failed" / runs.LOG).write_text("loading\nerror: no such data\n")
     np.save(base / "mass_dpo" / "seed2" / "logps-final.npy", np.zeros((3, 2), np.float32))
+    np.save(base / "mass_dpo" / "seed2" / "logps-exist.npy", np.ones((3, 2), bool))
     make_report([folder], tmp_path / "out")
     text = (tmp_path / "out" / "report.md").read_text()
     assert "- " + (folder / "failed").as_posix() + ": failed at its start: error: no such" in text
@@ -216,17 +218,17 @@ def test_other_rows_are_never_compared(folder: Path, tmp_path: Path):
 def test_interval():
     rng = np.random.default_rng(3)
     one = rng.normal(0.5, 1.0, 2000)
-    found = paired.pooled([one])
+    found = paired.pool_differences([one])
     error = metrics.standard_error(one)
     assert found.mean == pytest.approx(one.mean())
     assert found.low == pytest.approx(one.mean() - 1.96 * error, abs=0.15 * error)
     assert found.high == pytest.approx(one.mean() + 1.96 * error, abs=0.15 * error)
     # The same rows twice tell nothing new; seeds that disagree widen the interval.
-    assert paired.pooled([one, one]).low == pytest.approx(found.low, abs=0.1 * error)
-    apart = paired.pooled([one - 1, one + 1])
+    assert paired.pool_differences([one, one]).low == pytest.approx(found.low, abs=0.1 * error)
+    apart = paired.pool_differences([one - 1, one + 1])
     assert apart.low < -0.4 and apart.high > 1.4
-    assert paired.pooled([one]) == found
-    assert paired.pooled([np.zeros(50)]) == paired.Difference(0.0, 0.0, 0.0, 1, 50)
+    assert paired.pool_differences([one]) == found
+    assert paired.pool_differences([np.zeros(50)]) == paired.Difference(0.0, 0.0, 0.0, 1, 50)
 
 
 def test_page_needs_nothing_else(folder: Path, tmp_path: Path):
@@ -245,7 +247,7 @@ def test_models_are_named_by_where_training_began(tmp_path: Path):
     write_run(tmp_path / "runs" / "second", start=first)
     write_run(tmp_path / "runs" / "third", method="dpo", start="elsewhere/runs/second")
     write_run(tmp_path / "runs" / "alone", method="sdpo", start="")
-    found = {run.folder.name: run for run in runs.find([tmp_path])}
+    found = {run.folder.name: run for run in runs.find_runs([tmp_path])}
     assert {found[n].model for n in ("warm", "second")} == {"Tiny-Llama"}
     assert found["second"].start == "sft"
     assert found["third"].model == "Tiny-Llama"  # Found again after a move, by the end of its path.
@@ -255,19 +257,19 @@ def test_models_are_named_by_where_training_began(tmp_path: Path):
 
 def test_labels():
     config = dict(config_lib.flatten(config_lib.default()))
-    assert runs.label(config) == ("mass_dpo (pool_fisher, step)", 3, 0.1)
+    assert runs.describe_method(config) == ("mass_dpo (pool_fisher, step)", 3, 0.1)
     once = {**config, "method": "sdpo", "selection.refresh": "once"}
-    assert runs.label(once) == ("sdpo (fixed)", 3, 0.1)
-    assert runs.label({**config, "method": "dpo"}) == ("dpo", 1, 0.1)
-    assert runs.label({**config, "method": "pl_all"}) == ("pl_all", "all", 0.1)
-    assert runs.label({**config, "method": "sft"}) == ("sft", None, None)
+    assert runs.describe_method(once) == ("sdpo (fixed)", 3, 0.1)
+    assert runs.describe_method({**config, "method": "dpo"}) == ("dpo", 1, 0.1)
+    assert runs.describe_method({**config, "method": "pl_all"}) == ("pl_all", "all", 0.1)
+    assert runs.describe_method({**config, "method": "sft"}) == ("sft", None, None)
 
 
 def test_other_settings_are_another_cell(tmp_path: Path):
     write_run(tmp_path / "a", seed=0)
     write_run(tmp_path / "b", seed=1, **{"train.learning_rate": 3e-5})
     write_run(tmp_path / "c", seed=0)
-    found, repeats = cells.gather(runs.find([tmp_path]))
+    found, repeats = cells.gather(runs.find_runs([tmp_path]))
     assert [(cell.method, len(cell.runs)) for cell in found] == [
         ("mass_dpo (pool_fisher, step), train.learning_rate=1e-05", 1),
         ("mass_dpo (pool_fisher, step), train.learning_rate=3e-05", 1),
@@ -296,7 +298,7 @@ def test_no_runs(tmp_path: Path):
 
 def test_band_over_seeds():
     steps = np.array([10.0, 20.0, 30.0])
-    band = figures.over_seeds([(steps, steps), (steps[:2], steps[:2] + 4)])
+    band = figures.band_over_seeds([(steps, steps), (steps[:2], steps[:2] + 4)])
     assert band is not None
     np.testing.assert_array_equal(np.stack(band), [[10, 20], [10, 20], [12, 22], [14, 24]])
 
@@ -366,7 +368,7 @@ def test_launch_goes_on_after_a_failure_and_skips_what_is_finished(tmp_path: Pat
     failed = tmp_path / "out" / "table1" / "Llama" / "lastfm" / "sdpo" / "seed0"
     assert result.stdout.splitlines()[-1].strip() == f"{failed} (exit status 2)"
     assert (failed / "log.txt").read_text() == "error: no luck\n"
-    (found,) = [run for run in runs.find([tmp_path / "out"]) if run.folder == failed]
+    (found,) = [run for run in runs.find_runs([tmp_path / "out"]) if run.folder == failed]
     assert found.state == "failed at its start: error: no luck"
     result, lines = launch(tmp_path, *words)
     assert [("sdpo" in line, "report" in line) for line in lines] == [(True, False), (False, True)]
