@@ -62,7 +62,7 @@ def of_step(setup: Setup, rows: int) -> Counter[str]:
     shape = setup.buckets["train"].shapes[-1]
     candidates = setup.tokens["train"].response_lengths.shape[1]
     optimizer = make_optimizer(setup.config.train, 1000)
-    split = mesh_lib.split_rows(setup.mesh, leading=1)
+    split = mesh_lib.batch_sharding(setup.mesh, leading=1)
 
     def array(*sizes: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((1, rows, *sizes), dtype, sharding=split)

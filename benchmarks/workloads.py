@@ -184,7 +184,7 @@ class Case:
         )
         scorer = case.program("mass_dpo", "dots").scorer
         for i, batch in enumerate(case.batches):
-            placed = jax.device_put(batch, mesh_lib.split_rows(case.mesh))
+            placed = jax.device_put(batch, mesh_lib.batch_sharding(case.mesh))
             logps = scorer.logps(case.reference, placed)
             case.batches[i] = placed._replace(ref_logps=logps)
         return case
@@ -282,7 +282,7 @@ class Ours:
     def __init__(self, case: Case, program: Program):
         self.case, self.program = case, program
         self._optimizer = make_optimizer(case.config.train, total_steps=10**6)
-        everywhere = mesh_lib.replicated(case.mesh)
+        everywhere = mesh_lib.replicated_sharding(case.mesh)
         params = jax.tree.map(jnp.copy, case.params)
         start = TrainState(jnp.int32(0), params, self._optimizer.init(params))
         self.state = jax.device_put(start, everywhere)
@@ -321,9 +321,9 @@ def trace(case: Case, program: Program) -> Any:
             batch = batch._replace(ref_logps=jnp.zeros(batch.response_lengths.shape))
         return batch
 
-    everywhere = mesh_lib.replicated(mesh)
+    everywhere = mesh_lib.replicated_sharding(mesh)
     step, key = placed(jax.eval_shape(lambda: (jnp.int32(0), jax.random.key(0))), everywhere)
-    batch = placed(jax.eval_shape(first_batch), mesh_lib.split_rows(mesh, leading=1))
+    batch = placed(jax.eval_shape(first_batch), mesh_lib.batch_sharding(mesh, leading=1))
     params = mesh_lib.param_shapes(case.model, mesh)
     state = TrainState(step, params, state_shapes(optimizer, params, mesh))
     size = case.shapes[0].selected

@@ -185,9 +185,9 @@ def attempt(job: Job, some: Plan, attention: Attention) -> dict[str, Any]:
     began = time.perf_counter()
     case = case_of(job, some.batch, attention)
     program = case.program("mass_dpo", some.remat, reuse=some.reuse)
-    everywhere = mesh_lib.replicated(case.mesh)
+    everywhere = mesh_lib.replicated_sharding(case.mesh)
     params = jax.jit(lambda key: _weights(case, key), out_shardings=everywhere)(jax.random.key(0))
-    placed = jax.device_put(case.batches[0], mesh_lib.split_rows(case.mesh))
+    placed = jax.device_put(case.batches[0], mesh_lib.batch_sharding(case.mesh))
     # The reference is the policy as it is now, so the first loss is known.
     placed = placed._replace(ref_logps=program.scorer.logps(params, placed))
     micro = jax.tree.map(lambda x: x[None], placed)

@@ -1,4 +1,4 @@
-"""Devices in a grid, and the one table that says which dimension is split over which axis."""
+"""The mesh of devices, and how parameters and batches are split over its axes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mass_dpo_jax.utils.mesh_axes import AXES, BATCH_AXES
 
 _log = logging.getLogger(__name__)
 
-# Named dimension of a parameter -> mesh axis. A name that is not here is never split.
+# The mesh axis that a named dimension of a parameter is split over; others are never split.
 RULES = {
     "embed": "fsdp",
     "vocab": "tensor",
@@ -37,14 +37,18 @@ RULES = {
 
 
 def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of `config.mesh` over all devices, of all processes.
+    """Makes the mesh of `config.mesh` over all devices of all processes.
 
-    Where they are in several groups with a fast network inside (see `islands`), `data` goes across
-    groups as far as it can, then `fsdp`, and `tensor` last.
+    Where the devices form several groups with a fast network inside (see `group_devices`), `data`
+    goes across groups as far as it can, then `fsdp`, and `tensor` last.
+
+    Args:
+        config: the sizes, the section `config.mesh`.
+        devices: to use; None for all.
 
     Raises:
-      UserError: more than one -1, sizes whose product is not the number of devices, or groups of
-        different sizes.
+        UserError: more than one -1, sizes whose product is not the number of devices, or groups of
+            different sizes.
     """
     devices = jax.devices() if devices is None else devices
     sizes, shown = resolve_sizes(config, len(devices)), _show_sizes(config)
@@ -53,7 +57,7 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
             f"{shown}: does not fit the {len(devices)} device(s) of this run; the product of the "
             "sizes is to be that number, and one of them can be -1: all that are left"
         )
-    groups = islands(devices)
+    groups = group_devices(devices)
     kinds = (AxisType.Auto,) * 3
     if len(groups) == 1:
         return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=kinds, devices=devices)
@@ -62,7 +66,7 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
             f"devices of {len(groups)} hosts or slices, {', '.join(str(len(g)) for g in groups)}: "
             "expected as many on each"
         )
-    across, inside = split_over(len(groups), sizes)
+    across, inside = split_sizes(len(groups), sizes)
     if across["tensor"] > 1:
         _log.warning(
             f"{shown}: mesh.tensor goes over {across['tensor']} hosts or slices, so that every "
@@ -72,7 +76,7 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
         tuple(inside.values()),
         tuple(across.values()),
         [device for group in groups for device in group],
-        process_is_granule=_by_process(devices),
+        process_is_granule=_has_no_slices(devices),
         allow_split_physical_axes=True,  # As `jax.make_mesh` does.
     )
     return Mesh(grid, AXES, axis_types=kinds)
@@ -116,22 +120,25 @@ def _show_sizes(config: ConfigDict) -> str:
     return " ".join(f"config.mesh.{axis}={int(config[axis])}" for axis in AXES)
 
 
-def islands(devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
-    """Groups of devices with a fast network inside: TPU slices, GPUs of one host (or of one NVLink
-    domain), simulated devices of one process."""
-    by_process, found = _by_process(devices), collections.defaultdict(list)
+def group_devices(devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
+    """Groups devices that share a fast network.
+
+    A group is a TPU slice, the GPUs of a host or an NVLink domain, or the simulated devices of a
+    process.
+    """
+    by_process, groups = _has_no_slices(devices), collections.defaultdict(list)
     for device in devices:
-        found[device.process_index if by_process else device.slice_index].append(device)
-    return [found[key] for key in sorted(found)]
+        groups[device.process_index if by_process else device.slice_index].append(device)
+    return [groups[key] for key in sorted(groups)]
 
 
-def _by_process(devices: Sequence[jax.Device]) -> bool:
-    # CPUs of all hosts say that they are of slice 0.
+def _has_no_slices(devices: Sequence[jax.Device]) -> bool:
+    # CPUs of all hosts claim to be in slice 0.
     return devices[0].platform == "cpu" or getattr(devices[0], "slice_index", None) is None
 
 
-def split_over(groups: int, sizes: Mapping[str, int]) -> tuple[dict[str, int], dict[str, int]]:
-    """Of each axis, how many parts lie across groups of devices, and how many inside of one.
+def split_sizes(groups: int, sizes: Mapping[str, int]) -> tuple[dict[str, int], dict[str, int]]:
+    """Splits the size of each axis into parts across groups of devices and parts inside of one.
 
     The product of `sizes` is a multiple of `groups`, so what is left for the last axis divides it.
     """
@@ -143,7 +150,16 @@ def split_over(groups: int, sizes: Mapping[str, int]) -> tuple[dict[str, int], d
 
 
 def check_batch(mesh: Mesh, name: str, size: int) -> None:
-    """Raises UserError unless `size` prompts split evenly over the batch axes."""
+    """Checks that a batch splits evenly over the batch axes.
+
+    Args:
+        mesh: the devices.
+        name: the setting of the size, without `config.`.
+        size: prompts of the batch.
+
+    Raises:
+        UserError: it does not.
+    """
     ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if size % ways:
         raise UserError(
@@ -151,51 +167,53 @@ def check_batch(mesh: Mesh, name: str, size: int) -> None:
         )
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of arrays that every device holds whole."""
     return NamedSharding(mesh, P())
 
 
-def split_rows(mesh: Mesh, leading: int = 0) -> NamedSharding:
-    """Splits the axis after `leading` others over the batch axes."""
+def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
+    """Returns the sharding that splits the axis after `leading` others over the batch axes."""
     return NamedSharding(mesh, P(*(None,) * leading, BATCH_AXES))
 
 
 def shard_rows(mesh: Mesh, rows: np.ndarray, make: Callable[[np.ndarray], Any]) -> Any:
-    """Arrays of some rows on the devices, split over them along the last axis of `rows`.
+    """Puts the arrays of some rows on the devices, split along the last axis of `rows`.
 
     Each process makes only what its own devices hold.
 
     Args:
-      mesh: the devices.
-      rows: `[..., B]`, names of rows, the same on every process.
-      make: from `[..., b]` of them to a pytree of NumPy arrays `[..., b, *any]`.
+        mesh: the devices.
+        rows: int [..., B], the same on every process.
+        make: from int [..., b], some of the rows, to a pytree of NumPy arrays [..., b, *any].
 
     Returns:
-      The same pytree of `[..., B, *any]`.
+        The same pytree of arrays [..., B, *any].
     """
     axis = rows.ndim - 1
-    sharding = split_rows(mesh, leading=axis)
-    ours = np.zeros(rows.shape[-1], bool)
+    sharding = batch_sharding(mesh, leading=axis)
+    is_local = np.zeros(rows.shape[-1], bool)
     for index in sharding.addressable_devices_indices_map(rows.shape).values():
         assert index is not None
-        ours[index[axis]] = True
-    here = np.cumsum(ours) - 1  # The place among our rows.
+        is_local[index[axis]] = True
+    local_index = np.cumsum(is_local) - 1  # From an index of `rows` to one of the local rows.
 
-    def place(part: np.ndarray) -> jax.Array:
-        def of_device(index: Any) -> np.ndarray:  # A slice for each dimension.
-            places = here[index[axis]]
-            return part[(*index[:axis], slice(places[0], places[-1] + 1), *index[axis + 1 :])]
+    def shard(local: np.ndarray) -> jax.Array:
+        def read(index: Any) -> np.ndarray:  # A slice for each dimension.
+            indices = local_index[index[axis]]
+            own = slice(indices[0], indices[-1] + 1)
+            return local[(*index[:axis], own, *index[axis + 1 :])]
 
-        shape = (*rows.shape, *part.shape[rows.ndim :])
-        return jax.make_array_from_callback(shape, sharding, of_device)
+        shape = (*rows.shape, *local.shape[rows.ndim :])
+        return jax.make_array_from_callback(shape, sharding, read)
 
-    return jax.tree.map(place, make(rows[..., ours]))
+    return jax.tree.map(shard, make(rows[..., is_local]))
 
 
 def hidden_splits(mesh: Mesh, hidden_size: int) -> Splits | None:
-    """Hidden states lie as prompts do; `embedded` is where an exchange along `fsdp` leads there.
+    """Returns the shardings of hidden states; None where there is one device.
 
-    None: there is one device.
+    They lie as prompts do; `embedded` is how they lie before an exchange along `fsdp`.
     """
     if mesh.size == 1:
         return None
@@ -206,13 +224,13 @@ def hidden_splits(mesh: Mesh, hidden_size: int) -> Splits | None:
 def param_shapes(
     config: DecoderConfig, mesh: Mesh, lora: Lora | None = None, stored: str = "float32"
 ) -> Any:
-    """Shape, type and place of each parameter of a decoder, nested dicts.
+    """Returns shape, dtype and sharding of each parameter of a decoder, as nested dicts.
 
     Args:
-      config: the decoder's.
-      mesh: the devices, of which only names and sizes are read.
-      lora: with it, the parameters that are no adapters are frozen.
-      stored: the type that frozen parameters are kept in, see models/frozen.py.
+        config: of the decoder.
+        mesh: the devices; only names and sizes of its axes are read.
+        lora: with it, all parameters but the adapters are frozen.
+        stored: the type that frozen parameters are kept in, see models/quantize.py.
     """
     state = nnx.state(abstract_decoder(config, lora=lora), nnx.Param)
     dims = nnx.to_pure_dict(param_dims(state))
@@ -220,44 +238,40 @@ def param_shapes(
     if lora is not None:
         adapters = shapes.pop("adapters")
         shapes = jax.tree.map_with_path(
-            lambda path, x: jax.eval_shape(lambda x: store(names(path), x, stored), x), shapes
+            lambda path, x: jax.eval_shape(lambda x: store(key_names(path), x, stored), x), shapes
         )
         shapes["adapters"] = adapters
     return jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         shapes,
         param_shardings(mesh, shapes, dims),
     )
 
 
-def names(path: Any) -> tuple[str, ...]:
-    """The keys of a path of `jax.tree.map_with_path` through nested dicts."""
+def key_names(path: Any) -> tuple[str, ...]:
+    """Returns the keys of a path of `jax.tree.map_with_path` through nested dicts."""
     return tuple(key.key for key in path)
 
 
 def param_shardings(mesh: Mesh, abstract: Any, dims: Any) -> Any:
-    """A NamedSharding for each parameter.
+    """Returns a NamedSharding for each parameter.
+
+    A dimension that its axis does not divide stays whole, a vocabulary of 32003 for instance.
 
     Args:
-      mesh: the devices.
-      abstract: a pytree of anything with a shape.
-      dims: the same tree with a tuple of dimension names for each leaf, or for all leaves of a
-        quantized array, which has as many dimensions as its parts.
-
-    A dimension that its axis does not divide stays whole (a vocabulary of 32003, say).
+        mesh: the devices.
+        abstract: a pytree of anything with a shape.
+        dims: the same tree with a tuple of dimension names for each leaf, or for all leaves of a
+            quantized array, which has as many dimensions as its parts.
     """
 
+    def axis(name: str | None, size: int) -> str | None:
+        rule = RULES.get(name) if name else None
+        return rule if rule and size % mesh.shape[rule] == 0 else None
+
     def sharding(names: tuple[str | None, ...], leaf: Any) -> NamedSharding:
-        axes = [RULES.get(name) if name else None for name in names]
-        return NamedSharding(
-            mesh,
-            P(
-                *(
-                    axis if axis and size % mesh.shape[axis] == 0 else None
-                    for axis, size in zip(axes, leaf.shape, strict=True)
-                )
-            ),
-        )
+        axes = (axis(name, size) for name, size in zip(names, leaf.shape, strict=True))
+        return NamedSharding(mesh, P(*axes))
 
     return jax.tree.map(
         lambda names, weights: jax.tree.map(functools.partial(sharding, names), weights),

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.training.mesh import replicated
+from mass_dpo_jax.training.mesh import replicated_sharding
 
 HOST = "pinned_host"  # JAX's name for host memory that a device can copy from and to.
 
@@ -67,7 +67,7 @@ def state_shapes(
         mesh: the devices.
         memory: the kind of memory of the moments; None for that of their weights.
     """
-    everywhere = replicated(mesh)
+    everywhere = replicated_sharding(mesh)
 
     def shape(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -183,7 +183,7 @@ def skip_if_not_finite(
         constrain = jax.lax.with_sharding_constraint
 
         def constrain_like_weight(leaf: Any, weight: Any, sharding: Any) -> Any:
-            everywhere = replicated(sharding.mesh)
+            everywhere = replicated_sharding(sharding.mesh)
             return constrain(leaf, sharding if leaf.shape == weight.shape else everywhere)
 
         state = optax.tree_utils.tree_map_params(

@@ -31,7 +31,7 @@ from mass_dpo_jax.models.quantize import store
 from mass_dpo_jax.models.weights import check_hf, load_hf
 from mass_dpo_jax.runs import origin, run_config, run_folder
 from mass_dpo_jax.training import checkpoint_reading
-from mass_dpo_jax.training.mesh import hidden_splits, names, param_shapes
+from mass_dpo_jax.training.mesh import hidden_splits, key_names, param_shapes
 from mass_dpo_jax.utils import distributed, fingerprint
 
 TOKENIZER_EXAMPLES = 20_000  # A vocabulary does not change with more.
@@ -167,7 +167,9 @@ class Policy:
             else:
                 params, digest = _new(Decoder, whole, seed, self.config), ""
             if self.lora is not None:
-                params = jax.tree.map_with_path(lambda at, x: self._store(names(at), x), params)
+                params = jax.tree.map_with_path(
+                    lambda path, x: self._store(key_names(path), x), params
+                )
         if self.lora is None:
             return Weights(params, digest)
         return Weights({**params, "adapters": self._adapters(adapters, seed)}, digest)

@@ -211,5 +211,5 @@ def abstract_state(setup: Setup, optimizer: optax.GradientTransformation) -> Any
     """Returns a `TrainState` of shapes and shardings; Adam's moments lie where their weights do."""
     params, _ = setup.policy.split(setup.policy.abstract)
     memory = moments_memory(setup.config.train, setup.mesh)
-    step = jax.ShapeDtypeStruct((), np.int32, sharding=mesh_lib.replicated(setup.mesh))
+    step = jax.ShapeDtypeStruct((), np.int32, sharding=mesh_lib.replicated_sharding(setup.mesh))
     return TrainState(step, params, state_shapes(optimizer, params, setup.mesh, memory))

@@ -17,7 +17,7 @@ from mass_dpo_jax.models.config import parse_targets
 from mass_dpo_jax.models.decoder import Decoder, abstract_decoder
 from mass_dpo_jax.models.lora import Lora
 from mass_dpo_jax.models.quantize import dense, store
-from mass_dpo_jax.training.mesh import names
+from mass_dpo_jax.training.mesh import key_names
 from tests.models.test_replay import LAYOUTS, RESPONSE, gradients
 from tests.support.helpers import slow
 from tests.support.models import FAMILIES, random_candidates, random_decoder, scored, tiny_config
@@ -35,7 +35,7 @@ def weights_of(model: Decoder) -> Any:
 def stored(params: Any, kind: str) -> Any:
     """With frozen weights as they are stored."""
     base = {name: tree for name, tree in params.items() if name != "adapters"}
-    base = jax.tree.map_with_path(lambda path, x: store(names(path), x, kind), base)
+    base = jax.tree.map_with_path(lambda path, x: store(key_names(path), x, kind), base)
     return {**base, "adapters": params["adapters"]}
 
 

@@ -216,7 +216,7 @@ def waits(folder: Path) -> dict[str, Any]:
         found[f"broken on {broken}"] = "fused" if chosen is not plain else "plain"
 
     # Of a checkpoint that process 1 does not see yet, or sees when it is gone.
-    everywhere = mesh_lib.replicated(setup.mesh)
+    everywhere = mesh_lib.replicated_sharding(setup.mesh)
     step, weights = jax.device_put((np.int32(0), {"w": np.ones(3, np.float32)}), everywhere)
     like = checkpoint.TrainState(step, weights, weights)
     for name, seen in (("nothing", []), ("too much", [1, 2, 3])):

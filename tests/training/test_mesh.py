@@ -86,7 +86,12 @@ def test_eight_devices_equal_one(
             optimizer, state, batch.arrays, negatives, setup.key(step), batch.packed_length
         )
         state_8, _, found_8 = setup_8.program.train_step(
-            optimizer_8, state_8, batch_8.arrays, negatives_8, setup_8.key(step), batch_8.size
+            optimizer_8,
+            state_8,
+            batch_8.arrays,
+            negatives_8,
+            setup_8.key(step),
+            batch_8.packed_length,
         )
         found.pop("rewards/accuracies")  # A count: rounding decides it while policy = reference.
         assert float(found_8["loss"]) == pytest.approx(float(found["loss"]), abs=1e-5)

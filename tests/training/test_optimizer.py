@@ -187,7 +187,9 @@ def test_moments_on_the_host_change_nothing(dtype: str) -> None:
         memory = moments_memory(train, devices) or "device"
 
         def place(leaf: Any, memory: str = memory) -> Any:
-            return split.with_memory_kind(memory) if leaf.ndim else mesh.replicated(devices)
+            return (
+                split.with_memory_kind(memory) if leaf.ndim else mesh.replicated_sharding(devices)
+            )
 
         @functools.partial(jax.jit, donate_argnums=(0, 1))
         def step(weights: Any, state: Any, gradient: Any, optimizer: Any = optimizer) -> Any:

@@ -316,7 +316,7 @@ def test_an_update_with_an_infinite_gradient_is_skipped(
     tmp_path: Path, weight: float, skipped: int
 ) -> None:
     config = tiny_config(tmp_path, method="sft", **{"train.warmup_ratio": 0.0})
-    everywhere = mesh.replicated(mesh.make_mesh(config.mesh))
+    everywhere = mesh.replicated_sharding(mesh.make_mesh(config.mesh))
     program = Steep(None, make_method(config, largest_pool=1), {"w": everywhere})
     optimizer = make_optimizer(config.train, 4)
     before = {"w": np.array([weight, 1.0], np.float32)}

@@ -335,7 +335,7 @@ def test_flags_by_half(group: ProcessGroup, message: str) -> None:
 def test_data_goes_across_hosts_before_fsdp_and_tensor(
     groups: int, sizes: tuple[int, ...], across: tuple[int, ...]
 ) -> None:
-    found, inside = mesh_lib.split_over(groups, dict(zip(mesh_axes.AXES, sizes, strict=True)))
+    found, inside = mesh_lib.split_sizes(groups, dict(zip(mesh_axes.AXES, sizes, strict=True)))
     assert tuple(found.values()) == across
     assert tuple(x * y for x, y in zip(across, inside.values(), strict=True)) == sizes
 
