@@ -82,7 +82,7 @@ def main() -> None:
             "--workdir is missing: a folder for all that a run writes, as in --workdir=runs/first"
         )
     try:
-        with interruption.on_signals():
+        with interruption.handle_signals():
             done = loop.train(config, workdir, _write_report)
     except interruption.Stopped as signal:
         step = run_folder.latest_step(workdir)

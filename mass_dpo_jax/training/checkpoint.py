@@ -75,8 +75,8 @@ class _Manager(ocp.CheckpointManager):
     """Orbax's manager, except that it does not ask JAX at every save whether the run should end.
 
     JAX makes all processes end at the number after the highest that any of them has asked with.
-    Orbax asks with the step, `interruption.check` with higher numbers, so that an end agreed on
-    during a save would already be past.
+    Orbax asks with the step, `interruption.raise_if_requested` with higher numbers, so that an end
+    agreed on during a save would already be past.
     """
 
     def reached_preemption(self, step: int) -> bool:

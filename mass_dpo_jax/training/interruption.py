@@ -1,12 +1,17 @@
-"""Signals that ask a run to end: once it has something to save, between steps, so that it can."""
+"""Signals that ask a run to stop.
+
+Until a run has something to save, they stop it at once; then they wait for a point between steps
+where it can be saved.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import signal
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 import jax
 from jax.experimental import multihost_utils
@@ -17,72 +22,83 @@ SIGNALS = (int(signal.SIGTERM), int(signal.SIGINT))
 
 
 class Stopped(Exception):
-    """The run was asked to end; the text names the signal."""
+    """The run was asked to stop; the text names the signal."""
 
 
-class _Asked:
-    """Of this process: by which signal, how often `check` was called, and the handlers of before
-    `on_signals`, outside of which there are none."""
+@dataclasses.dataclass
+class _State:
+    """The state of this process.
 
-    by = ""
-    checks = 0
-    before: ClassVar[dict[int, Any]] = {}
+    Attributes:
+        requested_by: the signal that asked the run to stop; "" for none.
+        checks: calls of `raise_if_requested`.
+        previous_handlers: by signal, those before `handle_signals`; empty outside of it.
+    """
+
+    requested_by: str = ""
+    checks: int = 0
+    previous_handlers: dict[int, Any] = dataclasses.field(default_factory=dict)
+
+
+_state = _State()
 
 
 @contextlib.contextmanager
-def on_signals() -> Iterator[None]:
-    """Within, SIGTERM raises `Stopped` wherever it comes, until `hold` is called.
+def handle_signals() -> Iterator[None]:
+    """Makes SIGTERM raise `Stopped` at once, until `defer_signals` is called.
 
-    A program of several processes leaves SIGTERM to JAX, which agrees with all of them on one step.
+    Several processes leave SIGTERM to JAX, which agrees with all of them on one step.
     """
     if jax.distributed.is_initialized():
         yield
         return
-    # What is ignored stays so: Ctrl-C by programs that `nohup` or a shell put in the background.
-    _Asked.before = {
+    # Ignored signals stay ignored: `nohup` and shells ignore Ctrl-C for background programs.
+    _state.previous_handlers = {
         number: signal.getsignal(number)
         for number in SIGNALS
         if signal.getsignal(number) != signal.SIG_IGN
     }
-    if signal.SIGTERM in _Asked.before:
-        signal.signal(signal.SIGTERM, _stop)
+    if signal.SIGTERM in _state.previous_handlers:
+        signal.signal(signal.SIGTERM, _raise_stopped)
     try:
         yield
     finally:
-        for number, handler in _Asked.before.items():
+        for number, handler in _state.previous_handlers.items():
             signal.signal(number, handler)
-        _Asked.by, _Asked.before = "", {}
+        _state.requested_by, _state.previous_handlers = "", {}
         ctrl_c.held = False
 
 
-def hold() -> None:
-    """From here on there is something to save: SIGTERM and Ctrl-C wait for `check`, which raises
-    `Stopped`. A second one ends the process."""
-    if _Asked.before and not ctrl_c.held:
+def defer_signals() -> None:
+    """Makes SIGTERM and Ctrl-C wait for `raise_if_requested`, since there is something to save.
+
+    A second signal ends the process.
+    """
+    if _state.previous_handlers and not ctrl_c.held:
         ctrl_c.held = True
-        for number in _Asked.before:
-            signal.signal(number, _ask)
+        for number in _state.previous_handlers:
+            signal.signal(number, _request)
 
 
-def check() -> None:
-    """Raises `Stopped` if this run was asked to end.
+def raise_if_requested() -> None:
+    """Raises `Stopped` if this run was asked to stop.
 
     To be called between things that take long, and by every process equally often.
     """
-    _Asked.checks += 1
+    _state.checks += 1
     if jax.distributed.is_initialized():
-        if multihost_utils.reached_preemption_sync_point(_Asked.checks):
+        if multihost_utils.reached_preemption_sync_point(_state.checks):
             raise Stopped("SIGTERM")
-    elif _Asked.by:
-        raise Stopped(_Asked.by)
+    elif _state.requested_by:
+        raise Stopped(_state.requested_by)
 
 
-def _stop(number: int, frame: FrameType | None) -> NoReturn:
+def _raise_stopped(number: int, frame: FrameType | None) -> NoReturn:
     del frame
     raise Stopped(signal.Signals(number).name)
 
 
-def _ask(number: int, frame: FrameType | None) -> None:
+def _request(number: int, frame: FrameType | None) -> None:
     del frame
-    _Asked.by = signal.Signals(number).name
-    signal.signal(number, _Asked.before[number])
+    _state.requested_by = signal.Signals(number).name
+    signal.signal(number, _state.previous_handlers[number])

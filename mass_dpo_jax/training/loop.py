@@ -118,10 +118,10 @@ def _train(
             elif every and (start % every == 0 or start == total) and start not in evaluated:
                 evaluate(start)  # An interruption came between saving and evaluating.
             for step in range(start, total):
-                interruption.check()
+                interruption.raise_if_requested()
                 batch = batches[step]
                 state, used, figures = train_step.update(state, batch)
-                interruption.hold()
+                interruption.defer_signals()
                 changed = train_step.sets.fraction_changed(batch.rows, used.candidate_ids)
                 metrics = {**figures, "learning_rate": rate(step)}
                 steps.add(

@@ -52,7 +52,7 @@ def device_batches(
     total = len(tokens) if rows is None else len(rows)
     with progress_bar(total=total, desc=label, unit="examples") as bar:
         for indices, shape in iterate_batches(buckets, batch_size, rows):
-            interruption.check()
+            interruption.raise_if_requested()
             make_shaped = functools.partial(make, shape=shape)
             yield indices, mesh_lib.shard_rows(mesh, indices, make_shaped)
             bar.update(int((indices >= 0).sum()))

@@ -80,7 +80,7 @@ def test_sigterm_saves_and_the_run_goes_on(
     run, whole = tmp_path / "run", tmp_path / "whole"
     with monkeypatch.context() as patch:
         kill_at(patch, owner, name, call)
-        with pytest.raises(interruption.Stopped, match="SIGTERM"), interruption.on_signals():
+        with pytest.raises(interruption.Stopped, match="SIGTERM"), interruption.handle_signals():
             train(config, run)
     assert run_folder.latest_step(run) == saved_at
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -102,7 +102,7 @@ def test_an_interruption_costs_no_evaluation(
     assert metrics_files.read_evaluated_steps(whole) == {0, 3, 4}
     with monkeypatch.context() as patch:
         kill_at(patch, Evaluator, "evaluate_step", call)
-        with pytest.raises(interruption.Stopped), interruption.on_signals():
+        with pytest.raises(interruption.Stopped), interruption.handle_signals():
             train(config, run)
     assert run_folder.latest_step(run) == 2 + call
     assert metrics_files.read_evaluated_steps(run) == {0, 3, 4} - {2 + call, 4}
@@ -117,21 +117,21 @@ def test_a_second_signal_is_not_held_back() -> None:
             (signal.SIGINT, KeyboardInterrupt),
             (signal.SIGTERM, interruption.Stopped),
         ):
-            with pytest.raises(error), interruption.on_signals():
+            with pytest.raises(error), interruption.handle_signals():
                 signal.raise_signal(number)  # There is nothing to save.
-        with interruption.on_signals():
-            interruption.hold()
+        with interruption.handle_signals():
+            interruption.defer_signals()
             signal.raise_signal(signal.SIGINT)
             with pytest.raises(interruption.Stopped, match="SIGINT"):
-                interruption.check()
+                interruption.raise_if_requested()
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
         # As `nohup` and shells have it for what runs in the background.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        with interruption.on_signals():
-            interruption.hold()
+        with interruption.handle_signals():
+            interruption.defer_signals()
             signal.raise_signal(signal.SIGINT)
-            interruption.check()
+            interruption.raise_if_requested()
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -212,7 +212,7 @@ def test_a_run_does_not_go_on_with_other_data(
     train(config, whole)
     with monkeypatch.context() as patch:
         kill_at(patch, Program, "train_step", 3)
-        with pytest.raises(interruption.Stopped), interruption.on_signals():
+        with pytest.raises(interruption.Stopped), interruption.handle_signals():
             train(config, run)
     split = "test" if change == "test" else "train"
     path = folder / f"{split}.jsonl"
