@@ -20,7 +20,8 @@ def test_a_tutorial_prints_what_it_says(page: Path) -> None:
     words = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     words["PYTHONPATH"] = str(ROOT)
     done = subprocess.run(
-        [sys.executable, ROOT / "tests/support/documents.py", "--check", page],
+        [sys.executable, "-m", "tests.support.documents", "--check", page],
+        cwd=ROOT,
         env=words,
         capture_output=True,
         text=True,

@@ -1,6 +1,6 @@
 """Runs the blocks of a Markdown page in order and holds what they print against the page.
 
-    PYTHONPATH=. python tests/support/documents.py --write docs/tutorials/selector.md   # or --check
+    python -m tests.support.documents --write docs/tutorials/selector.md   # or --check
 
 Blocks of `python` share their names, blocks of `bash` are run as they are, both in a folder that
 starts empty. The block without a language that may follow is what they print. A comment before a
