@@ -36,7 +36,7 @@ from mass_dpo_jax.estimate.memory import MemoryEstimate, StepLayout
 from mass_dpo_jax.estimate.sizes import BatchLayout, DeviceModel
 from mass_dpo_jax.models.config import DecoderConfig
 from mass_dpo_jax.models.decoder import REMAT
-from mass_dpo_jax.models.fused_attention import Fused
+from mass_dpo_jax.models.fused_attention import FusedAttention
 from mass_dpo_jax.training.mesh import abstract_mesh
 from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.step import Program
@@ -72,7 +72,7 @@ def estimate_case(
         remat,
         sizes["fsdp"],
         sizes["tensor"],
-        fused=isinstance(case.attention, Fused),
+        fused=isinstance(case.attention, FusedAttention),
         max_logits=case.max_logits,
     )
     optimizer = make_optimizer(case.config.train, 1)

@@ -21,11 +21,12 @@ from mass_dpo_jax.data.tokenization import tokenize
 from mass_dpo_jax.data.tokenizer import load_tokenizer
 from mass_dpo_jax.data.tokens import Tokens
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.models import attention, shared_prefix
-from mass_dpo_jax.models.attention import Attention
+from mass_dpo_jax.models import attention
 from mass_dpo_jax.models.config import DecoderConfig
 from mass_dpo_jax.models.decoder import Decoder, abstract_decoder
+from mass_dpo_jax.models.interfaces import Attention, ScoringRecord
 from mass_dpo_jax.models.logprobs import MAX_LOGITS
+from mass_dpo_jax.models.response_layout import lay_out_rectangle
 from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training.methods import make_method
 from mass_dpo_jax.training.optimizer import make_optimizer, state_shapes
@@ -117,7 +118,7 @@ class Unshared(Scorer):
         return some._replace(record=found.record)
 
     def replay(
-        self, params: Any, record: shared_prefix.Record, batch: Batch, picks: Any = None
+        self, params: Any, record: ScoringRecord, batch: Batch, picks: Any = None
     ) -> jax.Array:
         assert picks is None
         found = super().replay(params, record, self._repeated(batch))
@@ -126,7 +127,7 @@ class Unshared(Scorer):
     def _repeated(self, batch: Batch) -> Batch:
         lengths = batch.response_lengths
         rows, candidates = lengths.shape
-        groups = shared_prefix.rectangle(batch.responses, lengths, self.max_response)
+        groups = lay_out_rectangle(batch.responses, lengths, self.max_response)
         return batch._replace(
             prompts=jnp.repeat(batch.prompts, candidates, axis=0),
             prompt_lengths=jnp.repeat(batch.prompt_lengths, candidates),
@@ -232,7 +233,8 @@ class Case:
         made = make_method(config, largest_pool=lengths.shape[1] - 1)
         splits = mesh_lib.hidden_splits(self.mesh, self.model.hidden_size)
         graphdef, _ = nnx.split(
-            abstract_decoder(self.model, dtype=self.dtype, remat=remat, splits=splits), nnx.Param
+            abstract_decoder(self.model, dtype=self.dtype, remat=remat, hidden_shardings=splits),
+            nnx.Param,
         )
         chunked = shared and self.workload.layout == "rectangle"
         scorer = (Scorer if shared else Unshared)(

@@ -29,8 +29,8 @@ from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models import fused_attention
 from mass_dpo_jax.models.decoder import REMAT
-from mass_dpo_jax.models.fused_attention import Fused
-from mass_dpo_jax.models.logprobs import max_logits_of
+from mass_dpo_jax.models.fused_attention import FusedAttention
+from mass_dpo_jax.models.logprobs import choose_max_logits
 from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.utils import mesh_axes
 
@@ -91,8 +91,10 @@ def main() -> None:
     case = Case.without_weights(
         dataclasses.replace(workload(_WORKLOAD.value, _MODEL.value), batch=_BATCH.value),
         dtype="bfloat16",
-        attention=Fused.on(mesh) if _ATTENTION.value == "fused" else fused_attention.plain,
-        max_logits=max_logits_of("gpu"),
+        attention=FusedAttention.for_mesh(mesh)
+        if _ATTENTION.value == "fused"
+        else fused_attention.plain,
+        max_logits=choose_max_logits("gpu"),
         mesh=mesh,
     )
     began = time.perf_counter()

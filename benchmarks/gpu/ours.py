@@ -26,10 +26,10 @@ from benchmarks.gpu.job import (
 from benchmarks.workloads import Case
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models import fused_attention
-from mass_dpo_jax.models.attention import Attention
 from mass_dpo_jax.models.decoder import REMAT, Decoder
-from mass_dpo_jax.models.fused_attention import Fused
-from mass_dpo_jax.models.logprobs import max_logits_of
+from mass_dpo_jax.models.fused_attention import FusedAttention
+from mass_dpo_jax.models.interfaces import Attention
+from mass_dpo_jax.models.logprobs import choose_max_logits
 from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.step import TrainState
@@ -63,7 +63,7 @@ def run(job: Job) -> dict[str, Any]:
     if job.device == "cuda" and device.platform != "gpu":  # Else hours on the host.
         raise UserError(f"JAX sees no GPU, but {device.platform}: is its CUDA plugin installed?")
     case = case_of(job, 1, fused_attention.plain)
-    attention = fused_attention.choose(job.attention, w.model, job.dtype, case.mesh)
+    attention = fused_attention.choose_attention(job.attention, w.model, job.dtype, case.mesh)
     found: dict[str, Any] = {
         "device": device.device_kind,
         "platform": device.platform,
@@ -73,10 +73,10 @@ def run(job: Job) -> dict[str, Any]:
     size = product_size(device.platform)
     product = machine.jax_product(size, size, size, jnp.dtype(job.dtype))
     found["product_tflops_per_second"] = rate(product, size) / 1e12
-    if isinstance(attention, Fused):
-        found["attention_difference"] = fused_attention.difference(attention, w.model, job.dtype)
+    if isinstance(attention, FusedAttention):
+        found["attention_difference"] = fused_attention.measure_error(attention, w.model, job.dtype)
     elif device.platform == "gpu":
-        found["attention_obstacle"] = fused_attention.obstacle(
+        found["attention_obstacle"] = fused_attention.find_obstacle(
             w.model, jnp.dtype(job.dtype), case.mesh
         )
     job.save(found)
@@ -84,7 +84,7 @@ def run(job: Job) -> dict[str, Any]:
     failures: list[str] = []
     while True:
         how = {
-            "attention": "fused" if isinstance(attention, Fused) else "plain",
+            "attention": "fused" if isinstance(attention, FusedAttention) else "plain",
             "remat": some.remat,
             "reuse_scoring": some.reuse,
         }
@@ -102,7 +102,7 @@ def run(job: Job) -> dict[str, Any]:
         print(f"ours: {failures[-1]}", flush=True)
         if too_large and some.batch > 1:
             job, some = smaller(job, some, attention)
-        elif not too_large and isinstance(attention, Fused):
+        elif not too_large and isinstance(attention, FusedAttention):
             attention = fused_attention.plain
             some = plan(job, attention)
         else:
@@ -120,7 +120,7 @@ def case_of(job: Job, batch: int, attention: Attention) -> Case:
         dataclasses.replace(job.workload, batch=batch),
         dtype=job.dtype,
         attention=attention,
-        max_logits=max_logits_of(jax.devices()[0].platform),
+        max_logits=choose_max_logits(jax.devices()[0].platform),
     )
 
 

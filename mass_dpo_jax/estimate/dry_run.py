@@ -24,8 +24,8 @@ from mass_dpo_jax.estimate import flops as flops_lib
 from mass_dpo_jax.estimate import memory
 from mass_dpo_jax.estimate.memory import MemoryEstimate, StepLayout
 from mass_dpo_jax.estimate.sizes import BatchLayout, DeviceModel
-from mass_dpo_jax.models.fused_attention import Fused
-from mass_dpo_jax.models.logprobs import max_logits_of
+from mass_dpo_jax.models.fused_attention import FusedAttention
+from mass_dpo_jax.models.logprobs import choose_max_logits
 from mass_dpo_jax.runs.run_folder import latest_step
 from mass_dpo_jax.training.mesh import abstract_mesh, check_batch
 from mass_dpo_jax.training.optimizer import make_optimizer
@@ -97,7 +97,9 @@ def _prepare(config: ConfigDict, workdir: Path | None, splits: Sequence[str]) ->
     if not fused:
         return setup
     program = setup.program
-    scorer = dataclasses.replace(program.scorer, attention=Fused(), max_logits=max_logits_of("gpu"))
+    scorer = dataclasses.replace(
+        program.scorer, attention=FusedAttention(), max_logits=choose_max_logits("gpu")
+    )
     return dataclasses.replace(setup, program=dataclasses.replace(program, scorer=scorer))
 
 
@@ -141,7 +143,7 @@ def device_model(setup: Setup, mesh: Mesh | None) -> DeviceModel:
         setup.config.model.remat,
         fsdp=1 if mesh is None else mesh.shape["fsdp"],
         tensor=1 if mesh is None else mesh.shape["tensor"],
-        fused=isinstance(scorer.attention, Fused),
+        fused=isinstance(scorer.attention, FusedAttention),
         max_logits=scorer.max_logits,
         lora=policy.lora,
         base_dtype=policy.stored,

@@ -9,18 +9,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
+from jaxtyping import Float
 
 from mass_dpo_jax.models.config import DecoderConfig
-from mass_dpo_jax.models.precomputed import known
-from mass_dpo_jax.models.quantize import product
+from mass_dpo_jax.models.interfaces import OutputTokens
+from mass_dpo_jax.models.precomputed import use_precomputed
+from mass_dpo_jax.models.quantize import matmul
 from mass_dpo_jax.models.rotary import rotate
 
-# Products with weights whose values the rest of a layer needs, by the names of `Block`'s fields.
-PRODUCTS = ("query", "key", "value", "output", "gate", "up")
-
-
-# Of all tokens in the last layer too, since those that are wanted attend to them.
-OF_ALL = ("key", "value")
+EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
 class RMSNorm(nnx.Module):
@@ -30,7 +28,7 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(size, jnp.float32), dims=(dim,))
         self.eps = eps
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*tokens size"]) -> Float[Array, "*tokens size"]:
         wide = x.astype(jnp.float32)
         inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
         scale = jnp.expand_dims(self.scale[...], range(x.ndim - 1))
@@ -38,7 +36,7 @@ class RMSNorm(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """The weights [in, out] of a product, float32; or what `frozen.store` made of them."""
+    """The weights [in, out] of a projection: float32, or what `quantize` made of them."""
 
     def __init__(
         self, shape: tuple[int, int], dims: tuple[str, str], deviation: float, rngs: nnx.Rngs
@@ -48,11 +46,14 @@ class Linear(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One layer: attention and a gated MLP, each behind a norm and added to the stream."""
+    """One layer, on [B * T, D].
+
+    Tokens are one axis here: on CPU, XLA's weight gradients over two axes take half as long again.
+    """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         def linear(name: str) -> Linear:
-            return Linear(*config.products[name], config.initializer_range, rngs)
+            return Linear(*config.projections[name], config.initializer_range, rngs)
 
         embed, eps = config.hidden_size, config.rms_norm_eps
         self.head_dim = config.head_dim
@@ -70,68 +71,70 @@ class Block(nnx.Module):
 
     def __call__(
         self,
-        x: jax.Array,
-        cos: jax.Array,
-        sin: jax.Array,
+        x: Float[Array, "tokens D"],
+        cos: Float[Array, "B T half"],
+        sin: Float[Array, "B T half"],
         attend: Callable,
-        products: Mapping[str, jax.Array] = MappingProxyType({}),
-        adapters: Mapping[str, Mapping[str, jax.Array]] = MappingProxyType({}),
-        pick: Callable[[jax.Array], jax.Array] | None = None,
-    ) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
-        """One layer on [B * T, D].
-
-        Tokens are one axis here: on CPU, XLA's weight gradients over two axes take half as long
-        again.
+        recorded: Mapping[str, Array] = EMPTY,
+        adapters: Mapping[str, Mapping[str, Array]] = EMPTY,
+        outputs: OutputTokens | None = None,
+    ) -> tuple[Array, Any, dict[str, Array]]:
+        """Applies the layer.
 
         Args:
-          x: [B * T, D].
-          cos, sin: float32 [B, T, K / 2], the rotary angles'.
-          attend: see `Attend`, without `extra`.
-          products: [B * T, ...], those of `PRODUCTS` that are known already.
-          adapters: this layer's, by the names of the products that they add to.
-          pick: of `Ends`, if only these tokens are wanted; keys and values are still of all.
+            x: The stream.
+            cos: Of the rotary angles.
+            sin: Of the rotary angles.
+            attend: An `Attend` without `extra`.
+            recorded: Projections [B * T, ...] of an earlier pass, which are not computed again.
+            adapters: This layer's, by the names of the projections that they add to.
+            outputs: In the last layer, the only tokens to compute more than keys and values for.
 
         Returns:
-          x [B * t, D], what `attend` keeps, and all of `PRODUCTS`.
+            The stream [B * O, D], what `attend` keeps, and every projection but "down".
         """
-        found = {}
+        projections = {}
 
-        def apply(name: str, y: jax.Array) -> jax.Array:
+        def project(name: str, y: Array) -> Array:
             args = y, getattr(self, name).kernel[...], adapters.get(name)
-            if name in products:
-                return known(_product, products[name], *args)
-            return _product(*args)
+            if name in recorded:
+                return use_precomputed(_project, recorded[name], *args)
+            return _project(*args)
 
-        def recorded(name: str, y: jax.Array) -> jax.Array:
-            found[name] = apply(name, y)
-            return found[name]
+        def project_and_keep(name: str, y: Array) -> Array:
+            projections[name] = project(name, y)
+            return projections[name]
 
-        def heads(x: jax.Array) -> jax.Array:  # [B * T, H * K] -> [B, T, H, K]
+        def split_heads(x: Array) -> Array:  # [B * T, H * d] -> [B, T, H, d]
             return x.reshape(len(cos), -1, x.shape[-1] // self.head_dim, self.head_dim)
 
-        y = self.attention_norm(x)
-        key, value = heads(recorded("key", y)), heads(recorded("value", y))
-        angles = cos, sin
-        if pick is not None:
-            x, y = (pick(z.reshape(*cos.shape[:2], -1)).reshape(-1, z.shape[-1]) for z in (x, y))
-            angles = pick(cos), pick(sin)
-        query = heads(recorded("query", y))
-        if self.query_norm is not None and self.key_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
-        query = rotate(query, *angles, scale=self.head_dim**-0.5)
-        key = rotate(key, cos, sin)
-        seen, kept = attend(query, key, value)
-        x = x + recorded("output", seen.reshape(x.shape[0], -1))
-        y = self.mlp_norm(x)
-        x = x + apply("down", jax.nn.silu(recorded("gate", y)) * recorded("up", y))
-        return x, kept, found
+        with jax.named_scope("attention"):
+            y = self.attention_norm(x)
+            key = split_heads(project_and_keep("key", y))
+            value = split_heads(project_and_keep("value", y))
+            angles = cos, sin
+            if outputs is not None:
+                gather = outputs.gather
+                x, y = (
+                    gather(z.reshape(*cos.shape[:2], -1)).reshape(-1, z.shape[-1]) for z in (x, y)
+                )
+                angles = gather(cos), gather(sin)
+            query = split_heads(project_and_keep("query", y))
+            if self.query_norm is not None and self.key_norm is not None:
+                query, key = self.query_norm(query), self.key_norm(key)
+            query = rotate(query, *angles, scale=self.head_dim**-0.5)
+            key = rotate(key, cos, sin)
+            attended, kept = attend(query, key, value)
+            x = x + project_and_keep("output", attended.reshape(x.shape[0], -1))
+        with jax.named_scope("mlp"):
+            y = self.mlp_norm(x)
+            hidden = jax.nn.silu(project_and_keep("gate", y)) * project_and_keep("up", y)
+            return x + project("down", hidden), kept, projections
 
 
-def _product(
-    x: jax.Array, weights: Any, adapter: Mapping[str, jax.Array] | None = None
-) -> jax.Array:
-    """x W + (x A) B of x [tokens, in], in its type."""
-    y = product(x, weights)
+def _project(x: Array, weights: Any, adapter: Mapping[str, Array] | None = None) -> Array:
+    """Returns x W + (x A) B of x [tokens, in], in its type."""
+    y = matmul(x, weights)
     if adapter is None:
         return y
     return y + (x @ adapter["a"].astype(x.dtype)) @ adapter["b"].astype(x.dtype)

@@ -58,7 +58,7 @@ FAMILIES = {
 
 
 # A layer's products with weights: our names and, within a layer, Hugging Face's.
-PRODUCTS = {
+PROJECTIONS = {
     "query": "self_attn.q_proj",
     "key": "self_attn.k_proj",
     "value": "self_attn.v_proj",
@@ -68,11 +68,11 @@ PRODUCTS = {
     "down": "mlp.down_proj",
 }
 # Hugging Face's names of products, which users and PEFT give -> ours.
-TARGETS = {theirs.rpartition(".")[2]: ours for ours, theirs in PRODUCTS.items()}
+TARGETS = {theirs.rpartition(".")[2]: ours for ours, theirs in PROJECTIONS.items()}
 
 
 def parse_targets(text: str) -> tuple[str, ...]:
-    """Translates "all" or "q_proj,v_proj" into our names, in the order of `PRODUCTS`.
+    """Translates "all" or "q_proj,v_proj" into our names, in the order of `PROJECTIONS`.
 
     Raises:
       UserError: it names something else.
@@ -125,8 +125,8 @@ class DecoderConfig:
         return {name: value for name, value in fields.items() if name not in NOT_COMPUTED}
 
     @property
-    def products(self) -> dict[str, tuple[tuple[int, int], tuple[str, str]]]:
-        """Of each of `PRODUCTS`: its sizes, in and out, and the names of these dimensions."""
+    def projections(self) -> dict[str, tuple[tuple[int, int], tuple[str, str]]]:
+        """Of each of `PROJECTIONS`: its sizes, in and out, and the names of these dimensions."""
         embed, mlp = (self.hidden_size, "embed"), (self.intermediate_size, "mlp")
         heads = self.num_heads * self.head_dim, "heads"
         kv_heads = self.num_kv_heads * self.head_dim, "kv_heads"

@@ -6,66 +6,68 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Float, Int
 
 from mass_dpo_jax.models.attention import einsum_f32
 
 # Logits held at once on a device: 2^24 float32 are 64 MiB, enough for a CPU's matrix products to
 # run at full speed. Accelerators multiply so fast that reading and casting the weights of the head
-# and adding to their gradient, once a chunk, would take longer: 2^27 are 1,000 places of a
+# and adding to their gradient, once a chunk, would take longer: 2^27 are 1,000 tokens of a
 # vocabulary of 128,256.
 MAX_LOGITS = 2**24
 ACCELERATOR_MAX_LOGITS = 2**27
 
 
-def max_logits_of(platform: str) -> int:
-    """For devices of a platform: cpu, gpu, tpu."""
+def choose_max_logits(platform: str) -> int:
+    """Chooses `max_logits` for devices of a platform: cpu, gpu, tpu."""
     return MAX_LOGITS if platform == "cpu" else ACCELERATOR_MAX_LOGITS
 
 
-def token_logps(
-    hidden: jax.Array,
-    weights: jax.Array,
-    targets: jax.Array,
+@jax.named_scope("logprobs")
+def compute_token_logps(
+    hidden: Float[Array, "B T D"],
+    weights: Float[Array, "V D"],
+    targets: Int[Array, "B T"],
     max_logits: int = MAX_LOGITS,
-    rows: NamedSharding | None = None,
-) -> jax.Array:
-    """log softmax(hidden @ weights.T)[target] in float32 [B, T].
+    sharding: NamedSharding | None = None,
+) -> Float[Array, "B T"]:
+    """Computes log softmax(hidden @ weights.T)[target] in float32.
 
     Runs over the T axis in chunks of at most `max_logits` logits, and the backward pass recomputes
     each chunk's logits.
 
     Args:
-      hidden: [B, T, D] in the compute type.
-      weights: float32 [V, D]. Cast inside each chunk, so that their gradient adds up in float32.
-      targets: int32 [B, T].
-      max_logits: on each device.
-      rows: how B is split over devices. Each then runs its own chunks: weights are gathered before
-        the first and their gradient is summed over devices after the last, not in every one.
+        hidden: In the compute type.
+        weights: float32. Cast inside each chunk, so that their gradient adds up in float32.
+        targets: Token ids.
+        max_logits: Of each device.
+        sharding: How B is split over devices. Each then runs its own chunks: weights are gathered
+            before the first and their gradient is summed over devices after the last, not in
+            every one.
     """
-    axes = () if rows is None else rows.spec[0]
+    axes = () if sharding is None else sharding.spec[0]
     # Where only the vocabulary is split, XLA (of jax 0.10) fails on a map over axes of size 1.
-    if rows is None or math.prod(rows.mesh.shape[axis] for axis in axes) == 1:
-        return _token_logps(hidden, weights, targets, max_logits)
+    if sharding is None or math.prod(sharding.mesh.shape[axis] for axis in axes) == 1:
+        return _compute_in_chunks(hidden, weights, targets, max_logits)
 
-    def of_device(hidden: jax.Array, weights: jax.Array, targets: jax.Array) -> jax.Array:
-        # Said here, the sum over devices of the gradient is here too, and not inside the loop.
+    def compute_on_device(hidden: Array, weights: Array, targets: Array) -> Array:
+        # Without this, the gradient would be summed over devices inside the loop.
         weights = jax.lax.pcast(weights, axes, to="varying")
-        return _token_logps(hidden, weights, targets, max_logits)
+        return _compute_in_chunks(hidden, weights, targets, max_logits)
 
     split = PartitionSpec(axes)
     return jax.shard_map(
-        of_device,
-        mesh=rows.mesh,
+        compute_on_device,
+        mesh=sharding.mesh,
         in_specs=(split, PartitionSpec(), split),
         out_specs=split,
         axis_names=set(axes),
     )(hidden, weights, targets)
 
 
-def _token_logps(
-    hidden: jax.Array, weights: jax.Array, targets: jax.Array, max_logits: int
-) -> jax.Array:
+def _compute_in_chunks(hidden: Array, weights: Array, targets: Array, max_logits: int) -> Array:
     batch, length, size = hidden.shape
     longest = max(1, max_logits // (batch * weights.shape[0]))
     chunks = max(1, -(-length // longest))
@@ -75,7 +77,7 @@ def _token_logps(
     targets = jnp.pad(targets, ((0, 0), (0, padding)))
 
     @jax.checkpoint
-    def of_chunk(hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+    def compute_chunk(hidden: Array, targets: Array, weights: Array) -> Array:
         logits = einsum_f32("btd,vd->btv", hidden, weights.astype(hidden.dtype))
         highest = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
         shifted = logits - highest
@@ -86,10 +88,10 @@ def _token_logps(
         return target - jnp.log(jnp.exp(shifted).sum(axis=-1))
 
     if chunks == 1:
-        return of_chunk(hidden, targets, weights)
+        return compute_chunk(hidden, targets, weights)
     stacked = (
         jnp.moveaxis(hidden.reshape(batch, chunks, chunk, size), 1, 0),
         jnp.moveaxis(targets.reshape(batch, chunks, chunk), 1, 0),
     )
-    logps = jax.lax.map(lambda x: of_chunk(*x, weights), stacked)  # [chunks, B, chunk]
+    logps = jax.lax.map(lambda x: compute_chunk(*x, weights), stacked)  # [chunks, B, chunk]
     return jnp.moveaxis(logps, 0, 1).reshape(batch, -1)[:, :length]

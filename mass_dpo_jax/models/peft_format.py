@@ -1,28 +1,24 @@
-"""Adapters added to their weights, and as PEFT's folders keep them."""
+"""Adapters in PEFT's folders, read and written."""
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import qwix
 
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.models.config import PRODUCTS, TARGETS, DecoderConfig
+from mass_dpo_jax.models.config import PROJECTIONS, TARGETS, DecoderConfig
 from mass_dpo_jax.models.fields import MOST_OF_AN_AXIS
 from mass_dpo_jax.models.folder import ADAPTERS as WEIGHTS
 from mass_dpo_jax.models.folder import ADAPTERS_SETTINGS as SETTINGS
 from mass_dpo_jax.models.folder import damage, no_adapters, warn_once
 from mass_dpo_jax.models.lora import Lora
-from mass_dpo_jax.models.quantize import dense
 from mass_dpo_jax.models.tensors import (
     check_finite,
     check_type,
@@ -57,48 +53,6 @@ COMPUTED_ALIKE: dict[str, tuple[Any, ...]] = {
 }
 
 
-def without_idle(params: Any) -> Any:
-    """The same function of text with zeros in the place of adapters that add nothing (B = 0): two
-    models that differ only in what was drawn for A get the same weights."""
-    adapters = {
-        name: {"a": jnp.where(jnp.any(x["b"] != 0), x["a"], 0.0), "b": x["b"]}
-        for name, x in params["adapters"].items()
-    }
-    return {**params, "adapters": adapters}
-
-
-def merge(params: Any, lora: Lora, shardings: Any = None) -> Any:
-    """Frozen weights and adapters as one decoder's float32 weights, without adapters.
-
-    Args:
-      params: as `training.policy.Policy.weights` gives them with LoRA.
-      lora: the adapters' settings.
-      shardings: of the result, a tree like it; None: as the compiler likes.
-    """
-    base = {name: tree for name, tree in params.items() if name != "adapters"}
-    adapters = lora.scaled(params["adapters"])
-
-    def leaf(path: Any, weights: Any, place: Any = None) -> jax.Array:
-        name = path[-2].key if path[-1].key == "kernel" else ""
-        return jax.jit(_merged, out_shardings=place)(weights, adapters.get(name))
-
-    places = () if shardings is None else (shardings,)
-    is_leaf = functools.partial(_isinstance, kind=qwix.QArray)
-    return jax.tree.map_with_path(leaf, base, *places, is_leaf=is_leaf)
-
-
-def _isinstance(x: Any, kind: type) -> bool:
-    return isinstance(x, kind)
-
-
-def _merged(weights: Any, adapter: Mapping[str, jax.Array] | None) -> jax.Array:
-    found = dense(weights, jnp.float32)
-    if adapter is None:
-        return found
-    exact = jax.lax.Precision.HIGHEST
-    return found + jnp.einsum("lir,lro->lio", adapter["a"], adapter["b"], precision=exact)
-
-
 def save_peft(folder: Path, adapters: Any, lora: Lora, base: str) -> None:
     """Writes adapters as PEFT reads them, float32: `PeftModel.from_pretrained(model, folder)`.
 
@@ -116,7 +70,7 @@ def save_peft(folder: Path, adapters: Any, lora: Lora, base: str) -> None:
     for name, parts in adapters.items():
         for part, array in parts.items():
             for layer, matrix in enumerate(np.asarray(array)):
-                key = NAME.format(layer=layer, module=PRODUCTS[name], part=PARTS[part])
+                key = NAME.format(layer=layer, module=PROJECTIONS[name], part=PARTS[part])
                 tensors[key] = np.ascontiguousarray(matrix.T)
     write_tensors(tensors, folder / WEIGHTS)
     theirs = {ours: theirs for theirs, ours in TARGETS.items()}
@@ -183,7 +137,7 @@ def load_peft_settings(folder: Path) -> Lora:
         if not isinstance(name, str) or _product(name) is None:
             known = ", ".join(TARGETS)
             raise UserError(f"{path}: target_modules: found {name!r}, expected some of {known}")
-    targets = tuple(ours for ours in PRODUCTS if ours in map(_product, named))
+    targets = tuple(ours for ours in PROJECTIONS if ours in map(_product, named))
     if found.get("lora_dropout"):
         warn_once(
             f"{path}: lora_dropout={found['lora_dropout']}: not used, training goes on without"
@@ -208,7 +162,7 @@ def _check_setting(path: Path, field: str, value: Any) -> None:
 
 def _product(name: str) -> str | None:
     """Our name of the product that PEFT calls so: `q_proj` or `self_attn.q_proj`."""
-    return next((x for x, theirs in PRODUCTS.items() if f".{theirs}".endswith(f".{name}")), None)
+    return next((x for x, theirs in PROJECTIONS.items() if f".{theirs}".endswith(f".{name}")), None)
 
 
 def _modules(path: Path) -> list[str]:
@@ -281,7 +235,7 @@ def check_peft(
 
 def _names(at: Any, config: DecoderConfig) -> list[str]:
     """PEFT's names of a part of a product's adapters, by its path in `params["adapters"]`."""
-    module, part = PRODUCTS[at[0].key], PARTS[at[1].key]
+    module, part = PROJECTIONS[at[0].key], PARTS[at[1].key]
     layers = range(config.num_layers)
     return [NAME.format(layer=layer, module=module, part=part) for layer in layers]
 

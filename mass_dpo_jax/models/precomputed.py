@@ -1,4 +1,4 @@
-"""Values that were computed before, in programs that are differentiated."""
+"""Values of an earlier computation, used in a program that is differentiated."""
 
 from __future__ import annotations
 
@@ -7,57 +7,54 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax import Array
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def known(function: Callable[..., jax.Array], value: jax.Array, *args: Any) -> jax.Array:
-    """`value`, which is what `function(*args)` was found to be.
+def use_precomputed(function: Callable[..., Array], value: Array, *args: Any) -> Array:
+    """Returns `value` in place of `function(*args)`, with the gradient of `function(*args)`.
 
-    Nothing is computed; the gradient with respect to `args` is that of `function(*args)`, and only
-    to those that anything is differentiated by. What of `function` its gradient does not need, the
-    compiler leaves out.
+    Nothing is computed forward. Backward, gradients go only to those `args` that the program is
+    differentiated by, and the compiler leaves out what of `function` they do not need.
 
     Args:
-      function: from arrays alone to an array; it closes over no array.
-      value: of an earlier call with the same `args`; it is taken for a constant.
-      args: arrays, or pytrees of them.
+        function: From arrays alone to an array; it closes over no array.
+        value: What an earlier call with the same `args` gave; taken for a constant.
+        args: Arrays, or pytrees of them.
     """
     del function, args
     return value
 
 
 def _forward(
-    function: Callable[..., jax.Array], value: CustomVJPPrimal, *args: Any
-) -> tuple[jax.Array, Any]:
+    function: Callable[..., Array], value: CustomVJPPrimal, *args: Any
+) -> tuple[Array, Any]:
     del function
 
-    def those(perturbed: bool) -> Any:
+    def select(perturbed: bool) -> Any:
         return jax.tree.map(
             lambda x: x.value if x.perturbed == perturbed else None,
             args,
             is_leaf=lambda x: isinstance(x, CustomVJPPrimal),
         )
 
-    return value.value, (those(True), those(False))
+    return value.value, (select(True), select(False))
 
 
-def _backward(function: Callable[..., jax.Array], kept: Any, gradient: Any) -> tuple[Any, ...]:
-    varied, fixed = kept
+def _backward(function: Callable[..., Array], residuals: Any, gradient: Any) -> tuple[Any, ...]:
+    perturbed, constant = residuals
 
-    def compute(varied: Any) -> jax.Array:
-        return function(
-            *jax.tree.map(lambda v, f: f if v is None else v, varied, fixed, is_leaf=_is_none)
+    def compute(perturbed: Any) -> Array:
+        args = jax.tree.map(
+            lambda p, c: c if p is None else p, perturbed, constant, is_leaf=lambda x: x is None
         )
+        return function(*args)
 
-    value, vjp = jax.vjp(compute, varied)
+    value, vjp = jax.vjp(compute, perturbed)
     if isinstance(gradient, SymbolicZero):
         gradient = jax.numpy.zeros_like(value)
     return (None, *vjp(gradient)[0])
 
 
-def _is_none(x: Any) -> bool:
-    return x is None
-
-
-known.defvjp(_forward, _backward, symbolic_zeros=True)
+use_precomputed.defvjp(_forward, _backward, symbolic_zeros=True)

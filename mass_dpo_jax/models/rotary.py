@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
 
 from mass_dpo_jax.models.config import DecoderConfig
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, scale: float = 1.0) -> jax.Array:
-    """Rotary positions in float32: x [B, T, H, K], whose halves are the pairs' two coordinates,
-    times `scale`; cos, sin [B, T, K / 2]."""
+def rotate(
+    x: Float[Array, "B T H d"],
+    cos: Float[Array, "B T half"],
+    sin: Float[Array, "B T half"],
+    scale: float = 1.0,
+) -> Float[Array, "B T H d"]:
+    """Rotates in float32, and multiplies by `scale`; the halves of x are the pairs' coordinates."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None] * scale, sin[:, :, None] * scale
     rotated = [first * cos - second * sin, second * cos + first * sin]
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
-def rope_frequencies(config: DecoderConfig) -> jax.Array:
-    """Radians per position, float32 [head_dim / 2].
+def compute_rope_frequencies(config: DecoderConfig) -> Float[Array, " half"]:
+    """Computes radians per position, float32 [d / 2].
 
     Llama 3's scaling divides slow frequencies by `factor`, leaves fast ones and blends between:
     with w = original context / wavelength, fast is w > high_freq_factor, slow w < low_freq_factor.

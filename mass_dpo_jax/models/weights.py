@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from tqdm import tqdm
 
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.models.config import PRODUCTS, DecoderConfig
+from mass_dpo_jax.models.config import PROJECTIONS, DecoderConfig
 from mass_dpo_jax.models.decoder import abstract_decoder
 from mass_dpo_jax.models.folder import CUT, INDEX, damage, no_weights
 from mass_dpo_jax.models.folder import WEIGHTS as SINGLE
@@ -62,7 +62,7 @@ def table(config: DecoderConfig) -> list[Entry]:
     entries = [Entry(("embed",), EMBED)]
     for ours, theirs in norms.items():
         entries.append(Entry(("blocks", ours, "scale"), f"{layer}{theirs}.weight"))
-    for ours, theirs in PRODUCTS.items():
+    for ours, theirs in PROJECTIONS.items():
         entries.append(Entry(("blocks", ours, "kernel"), f"{layer}{theirs}.weight", True))
     entries.append(Entry(("norm", "scale"), "model.norm.weight"))
     if not config.tie_embeddings:
@@ -84,7 +84,7 @@ def load_hf(
     shardings: Any = None,
     *,
     dtype: DTypeLike = jnp.float32,
-    store: Callable[[tuple[str, ...], jax.Array], Any] = lambda path, array: array,
+    convert: Callable[[tuple[str, ...], jax.Array], Any] = lambda path, array: array,
     progress: bool = False,
 ) -> nnx.State:
     """Reads the weights of a Hugging Face folder.
@@ -98,7 +98,7 @@ def load_hf(
         `nnx.state(model, nnx.Param)`, as a State or as nested dicts; None puts everything on the
         first device.
       dtype: of the arrays, whatever the files' own.
-      store: from a parameter's path and array to what is kept of it, before the next is read.
+      convert: from a parameter's path and array to what is kept of it, before the next is read.
       progress: draw a progress bar if standard error is a terminal.
 
     Returns:
@@ -124,7 +124,7 @@ def load_hf(
         for path, shape in wanted.items():
             entry = entries[path]
             array = _read(files, entry, config, shape, places[path], np.dtype(dtype))
-            arrays.append(store(path, array))
+            arrays.append(convert(path, array))
             bar.update(len(entry.names(config)))
     return jax.tree.unflatten(jax.tree.structure(shapes), arrays)
 

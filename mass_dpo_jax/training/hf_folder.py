@@ -23,10 +23,11 @@ from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.data.render import make_renderer
 from mass_dpo_jax.data.tokenizer import load_tokenizer
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.models import peft_format as lora_lib
+from mass_dpo_jax.models import peft_format
 from mass_dpo_jax.models.config import EXPORT_DTYPES, DecoderConfig, load_config
 from mass_dpo_jax.models.decoder import abstract_decoder
 from mass_dpo_jax.models.folder import GENERATION
+from mass_dpo_jax.models.lora import merge_adapters
 from mass_dpo_jax.models.weights import save_hf
 from mass_dpo_jax.reports import model_card
 from mass_dpo_jax.runs import origin, run_config, run_folder
@@ -116,7 +117,7 @@ def save_model(output: Path, policy: Policy, params: Any, config: ConfigDict, dt
     _check_dtype(dtype)
     _check_free(output)
     if policy.lora is not None:
-        params = lora_lib.merge(params, policy.lora)
+        params = merge_adapters(params, policy.lora)
     tokenizer = described_tokenizer(policy, config)
     described = description_folder(Path(config.model.path))
 
@@ -209,7 +210,7 @@ def _save_adapters(
     found = adapters_of(read, lora)
     read.check()
     with _appearing(output) as temporary:
-        lora_lib.save_peft(temporary, found, lora, base_model)
+        peft_format.save_peft(temporary, found, lora, base_model)
     _log.info(f"step {step} of {workdir}, adapters, written to {output}")
 
 
@@ -239,7 +240,7 @@ def _merging(
         workdir, {"model.path": digest}, "name those of before by --base_path=PATH"
     )
     params["adapters"] = adapters_of(read, lora)
-    merged = lora_lib.merge(params, lora)
+    merged = merge_adapters(params, lora)
 
     def read_merged(path: tuple[str, ...], layer: int | None) -> np.ndarray:
         array = functools.reduce(lambda tree, name: tree[name], path, merged)

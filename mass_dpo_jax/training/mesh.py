@@ -19,9 +19,10 @@ from ml_collections import ConfigDict
 
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models.config import DecoderConfig
-from mass_dpo_jax.models.decoder import Splits, abstract_decoder, param_dims
+from mass_dpo_jax.models.decoder import abstract_decoder, param_dims
+from mass_dpo_jax.models.interfaces import HiddenShardings
 from mass_dpo_jax.models.lora import Lora
-from mass_dpo_jax.models.quantize import store
+from mass_dpo_jax.models.quantize import quantize
 from mass_dpo_jax.utils.mesh_axes import AXES, BATCH_AXES
 
 _log = logging.getLogger(__name__)
@@ -210,7 +211,7 @@ def shard_rows(mesh: Mesh, rows: np.ndarray, make: Callable[[np.ndarray], Any]) 
     return jax.tree.map(shard, make(rows[..., is_local]))
 
 
-def hidden_splits(mesh: Mesh, hidden_size: int) -> Splits | None:
+def hidden_splits(mesh: Mesh, hidden_size: int) -> HiddenShardings | None:
     """Returns the shardings of hidden states; None where there is one device.
 
     They lie as prompts do; `embedded` is how they lie before an exchange along `fsdp`.
@@ -218,7 +219,9 @@ def hidden_splits(mesh: Mesh, hidden_size: int) -> Splits | None:
     if mesh.size == 1:
         return None
     columns = RULES["embed"] if hidden_size % mesh.shape[RULES["embed"]] == 0 else None
-    return Splits(NamedSharding(mesh, P("data", columns)), NamedSharding(mesh, P(BATCH_AXES)))
+    return HiddenShardings(
+        NamedSharding(mesh, P("data", columns)), NamedSharding(mesh, P(BATCH_AXES))
+    )
 
 
 def param_shapes(
@@ -238,7 +241,8 @@ def param_shapes(
     if lora is not None:
         adapters = shapes.pop("adapters")
         shapes = jax.tree.map_with_path(
-            lambda path, x: jax.eval_shape(lambda x: store(key_names(path), x, stored), x), shapes
+            lambda path, x: jax.eval_shape(lambda x: quantize(key_names(path), x, stored), x),
+            shapes,
         )
         shapes["adapters"] = adapters
     return jax.tree.map(

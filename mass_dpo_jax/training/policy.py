@@ -22,12 +22,12 @@ from transformers import PreTrainedTokenizerBase
 from mass_dpo_jax.data.examples import Example, History
 from mass_dpo_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.models import peft_format as lora_lib
+from mass_dpo_jax.models import peft_format
 from mass_dpo_jax.models.config import DecoderConfig, load_config, parse_targets
 from mass_dpo_jax.models.decoder import Decoder, abstract_decoder
 from mass_dpo_jax.models.folder import GENERATION, check_folder
-from mass_dpo_jax.models.lora import Adapters, Lora
-from mass_dpo_jax.models.quantize import store
+from mass_dpo_jax.models.lora import Adapters, Lora, merge_adapters
+from mass_dpo_jax.models.quantize import quantize
 from mass_dpo_jax.models.weights import check_hf, load_hf
 from mass_dpo_jax.runs import origin, run_config, run_folder
 from mass_dpo_jax.training import checkpoint_reading
@@ -116,7 +116,7 @@ class Policy:
       graphdef: the decoder's structure (`nnx.split`).
       mesh: the devices that weights are split over.
       lora: how it is adapted; None: all weights are trained.
-      stored: with LoRA, the type that the other weights are kept in (models/frozen.py).
+      stored: with LoRA, the type that the other weights are kept in (models/quantize.py).
     """
 
     config: DecoderConfig
@@ -186,7 +186,7 @@ class Policy:
         if self.lora is None:
             return array
         place = functools.reduce(lambda tree, name: tree[name], path, self.shardings)
-        keep = jax.jit(store, static_argnums=(0, 2), out_shardings=place, donate_argnums=1)
+        keep = jax.jit(quantize, static_argnums=(0, 2), out_shardings=place, donate_argnums=1)
         return keep(path, array, self.stored)
 
     def _of_folder(self, path: str, whole: Any) -> Weights:
@@ -199,7 +199,7 @@ class Policy:
             sums[at] = array.shape, fingerprint.checksum_array(array)
             return self._store(at, array)
 
-        state = load_hf(path, self.config, shardings=_places(whole), store=keep, progress=True)
+        state = load_hf(path, self.config, shardings=_places(whole), convert=keep, progress=True)
         params = nnx.to_pure_dict(state)
         if self.lora is None:
             return Weights(params, fingerprint.fingerprint(params))
@@ -227,7 +227,7 @@ class Policy:
         digest = hashlib.sha256(
             f"{digest} {lora} {fingerprint.fingerprint(params['adapters'])}".encode()
         ).hexdigest()
-        return Weights(lora_lib.merge(params, lora, _places(whole)), digest)
+        return Weights(merge_adapters(params, lora, _places(whole)), digest)
 
     def _adapters(self, path: str, seed: int) -> Any:
         like = self.abstract["adapters"]
@@ -235,7 +235,7 @@ class Policy:
             return _new(Adapters, like, seed, self.config, self.lora)
         if run := run_of(Path(path)):
             return checkpoint_reading.load_params(run[0], {"adapters": like}, run[1])["adapters"]
-        return lora_lib.load_peft(path, self.config, like)
+        return peft_format.load_peft(path, self.config, like)
 
 
 def uses_lora(settings: ConfigDict) -> bool:
@@ -256,7 +256,7 @@ def read_lora(settings: ConfigDict) -> Lora | None:
     folder = Path(settings.path)
     run = run_of(folder)
     if run is None:
-        return lora_lib.load_peft_settings(folder)
+        return peft_format.load_peft_settings(folder)
     _check_step(*run)
     found = read_lora(run_config.locate_files(run_config.load_config(run[0]), run[0]).model.lora)
     if found is None:
@@ -326,14 +326,14 @@ def open_policy(
         architecture,
         dtype=jnp.dtype(config.model.dtype),
         remat=config.model.remat,
-        splits=hidden_splits(mesh, architecture.hidden_size),
+        hidden_shardings=hidden_splits(mesh, architecture.hidden_size),
         lora=lora,
     )
     graphdef, _ = nnx.split(model, nnx.Param)
     policy = Policy(architecture, tokenizer, graphdef, mesh, lora, config.model.lora.base)
     adapters = config.model.lora.path
     if adapters and run_of(Path(adapters)) is None:
-        lora_lib.check_peft(adapters, architecture, policy.abstract["adapters"])
+        peft_format.check_peft(adapters, architecture, policy.abstract["adapters"])
     return policy
 
 
@@ -397,10 +397,10 @@ def _copy_adapters(config: ConfigDict, path: Path, folder: Path) -> None:
         step = run_folder.latest_step(run[0]) if run[1] is None else run[1]
         assert lora is not None and step is not None
         reader = checkpoint_reading.Reader(run[0], step)
-        lora_lib.save_peft(folder, adapters_of(reader, lora), lora, config.model.path)
+        peft_format.save_peft(folder, adapters_of(reader, lora), lora, config.model.path)
         reader.check()
         return
-    for name in (lora_lib.SETTINGS, lora_lib.WEIGHTS):
+    for name in (peft_format.SETTINGS, peft_format.WEIGHTS):
         shutil.copyfile(path / name, folder / name)
 
 

@@ -23,8 +23,8 @@ from mass_dpo_jax.data.token_cache import tokenize_once
 from mass_dpo_jax.data.tokens import Tokens
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models import fused_attention
-from mass_dpo_jax.models import peft_format as lora_lib
-from mass_dpo_jax.models.logprobs import max_logits_of
+from mass_dpo_jax.models.logprobs import choose_max_logits
+from mass_dpo_jax.models.lora import zero_idle_adapters
 from mass_dpo_jax.runs import run_folder
 from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training import scoring
@@ -101,10 +101,10 @@ class Setup:
         if lora is None:
             digest = fingerprint(params)
         else:  # What is added: the same A and B add something else under another alpha.
-            added = {**params, "adapters": lora.scaled(params["adapters"])}
-            digest = fingerprint(lora_lib.without_idle(added))
+            added = {**params, "adapters": lora.scale_adapters(params["adapters"])}
+            digest = fingerprint(zero_idle_adapters(added))
         key = f"{self.policy.config} {self.config.model.dtype} {digest}"
-        if isinstance(self.program.scorer.attention, fused_attention.Fused):
+        if isinstance(self.program.scorer.attention, fused_attention.FusedAttention):
             key += " fused"  # In 16 bits its roundings are not the other's.
         logps = {}
         for split, tokens in self.tokens.items():
@@ -283,10 +283,10 @@ def _of_tokens(
         # As large as what training has to hold anyway, and not one by one.
         chunk=max(1 + method.num_negatives, LEAST_CHUNK) if rectangle else None,
         pooling=config.selection.pooling,
-        attention=fused_attention.choose(
+        attention=fused_attention.choose_attention(
             config.model.attention, policy.config, config.model.dtype, mesh
         ),
-        max_logits=max_logits_of(mesh.devices.flat[0].platform),
+        max_logits=choose_max_logits(mesh.devices.flat[0].platform),
     )
     trained, _ = policy.split(policy.shardings)
     program = Program(scorer, method, trained, config.train.reuse_scoring)

@@ -19,9 +19,10 @@ from jax import Array
 
 from mass_dpo_jax import selection
 from mass_dpo_jax.data.batches import Batch
-from mass_dpo_jax.models import attention, shared_prefix
-from mass_dpo_jax.models.attention import Attention
+from mass_dpo_jax.models import attention, replay, shared_prefix
+from mass_dpo_jax.models.interfaces import Attention, ScoringRecord
 from mass_dpo_jax.models.logprobs import MAX_LOGITS
+from mass_dpo_jax.models.response_layout import Picks, gather_candidates
 from mass_dpo_jax.training.methods import Method, Responses
 
 Params = Any
@@ -118,7 +119,7 @@ class Scorer:
             record: return the record of the pass, too.
 
         Returns:
-            A `shared_prefix.Scored`.
+            A `shared_prefix.Scores`.
         """
         return shared_prefix.score(
             nnx.merge(self.graphdef, params),
@@ -138,12 +139,12 @@ class Scorer:
     def replay(
         self,
         params: Params,
-        record: shared_prefix.Record,
+        record: ScoringRecord,
         batch: Batch,
-        picks: shared_prefix.Picks | None = None,
+        picks: Picks | None = None,
     ) -> Array:
         """Returns log-probabilities of a recorded batch, for training: of the picks, or of all."""
-        return shared_prefix.replay(
+        return replay.replay(
             nnx.merge(self.graphdef, params),
             record,
             batch.prompts,
@@ -207,7 +208,7 @@ class Program:
 
     def score_pools(
         self, params: Params, batch: Batch, key: Array, record: bool = False
-    ) -> tuple[selection.Pool, shared_prefix.Record | None]:
+    ) -> tuple[selection.Pool, ScoringRecord | None]:
         """Computes what the method's criterion chooses from.
 
         Args:
@@ -256,7 +257,7 @@ class Program:
         batch: Batch,
         choice: Choice,
         packed_length: int,
-        record: shared_prefix.Record | None = None,
+        record: ScoringRecord | None = None,
     ) -> tuple[Array, tuple[Array, Metrics]]:
         """Computes the mean loss of a micro-batch on the chosen response and the picks.
 
@@ -273,10 +274,8 @@ class Program:
         """
         candidates = jnp.pad(choice.candidate_ids, ((0, 0), (1, 0)))
         valid = jnp.pad(choice.candidate_ids > 0, ((0, 0), (1, 0)), constant_values=True)
-        picks = shared_prefix.Picks(candidates, valid, packed_length)
-        responses, lengths = shared_prefix.gather_candidates(
-            batch.responses, batch.response_lengths, picks
-        )
+        picks = Picks(candidates, valid, packed_length)
+        responses, lengths = gather_candidates(batch.responses, batch.response_lengths, picks)
 
         def gather_picks(table: Array) -> Array:
             return jnp.take_along_axis(table, candidates, axis=1)
@@ -338,7 +337,7 @@ class Program:
         )
 
         def micro_step(micro_batch: Batch, candidate_ids: Array | None) -> tuple[Any, Trained]:
-            record: shared_prefix.Record | None = None
+            record: ScoringRecord | None = None
             selection_metrics: Metrics = {}
             if self.method.is_supervised:
                 choice = Choice(jnp.zeros((len(micro_batch.index), 0), jnp.int32))

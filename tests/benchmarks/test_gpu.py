@@ -27,7 +27,7 @@ from mass_dpo_jax.estimate import flops as flops_lib
 from mass_dpo_jax.estimate.sizes import DeviceModel
 from mass_dpo_jax.models import fused_attention
 from mass_dpo_jax.models.decoder import abstract_decoder
-from mass_dpo_jax.models.fused_attention import Fused
+from mass_dpo_jax.models.fused_attention import FusedAttention
 from tests.support.models import pretend_a_gpu
 from tests.support.processes import python, refused
 
@@ -204,37 +204,49 @@ def test_out_of_memory_means_more_parts(
 def test_the_plan_for_a_card_of_80_gb(tmp_path: Path) -> None:
     for name in job.SHAPES:
         big = Job(workload(name, "3b"), "ours", "cuda", "bfloat16", 7, 0.0, "", memory=int(78.6e9))
-        best = ours.plan(big, Fused())
+        best = ours.plan(big, FusedAttention())
         assert best == (32, {"G1": "dots", "G2": "full"}[name], True)
         double = best._replace(batch=2 * best.batch)
         limit = ours.MARGIN * 78.6e9
-        assert ours.peak(big, best, Fused()) <= limit < ours.peak(big, double, Fused())
+        assert (
+            ours.peak(big, best, FusedAttention())
+            <= limit
+            < ours.peak(big, double, FusedAttention())
+        )
         for remat, reuse in (("dots", False), ("full", False)):
-            other = ours.plan(dataclasses.replace(big, remat=remat, reuse=reuse), Fused())
+            other = ours.plan(dataclasses.replace(big, remat=remat, reuse=reuse), FusedAttention())
             assert other.batch > 1 and ours.effort(big, other) > ours.effort(big, best)
-        less, second = ours.smaller(big, best, Fused())
-        assert ours.peak(big, second, Fused()) <= 0.95 * ours.peak(big, best, Fused())
+        less, second = ours.smaller(big, best, FusedAttention())
+        assert ours.peak(big, second, FusedAttention()) <= 0.95 * ours.peak(
+            big, best, FusedAttention()
+        )
         assert ours.effort(big, second) >= ours.effort(big, best)
-        assert ours.smaller(less, second, Fused())[1] != second
-        assert ours.smaller(dataclasses.replace(big, batch=8), best, Fused())[1].batch == 16
+        assert ours.smaller(less, second, FusedAttention())[1] != second
+        assert (
+            ours.smaller(dataclasses.replace(big, batch=8), best, FusedAttention())[1].batch == 16
+        )
         asked = dataclasses.replace(big, batch=4, memory=None, remat="dots", reuse=False)
-        assert ours.plan(asked, Fused()) == (4, "dots", False)
-        assert ours.plan(dataclasses.replace(big, memory=int(1e9)), Fused()) == (1, "full", False)
+        assert ours.plan(asked, FusedAttention()) == (4, "dots", False)
+        assert ours.plan(dataclasses.replace(big, memory=int(1e9)), FusedAttention()) == (
+            1,
+            "full",
+            False,
+        )
 
 
 @pytest.mark.slow(reason="the benchmark's search, step by step")
 def test_a_step_that_does_not_fit_or_run_is_tried_otherwise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ours.fused_attention, "choose", lambda *args: Fused())
+    monkeypatch.setattr(ours.fused_attention, "choose_attention", lambda *args: FusedAttention())
     monkeypatch.setattr(ours.fused_attention, "difference", lambda *args: 0.005)
     tried: list[tuple[int, bool]] = []
 
     def attempt(some: Job, how: ours.Plan, attention: Any) -> dict[str, Any]:
-        tried.append((how.batch, isinstance(attention, Fused)))
+        tried.append((how.batch, isinstance(attention, FusedAttention)))
         if how.batch > 2:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmore")
-        if isinstance(attention, Fused):
+        if isinstance(attention, FusedAttention):
             raise jax.errors.JaxRuntimeError("INTERNAL: no engine")
         return {"prompts": how.batch}
 
@@ -407,7 +419,7 @@ def test_the_planned_step_lowers_for_a_gpu(name: str, monkeypatch: pytest.Monkey
     """At full size: jax takes the shapes, and no array of scores is left."""
     pretend_a_gpu(monkeypatch)
     big = Job(workload(name, "3b"), "ours", "cuda", "bfloat16", 7, 0.0, "", batch=8)
-    case = ours.case_of(big, 8, Fused())
+    case = ours.case_of(big, 8, FusedAttention())
     traced = trace(case, case.program("mass_dpo", "full"))
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@__cudnn$fmhaScaleBiasSoftmaxBackward(") == 3

@@ -110,7 +110,7 @@ def our_logits(params: Any, folder: Path, ids: np.ndarray) -> np.ndarray:
     graphdef, _ = nnx.split(abstract_decoder(load_config(folder)))
     model = nnx.merge(graphdef, params)
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-    hidden, _ = jax.jit(lambda t, p: model(t, p, attention.causal))(ids, positions)
+    hidden, _ = jax.jit(lambda t, p: model(t, p, attention.attend_causally))(ids, positions)
     return np.asarray(hidden @ model.vocabulary_weights().T)
 
 

@@ -29,7 +29,7 @@ from mass_dpo_jax.estimate.memory import StateBytes, StepLayout
 from mass_dpo_jax.estimate.sizes import BatchLayout, DeviceModel
 from mass_dpo_jax.models.config import DecoderConfig
 from mass_dpo_jax.models.decoder import abstract_decoder
-from mass_dpo_jax.models.fused_attention import Fused
+from mass_dpo_jax.models.fused_attention import FusedAttention
 from mass_dpo_jax.training import loop as train_lib
 from mass_dpo_jax.training.mesh import abstract_mesh
 from mass_dpo_jax.training.methods import make_method
@@ -173,7 +173,9 @@ def test_kept_bytes_of_a_fused_kernel(
     config = dataclasses.replace(MODEL, head_dim=16)  # The kernel takes multiples of 8.
     model = DeviceModel.from_decoder(config, 2, remat, fused=True)
     made = program(remat, layout, "bfloat16", config)
-    made = dataclasses.replace(made, scorer=dataclasses.replace(made.scorer, attention=Fused()))
+    made = dataclasses.replace(
+        made, scorer=dataclasses.replace(made.scorer, attention=FusedAttention())
+    )
 
     pool, _, trained = layouts(layout, 4)
     found = saved(made, 6, config) - saved(made, 2, config)

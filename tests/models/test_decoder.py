@@ -15,7 +15,7 @@ from flax import nnx
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models import attention
 from mass_dpo_jax.models.decoder import Decoder, abstract_decoder, param_dims
-from mass_dpo_jax.models.logprobs import token_logps
+from mass_dpo_jax.models.logprobs import compute_token_logps
 from tests.support.models import FAMILIES, VOCABULARY, random_decoder, tiny_config
 
 TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (2, 9)).astype(np.int32)
@@ -24,9 +24,9 @@ TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (2, 9)).astype(np.int3
 def loss(model: Decoder) -> jax.Array:
     """Mean log-likelihood of the next token."""
     positions = jnp.broadcast_to(jnp.arange(TOKENS.shape[1]), TOKENS.shape)
-    hidden, _ = model(jnp.asarray(TOKENS), positions, attention.causal)
+    hidden, _ = model(jnp.asarray(TOKENS), positions, attention.attend_causally)
     weights = model.vocabulary_weights()
-    return -token_logps(hidden[:, :-1], weights, jnp.asarray(TOKENS[:, 1:])).mean()
+    return -compute_token_logps(hidden[:, :-1], weights, jnp.asarray(TOKENS[:, 1:])).mean()
 
 
 def gradients(model: Decoder) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def test_layers_are_initialised_apart_and_by_seed() -> None:
 def test_bfloat16_computes_over_float32_masters() -> None:
     exact = random_decoder(tiny_config())
     rough = random_decoder(tiny_config(), dtype="bfloat16")
-    hidden, _ = rough(jnp.asarray(TOKENS), jnp.zeros_like(TOKENS), attention.causal)
+    hidden, _ = rough(jnp.asarray(TOKENS), jnp.zeros_like(TOKENS), attention.attend_causally)
     assert hidden.dtype == jnp.bfloat16
     assert loss(rough).dtype == jnp.float32
     expected, found = gradients(exact), gradients(rough)
@@ -137,11 +137,11 @@ def test_logps_in_chunks() -> None:
     expected = np.take_along_axis(expected, np.asarray(targets)[..., None], -1)[..., 0]
 
     def total(hidden: jax.Array, weights: jax.Array, max_logits: int) -> jax.Array:
-        return (token_logps(hidden, weights, targets, max_logits) ** 2).sum()
+        return (compute_token_logps(hidden, weights, targets, max_logits) ** 2).sum()
 
     whole = jax.grad(total, argnums=(0, 1))(hidden, weights, 10**6)
     for max_logits in (1, 300, 10**6):
-        found = token_logps(hidden, weights, targets, max_logits)
+        found = compute_token_logps(hidden, weights, targets, max_logits)
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
         grads = jax.grad(total, argnums=(0, 1))(hidden, weights, max_logits)
         for a, b in zip(grads, whole, strict=True):
@@ -160,7 +160,9 @@ def test_logps_in_chunks() -> None:
 def test_extreme_logits_stay_finite() -> None:
     hidden = jnp.asarray([[[1e4, 0.0]]])
     weights = jnp.asarray([[1.0, 0.0], [-1.0, 0.0], [0.5, 1.0]])
-    found = [float(token_logps(hidden, weights, jnp.asarray([[t]]))[0, 0]) for t in range(3)]
+    found = [
+        float(compute_token_logps(hidden, weights, jnp.asarray([[t]]))[0, 0]) for t in range(3)
+    ]
     assert found == [0.0, -2e4, -5e3]
 
 
@@ -170,6 +172,8 @@ def test_the_heads_gradient_adds_up_in_float32() -> None:
     hidden = jnp.ones((1, length, 2), jnp.bfloat16)
     weights = jnp.zeros((vocabulary, 2), jnp.float32)
     targets = jnp.zeros((1, length), jnp.int32)
-    one_at_a_time = jax.grad(lambda w: token_logps(hidden, w, targets, vocabulary).sum())(weights)
+    one_at_a_time = jax.grad(lambda w: compute_token_logps(hidden, w, targets, vocabulary).sum())(
+        weights
+    )
     assert one_at_a_time.dtype == jnp.float32
     np.testing.assert_array_equal(one_at_a_time[0], [length * 0.75] * 2)

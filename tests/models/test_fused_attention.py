@@ -25,7 +25,12 @@ from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models import attention as plain
 from mass_dpo_jax.models import fused_attention
 from mass_dpo_jax.models.decoder import abstract_decoder
-from mass_dpo_jax.models.fused_attention import Fused, choose, difference
+from mass_dpo_jax.models.fused_attention import (
+    MAX_RELATIVE_ERROR,
+    FusedAttention,
+    choose_attention,
+    measure_error,
+)
 from mass_dpo_jax.training.methods import make_method
 from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.setup import prepare
@@ -45,7 +50,7 @@ from tests.support.models import (
 
 pytestmark = pytest.mark.usefixtures("strict_jax")
 
-XLA = Fused("xla")
+XLA = FusedAttention("xla")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -116,40 +121,44 @@ def test_an_absent_row_does_not_spoil_gradients() -> None:
 def test_devices_agree_with_plain_attention(sizes: tuple[int, int, int]) -> None:
     """Each on its own prompts and heads: outputs and gradients."""
     mesh = jax.make_mesh(sizes, mesh_axes.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
-    config, many = tiny_config(), Fused("xla", mesh)
-    assert many.ways == sizes[0] * sizes[1]
-    assert difference(many, config, "float32") < 1e-6
-    assert 0 < difference(many, config, "bfloat16") < fused_attention.MOST / 2
+    config, many = tiny_config(), FusedAttention("xla", mesh)
+    assert many.batch_shards == sizes[0] * sizes[1]
+    assert measure_error(many, config, "float32") < 1e-6
+    assert 0 < measure_error(many, config, "bfloat16") < MAX_RELATIVE_ERROR / 2
 
 
-def test_difference_sees_one_device_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_measured_error_sees_one_device_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
     mesh = jax.make_mesh((8, 1, 1), mesh_axes.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
-    right = fused_attention._visible
+    right = fused_attention._compute_mask
 
     def wrong(*args: Any) -> jax.Array:
         visible = right(*args)
         last = len(visible) - 1  # Of the last device's two rows the one with padding.
         return visible.at[last, -1, 6].set(True) if last > 2 else visible
 
-    monkeypatch.setattr(fused_attention, "_visible", wrong)
-    fused_attention._difference.clear_cache()
-    assert difference(Fused("xla", mesh), tiny_config(), "bfloat16") > fused_attention.MOST
-    fused_attention._difference.clear_cache()
+    monkeypatch.setattr(fused_attention, "_compute_mask", wrong)
+    fused_attention._measure_error.clear_cache()
+    assert (
+        measure_error(FusedAttention("xla", mesh), tiny_config(), "bfloat16") > MAX_RELATIVE_ERROR
+    )
+    fused_attention._measure_error.clear_cache()
 
 
-def test_difference_sees_a_mask_that_is_off_by_one_key(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_measured_error_sees_one_key_too_many(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     config = tiny_config()
-    assert difference(XLA, config, "float32") < 1e-6
-    assert 0 < difference(XLA, config, "bfloat16") < fused_attention.MOST / 2
-    right = fused_attention._visible
+    assert measure_error(XLA, config, "float32") < 1e-6
+    assert 0 < measure_error(XLA, config, "bfloat16") < MAX_RELATIVE_ERROR / 2
+    right = fused_attention._compute_mask
 
     def wrong(*args: Any) -> jax.Array:
         visible = right(*args)
         return visible.at[1, -1, 6].set(True)  # The prompt's first token of padding.
 
-    monkeypatch.setattr(fused_attention, "_visible", wrong)
-    fused_attention._difference.clear_cache()
-    assert difference(XLA, config, "bfloat16") > fused_attention.MOST
+    monkeypatch.setattr(fused_attention, "_compute_mask", wrong)
+    fused_attention._measure_error.clear_cache()
+    assert measure_error(XLA, config, "bfloat16") > MAX_RELATIVE_ERROR
 
 
 # ---------------------------------------------------------------- the train step, on a GPU's terms
@@ -199,7 +208,7 @@ def test_the_step_lowers_to_the_kernels(
 ) -> None:
     """For a GPU that is not here: jax takes our shapes, and forward and backward are kernels."""
     pretend_a_gpu(monkeypatch)
-    program, optimizer, args = train_step(layout, "bfloat16", remat, Fused())
+    program, optimizer, args = train_step(layout, "bfloat16", remat, FusedAttention())
     program = dataclasses.replace(program, reuse=reuse)
     traced = Program.train_step.trace(program, optimizer, *args, 17)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
@@ -227,7 +236,7 @@ def test_the_step_lowers_to_the_kernels(
 
 
 def gpus(count: int = 1, platform: str = "gpu", tensor: int = 1) -> Any:
-    """What `choose` reads of a mesh."""
+    """What `choose_attention` reads of a mesh."""
     device = SimpleNamespace(platform=platform)
     return SimpleNamespace(
         devices=np.array([device] * count, dtype=object), size=count, shape={"tensor": tensor}
@@ -237,41 +246,41 @@ def gpus(count: int = 1, platform: str = "gpu", tensor: int = 1) -> Any:
 def test_choice(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     config, asked = tiny_config(), []
 
-    def agrees(fused: Fused, config: Any, dtype: Any) -> float:
+    def agrees(fused: FusedAttention, config: Any, dtype: Any) -> float:
         asked.append(fused)
         return 0.005
 
-    monkeypatch.setattr(fused_attention, "difference", agrees)
+    monkeypatch.setattr(fused_attention, "measure_error", agrees)
     one, eight = gpus(), gpus(8, tensor=2)
     for setting in ("auto", "fused"):
-        assert choose(setting, config, "bfloat16", one) == Fused()
-        assert choose(setting, config, "bfloat16", eight) == Fused(mesh=eight)
-    assert choose("plain", config, "bfloat16", one) is plain
-    assert asked == [Fused(), Fused(mesh=eight)] * 2
+        assert choose_attention(setting, config, "bfloat16", one) == FusedAttention()
+        assert choose_attention(setting, config, "bfloat16", eight) == FusedAttention(mesh=eight)
+    assert choose_attention("plain", config, "bfloat16", one) is plain
+    assert asked == [FusedAttention(), FusedAttention(mesh=eight)] * 2
     for mesh, dtype, reason in (
         (gpus(platform="cpu"), "bfloat16", "the kernel is cuDNN's, and this run is on cpu"),
         (gpus(), "float32", "needs config.model.dtype=bfloat16, not float32"),
         (gpus(4, tensor=4), "bfloat16", "config.mesh.tensor=4 does not divide 2 key-value heads"),
     ):
-        assert choose("auto", config, dtype, mesh) is plain
+        assert choose_attention("auto", config, dtype, mesh) is plain
         with pytest.raises(UserError, match=f"config.model.attention=fused: .*{reason}"):
-            choose("fused", config, dtype, mesh)
+            choose_attention("fused", config, dtype, mesh)
     assert len(asked) == 4
 
     for wrong in (0.5, float("nan")):
-        monkeypatch.setattr(fused_attention, "difference", lambda *args, found=wrong: found)
+        monkeypatch.setattr(fused_attention, "measure_error", lambda *args, found=wrong: found)
         with caplog.at_level("INFO"):
-            assert choose("auto", config, "bfloat16", eight) is plain
+            assert choose_attention("auto", config, "bfloat16", eight) is plain
         assert f"without a fused kernel: the kernel is off by {wrong}" in caplog.text
         with pytest.raises(UserError, match=r"off by (0\.5|nan) on a small example"):
-            choose("fused", config, "bfloat16", one)
+            choose_attention("fused", config, "bfloat16", one)
 
 
 def test_a_kernel_that_fails_is_not_used() -> None:
     """jax's own words where there is no cuDNN: here."""
-    assert choose("auto", tiny_config(), "bfloat16", gpus()) is plain
+    assert choose_attention("auto", tiny_config(), "bfloat16", gpus()) is plain
     with pytest.raises(UserError, match=r"the kernel failed: .+; expected auto or plain"):
-        choose("fused", tiny_config(), "bfloat16", gpus())
+        choose_attention("fused", tiny_config(), "bfloat16", gpus())
 
 
 def test_configuration(tmp_path: Path) -> None:
@@ -288,8 +297,8 @@ def test_configuration(tmp_path: Path) -> None:
 
 def test_programs_are_equal_by_value() -> None:
     """They are static arguments: an unequal one is compiled again."""
-    program, *_ = train_step("packed", "bfloat16", "full", Fused())
-    other = dataclasses.replace(program.scorer, attention=Fused())
+    program, *_ = train_step("packed", "bfloat16", "full", FusedAttention())
+    other = dataclasses.replace(program.scorer, attention=FusedAttention())
     assert other == program.scorer and hash(other) == hash(program.scorer)
     assert dataclasses.replace(other, attention=plain) != other
 
@@ -310,7 +319,7 @@ def test_the_kernel_agrees(heads: tuple[int, int, int]) -> None:
     config = dataclasses.replace(
         tiny_config(), num_heads=heads[0], num_kv_heads=heads[1], head_dim=heads[2]
     )
-    assert difference(Fused(), config, "bfloat16") < fused_attention.MOST
+    assert measure_error(FusedAttention(), config, "bfloat16") < MAX_RELATIVE_ERROR
 
 
 @pytest.mark.accelerator
@@ -330,5 +339,5 @@ def test_the_kernel_in_a_model(layout: str) -> None:
 
     with jax.default_matmul_precision("highest"):
         right = values(exact, plain)
-    for a, b, c in zip(values(rough, Fused()), values(rough, plain), right, strict=True):
+    for a, b, c in zip(values(rough, FusedAttention()), values(rough, plain), right, strict=True):
         assert np.linalg.norm(a - b) < 2.0 * np.linalg.norm(b - c)

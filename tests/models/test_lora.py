@@ -12,11 +12,10 @@ from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
 from mass_dpo_jax.config import CHOICES
-from mass_dpo_jax.models import peft_format as lora_lib
 from mass_dpo_jax.models.config import parse_targets
 from mass_dpo_jax.models.decoder import Decoder, abstract_decoder
-from mass_dpo_jax.models.lora import Lora
-from mass_dpo_jax.models.quantize import dense, store
+from mass_dpo_jax.models.lora import Lora, merge_adapters
+from mass_dpo_jax.models.quantize import dequantize, quantize
 from mass_dpo_jax.training.mesh import key_names
 from tests.models.test_replay import LAYOUTS, RESPONSE, gradients
 from tests.support.helpers import slow
@@ -35,7 +34,7 @@ def weights_of(model: Decoder) -> Any:
 def stored(params: Any, kind: str) -> Any:
     """With frozen weights as they are stored."""
     base = {name: tree for name, tree in params.items() if name != "adapters"}
-    base = jax.tree.map_with_path(lambda path, x: store(key_names(path), x, kind), base)
+    base = jax.tree.map_with_path(lambda path, x: quantize(key_names(path), x, kind), base)
     return {**base, "adapters": params["adapters"]}
 
 
@@ -53,11 +52,11 @@ def test_log_probs_are_those_of_merged_weights(model_type: str, kind: str) -> No
         return scored(nnx.merge(graphdef, params), pool, pooling=None).logps
 
     found = logps(graphdef, params)
-    merged = lora_lib.merge(params, lora)
+    merged = merge_adapters(params, lora)
     assert "adapters" not in merged
     np.testing.assert_allclose(found, logps(plain, merged), rtol=2e-5, atol=2e-4)
     zeros = jax.tree.map(jnp.zeros_like, params["adapters"])
-    base = lora_lib.merge({**params, "adapters": zeros}, lora)
+    base = merge_adapters({**params, "adapters": zeros}, lora)
     assert np.abs(found - logps(plain, base)).max() > 1
 
 
@@ -83,7 +82,7 @@ def test_gradients_follow_from_those_of_merged_weights(
         nnx.graphdef(abstract_decoder(config, lora=x, remat=remat)) for x in (lora, None)
     )
     frozen = stored(weights_of(model), kind)
-    merged = lora_lib.merge(frozen, lora)
+    merged = merge_adapters(frozen, lora)
     adapters = frozen.pop("adapters")
     pool, how = random_candidates(response=RESPONSE), LAYOUTS[layout]
     expected_logps, full = gradients(plain, merged, pool, how, recorded=False)
@@ -119,7 +118,7 @@ def test_frozen_weights_get_no_gradients(remat: str, recorded: bool) -> None:
         )
     )(params, frozen)
     made = {tuple(shape) for shape in shapes_of_products(jaxpr.jaxpr)}
-    sizes = config.products
+    sizes = config.projections
     assert (sizes["gate"][0][0], ALL.rank) in made or (ALL.rank, sizes["gate"][0][0]) in made
     forbidden = [shape for shape, _ in sizes.values()] + [(config.vocab_size, config.hidden_size)]
     assert not {tuple(sorted(shape)) for shape in forbidden} & {
@@ -138,8 +137,8 @@ def shapes_of_products(jaxpr: Any) -> Any:
 def test_quantized_weights_are_near_and_small() -> None:
     weights = jax.random.normal(jax.random.key(0), (2, 128, 96))
     for kind, bits, error in (("int8", 8 + 32 / 128, 0.01), ("nf4", 4 + 32 / 64, 0.1)):
-        kept = store(("blocks", "gate", "kernel"), weights, kind)
-        back = dense(kept, jnp.float32)
+        kept = quantize(("blocks", "gate", "kernel"), weights, kind)
+        back = dequantize(kept, jnp.float32)
         assert float(jnp.sqrt(jnp.mean((back - weights) ** 2))) < error
         sizes = [
             x.size * jnp.iinfo(x.dtype).bits if x.dtype != jnp.float32 else 32 * x.size
@@ -147,8 +146,8 @@ def test_quantized_weights_are_near_and_small() -> None:
         ]
         assert sum(sizes) == bits * weights.size
         # Layer by layer is what the whole is.
-        one = store(("blocks", "gate", "kernel"), weights[1:], kind)
-        np.testing.assert_array_equal(dense(one, jnp.float32), back[1:])
+        one = quantize(("blocks", "gate", "kernel"), weights[1:], kind)
+        np.testing.assert_array_equal(dequantize(one, jnp.float32), back[1:])
     for name in ("embed", "head"):
-        assert store((name,), weights[0], "nf4").dtype == jnp.bfloat16
-    assert store(("norm", "scale"), weights[0, 0], "nf4").dtype == jnp.float32
+        assert quantize((name,), weights[0], "nf4").dtype == jnp.bfloat16
+    assert quantize(("norm", "scale"), weights[0, 0], "nf4").dtype == jnp.float32

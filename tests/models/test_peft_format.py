@@ -59,7 +59,7 @@ def write_both(folder: Path, model_type: str, targets: str) -> tuple[Any, np.nda
     @jax.jit
     def logps(params: Any) -> jax.Array:
         decoder = nnx.merge(graphdef, params)
-        hidden, _ = decoder(tokens, positions, attention.causal)
+        hidden, _ = decoder(tokens, positions, attention.attend_causally)
         return jax.nn.log_softmax(hidden @ decoder.vocabulary_weights().T)
 
     return tokens, np.asarray(logps(params))
@@ -245,7 +245,7 @@ def test_rank_stabilized_adapters_are_scaled_by_the_root_and_written_as_plain_on
     change(folder, use_rslora=True, lora_alpha=5)
     lora = load_peft_settings(folder)
     tensors = read_tensors(folder)
-    scaled = lora.scaled(tensors)["query"]["b"]
+    scaled = lora.scale_adapters(tensors)["query"]["b"]
     np.testing.assert_allclose(scaled, tensors["query"]["b"] * 5 / 4**0.5, rtol=1e-6)
     save_peft(tmp_path / "again", tensors, lora, "base")
     settings = json.loads((tmp_path / "again" / "adapter_config.json").read_text())

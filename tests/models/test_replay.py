@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mass_dpo_jax.models.precomputed import known
-from mass_dpo_jax.models.shared_prefix import Picks, gather_candidates, replay, score
+from mass_dpo_jax.models.precomputed import use_precomputed
+from mass_dpo_jax.models.replay import replay
+from mass_dpo_jax.models.response_layout import Picks, gather_candidates
+from mass_dpo_jax.models.shared_prefix import score
 from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.setup import Reference, prepare
 from mass_dpo_jax.training.step import TrainState
@@ -138,13 +140,13 @@ def test_a_record_of_all_hidden_states(remat: str, layout: str) -> None:
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
 
 
-def test_known_computes_nothing_forward() -> None:
+def test_use_precomputed_computes_nothing_forward() -> None:
     def cube(x: jax.Array, times: jax.Array) -> jax.Array:
         return x**3 * times
 
     x, wrong = jnp.array([1.0, 2.0]), jnp.array([7.0, 7.0])
-    np.testing.assert_array_equal(known(cube, wrong, x, jnp.array([2, 1])), wrong)
-    value, vjp = jax.vjp(lambda x: known(cube, wrong, x, jnp.array([2, 1])), x)
+    np.testing.assert_array_equal(use_precomputed(cube, wrong, x, jnp.array([2, 1])), wrong)
+    value, vjp = jax.vjp(lambda x: use_precomputed(cube, wrong, x, jnp.array([2, 1])), x)
     np.testing.assert_array_equal(value, wrong)
     np.testing.assert_array_equal(vjp(jnp.ones(2))[0], [6.0, 12.0])
 

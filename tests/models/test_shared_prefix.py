@@ -17,14 +17,13 @@ from jax.sharding import PartitionSpec as P
 
 from mass_dpo_jax.models import attention
 from mass_dpo_jax.models.decoder import Decoder
-from mass_dpo_jax.models.shared_prefix import (
+from mass_dpo_jax.models.response_layout import (
     Picks,
-    Scored,
     gather_candidates,
-    pack,
-    rectangle,
-    score,
+    lay_out_packed,
+    lay_out_rectangle,
 )
+from mass_dpo_jax.models.shared_prefix import Scores, score
 from tests.support.helpers import slow
 from tests.support.models import (
     VOCABULARY,
@@ -51,7 +50,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-def alone(model: Decoder, pool: Candidates, pooling: str) -> Scored:
+def alone(model: Decoder, pool: Candidates, pooling: str) -> Scores:
     """One row a response: no packing, no sharing, no padding in common."""
     batch, candidates = pool.response_lengths.shape
     rows = [(row, c) for row in range(batch) for c in range(candidates)]
@@ -108,7 +107,7 @@ def test_a_response_is_scored_as_if_it_were_plain_text() -> None:
     @jax.jit
     def plain(tokens: jax.Array) -> Any:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        hidden, _ = model(tokens, positions, attention.causal)
+        hidden, _ = model(tokens, positions, attention.attend_causally)
         return hidden, jax.nn.log_softmax(hidden @ model.vocabulary_weights().T)
 
     hidden, logps = map(np.asarray, plain(tokens))
@@ -236,8 +235,8 @@ def test_layouts_and_gathering_move_the_right_tokens(
     pool = Candidates(responses, lengths[:, 0], responses, lengths)
     batch, candidates = lengths.shape
 
-    packed = pack(jnp.asarray(responses), jnp.asarray(lengths))
-    grouped = rectangle(jnp.asarray(responses), jnp.asarray(lengths), 5)
+    packed = lay_out_packed(jnp.asarray(responses), jnp.asarray(lengths))
+    grouped = lay_out_rectangle(jnp.asarray(responses), jnp.asarray(lengths), 5)
     for row in range(batch):
         for c in range(candidates):
             expected = pool.response(row, c).tolist()

@@ -19,7 +19,7 @@ from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models import attention
 from mass_dpo_jax.models.config import load_config
 from mass_dpo_jax.models.decoder import Decoder, abstract_decoder
-from mass_dpo_jax.models.rotary import rope_frequencies
+from mass_dpo_jax.models.rotary import compute_rope_frequencies
 from mass_dpo_jax.models.weights import load_hf
 from tests.support.models import Candidates, hf_config, random_candidates, scored
 
@@ -113,7 +113,7 @@ def test_a_head_that_a_tied_model_has_beside_its_embeddings(
 
 def test_llama3_frequencies(torch: ModuleType, tmp_path: Path) -> None:
     theirs = random_folder(torch, tmp_path, hf_config("llama"))
-    frequencies = np.asarray(rope_frequencies(load_config(tmp_path)))
+    frequencies = np.asarray(compute_rope_frequencies(load_config(tmp_path)))
     expected = theirs.model.rotary_emb.inv_freq.numpy()
     np.testing.assert_allclose(frequencies, expected, rtol=1e-6)
     plain = 10000.0 ** -(np.arange(0, 16, 2) / 16)
@@ -178,7 +178,7 @@ def test_real_model_tells_its_story(real_data: Path) -> None:
 
     @jax.jit
     def next_token(tokens: jax.Array, count: jax.Array) -> jax.Array:
-        hidden, _ = model(tokens[None], jnp.arange(length)[None], attention.causal)
+        hidden, _ = model(tokens[None], jnp.arange(length)[None], attention.attend_causally)
         return jnp.argmax(model.vocabulary_weights() @ hidden[0, count - 1])
 
     story = (

@@ -16,7 +16,7 @@ from mass_dpo_jax.data.tokenizer import train_tokenizer
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.evaluate import evaluate
 from mass_dpo_jax.export import export
-from mass_dpo_jax.models import peft_format as lora_lib
+from mass_dpo_jax.models import peft_format
 from mass_dpo_jax.models.config import load_config
 from mass_dpo_jax.models.lora import Lora
 from mass_dpo_jax.runs import run_config
@@ -49,7 +49,7 @@ def write_base(folder: Path, seed: int = 0) -> Path:
 def write_adapters(folder: Path, base: Path, alpha: float = 8.0) -> Path:
     """Adapters in PEFT's format that add something."""
     rng = np.random.default_rng(0)
-    products = load_config(base).products
+    products = load_config(base).projections
     tensors = {
         name: {
             "a": rng.normal(0, 0.3, (2, products[name][0][0], 2)).astype(np.float32),
@@ -57,7 +57,7 @@ def write_adapters(folder: Path, base: Path, alpha: float = 8.0) -> Path:
         }
         for name in LORA.targets
     }
-    lora_lib.save_peft(folder, tensors, Lora(2, alpha, LORA.targets), str(base))
+    peft_format.save_peft(folder, tensors, Lora(2, alpha, LORA.targets), str(base))
     return folder
 
 

@@ -292,7 +292,7 @@ def _read_model(folder: Path) -> Iterator[Callable[[], Any]]:
 def _adapters(folder: Path) -> None:
     _model(folder)
     config = load_config(folder / "llama")
-    sizes = {name: config.products[name][0] for name in ("query", "down")}
+    sizes = {name: config.projections[name][0] for name in ("query", "down")}
     adapters = {
         name: {"a": np.ones((2, shape[0], 3), "f4"), "b": np.ones((2, 3, shape[1]), "f4")}
         for name, shape in sizes.items()

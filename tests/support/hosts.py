@@ -211,8 +211,10 @@ def waits(folder: Path) -> dict[str, Any]:
     # Of a kernel that fails on one host, each in turn.
     for broken in range(2):
         obstacle = "no such kernel" if me == broken else None
-        with mock.patch.object(fused_attention, "obstacle", lambda *_, found=obstacle: found):
-            chosen = fused_attention.choose("auto", setup.policy.config, "bfloat16", setup.mesh)
+        with mock.patch.object(fused_attention, "find_obstacle", lambda *_, found=obstacle: found):
+            chosen = fused_attention.choose_attention(
+                "auto", setup.policy.config, "bfloat16", setup.mesh
+            )
         found[f"broken on {broken}"] = "fused" if chosen is not plain else "plain"
 
     # Of a checkpoint that process 1 does not see yet, or sees when it is gone.

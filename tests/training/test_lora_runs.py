@@ -18,9 +18,10 @@ from mass_dpo_jax.data.tokenizer import train_tokenizer
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.evaluate import evaluate
 from mass_dpo_jax.export import export
-from mass_dpo_jax.models import peft_format as lora_lib
+from mass_dpo_jax.models import peft_format
 from mass_dpo_jax.models import tensors as tensors_lib
 from mass_dpo_jax.models.config import load_config
+from mass_dpo_jax.models.lora import zero_idle_adapters
 from mass_dpo_jax.runs import run_config
 from mass_dpo_jax.score import score
 from mass_dpo_jax.training import mesh as mesh_lib
@@ -153,7 +154,9 @@ def test_what_can_start_from_it(
 
     with monkeypatch.context() as patch:
         patch.setattr(tensors_lib, "save_file", full)
-        with pytest.raises(UserError, match=rf"{lora_lib.WEIGHTS}: cannot be written: .*No space"):
+        with pytest.raises(
+            UserError, match=rf"{peft_format.WEIGHTS}: cannot be written: .*No space"
+        ):
             export(run, tmp_path / "peft", adapters=True)
     assert not list(tmp_path.glob("peft*"))
     export(run, tmp_path / "peft", adapters=True)
@@ -196,7 +199,7 @@ def test_what_can_start_from_it(
 def test_the_reference_does_not_depend_on_what_was_drawn(base: Path, tmp_path: Path) -> None:
     config = config_of(base, tmp_path)
     policy = prepare(config, None, ("train",)).policy
-    params = [lora_lib.without_idle(policy.weights(str(base), seed)) for seed in (0, 1)]
+    params = [zero_idle_adapters(policy.weights(str(base), seed)) for seed in (0, 1)]
     jax.tree.map(np.testing.assert_array_equal, *params)
     assert float(jnp.abs(policy.weights(str(base), 0)["adapters"]["query"]["a"]).max()) > 0
 

@@ -55,7 +55,9 @@ def test_eight_devices_equal_one(
         setup, optimizer, state, refs = start(config, tmp_path / "one")
     if fused:  # Its calls, in plain operations.
         monkeypatch.setattr(
-            fused_attention, "choose", lambda *args: fused_attention.Fused("xla", args[-1])
+            fused_attention,
+            "choose_attention",
+            lambda *args: fused_attention.FusedAttention("xla", args[-1]),
         )
     setup_8, optimizer_8, state_8, refs_8 = start(eight, tmp_path / "eight")
     logps = refs.logps["train"]

@@ -1,0 +1,122 @@
+"""Types that the modules of the model share; it imports none of them.
+
+Letters of shapes, also as suffixes of names (`key_BTGd`) in attention.py, fused_attention.py,
+shared_prefix.py and replay.py:
+
+    B  examples                     P  tokens of a prompt        H  query heads
+    C  candidates of an example     R  tokens of a response      G  key/value heads
+    n  picked candidates            S  packed responses          Q  query heads of each, H / G
+    L  layers                       E  groups of responses       d  size of a head
+    V  vocabulary                   W  tokens of a group         D  width of hidden states
+    T  tokens in general            O  tokens whose final hidden states are asked for
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import NamedSharding
+from jaxtyping import Float
+
+KEY_VALUE = ("key", "value")  # Projections that the last layer computes for all tokens, too.
+
+
+class Attend(Protocol):
+    """One layer's attention: what attends to what is up to the function."""
+
+    def __call__(self, query: Array, key: Array, value: Array, extra: Any, /) -> tuple[Array, Any]:
+        """Attends with queries [B, O, H, d] to keys and values [B, T, G, d].
+
+        Args:
+            query: Already scaled by 1 / sqrt(d); O = T unless there are `OutputTokens`.
+            key: Keys of all tokens.
+            value: Values of all tokens.
+            extra: This layer's slice of what was passed to `Decoder.__call__`, or None.
+
+        Returns:
+            The attended values [B, O, H, d], and what to keep of this layer.
+        """
+        ...
+
+
+class Attention(Protocol):
+    """An implementation: the module attention.py, or a `FusedAttention`."""
+
+    def attend_causally(
+        self, query: Array, key: Array, value: Array, extra: Any = None, /
+    ) -> tuple[Array, tuple[Array, Array]]: ...
+
+    def make_response_attend(self, prompt_lengths: Array, segments: Array, /) -> Attend: ...
+
+
+class OutputTokens(NamedTuple):
+    """The tokens whose final hidden states are asked for: one of each row, and all from `start`.
+
+    For all others the last layer computes only keys and values.
+
+    Attributes:
+        first: int32 [B], the one.
+        start: Static.
+        attend: The last layer's, from these O = 1 + T - start queries to all T keys.
+    """
+
+    first: Array
+    start: int
+    attend: Attend
+
+    def gather(self, x: Array) -> Array:
+        """Takes these tokens out of [B, T, size]: [B, O, size]."""
+        one = jnp.take_along_axis(x, self.first[:, None, None], axis=1, mode="clip")
+        return jnp.concatenate([one, x[:, self.start :]], axis=1)
+
+
+class LayerRecord(NamedTuple):
+    """What a forward pass through the layers leaves for replay.py.
+
+    Attributes:
+        inputs: [L - 1, B, T, D], of each layer but the last.
+        projections: [L - 1, B, T, ...] by name; none with remat "full".
+        last_input: [B, T, D], of the last layer.
+        last_projections: The last layer's [B, T, ...] of `KEY_VALUE`, [B, O, ...] of the others.
+        output: [B, O, D], of the last layer, before the final norm.
+    """
+
+    inputs: Array
+    projections: dict[str, Array]
+    last_input: Array
+    last_projections: dict[str, Array]
+    output: Array
+
+    def restrict_to(self, outputs: OutputTokens) -> LayerRecord:
+        """Returns the record of all tokens as if only `outputs` had been asked for."""
+        projections = {
+            name: x if name in KEY_VALUE else outputs.gather(x)
+            for name, x in self.last_projections.items()
+        }
+        return self._replace(last_projections=projections, output=outputs.gather(self.output))
+
+
+class ScoringRecord(NamedTuple):
+    """What `shared_prefix.score` leaves for `replay.replay`.
+
+    Attributes:
+        layers: The decoder's part.
+        logps: Of every response token, float32.
+    """
+
+    layers: LayerRecord
+    logps: Float[Array, "B E*W"]
+
+
+class HiddenShardings(NamedTuple):
+    """How hidden states [B * T, D] are split over devices.
+
+    Attributes:
+        embedded: As they come out of the embedding table: along D, as the table is.
+        stream: Between layers: whole rows, as prompts are.
+    """
+
+    embedded: NamedSharding
+    stream: NamedSharding
