@@ -61,7 +61,7 @@ def of_step(setup: Setup, rows: int) -> Counter[str]:
     """`collective_bytes` of the train step on the largest shape of batch, `rows` prompts in all."""
     shape = setup.buckets["train"].shapes[-1]
     candidates = setup.tokens["train"].response_lengths.shape[1]
-    optimizer = make_optimizer(setup.config.train, 1000)
+    optimizer = make_optimizer(setup.train, 1000)
     split = mesh_lib.batch_sharding(setup.mesh, leading=1)
 
     def array(*sizes: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:

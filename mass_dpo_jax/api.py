@@ -23,9 +23,11 @@ from mass_dpo_jax.data.splits import Source
 from mass_dpo_jax.errors import UserError, check_type
 from mass_dpo_jax.models.config import DecoderConfig
 from mass_dpo_jax.runs import run_config
-from mass_dpo_jax.training.hf_folder import save_model
+from mass_dpo_jax.runs.run_folder import find_run
+from mass_dpo_jax.training.export import save_model
+from mass_dpo_jax.training.open_policy import open_policy
 from mass_dpo_jax.training.optimizer import make_optimizer, skip_if_not_finite
-from mass_dpo_jax.training.policy import Policy, open_policy, run_of
+from mass_dpo_jax.training.policy import Policy
 from mass_dpo_jax.training.setup import Reference, open_mesh, prepare_examples
 from mass_dpo_jax.training.step import TrainState
 from mass_dpo_jax.training.updates import Batches, TrainStep
@@ -104,7 +106,7 @@ class Model:
         setup = prepare_examples(self.config, self.policy, {"all": rows})
         tokens, scorer = setup.tokens["all"], setup.program.scorer
         compute = scorer.logps_and_features if features else scorer.logps
-        found = setup.over_split(lambda batch: compute(self.params, batch), "all", "scoring")
+        found = setup.map_split(lambda batch: compute(self.params, batch), "all", "scoring")
         logps, hidden = found if features else (found, None)
         by_id = {example.id: len(example.rejected) for example in rows}
         width = 1 + max(by_id[name] for name in tokens.ids)
@@ -131,7 +133,14 @@ class Model:
         Raises:
             UserError: the folder exists and is not empty.
         """
-        save_model(expand_path(folder, "folder"), self.policy, self.params, self.config, dtype)
+        save_model(
+            expand_path(folder, "folder"),
+            self.policy,
+            self.params,
+            self.config.model.path,
+            self.config.data,
+            dtype,
+        )
 
 
 def load_model(path: str | Path, config: ConfigDict | None = None) -> Model:
@@ -151,7 +160,7 @@ def load_model(path: str | Path, config: ConfigDict | None = None) -> Model:
     """
     path = expand_path(path, "path")
     if config is None:
-        run = run_of(path)
+        run = find_run(path)
         config = config_lib.default()
         if run is not None:
             config = run_config.use_own_files(run_config.load_config(run[0]), run[0])
@@ -159,7 +168,7 @@ def load_model(path: str | Path, config: ConfigDict | None = None) -> Model:
     config = config_lib.resolve(config)
     config.model.path = str(path)
     mesh = open_mesh(config)
-    policy = open_policy(config, mesh, None, ())
+    policy = open_policy(config.model, mesh, None)
     return Model(policy, policy.weights(str(path), config.seed, config.model.lora.path), config)
 
 
@@ -196,7 +205,9 @@ def batches(
     model.policy.check_like(reference.architecture, "reference")
     if reference.policy.lora != model.policy.lora:
         raise UserError("reference: its adapters are of another form than the policy's")
-    known = setup.reference(reference.params) if setup.method.uses_reference else Reference({})
+    known = (
+        setup.score_reference(reference.params) if setup.method.uses_reference else Reference({})
+    )
     return Batches(setup, known)
 
 
@@ -218,7 +229,7 @@ def make_train_step(
     check_type(model, Model, "model", MODEL)
     check_type(batches, Batches, "batches", "what batches(model, rows) returns, all of them")
     if optimizer is None:
-        chosen = make_optimizer(batches.setup.config.train, len(batches))
+        chosen = make_optimizer(batches.setup.train, len(batches))
     elif callable(getattr(optimizer, "init", None)) and hasattr(optimizer, "update"):
         chosen = skip_if_not_finite(optimizer)
     else:

@@ -58,11 +58,13 @@ def export(
       UserError: there is no such run or checkpoint, `output` is taken or cannot be written, or
         `dtype` or `max_shard_gb` is another.
     """
-    from mass_dpo_jax.training import hf_folder
+    from mass_dpo_jax.reports import model_card
+    from mass_dpo_jax.training.export import export_run
 
-    hf_folder.export(
+    export_run(
         resolve_run(workdir),
         expand_path(output, "output"),
+        model_card.write,
         step=step,
         dtype=dtype,
         max_shard_gb=max_shard_gb,

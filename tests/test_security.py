@@ -20,7 +20,7 @@ from mass_dpo_jax.data.tokenizer import load_tokenizer
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models.config import load_config
 from mass_dpo_jax.models.weights import INDEX, load_hf
-from mass_dpo_jax.training.policy import description_folder
+from mass_dpo_jax.training.model_paths import find_description
 from mass_dpo_jax.utils.files import read_array
 from tests.support.helpers import write_jsonl
 from tests.support.models import hf_config
@@ -173,10 +173,10 @@ def test_links_out_of_a_model_folder_are_refused(tmp_path: Path) -> None:
     model.mkdir()
     (model / "tokenizer.json").write_text("{}")
     (model / "copy.json").symlink_to("tokenizer.json")
-    assert description_folder(model) == model
+    assert find_description(model) == model
     (model / "config.json").symlink_to("../secret")
     with pytest.raises(UserError, match=r"config.json: a link to .*secret"):
-        description_folder(model)
+        find_description(model)
 
 
 def test_links_in_the_cache_of_the_hub_are_followed(tmp_path: Path) -> None:
@@ -185,10 +185,10 @@ def test_links_in_the_cache_of_the_hub_are_followed(tmp_path: Path) -> None:
     (tmp_path / "models--a--b" / "blobs").mkdir()
     (tmp_path / "models--a--b" / "blobs" / "4567").write_text("{}")
     (snapshot / "config.json").symlink_to("../../blobs/4567")
-    assert description_folder(snapshot) == snapshot
+    assert find_description(snapshot) == snapshot
     (snapshot / "tokenizer.json").symlink_to("../../../other")
     with pytest.raises(UserError, match=r"tokenizer.json: a link to"):
-        description_folder(snapshot)
+        find_description(snapshot)
 
 
 def read_hub(path: Path) -> Any:

@@ -28,8 +28,8 @@ from mass_dpo_jax.models.fused_attention import FusedAttention
 from mass_dpo_jax.models.logprobs import choose_max_logits
 from mass_dpo_jax.runs.run_folder import latest_step
 from mass_dpo_jax.training.mesh import abstract_mesh, check_batch
+from mass_dpo_jax.training.model_paths import uses_lora
 from mass_dpo_jax.training.optimizer import make_optimizer
-from mass_dpo_jax.training.policy import uses_lora
 from mass_dpo_jax.training.setup import Setup, prepare
 from mass_dpo_jax.utils import mesh_axes
 
@@ -105,32 +105,32 @@ def _prepare(config: ConfigDict, workdir: Path | None, splits: Sequence[str]) ->
 
 def estimate_shape(setup: Setup, mesh: Mesh, shape: Shape) -> MemoryEstimate:
     """Estimates the memory of a train step on batches of a shape."""
-    config, method, policy = setup.config, setup.method, setup.policy
+    train, method, policy = setup.train, setup.method, setup.policy
     scorer = setup.program.scorer
     parts = _batch_parts(mesh)
-    pool, trained = layouts(setup, shape, config.train.micro_batch_size // parts)
-    in_step = parse_refresh(config.selection.refresh, 0) == 1
+    pool, trained = layouts(setup, shape, train.micro_batch_size // parts)
+    in_step = parse_refresh(setup.refresh, 0) == 1
     if not in_step:
-        pool, _ = layouts(setup, shape, config.eval.batch_size // parts)
+        pool, _ = layouts(setup, shape, setup.eval_batch_size // parts)
     tokens = setup.tokens["train"]
     candidates = tokens.response_lengths.shape[1]
     extra = candidates if tokens.scores is not None else 0
     extra += candidates**2 if method.frozen_features else 0
-    optimizer = make_optimizer(config.train, 1)
+    optimizer = make_optimizer(train, 1)
     return memory.estimate_step(
         device_model(setup, mesh),
-        memory.state_bytes(policy.config, mesh, optimizer, policy.lora, policy.stored),
+        memory.state_bytes(policy.config, mesh, optimizer, policy.lora, policy.base_dtype),
         memory.batch_bytes(
-            config.train.batch_size // parts, shape.prompt, shape.responses, candidates, extra
+            train.batch_size // parts, shape.prompt, shape.responses, candidates, extra
         ),
         StepLayout(
             pool if method.scores_pools else None,
             scorer.chunk,
             trained,
-            config.train.batch_size // config.train.micro_batch_size,
+            train.batch_size // train.micro_batch_size,
             reuse=method.scores_pools and in_step and setup.program.reuse,
         ),
-        config.train.offload_moments,
+        train.offload_moments,
     )
 
 
@@ -139,14 +139,14 @@ def device_model(setup: Setup, mesh: Mesh | None) -> DeviceModel:
     scorer, policy = setup.program.scorer, setup.policy
     return DeviceModel.from_decoder(
         policy.config,
-        np.dtype(setup.config.model.dtype).itemsize,
-        setup.config.model.remat,
+        np.dtype(setup.model.dtype).itemsize,
+        setup.model.remat,
         fsdp=1 if mesh is None else mesh.shape["fsdp"],
         tensor=1 if mesh is None else mesh.shape["tensor"],
         fused=isinstance(scorer.attention, FusedAttention),
         max_logits=scorer.max_logits,
         lora=policy.lora,
-        base_dtype=policy.stored,
+        base_dtype=policy.base_dtype,
     )
 
 
@@ -167,10 +167,10 @@ def layouts(setup: Setup, shape: Shape, batch: int) -> tuple[BatchLayout, BatchL
 
 def count_flops(setup: Setup) -> StepFlops:
     """Returns the operations of a step: of an average row, times the rows of a step."""
-    config, buckets = setup.config, setup.buckets["train"]
+    train, buckets = setup.train, setup.buckets["train"]
     tokens, model = setup.tokens["train"], device_model(setup, None)
-    scores_pools = setup.method.scores_pools and parse_refresh(config.selection.refresh, 0) == 1
-    micro, rows = config.train.micro_batch_size, config.train.batch_size
+    scores_pools = setup.method.scores_pools and parse_refresh(setup.refresh, 0) == 1
+    micro, rows = train.micro_batch_size, train.batch_size
 
     # As computed, with padding: shape by shape.
     shares = np.bincount(buckets.group, minlength=len(buckets.shapes)) / len(buckets.group)
@@ -206,7 +206,7 @@ def _batch_parts(mesh: Mesh) -> int:
 
 def _evaluation_bytes(setup: Setup, mesh: Mesh) -> int:
     """Temporaries of scoring with eval.batch_size, for the largest shape of any split."""
-    batch = setup.config.eval.batch_size // _batch_parts(mesh)
+    batch = setup.eval_batch_size // _batch_parts(mesh)
     shapes = [shape for buckets in setup.buckets.values() for shape in buckets.shapes]
     pools = [layouts(setup, shape, batch)[0] for shape in shapes]
     model, chunk = device_model(setup, mesh), setup.program.scorer.chunk

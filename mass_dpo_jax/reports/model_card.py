@@ -13,11 +13,10 @@ import mass_dpo_jax
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.data.render import read_template_arguments
 from mass_dpo_jax.models.config import DecoderConfig
-from mass_dpo_jax.runs import metrics_files, origin, run_config
+from mass_dpo_jax.runs import metrics_files, origin, run_config, run_folder
 from mass_dpo_jax.runs.metrics_files import read_metrics_log
 from mass_dpo_jax.selection.registry import CRITERIA
 from mass_dpo_jax.training.methods import METHODS
-from mass_dpo_jax.training.policy import run_of
 
 REWARD = (
     "The reward of a response is r = beta * (log-probability of the response under this model - "
@@ -71,7 +70,7 @@ def base_name(path: str) -> str:
     A folder of the hub's cache is called by its repository, any other by its own name.
     """
     seen = set()
-    while path and path not in seen and (run := run_of(Path(path))):
+    while path and path not in seen and (run := run_folder.find_run(Path(path))):
         seen.add(path)
         path = run_config.locate_files(run_config.load_config(run[0]), run[0]).model.path
     if not path:

@@ -1,4 +1,4 @@
-"""Where a run's figures go, under the same names everywhere: metrics.jsonl, TensorBoard, W&B."""
+"""Writes a run's figures, under the same names everywhere: metrics.jsonl, TensorBoard, W&B."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import mass_dpo_jax
-from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.runs.metrics_files import MetricsLog
 from mass_dpo_jax.utils import distributed
@@ -30,27 +29,27 @@ TENSORBOARD, WANDB = "tensorboard", "wandb"  # Folders inside a run folder.
 _log = logging.getLogger(__name__)
 
 
-def check(config: ConfigDict) -> None:
-    """Raises UserError if a package that the settings need is not there, or no key for W&B."""
-    if config.log.tensorboard and not _installed("tensorboardX"):
+def check_requirements(log: ConfigDict) -> None:
+    """Raises UserError if a package or the key for W&B is missing that `config.log` needs."""
+    if log.tensorboard and not _installed("tensorboardX"):
         raise UserError(
             "config.log.tensorboard=True: TensorBoard's event files need a package: pip install "
             "tensorboardX, or set config.log.tensorboard=False"
         )
-    if not config.log.wandb_project:
+    if not log.wandb_project:
         return
-    place = f"config.log.wandb_project={config.log.wandb_project!r}"
+    setting = f"config.log.wandb_project={log.wandb_project!r}"
     if not _installed("wandb"):
-        raise UserError(f"{place}: Weights & Biases is not installed: pip install wandb")
+        raise UserError(f"{setting}: Weights & Biases is not installed: pip install wandb")
     if distributed.is_primary() and not _has_key():
         raise UserError(
-            f"{place}: no key for Weights & Biases is found; run `wandb login` (or set "
+            f"{setting}: no key for Weights & Biases is found; run `wandb login` (or set "
             "WANDB_API_KEY), or set WANDB_MODE=offline to keep the figures in the run folder"
         )
 
 
 def _installed(package: str) -> bool:
-    """Whether it can be imported; a mere folder of its name, as W&B leaves where it ran, cannot."""
+    """Whether a package can be imported: not a mere folder of its name, as W&B leaves behind."""
     if package in sys.modules:
         return True
     spec = importlib.util.find_spec(package)
@@ -58,9 +57,9 @@ def _installed(package: str) -> bool:
 
 
 def _has_key() -> bool:
-    """Whether W&B can do without asking for a key: it has one, or sends nothing.
+    """Whether W&B has a key or needs none, so that it does not stop to ask for one.
 
-    Where only W&B itself can tell, as with a server of one's own, it is believed to have one.
+    True also where only W&B itself can tell, as with a private server.
     """
     variables = os.environ
     if variables.get("WANDB_API_KEY") or variables.get("WANDB_IDENTITY_TOKEN_FILE"):
@@ -92,95 +91,115 @@ def _has_key() -> bool:
 
 
 class Log(Protocol):
-    def write(self, step: int, figures: Mapping[str, float]) -> None: ...
+    """Something that takes the figures of steps."""
 
-    def close(self) -> None: ...
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        """Writes the figures of a step, by name."""
+
+    def close(self) -> None:
+        """Writes what is left."""
 
 
 class Logs:
-    """All logs of a run, opened at the step that it goes on from; of the first process only.
+    """All logs of a run, on the primary process, opened at the step that the run resumes from.
 
-    What an interrupted run wrote of later steps, which run again, counts no more.
+    What an interrupted run wrote of later steps no longer counts: these steps run again.
+
+    Args:
+        log: the section `config.log`.
+        settings: all settings of the run by their dotted names, to be shown beside the figures.
+        workdir: the run folder.
+        step: updates made so far.
     """
 
-    def __init__(self, config: ConfigDict, workdir: Path, step: int):
+    def __init__(self, log: ConfigDict, settings: Mapping[str, Any], workdir: Path, step: int):
         self._logs: list[Log] = []
         if not distributed.is_primary():
             return
+        settings = {"mass_dpo_jax": mass_dpo_jax.__version__, **settings}
         self._logs.append(MetricsLog(workdir, step))
-        if config.log.tensorboard:
-            self._logs.append(Beside(TensorBoard, config, workdir, step))
-        if config.log.wandb_project:
-            self._logs.append(Beside(WeightsAndBiases, config, workdir, step))
+        if log.tensorboard:
+            make = functools.partial(TensorBoard, settings, workdir, step)
+            self._logs.append(OptionalLog("TensorBoard", make))
+        if log.wandb_project:
+            make_run = functools.partial(
+                WeightsAndBiases, log.wandb_project, settings, workdir, step
+            )
+            self._logs.append(OptionalLog("WeightsAndBiases", make_run))
 
     def write(self, step: int, figures: Mapping[str, Any]) -> None:
+        """Writes float32 figures, by name, into every log."""
         # The shortest decimal that is this float32 again.
         values = {name: float(str(np.float32(value))) for name, value in figures.items()}
         for log in self._logs:
             log.write(step, values)
 
     def close(self) -> None:
+        """Closes every log."""
         for log in self._logs:
             log.close()
 
 
-class Beside:
-    """A log beside metrics.jsonl, which has all figures: what goes wrong with this one is said
-    once, and the run goes on without it."""
+class OptionalLog:
+    """A log beside metrics.jsonl, which has all figures: the run continues without it after its
+    first error, which is logged.
 
-    def __init__(
-        self,
-        kind: Callable[[ConfigDict, Path, int], Log],
-        config: ConfigDict,
-        workdir: Path,
-        step: int,
-    ):
-        self._name = kind.__name__
+    Args:
+        name: what to call it.
+        make: opens it.
+    """
+
+    def __init__(self, name: str, make: Callable[[], Log]):
+        self._name = name
         self._log: Log | None = None
-        self._log = self._try(lambda: kind(config, workdir, step))
+        self._log = self._try(make)
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
+        """Writes the figures of a step, by name."""
         if self._log is not None:
             self._try(functools.partial(self._log.write, step, figures))
 
     def close(self) -> None:
+        """Writes what is left."""
         if self._log is not None:
             self._try(self._log.close)
 
     def _try(self, act: Callable[[], Any]) -> Any:
         try:
             return act()
-        except Exception as error:  # Of a library, of its server, of a disk.
+        except Exception as error:  # From a library, its server, or a disk.
             self._log = None
             _log.warning(
-                f"{self._name}: {_reason(error)}; the run goes on without, and metrics.jsonl has "
+                f"{self._name}: {_describe(error)}; the run goes on without, and metrics.jsonl has "
                 "its figures"
             )
             return None
 
 
-def _reason(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 class TensorBoard:
-    """Event files in tensorboard/, with the settings and the version as text."""
+    """Event files in tensorboard/, with the settings as text."""
 
-    def __init__(self, config: ConfigDict, workdir: Path, step: int):
-        from tensorboardX import SummaryWriter  # Where PyTorch is, it is imported: seconds.
+    def __init__(self, settings: Mapping[str, Any], workdir: Path, step: int):
+        # Imported only here: it imports PyTorch where that is installed, which takes seconds.
+        from tensorboardX import SummaryWriter
 
         self._writer = SummaryWriter(
             str(workdir / TENSORBOARD),
-            # TensorBoard forgets what it has read of this step and later ones.
+            # TensorBoard drops what it has read of this step and later ones.
             purge_step=step + 1 if step else 0,
             flush_secs=1,
             filename_suffix=f".{step}",
         )
-        settings = json.dumps(_settings(config), indent=2)
-        self._writer.add_text("settings", f"```json\n{settings}\n```", step)
+        text = json.dumps(settings, indent=2)
+        self._writer.add_text("settings", f"```json\n{text}\n```", step)
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
+        """Writes the figures of a step, by name."""
         from tensorboardX.proto.summary_pb2 import Summary
 
         # The writer's own add_scalar changes names: recall@3 to recall_3.
@@ -188,16 +207,17 @@ class TensorBoard:
         self._writer.file_writer.add_summary(Summary(value=values), step)
 
     def close(self) -> None:
+        """Writes what is left."""
         self._writer.close()
 
 
 class WeightsAndBiases:
     """One W&B run for the whole run, however often it is interrupted.
 
-    A step that has been logged before is not logged again: W&B takes steps in order only.
+    W&B accepts steps in order only, and ignores one that has been logged before.
     """
 
-    def __init__(self, config: ConfigDict, workdir: Path, step: int):
+    def __init__(self, project: str, settings: Mapping[str, Any], workdir: Path, step: int):
         import wandb
 
         folder = workdir / WANDB
@@ -207,30 +227,28 @@ class WeightsAndBiases:
             name.write_text(secrets.token_hex(4))
         start = functools.partial(
             wandb.init,
-            project=config.log.wandb_project,
+            project=project,
             name=workdir.resolve().name,
             id=name.read_text(),
             resume="allow",
             dir=str(workdir),
-            config=_settings(config),
+            config=dict(settings),
         )
         try:
             self._run = start()
-        except Exception as error:  # No network, no such server, a key that it does not know.
+        except Exception as error:  # No network, no such server, or a key it does not know.
             _log.warning(
-                f"WeightsAndBiases: {_reason(error)}; offline from here: "
+                f"WeightsAndBiases: {_describe(error)}; offline from here: "
                 f"`wandb sync {folder}/offline-run-*` sends the figures later"
             )
             with contextlib.suppress(Exception):
-                wandb.teardown()  # It holds the run's id.
+                wandb.teardown()  # It would keep the run's id in use.
             self._run = start(mode="offline")
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
+        """Writes the figures of a step, by name."""
         self._run.log(dict(figures), step=step)
 
     def close(self) -> None:
+        """Waits until W&B has everything."""
         self._run.finish()
-
-
-def _settings(config: ConfigDict) -> dict[str, Any]:
-    return {"mass_dpo_jax": mass_dpo_jax.__version__, **dict(config_lib.flatten(config))}

@@ -68,7 +68,7 @@ def check_settings(workdir: Path, config: ConfigDict) -> None:
         for name in ours
         if ours[name] != theirs[name]
         and not name.startswith((*NOT_COMPUTED, *ROUNDING_ONLY))
-        and not _may_be_same_file(name, config, own, workdir)
+        and not _may_be_same_file(name, ours[name], theirs[name], workdir)
     ]
     if differ:
         shown = ", ".join(f"{k} (there {theirs[k]!r}, here {ours[k]!r})" for k in differ[:5])
@@ -79,16 +79,15 @@ def check_settings(workdir: Path, config: ConfigDict) -> None:
         )
 
 
-def _may_be_same_file(name: str, config: ConfigDict, own: ConfigDict, workdir: Path) -> bool:
+def _may_be_same_file(name: str, ours: str, theirs: str, workdir: Path) -> bool:
     """Whether a setting with another value may name the same file.
 
     `check_data` and `origin.check_weights` compare data and weights; of chat template and adapters
     the run has copies.
     """
-    ours, theirs = (dict(config_lib.flatten(c))[name] for c in (config, own))
     if name not in origin.PATHS or not ours or not theirs or not origin.read(workdir)["files"]:
         return False
-    return name not in origin.COPIES or run_config.is_own_file(config, workdir, name)
+    return name not in origin.COPIES or run_config.is_own_file(ours, workdir, name)
 
 
 def log_changed_settings(workdir: Path, config: ConfigDict) -> None:

@@ -124,12 +124,12 @@ def use_own_files(config: ConfigDict, workdir: Path) -> ConfigDict:
     return settings
 
 
-def is_own_file(config: ConfigDict, workdir: Path, name: str) -> bool:
-    """Whether a setting names the file or folder that the run was started with, or one with the
-    same content as the run's copy."""
-    if not origin.is_path(config, name):
+def is_own_file(value: str, workdir: Path, name: str) -> bool:
+    """Whether a value of the setting `name`, one of `origin.COPIES` or a model, names the file or
+    folder that the run was started with, or one with the same content as the run's copy."""
+    if not value or (name == "data.chat_template" and value in ("tokenizer", "none")):
         return False
-    path = Path(dict(config_lib.flatten(config))[name])
+    path = Path(value)
     known = origin.read(workdir)["paths"].get(name)
     if known and origin.is_same(path, Path(known)):
         return True

@@ -1,186 +1,333 @@
-"""The training loop: from a configuration to a finished run, or on from its newest checkpoint."""
+"""The training loop: from a configuration to a finished run, from the newest checkpoint on."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 
+from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.runs import loggers, metrics_files, origin, resume, run_config, run_folder
 from mass_dpo_jax.training import checkpoint, interruption, scoring
-from mass_dpo_jax.training.monitor import BadSteps, Evaluator, StepLog, WriteReport, check_best
+from mass_dpo_jax.training.monitor import BadSteps, EvaluatedSplit, Evaluator, StepLog, check_best
+from mass_dpo_jax.training.open_policy import save_description
 from mass_dpo_jax.training.optimizer import learning_rate, make_optimizer
-from mass_dpo_jax.training.policy import save_description
-from mass_dpo_jax.training.setup import Reference, Setup, models_read, prepare
+from mass_dpo_jax.training.setup import Reference, Setup, list_models_read, prepare
+from mass_dpo_jax.training.step import TrainState
 from mass_dpo_jax.training.updates import Batches, TrainStep, abstract_state, first_state
 from mass_dpo_jax.utils import distributed
 
 SPLITS = ("train", "validation", "test")
+# Writes report.html: from the run folder, the configuration, the final metrics, and the rows that
+# these were measured on, if any.
+WriteReport = Callable[[Path, ConfigDict, Mapping[str, Any], EvaluatedSplit | None], None]
 _log = logging.getLogger(__name__)
 
 
 def train(
     config: ConfigDict, workdir: Path, write_report: WriteReport | None = None
 ) -> dict[str, Any]:
-    """Does what `mass_dpo_jax.train.train` says; `write_report` writes the run's report, if any."""
+    """Trains as `mass_dpo_jax.train.train` says.
+
+    Args:
+        config: the configuration, validated.
+        workdir: the run folder.
+        write_report: writes the run's report, where `log.report` asks for one.
+    """
     with contextlib.closing(run_folder.Lock(workdir)) as lock:
-        return _train(config, workdir, lock, write_report)
+        metrics = _check_folder(config, workdir, lock)
+        if metrics is not None:
+            _log.info(f"{workdir}: finished at step {metrics['step']}; nothing to do")
+            return metrics
+        start = _prepare(config, workdir, lock)
+        reference = _score_reference(start)
+        run = _restore_or_start(start, reference, write_report)
+        return _run_steps(run)
 
 
-def _train(
-    config: ConfigDict, workdir: Path, lock: run_folder.Lock, write_report: WriteReport | None
-) -> dict[str, Any]:
+@dataclasses.dataclass
+class _Start:
+    """What a run starts or resumes with. Made by `_prepare`.
+
+    Attributes:
+        workdir: the run folder.
+        config: the configuration that the run keeps, with paths as they were first typed.
+        located: the same with paths that lead to the files from here.
+        setup: the meaning of the configuration.
+        digests: of the data, by split.
+        params: weights that were read or drawn, empty if the run's checkpoint has them all.
+        reference_params: the reference's weights, if any. The two are set to None as soon as they
+            are used: the arrays must not outlive that.
+    """
+
+    workdir: Path
+    config: ConfigDict
+    located: ConfigDict
+    setup: Setup
+    digests: dict[str, str]
+    params: Any
+    reference_params: Any
+
+
+@dataclasses.dataclass
+class _Run:
+    """A run that is being trained. Made by `_restore_or_start`.
+
+    Attributes:
+        settings: the section `config.train`.
+        notes: what a checkpoint says of the run: its configuration, and digests of its data.
+        total: updates of the whole run.
+        ids: of the training examples.
+        batches: of the run.
+        train_step: makes an update.
+        rate: from a step to its learning rate.
+        state: the training state; changes with every update.
+        frozen: weights that are not trained.
+        checkpoints: those in the run folder.
+        values: by step, the metric that the best checkpoint is kept by; grows with evaluations.
+        evaluated: steps that were evaluated before this start.
+        log: takes all figures.
+        step_log: takes those of updates.
+        evaluator: measures the policy.
+    """
+
+    settings: ConfigDict
+    notes: dict[str, Any]
+    total: int
+    ids: list[str]
+    batches: Batches
+    train_step: TrainStep
+    rate: Callable[[int], Any]
+    state: TrainState
+    frozen: Any
+    checkpoints: checkpoint.Checkpoints
+    values: dict[int, float]
+    evaluated: list[int]
+    log: loggers.Logs
+    step_log: StepLog
+    evaluator: Evaluator
+
+    @property
+    def params(self) -> Any:
+        """All weights of the policy as it is now."""
+        return {**self.frozen, **self.state.params}
+
+    def evaluate(self, step: int) -> None:
+        """Evaluates the policy, prints the headline, and notes how good this step is."""
+        text, metrics = self.evaluator.evaluate_step(self.params, step)
+        self.step_log.print_line(text)
+        best = f"eval/{self.settings.keep_best}"
+        if best in metrics:
+            self.values[step] = metrics[best]
+
+    def save(self) -> None:
+        """Starts writing a checkpoint, unless no update has been made yet."""
+        if step := int(self.state.step):
+            notes = {**self.notes, **self.batches.order.locate(step)}
+            self.checkpoints.save(self.state, self.train_step.sets.state, notes)
+
+    def close(self) -> None:
+        """Waits for everything that is being written, each after the other, whatever fails."""
+        with contextlib.ExitStack() as stack:
+            for writer in (self.log, self.checkpoints, self.step_log):
+                stack.callback(writer.close)
+
+
+def _check_folder(
+    config: ConfigDict, workdir: Path, lock: run_folder.Lock
+) -> dict[str, Any] | None:
+    """Checks that the run folder can take this run, before anything is loaded.
+
+    Returns:
+        The metrics of a run that is finished already; None: there is something to train.
+    """
     distributed.run_on_primary(lambda: resume.check_settings(workdir, config))
     distributed.check_shared_folder(workdir, "--workdir")
-    loggers.check(config)
-    if workdir.exists():  # Else it is made when everything has been found in order.
+    loggers.check_requirements(config.log)
+    if workdir.exists():  # Otherwise it is made once everything has been found in order.
         lock.take()
-    done = distributed.run_on_primary(lambda: run_folder.read_finished_metrics(workdir))
-    if done is not None:
-        _log.info(f"{workdir}: finished at step {done['step']}; nothing to do")
-        return done
-    distributed.run_on_primary(lambda: run_folder.check_writable(workdir))
-    check_best(config.train, config.method, SPLITS)
-    begun = distributed.run_on_primary(lambda: run_folder.latest_step(workdir)) is not None
-    setup = prepare(run_config.use_own_files(config, workdir) if begun else config, workdir, SPLITS)
+    metrics: dict[str, Any] | None = distributed.run_on_primary(
+        lambda: run_folder.read_finished_metrics(workdir)
+    )
+    if metrics is None:
+        distributed.run_on_primary(lambda: run_folder.check_writable(workdir))
+        check_best(config.train, config.method, SPLITS)
+    return metrics
+
+
+def _prepare(config: ConfigDict, workdir: Path, lock: run_folder.Lock) -> _Start:
+    """Loads data and weights, checks that they are the run's, and writes what the run is."""
+    step = distributed.run_on_primary(lambda: run_folder.latest_step(workdir))
+    has_checkpoint = step is not None
+    located = run_config.use_own_files(config, workdir) if has_checkpoint else config
+    setup = prepare(located, workdir, SPLITS)
     check_best(config.train, config.method, setup.tokens)
     digests = setup.digests()
     distributed.run_on_primary(lambda: resume.check_data(workdir, digests))
-    params, reference_params, weights = _read_weights(setup, begun)
-    if begun:
+    params, reference_params, weights = _read_weights(setup, has_checkpoint)
+    if has_checkpoint:
         distributed.run_on_primary(lambda: origin.check_weights(workdir, weights))
     lock.take()
-    config = _claim(setup, config, workdir, None if begun else weights)
-    # The reference is a table: its weights are not needed after this.
-    reference = Reference({}) if reference_params is None else setup.reference(reference_params)
-    for split, logps in reference.logps.items():
-        if not np.isfinite(logps).all(1).any():  # Updates skip single rows, and name them.
-            scoring.check_finite(logps, setup.tokens[split], "the reference")
-    del reference_params
-
-    batches = Batches(setup, reference)
-    total = len(batches)
-
-    # Resume order: this run's newest checkpoint, else model.path, else random weights.
-    trained, frozen = setup.policy.split(params)
-    del params
-    optimizer = make_optimizer(config.train, total)
-    like = abstract_state(setup, optimizer)
-    best = f"eval/{config.train.keep_best}"
-    values = dict(
-        distributed.run_on_primary(lambda: list(metrics_files.read_figure(workdir, best).items()))
-    )
-    saved = checkpoint.Checkpoints(workdir, config.train.keep_checkpoints, values)
-    negatives = None
-    if saved.latest() is None:
-        state = first_state(like, optimizer, trained)
-    else:
-        del trained
-        state, negatives, _ = saved.restore(like)
-        _log.info(f"{workdir}: going on from step {int(state.step)} of {total}")
-
-    start = int(state.step)
-    evaluated = distributed.run_on_primary(
-        lambda: sorted(metrics_files.read_evaluated_steps(workdir))
-    )
-    log = loggers.Logs(config, workdir, start)
-    evaluator = Evaluator(setup, reference.logps, workdir, log, write_report)
-    rate = learning_rate(config.train, total)
-    train_step = TrainStep(batches, optimizer, frozen, negatives)
-    steps = StepLog(log, config.train, config.method, start, total)
-    every = config.train.eval_every
-    ids = setup.tokens["train"].ids
-
-    def evaluate(step: int) -> None:
-        text, found = evaluator.evaluate_step({**frozen, **state.params}, step)
-        steps.print_line(text)
-        if best in found:
-            values[step] = found[best]
-
-    def save() -> None:
-        if step := int(state.step):
-            about = {"config": config.to_dict(), "data": digests}
-            where = {**about, **batches.order.locate(step)}
-            saved.save(state, train_step.sets.state, where)
-
-    # However training ends, each of these is closed: what is being written is waited for.
-    with contextlib.ExitStack() as stack:
-        for opened in (log, saved, steps):
-            stack.callback(opened.close)
-        try:
-            if start == 0:
-                evaluator.evaluate_start({**frozen, **state.params})
-            elif every and (start % every == 0 or start == total) and start not in evaluated:
-                evaluate(start)  # An interruption came between saving and evaluating.
-            for step in range(start, total):
-                interruption.raise_if_requested()
-                batch = batches[step]
-                state, used, figures = train_step.update(state, batch)
-                interruption.defer_signals()
-                changed = train_step.sets.fraction_changed(batch.rows, used.candidate_ids)
-                metrics = {**figures, "learning_rate": rate(step)}
-                steps.add(
-                    step + 1, metrics, [ids[row] for row in batch.rows], used.not_finite, changed
-                )
-                last = step + 1 == total
-                due = every > 0 and (last or (step + 1) % every == 0)
-                keep = last or (step + 1) % config.train.checkpoint_every == 0
-                if due or keep:
-                    steps.flush()
-                    if keep or config.train.keep_best:
-                        save()
-                    if due:
-                        evaluate(step + 1)
-                    steps.restart_clock()
-        except (interruption.Stopped, BadSteps):
-            save()
-            raise
-    return evaluator.evaluate_end({**frozen, **state.params}, total)
-
-
-def _claim(
-    setup: Setup, config: ConfigDict, workdir: Path, weights: Mapping[str, str] | None
-) -> ConfigDict:
-    """Writes what a run is, or that it goes on, and returns the settings that it keeps.
-
-    Args:
-      weights: digests of what it begins from; None: it goes on.
-    """
-    # Again: another training may have come and gone.
+    # Once more: another training may have come and gone meanwhile.
     distributed.run_on_primary(lambda: resume.check_settings(workdir, config))
-    if weights is None:
+    if has_checkpoint:
         resume.log_changed_settings(workdir, config)
         config = run_config.restore_typed_paths(config, workdir)
     run_folder.write_config(workdir, config)
-    if weights is not None:
-        save_description(setup.policy, config, workdir)
+    if not has_checkpoint:
+        save_description(setup.policy, config.model, config.data.chat_template, workdir)
     if distributed.is_primary():
-        origin.write(workdir, setup.config, weights)
-    return config
+        origin.write(workdir, located, None if has_checkpoint else weights)
+    return _Start(workdir, config, located, setup, digests, params, reference_params)
 
 
-def _read_weights(setup: Setup, begun: bool) -> tuple[Any, Any, dict[str, str]]:
-    """Reads the weights that training starts from and the reference's.
+def _read_weights(setup: Setup, has_checkpoint: bool) -> tuple[Any, Any, dict[str, str]]:
+    """Reads the weights that training starts from, and the reference's.
 
     Returns:
-      The weights, empty where the run has them in its checkpoints; the reference's, or None; and
-      digests of both by the setting that names them.
+        The weights, empty if the run's checkpoint has them all; the reference's, or None; and the
+        digests of both by the setting that names them.
     """
-    config, policy = setup.config, setup.policy
-    names = models_read(config, begun)
+    model, policy, uses_reference = setup.model, setup.policy, setup.method.uses_reference
+    names = list_models_read(setup.method.name, model, has_checkpoint)
     params: Any = {}
     reference, digests = None, {}
-    if "path" in names or not config.model.path:
-        params, digests["model.path"] = policy.read(
-            config.model.path, config.seed, config.model.lora.path
-        )
-        reference = params if setup.method.uses_reference else None
+    if "path" in names or not model.path:
+        params, digests["model.path"] = policy.read(model.path, setup.seed, model.lora.path)
+        reference = params if uses_reference else None
     if "reference_path" in names:
-        other = config.model.reference_path
-        reference, digests["model.reference_path"] = policy.read(other, config.seed)
+        reference, digests["model.reference_path"] = policy.read(model.reference_path, setup.seed)
     return params, reference, {name: digest for name, digest in digests.items() if digest}
+
+
+def _score_reference(start: _Start) -> Reference:
+    """Scores all responses with the reference, and drops its weights: the scores are enough."""
+    params, start.reference_params = start.reference_params, None
+    if params is None:
+        return Reference({})
+    reference = start.setup.score_reference(params)
+    for split, logps in reference.logps.items():
+        # Single rows without a number are for the updates, which skip and name them.
+        if not np.isfinite(logps).all(1).any():
+            scoring.check_finite(logps, start.setup.tokens[split], "the reference")
+    return reference
+
+
+def _restore_or_start(
+    start: _Start, reference: Reference, write_report: WriteReport | None
+) -> _Run:
+    """Restores the newest checkpoint or makes the first state, and opens the logs at its step."""
+    setup, workdir, settings = start.setup, start.workdir, start.config.train
+    batches = Batches(setup, reference)
+    total = len(batches)
+    optimizer = make_optimizer(settings, total)
+    checkpoints, values = _open_checkpoints(workdir, settings)
+
+    # Where weights come from. The order is important:
+    # 1. The newest checkpoint of this run that can be read; frozen weights from 2 or 3.
+    # 2. The model at model.path: a Hugging Face folder, another run or one of its checkpoints; with
+    #    LoRA its adapters from model.lora.path, or new ones.
+    # 3. Random weights.
+    state, frozen, negatives = _restore_state(start, optimizer, checkpoints)
+    step = int(state.step)
+    if step:
+        _log.info(f"{workdir}: going on from step {step} of {total}")
+
+    evaluated = distributed.run_on_primary(
+        lambda: sorted(metrics_files.read_evaluated_steps(workdir))
+    )
+    log = loggers.Logs(start.config.log, dict(config_lib.flatten(start.config)), workdir, step)
+    report = None
+    if write_report is not None and start.config.log.report:
+        report = functools.partial(write_report, workdir, start.located)
+    return _Run(
+        settings=settings,
+        notes={"config": start.config.to_dict(), "data": start.digests},
+        total=total,
+        ids=setup.tokens["train"].ids,
+        batches=batches,
+        train_step=TrainStep(batches, optimizer, frozen, negatives),
+        rate=learning_rate(settings, total),
+        state=state,
+        frozen=frozen,
+        checkpoints=checkpoints,
+        values=values,
+        evaluated=evaluated,
+        log=log,
+        step_log=StepLog(log, settings, setup.method.name, step, total),
+        evaluator=Evaluator(setup, reference.logps, workdir, log, report),
+    )
+
+
+def _open_checkpoints(
+    workdir: Path, settings: ConfigDict
+) -> tuple[checkpoint.Checkpoints, dict[int, float]]:
+    """Opens a run's checkpoints; also returns the values that the best is kept by, by step."""
+    figure = f"eval/{settings.keep_best}"
+    # As pairs: what processes send each other is JSON, whose objects have strings for keys.
+    pairs = distributed.run_on_primary(
+        lambda: list(metrics_files.read_figure(workdir, figure).items())
+    )
+    values = dict(pairs)
+    return checkpoint.Checkpoints(workdir, settings.keep_checkpoints, values), values
+
+
+def _restore_state(
+    start: _Start, optimizer: optax.GradientTransformation, checkpoints: checkpoint.Checkpoints
+) -> tuple[TrainState, Any, np.ndarray | None]:
+    """Returns the training state, the frozen weights, and the negatives of a checkpoint, if any."""
+    trained, frozen = start.setup.policy.split(start.params)
+    start.params = None
+    like = abstract_state(start.setup, optimizer)
+    if checkpoints.latest() is None:
+        return first_state(like, optimizer, trained), frozen, None
+    del trained  # Before as many weights are read.
+    state, negatives, _ = checkpoints.restore(like)
+    return state, frozen, negatives
+
+
+def _run_steps(run: _Run) -> dict[str, Any]:
+    """Makes the updates that are left, evaluates and saves when due; returns the final metrics."""
+    every, total, start = run.settings.eval_every, run.total, int(run.state.step)
+    with contextlib.closing(run):
+        try:
+            if start == 0:
+                run.evaluator.evaluate_start(run.params)
+            elif every and (start % every == 0 or start == total) and start not in run.evaluated:
+                run.evaluate(start)  # An interruption came between saving and evaluating.
+            for step in range(start, total):
+                interruption.raise_if_requested()
+                _make_update(run, step)
+                is_last = step + 1 == total
+                is_evaluated = every > 0 and (is_last or (step + 1) % every == 0)
+                is_saved = is_last or (step + 1) % run.settings.checkpoint_every == 0
+                if is_evaluated or is_saved:
+                    run.step_log.flush()
+                    if is_saved or run.settings.keep_best:
+                        run.save()
+                    if is_evaluated:
+                        run.evaluate(step + 1)
+                    run.step_log.restart_clock()
+        except (interruption.Stopped, BadSteps):
+            run.save()
+            raise
+    return run.evaluator.evaluate_end(run.params, total)
+
+
+def _make_update(run: _Run, step: int) -> None:
+    """Makes one update; its figures are logged while the next one computes."""
+    batch = run.batches[step]
+    run.state, trained, figures = run.train_step.update(run.state, batch)
+    interruption.defer_signals()
+    changed = run.train_step.sets.fraction_changed(batch.rows, trained.candidate_ids)
+    ids = [run.ids[row] for row in batch.rows]
+    figures = {**figures, "learning_rate": run.rate(step)}
+    run.step_log.add(step + 1, figures, ids, trained.not_finite, changed)

@@ -233,9 +233,8 @@ class EvaluatedSplit:
         return None if self.refs is None else np.float32(beta) * (logps - self.refs)
 
 
-# Writes report.html: from the run folder, its configuration, its final metrics and the rows that
-# they are of, if any.
-WriteReport = Callable[[Path, ConfigDict, Mapping[str, Any], EvaluatedSplit | None], None]
+# Writes the run's report from its final metrics and the rows that they are of, if any.
+WriteReport = Callable[[Mapping[str, Any], EvaluatedSplit | None], None]
 
 
 class Evaluator:
@@ -250,8 +249,7 @@ class Evaluator:
         refs: the reference's log-probabilities, by split; empty where there is no reference.
         workdir: the run folder.
         log: takes the metrics of the validation split.
-        write_report: writes the run's report on the primary process, where `log.report` asks for
-            one; None for no report.
+        write_report: writes the run's report, on the primary process; None for no report.
     """
 
     def __init__(
@@ -263,7 +261,7 @@ class Evaluator:
         write_report: WriteReport | None = None,
     ):
         self._setup, self._refs, self._workdir, self._log = setup, refs, workdir, log
-        self._write_report = write_report if setup.config.log.report else None
+        self._write_report = write_report
         self._final = next((s for s in ("test", "validation") if s in setup.tokens), None)
 
     def evaluate_start(self, params: Any) -> None:
@@ -272,7 +270,7 @@ class Evaluator:
         for split in {"validation", self._final} - {None}:
             if split not in self._setup.tokens:
                 continue
-            if self._setup.config.model.reference_path or split not in self._refs:
+            if self._setup.model.reference_path or split not in self._refs:
                 logps = self._setup.score(params, split, "start")
             else:
                 logps = self._refs[split]  # The policy still is the reference.
@@ -318,7 +316,7 @@ class Evaluator:
             finished=True, step=step, start=started.get("start"), final=final, gain=gain
         )
         if self._write_report is not None and distributed.is_primary():
-            self._write_report(self._workdir, self._setup.config, content, evaluated)
+            self._write_report(content, evaluated)
         # Last: a run that says it is finished is never evaluated again.
         run_folder.write_json(self._workdir / METRICS_FILE, content)
         return content
@@ -356,7 +354,7 @@ class Evaluator:
         batches = scoring.device_batches(
             tokens,
             setup.buckets[split],
-            setup.config.eval.batch_size,
+            setup.eval_batch_size,
             setup.mesh,
             "selecting",
             rows,
@@ -392,7 +390,7 @@ class Evaluator:
 
     def _evaluate(self, params: Any, split: str) -> tuple[dict[str, float], np.ndarray]:
         logps = self._setup.score(params, split, "evaluation")
-        refs, beta = self._refs.get(split), self._setup.config.beta
+        refs, beta = self._refs.get(split), self._setup.beta
         return evaluate_logps(logps, refs, self._valid(split), beta), logps
 
     def _metrics_json(self, **fields: Any) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class NegativeSets:
         reference: Reference,
         restored: np.ndarray | None,
     ):
-        refresh = setup.config.selection.refresh
+        refresh = setup.refresh
         # `once` is one window as long as the run.
         self.window = config_lib.parse_refresh(refresh, order.steps_per_epoch) or total_steps
         self._scores_pools = setup.method.scores_pools
@@ -87,7 +87,7 @@ class NegativeSets:
         if since and not known:
             _log.warning(
                 f"step {step}: the state has no sets of negatives of its window, which began at "
-                f"step {step - since} (selection.refresh={self._setup.config.selection.refresh}); "
+                f"step {step - since} (selection.refresh={self._setup.refresh}); "
                 "they are chosen now, with the weights of this step. To continue with the earlier "
                 "ones, keep TrainState.sets with the other parts of the state"
             )
@@ -149,7 +149,7 @@ class NegativeSets:
         batches = scoring.device_batches(
             setup.tokens["train"],
             setup.buckets["train"],
-            setup.config.eval.batch_size,
+            setup.eval_batch_size,
             setup.mesh,
             "choosing negatives",
             needed,

@@ -22,9 +22,9 @@ from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.selection import Selection
 from mass_dpo_jax.selection import batch as batch_lib
 from mass_dpo_jax.training import scoring
+from mass_dpo_jax.training.data_checks import log_small_pools
 from mass_dpo_jax.training.methods import make_method
 from mass_dpo_jax.training.scored_model import prepare_scoring
-from mass_dpo_jax.training.setup import say_small_pools
 from mass_dpo_jax.training.step import Program
 from mass_dpo_jax.utils import distributed
 from mass_dpo_jax.utils.files import expand_path, read_array
@@ -54,13 +54,13 @@ def with_model(config: ConfigDict, workdir: Path | None, split: str | None) -> I
     workdir = None if workdir is None else resolve_run(workdir)
     config = _unlimited(config)
     split = split or _every_row(config)
-    setup, split, params, reference = prepare_scoring(config, workdir, split, choosing=True)
+    setup, split, params, reference = prepare_scoring(config, workdir, split, selecting=True)
     program, method = setup.program, setup.method
     if method.is_supervised:
         raise UserError(f"config.method={config.method} has no negatives to select")
     tokens, refs = setup.tokens[split], reference.logps.get(split)
     if not method.uses_whole_pool:
-        say_small_pools(method.num_negatives, (tokens.response_lengths[:, 1:] > 0).sum(1))
+        log_small_pools(method.num_negatives, (tokens.response_lengths[:, 1:] > 0).sum(1))
     if refs is None:  # The model is its own reference, whose features are frozen.
         method = dataclasses.replace(method, frozen_features=False)
         program = dataclasses.replace(program, method=method)
@@ -71,7 +71,7 @@ def with_model(config: ConfigDict, workdir: Path | None, split: str | None) -> I
         scoring.device_batches(
             tokens,
             setup.buckets[split],
-            config.eval.batch_size,
+            setup.eval_batch_size,
             setup.mesh,
             "selecting",
             ref_logps=refs,
@@ -137,7 +137,7 @@ def with_features(config: ConfigDict, path: Path, split: str | None) -> Iterator
             f"config.num_negatives={negatives} or fewer"
         )
     if not method.uses_whole_pool:
-        say_small_pools(method.num_negatives, mask.sum(1))
+        log_small_pools(method.num_negatives, mask.sum(1))
     there = np.pad(mask, ((0, 0), (1, 0)), constant_values=True)[..., None]
     key = jax.random.key(config.seed)
     for start in scoring.progress_bar(range(0, rows, AT_A_TIME), desc="selecting", unit="batch"):

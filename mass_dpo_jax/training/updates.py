@@ -50,10 +50,10 @@ class Batches:
     """
 
     def __init__(self, setup: Setup, reference: Reference):
-        train = setup.config.train
+        train = setup.train
         self.setup = setup
         self.reference = reference
-        self.order = Order(setup.buckets["train"], train.batch_size, setup.config.seed)
+        self.order = Order(setup.buckets["train"], train.batch_size, setup.seed)
         self._total = train.steps or train.epochs * self.order.steps_per_epoch
 
     def __len__(self) -> int:
@@ -90,7 +90,7 @@ class Batches:
         return sharded
 
     def _shard(self, rows: np.ndarray, make: Callable[[np.ndarray], Any]) -> Any:
-        rows = rows.reshape(-1, self.setup.config.train.micro_batch_size)
+        rows = rows.reshape(-1, self.setup.train.micro_batch_size)
         return mesh_lib.shard_rows(self.setup.mesh, rows, make)
 
 
@@ -210,6 +210,6 @@ def first_state(like: Any, optimizer: optax.GradientTransformation, trained: Par
 def abstract_state(setup: Setup, optimizer: optax.GradientTransformation) -> Any:
     """Returns a `TrainState` of shapes and shardings; Adam's moments lie where their weights do."""
     params, _ = setup.policy.split(setup.policy.abstract)
-    memory = moments_memory(setup.config.train, setup.mesh)
+    memory = moments_memory(setup.train, setup.mesh)
     step = jax.ShapeDtypeStruct((), np.int32, sharding=mesh_lib.replicated_sharding(setup.mesh))
     return TrainState(step, params, state_shapes(optimizer, params, setup.mesh, memory))

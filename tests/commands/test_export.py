@@ -39,7 +39,7 @@ from mass_dpo_jax.train import train
 from mass_dpo_jax.training import checkpoint, checkpoint_reading
 from mass_dpo_jax.training.mesh import make_mesh
 from mass_dpo_jax.training.methods import METHODS
-from mass_dpo_jax.training.policy import open_policy, save_description
+from mass_dpo_jax.training.open_policy import open_policy, save_description
 from mass_dpo_jax.training.step import TrainState
 from tests.support.helpers import WORDS, log_lines, slow, tiny_config, write_jsonl
 from tests.support.models import hf_config, random_tensors
@@ -86,8 +86,8 @@ def model_folder(torch: ModuleType, folder: Path, model_type: str, **changes: An
 def untrained_run(workdir: Path, config: ConfigDict) -> Path:
     """What a run of no steps would leave: the model it starts from, as a checkpoint."""
     run_folder.write_config(workdir, config)
-    policy = open_policy(config, make_mesh(config.mesh), workdir, ())
-    save_description(policy, config, workdir)
+    policy = open_policy(config.model, make_mesh(config.mesh), workdir)
+    save_description(policy, config.model, config.data.chat_template, workdir)
     saved = checkpoint.Checkpoints(workdir)
     params = policy.weights(config.model.path, 0)
     saved.save(TrainState(np.int32(0), params, {"none": jnp.zeros(1)}), None, {})
@@ -253,7 +253,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_weights_that_were_split_are_whole_and_in_their_layers(tmp_path: Path, run: Path) -> None:
     config = run_config.load_config(run)
-    policy = open_policy(config, make_mesh(config.mesh), run, ())
+    policy = open_policy(config.model, make_mesh(config.mesh), run)
     params = checkpoint_reading.load_params(run, policy.abstract)
     export(run, tmp_path / "out")
     tensors = tensors_of(tmp_path / "out")

@@ -16,7 +16,8 @@ from mass_dpo_jax.data.tokenizer import train_tokenizer
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models.folder import INDEX
 from mass_dpo_jax.training.mesh import make_mesh
-from mass_dpo_jax.training.policy import description_folder, open_policy
+from mass_dpo_jax.training.model_paths import find_description
+from mass_dpo_jax.training.open_policy import open_policy
 from tests.support.models import hf_config, random_tensors, tiny_config, write_weights
 
 POINTER = (
@@ -39,7 +40,7 @@ def opened(folder: Path, **changes: Any) -> Any:
     config = default()
     config.model.path = str(folder)
     config.update(changes)
-    return open_policy(config, make_mesh(config.mesh), None, ())
+    return open_policy(config.model, make_mesh(config.mesh), None)
 
 
 def refusal(folder: Path) -> str:
@@ -313,9 +314,9 @@ def test_a_tokenizer_needs_no_weights(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model")
     for name in ("model.safetensors", "config.json"):
         (folder / name).unlink()
-    assert description_folder(folder) == folder
+    assert find_description(folder) == folder
     (folder / "model.safetensors").write_text(POINTER)
-    assert description_folder(folder) == folder
+    assert find_description(folder) == folder
 
 
 def test_a_dry_run_needs_no_weights(tmp_path: Path) -> None:

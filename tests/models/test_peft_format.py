@@ -27,7 +27,7 @@ from mass_dpo_jax.models.lora import Lora
 from mass_dpo_jax.models.peft_format import load_peft, load_peft_settings, save_peft
 from mass_dpo_jax.models.weights import load_hf
 from mass_dpo_jax.training.mesh import make_mesh
-from mass_dpo_jax.training.policy import open_policy
+from mass_dpo_jax.training.open_policy import open_policy
 from tests.support.models import (
     VOCABULARY,
     hf_config,
@@ -343,7 +343,7 @@ def test_adapters_of_another_model_are_refused_before_weights_are_read(
     config.model.update(path=str(base))
     config.model.lora.update(path=str(adapters), rank=0)
     with pytest.raises(UserError, match=r"found shape \[4, 48\], expected \[4, 32\] .are these"):
-        open_policy(config, make_mesh(config.mesh), None, ())
+        open_policy(config.model, make_mesh(config.mesh), None)
 
 
 def test_tensors_that_are_refused(folder: Path) -> None:

@@ -15,9 +15,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 import mass_dpo_jax
+from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.runs import loggers, metrics_files
 from mass_dpo_jax.train import train
@@ -26,6 +28,10 @@ from tests.support.helpers import log_lines, tiny_config, write_jsonl
 pytestmark = pytest.mark.usefixtures("one_device")
 
 Point = tuple[str, int, float]
+
+
+def open_logs(config: ConfigDict, workdir: Path, step: int) -> loggers.Logs:
+    return loggers.Logs(config.log, dict(config_lib.flatten(config)), workdir, step)
 
 
 class Stop(Exception):
@@ -92,9 +98,8 @@ def test_tensorboard_shows_what_metrics_jsonl_has(
 
 
 def test_a_run_that_starts_again_shows_nothing_of_the_first_time(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path / "data.jsonl")
     for steps in (range(4), range(2)):
-        log = loggers.TensorBoard(config, tmp_path, 0)
+        log = loggers.TensorBoard({}, tmp_path, 0)
         for step in steps:
             log.write(step, {"eval/policy/ndcg@3": 0.25 * len(steps)})
         log.close()
@@ -104,7 +109,7 @@ def test_a_run_that_starts_again_shows_nothing_of_the_first_time(tmp_path: Path)
 
 def test_no_tensorboard_where_none_is_wanted(tmp_path: Path) -> None:
     config = tiny_config(tmp_path / "data.jsonl", **{"log.tensorboard": False})
-    log = loggers.Logs(config, tmp_path, 0)
+    log = open_logs(config, tmp_path, 0)
     log.write(1, {"loss": np.float32(0.1)})
     log.close()
     assert log_lines(tmp_path) == [{"step": 1, "loss": 0.1}]
@@ -184,7 +189,7 @@ def test_a_key_or_no_need_for_one_in_the_environment(
 ) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    loggers.check(tiny_config(tmp_path / "data.jsonl", **WITH_WANDB))
+    loggers.check_requirements(tiny_config(tmp_path / "data.jsonl", **WITH_WANDB).log)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +211,7 @@ def test_a_key_or_no_need_for_one_in_files(
     (nobody / file).write_text(content)
     config = tiny_config(tmp_path / "data.jsonl", **WITH_WANDB)
     with contextlib.nullcontext() if enough else pytest.raises(UserError, match="no key"):
-        loggers.check(config)
+        loggers.check_requirements(config.log)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +229,7 @@ def test_weights_and_biases_never_ends_a_run(
 ) -> None:  # fmt: skip
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     config = tiny_config(tmp_path / "data.jsonl", **WITH_WANDB)
-    log = loggers.Logs(config, nobody, 0)
+    log = open_logs(config, nobody, 0)
     for step in (1, 2, 3):
         log.write(step, {"loss": 1.0})
     log.close()
@@ -238,7 +243,7 @@ def test_weights_and_biases_may_fail_to_finish(
 ) -> None:
     wandb = FakeWandb(broken=True)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    log = loggers.Logs(tiny_config(nobody / "data.jsonl", **WITH_WANDB), nobody, 0)
+    log = open_logs(tiny_config(nobody / "data.jsonl", **WITH_WANDB), nobody, 0)
     log.write(1, {"loss": 1.0})
     log.close()
     assert wandb.finished == 1 and "connection lost" in said()
@@ -253,14 +258,14 @@ def test_a_folder_that_wandb_left_is_no_package(
     monkeypatch.setattr(sys, "path", [str(nobody)])
     config = tiny_config(nobody / "data.jsonl", **{"log.wandb_project": "project"})
     with pytest.raises(UserError, match="is not installed: pip install wandb"):
-        loggers.check(config)
+        loggers.check_requirements(config.log)
 
 
 def test_tensorboard_that_cannot_be_written_is_left_out(
     tmp_path: Path, said: Callable[[], str]
 ) -> None:
     (tmp_path / "tensorboard").write_text("a file where its folder is to be")
-    log = loggers.Logs(tiny_config(tmp_path / "data.jsonl"), tmp_path, 0)
+    log = open_logs(tiny_config(tmp_path / "data.jsonl"), tmp_path, 0)
     log.write(1, {"loss": 1.0})
     log.close()
     assert [line["step"] for line in log_lines(tmp_path)] == [1]
@@ -272,7 +277,7 @@ def test_tensorboard_without_its_package(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(
         UserError, match=r"config\.log\.tensorboard=True: .*pip install tensorboardX"
     ):
-        loggers.check(tiny_config(tmp_path / "data.jsonl"))
+        loggers.check_requirements(tiny_config(tmp_path / "data.jsonl").log)
 
 
 def test_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,7 +290,7 @@ def test_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     for start in (0, 1):  # Interrupted after step 2, it goes on from step 1.
-        log = loggers.Logs(config, tmp_path, start)
+        log = open_logs(config, tmp_path, start)
         for step in (start + 1, start + 2):
             log.write(step, {"loss": 1.0 / step, "eval/policy/recall@3": 0.5})
         log.close()

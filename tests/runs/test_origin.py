@@ -363,7 +363,7 @@ def test_the_reference_in_the_cache_is_that_of_these_adapters(tmp_path: Path) ->
         config = tiny_config(data, cache_dir=str(tmp_path / "cache"), **paths)
         setup = prepare(config, None, ("train",))
         params = setup.policy.weights(str(base), 0, str(adapters))
-        found.append(setup.reference(params).logps["train"])
+        found.append(setup.score_reference(params).logps["train"])
         np.testing.assert_array_equal(found[-1], setup.score(params, "train", ""))
     np.testing.assert_array_equal(found[0], found[2])
     assert np.abs(found[0] - found[1]).max() > 0.1

@@ -777,8 +777,8 @@ MUTATIONS = (
     ),
     Mutation(
         "methods: the whole pool is that of any split",
-        'chosen_from = [tokens["train"]] if "train" in tokens else tokens.values()',
-        "chosen_from = tokens.values()",
+        'selected_from = [tokens["train"]] if "train" in tokens else tokens.values()',
+        "selected_from = tokens.values()",
         "training/test_train.py::test_the_whole_pool_is_that_of_the_training_rows",
     ),
     Mutation(
@@ -916,8 +916,8 @@ MUTATIONS = (
     ),
     Mutation(
         "lora: adapters are added to weights that have them",
-        'if itself or first or run_config.is_own_file(config, run[0], "model.lora.path"):',
-        "if itself or first:",
+        'if is_run or is_start or run_config.is_own_file(adapters, run.folder, "model.lora.path"):',
+        "if is_run or is_start:",
         "runs/test_origin.py::test_adapters_are_not_added_to_weights_that_have_them",
     ),
     Mutation(
@@ -934,8 +934,8 @@ MUTATIONS = (
     ),
     Mutation(
         "origin: the reference is drawn with another seed",
-        "setup.policy.read(reference, own.seed, adapters)",
-        "setup.policy.read(reference, config.seed, adapters)",
+        "setup.policy.read(reference_path, own.seed, adapters)",
+        "setup.policy.read(reference_path, config.seed, adapters)",
         "runs/test_origin.py::test_a_scratch_run_keeps_the_reference_that_was_drawn_for_it",
     ),
     Mutation(
@@ -1264,8 +1264,8 @@ MUTATIONS = (
     ),
     Mutation(
         "hosts: all processes read the data",
-        "    if distributed.is_primary():\n        # Reading data can take minutes",
-        "    if True:\n        # Reading data can take minutes",
+        "    if distributed.is_primary():\n        has_checkpoint = workdir",
+        "    if True:\n        has_checkpoint = workdir",
         "utils/test_distributed.py::test_processes_that_see_different_things_stay_together",
     ),
     Mutation(
@@ -1372,8 +1372,8 @@ MUTATIONS = (
     ),
     Mutation(
         "reports: W&B ends a run",
-        "except Exception as error:  # Of a library",
-        "except UserError as error:  # Of a library",
+        "except Exception as error:  # From a library",
+        "except UserError as error:  # From a library",
         "runs/test_loggers.py",
     ),
     Mutation(

@@ -17,7 +17,7 @@ import tempfile
 
 # What commands import where they do their work; not commands, which a fork is to import itself.
 import mass_dpo_jax.estimate.dry_run
-import mass_dpo_jax.training.hf_folder
+import mass_dpo_jax.training.export
 import mass_dpo_jax.training.loop
 import mass_dpo_jax.training.offline_selection  # noqa: F401
 

@@ -117,7 +117,7 @@ def replay(
         for shard in leaf.addressable_shards
         if shard.device == jax.local_devices()[0]
     ]
-    refs = setup.reference(params)
+    refs = setup.score_reference(params)
     batches = Batches(setup, refs)
     losses, chosen, flips = [], [], 0
     rows = len(refs.logps["train"])

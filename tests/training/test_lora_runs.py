@@ -224,7 +224,7 @@ def test_eight_devices_equal_one(
         optimizer = make_optimizer(config.train, 3)
         like = abstract_state(setup, optimizer)
         params = setup.policy.weights(str(base), 0)
-        reference = setup.reference(params)
+        reference = setup.score_reference(params)
         trained, frozen = setup.policy.split(params)
         state = first_state(like, optimizer, trained)
         batches = Batches(setup, reference)

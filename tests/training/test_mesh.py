@@ -29,7 +29,7 @@ def start(config: Any, workdir: Path) -> tuple[Setup, Any, TrainState, Reference
     optimizer = make_optimizer(config.train, STEPS)
     params = setup.policy.weights("", config.seed)
     like = abstract_state(setup, optimizer)
-    return setup, optimizer, first_state(like, optimizer, params), setup.reference(params)
+    return setup, optimizer, first_state(like, optimizer, params), setup.score_reference(params)
 
 
 @pytest.mark.parametrize("fused", [False, slow(True)])

@@ -103,7 +103,8 @@ def test_issue_forms(name: str):
 @pytest.mark.parametrize("page", ["CONTRIBUTING.md", ".github/pull_request_template.md"])
 def test_what_contributors_are_sent_to_is_there(page: str):
     text = (ROOT / page).read_text()
-    folders = ["", "tests", "mass_dpo_jax", "mass_dpo_jax/data", "mass_dpo_jax/models"]
+    folders = ["", "tests", "tests/scripts", "tests/support", "mass_dpo_jax"]
+    folders += [f"mass_dpo_jax/{name}" for name in ("data", "models", "selection", "training")]
     for name in re.findall(r"[\w/]+\.(?:py|sh)\b", text):
         if "X" not in name:
             assert any((ROOT / folder / name).is_file() for folder in folders), name

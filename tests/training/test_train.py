@@ -147,7 +147,7 @@ def first_loss(tmp_path: Path, data: Path, **changes: Any) -> float:
     """The loss of the first step, without its gradient."""
     setup = prepare(tiny_config(data, **changes), tmp_path / "run", ("train",))
     params = setup.policy.weights("", 0)
-    reference = setup.reference(params) if setup.method.uses_reference else Reference({})
+    reference = setup.score_reference(params) if setup.method.uses_reference else Reference({})
     first = Batches(setup, reference)[0]
     batch, size = first.arrays, first.packed_length
 
@@ -502,7 +502,7 @@ def test_reference_is_read_again_and_only_while_nothing_changed(
         config = tiny_config(data, cache_dir=str(tmp_path / "cache"), **changes)
         caplog.clear()
         setup = prepare(config, tmp_path / name, ("train", "validation", "test"))
-        setup.reference(setup.policy.weights("", config.seed))
+        setup.score_reference(setup.policy.weights("", config.seed))
         # Validation and test are the same rows here, so the one always reads the other's.
         return caplog.text.count("reference: read") == 3
 

@@ -1,0 +1,90 @@
+"""Whether the training data has what a method needs: enough negatives, and grades."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import numpy as np
+
+from mass_dpo_jax.data.tokens import Tokens
+from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.training.methods import Method
+
+_log = logging.getLogger(__name__)
+
+
+def check_training_data(method: Method, tokens: Tokens) -> Tokens:
+    """Checks the training split, and returns it with the grades that the method uses.
+
+    Raises:
+        UserError: every pool is smaller than the method's n, or grades are missing or contradict
+            the preferences.
+    """
+    check_pools(method, tokens)
+    if method.uses_scores:
+        _check_scores(tokens)
+    elif method.name == "odpo":  # By rank: rejected responses are listed from the best to the
+        # worst, and those left out as too long keep their rank.
+        return dataclasses.replace(tokens, scores=-tokens.candidate_ids.astype(np.float32))
+    return tokens
+
+
+def check_pools(method: Method, tokens: Tokens) -> None:
+    """Logs how many pools have fewer negatives than the method takes.
+
+    Raises:
+        UserError: all of them have.
+    """
+    sizes, n = (tokens.response_lengths[:, 1:] > 0).sum(1), method.num_negatives
+    largest = int(sizes.max())
+    if n > largest:
+        other = ", or config.method=dpo" if largest == 1 else " or fewer"
+        raise UserError(
+            f"config.num_negatives={n}: larger than every pool of the data (the largest has "
+            f"{largest} rejected response{'s' * (largest > 1)}); set config.num_negatives={largest}"
+            f"{other}"
+        )
+    if not method.uses_whole_pool:
+        log_small_pools(n, sizes)
+
+
+def log_small_pools(n: int, sizes: np.ndarray) -> None:
+    """Logs how many pools, whose sizes are int [M], have fewer than n negatives, if any."""
+    if few := int((sizes < n).sum()):
+        _log.info(
+            f"config.num_negatives={n}: {few} of {len(sizes)} pools have fewer (the smallest "
+            f"{sizes.min()}); of those all are taken"
+        )
+
+
+def _check_scores(tokens: Tokens) -> None:
+    if tokens.scores is None:
+        raise UserError(
+            "config.method=odpo: the training data has no scores; expected score_chosen and "
+            "score_rejected in every row, or config.odpo.offset=rank where rejected responses are "
+            "listed from the best to the worst"
+        )
+    above = tokens.scores[:, :1] > tokens.scores[:, 1:]
+    bad = np.flatnonzero((~above & (tokens.response_lengths[:, 1:] > 0)).any(1))
+    if len(bad):
+        chosen, *rejected = tokens.scores[bad[0], tokens.response_lengths[bad[0]] > 0].tolist()
+        raise UserError(
+            f"config.method=odpo: example {tokens.ids[bad[0]]!r}: score_chosen {chosen} is not "
+            f"above every score_rejected (the largest is {max(rejected)})"
+        )
+
+
+def describe_split(tokens: Tokens) -> str:
+    """Describes the size of a split in a line of text."""
+    pools = (tokens.response_lengths[:, 1:] > 0).sum(1)
+    sizes = f"{pools.min()}" if pools.min() == pools.max() else f"{pools.min()} to {pools.max()}"
+    prompts = tokens.prompt_lengths
+    cut = ", ".join(
+        f"{count} {name.replace('_', ' ')}" for name, count in tokens.cut.items() if count
+    )
+    return (
+        f"{len(tokens)} examples with {sizes} negatives, prompts of {prompts.mean():.0f} tokens "
+        f"(at most {prompts.max()}), responses of at most {tokens.response_lengths.max()}"
+        + (f"; {cut}" if cut else "")
+    )

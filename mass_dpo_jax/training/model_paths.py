@@ -1,0 +1,95 @@
+"""What `config.model` names: models and adapters, in Hugging Face folders or in runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.models import peft_format
+from mass_dpo_jax.models.config import load_config, parse_targets
+from mass_dpo_jax.models.folder import check_folder
+from mass_dpo_jax.models.lora import Lora
+from mass_dpo_jax.models.weights import check_hf
+from mass_dpo_jax.runs import origin, run_config
+from mass_dpo_jax.runs.run_folder import check_step, find_run
+from mass_dpo_jax.training.checkpoint_reading import Reader
+
+
+def find_description(path: Path, setting: str = "model.path") -> Path:
+    """Returns the folder with config.json and tokenizer of a run, a checkpoint or a Hugging Face
+    folder.
+
+    Args:
+        path: of one of these.
+        setting: the setting that names it, for messages.
+
+    Raises:
+        UserError: it is none of them, or a run's description has changed.
+    """
+    if run := find_run(path):
+        check_step(run)
+        origin.check_files(run.folder)
+        path = run.folder / origin.MODEL
+    check_folder(path, setting)
+    return path
+
+
+def check_model(path: Path, weights: bool = True, setting: str = "model.path") -> Path:
+    """Checks a model, and returns its `find_description(path, setting)`.
+
+    Args:
+        path: as for `find_description`.
+        weights: check the headers of the weights' files too; a dry run needs none.
+        setting: the setting that names it, for messages.
+
+    Raises:
+        UserError: it is no model, or its weights do not fit its config.json.
+    """
+    folder = find_description(path, setting)
+    architecture = load_config(folder)
+    if weights and find_run(path) is None:
+        check_hf(folder, architecture)
+    return folder
+
+
+def uses_lora(settings: ConfigDict) -> bool:
+    """Whether the section `config.model.lora` asks for adapters."""
+    return bool(settings.rank or settings.path)
+
+
+def read_lora(settings: ConfigDict) -> Lora | None:
+    """Returns the form of the adapters that `config.model.lora` asks for, or that the adapters it
+    starts from have; None: no LoRA.
+
+    Raises:
+        UserError: there are no adapters at its `path`.
+    """
+    if not uses_lora(settings):
+        return None
+    if not settings.path:
+        return Lora(settings.rank, settings.alpha, parse_targets(settings.targets))
+    path = Path(settings.path)
+    run = find_run(path)
+    if run is None:
+        return peft_format.load_peft_settings(path)
+    check_step(run)
+    lora = read_lora(load_model_settings(run.folder).lora)
+    if lora is None:
+        raise UserError(f"config.model.lora.path={path}: a run without LoRA")
+    return lora
+
+
+def load_model_settings(workdir: Path) -> ConfigDict:
+    """Reads the section `model` of a run's configuration, with paths that lead to its files."""
+    return run_config.get_config(str(workdir)).model
+
+
+def read_adapters(read: Reader, lora: Lora) -> Any:
+    """Reads A and B of each product from a checkpoint."""
+    return {
+        name: {part: read(("adapters", name, part), None) for part in ("a", "b")}
+        for name in lora.targets
+    }
