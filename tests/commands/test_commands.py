@@ -354,7 +354,7 @@ def test_refusals_say_what_to_do_next(tmp_path: Path) -> None:
     line = refused(*jsonl, f"--config.data.path={data}", "--config.model.path=meta-llama/Llama")
     assert "meta-llama/Llama: no such folder" in line and "hf download" in line
     line = refused(*jsonl, f"--config.data.path={data}", "--config.mesh.tensor=3")
-    assert "does not fit the 1 device(s)" in line and "one of them can be -1" in line
+    assert "what is left of the 1 device(s) here" in line and "no multiple of 3" in line
     line = refused("mass_dpo_jax.compare", str(tmp_path))
     assert f"{tmp_path}: not a run folder" in line and "the --workdir of mass_dpo_jax" in line
     assert not (tmp_path / "run").exists()
