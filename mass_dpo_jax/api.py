@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
 from mass_dpo_jax import config as config_lib
+from mass_dpo_jax import config_checks
 from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.data.readers.preferences import read_preferences
 from mass_dpo_jax.data.rows import Table
@@ -165,7 +166,7 @@ def load_model(path: str | Path, config: ConfigDict | None = None) -> Model:
         if run is not None:
             config = run_config.use_own_files(run_config.load_config(run[0]), run[0])
             config.model.lora = config_lib.default().model.lora
-    config = config_lib.resolve(config)
+    config = config_checks.resolve(config)
     config.model.path = str(path)
     mesh = open_mesh(config)
     policy = open_policy(config.model, mesh, None)
@@ -199,7 +200,7 @@ def batches(
     reference = model if reference is None else reference
     for name, given in (("model", model), ("reference", reference)):
         check_type(given, Model, name, MODEL)
-    config = config_lib.resolve(model.config if config is None else config)
+    config = config_checks.resolve(model.config if config is None else config)
     config.model = model.config.model
     setup = prepare_examples(config, model.policy, {"train": _examples(examples, config.data)})
     model.policy.check_like(reference.architecture, "reference")

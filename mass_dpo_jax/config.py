@@ -12,29 +12,58 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict, FieldReference, FrozenConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.utils import suggestions
-from mass_dpo_jax.utils.files import expand
 
-
-class Settings(ConfigDict):
-    """A ConfigDict that suggests a name where a setting does not exist.
-
-    NumPy's numbers and pathlib's paths are stored as Python's own numbers and strings.
-    """
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        kind = type(value)
-        if kind is not bool and issubclass(kind, numbers.Real):
-            value = int(value) if issubclass(kind, numbers.Integral) else float(value)
-        elif isinstance(value, os.PathLike):
-            value = os.fspath(value)
-        if self.is_locked and key not in self:
-            # ml_collections' own message lists all fields of this group and none of the others.
-            raise KeyError(f"{key}: no such setting{_meant(key)}")
-        super().__setitem__(key, value)
+# What each method trains on and its loss, for --help and the docs; training/methods.py is the code.
+METHOD_SUMMARIES = {
+    "mass_dpo": "n negatives chosen by selection.criterion, Plackett-Luce loss",
+    "pl_sampled": "n drawn from the pool weights, unbiased Plackett-Luce gradient of the pool",
+    "pl_all": "the whole pool, Plackett-Luce loss",
+    "sdpo": "n random negatives, Plackett-Luce loss (S-DPO)",
+    "dpo": "one random negative, DPO loss",
+    "dpo_k": "n random negatives, mean DPO loss over the pairs",
+    "dmpo": "n random negatives, DPO loss against their average (DMPO)",
+    "odpo": "n random negatives, DPO loss with a margin for each pair (ODPO)",
+    "mppo": "n random negatives, likelihoods per token, no reference (MPPO)",
+    "sft": "no negatives, likelihood of the chosen response, no reference",
+}
+# How each criterion chooses; `add_criterion` adds those that are registered elsewhere.
+CRITERION_SUMMARIES = {
+    "pool_fisher": "D-optimal design on the pool's Fisher information (Algorithm 1)",
+    "contrast": "the same around the chosen response instead of the pool's mean",
+    "set_fisher": "D-optimal design on the exact Hessian of the loss on the selected set",
+    "hardest": "the largest scores",
+    "random": "uniformly at random",
+    "all": "the whole pool",
+}
+# The values that a setting can have. Tests hold them equal to the code that reads them, which is
+# not imported here: --help should be quick.
+CHOICES = {
+    "method": tuple(METHOD_SUMMARIES),
+    "odpo.offset": ("score", "rank"),
+    "model.dtype": ("float32", "bfloat16"),
+    "train.moments_dtype": ("float32", "bfloat16"),
+    "model.remat": ("dots", "full"),
+    "model.layout": ("packed", "rectangle"),
+    "model.attention": ("auto", "plain", "fused"),
+    "model.lora.base": ("float32", "bfloat16", "int8", "nf4"),
+    "model.scratch.model_type": ("llama", "qwen3", "smollm3"),
+    "data.name": ("jsonl", "hub", "lastfm", "movielens", "medmcqa", "qasc", "synthetic"),
+    "data.on_bad_row": ("error", "skip"),
+    "data.long_prompt": ("cut", "drop", "error"),
+    "data.long_response": ("error", "drop"),
+    "selection.criterion": tuple(CRITERION_SUMMARIES),
+    "selection.features": ("policy", "reference"),
+    "selection.feature_norm": ("none", "l2"),
+    "selection.pooling": ("response", "all"),
+}
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PATHS = (
+    "cache_dir model.path model.reference_path model.lora.path data.path data.chat_template"
+).split()
 
 
 def default() -> ConfigDict:
@@ -236,31 +265,6 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{key}", value
 
 
-def resolve(config: ConfigDict) -> ConfigDict:
-    """Returns a copy to change, whose paths have `~` and variables replaced.
-
-    Raises:
-      UserError: it is no configuration, lacks settings or has others, or a path is none.
-    """
-    _check_kind(config)
-    if isinstance(config, FrozenConfigDict):
-        config = config.as_configdict()
-    copy = config.copy_and_resolve_references()
-    fields = dict(flatten(copy))
-    check_types(fields)
-    _check_known(fields)
-    for name in PATHS:
-        set_field(copy, name, expand(fields[name], f"config.{name}"))
-    return copy
-
-
-def validate(config: ConfigDict) -> ConfigDict:
-    """Returns `resolve(config)`; raises UserError also for what `check` refuses."""
-    copy = resolve(config)
-    check(copy)
-    return copy
-
-
 def set_field(config: ConfigDict, name: str, value: Any) -> None:
     """Sets a field by its dotted name, such as `train.steps`."""
     *parents, leaf = name.split(".")
@@ -269,160 +273,8 @@ def set_field(config: ConfigDict, name: str, value: Any) -> None:
     config[leaf] = value
 
 
-# Negatives and loss of each method, for --help and documentation. training/methods.py has the code.
-METHOD_SUMMARIES = {
-    "mass_dpo": "n negatives chosen by selection.criterion, Plackett-Luce loss",
-    "pl_sampled": "n drawn from the pool weights, unbiased Plackett-Luce gradient of the pool",
-    "pl_all": "the whole pool, Plackett-Luce loss",
-    "sdpo": "n random negatives, Plackett-Luce loss (S-DPO)",
-    "dpo": "one random negative, DPO loss",
-    "dpo_k": "n random negatives, mean DPO loss over the pairs",
-    "dmpo": "n random negatives, DPO loss against their average (DMPO)",
-    "odpo": "n random negatives, DPO loss with a margin for each pair (ODPO)",
-    "mppo": "n random negatives, likelihoods per token, no reference (MPPO)",
-    "sft": "no negatives, likelihood of the chosen response, no reference",
-}
-# Registering a criterion of one's own adds it, by `add_criterion`.
-CRITERION_SUMMARIES = {
-    "pool_fisher": "D-optimal design on the pool's Fisher information (Algorithm 1)",
-    "contrast": "the same around the chosen response instead of the pool's mean",
-    "set_fisher": "D-optimal design on the exact Hessian of the loss on the selected set",
-    "hardest": "the largest scores",
-    "random": "uniformly at random",
-    "all": "the whole pool",
-}
-CHOICES = {
-    "method": tuple(METHOD_SUMMARIES),
-    "odpo.offset": ("score", "rank"),
-    "model.dtype": ("float32", "bfloat16"),
-    "train.moments_dtype": ("float32", "bfloat16"),
-    "model.remat": ("dots", "full"),
-    "model.layout": ("packed", "rectangle"),
-    "model.attention": ("auto", "plain", "fused"),
-    "model.lora.base": ("float32", "bfloat16", "int8", "nf4"),
-    "model.scratch.model_type": ("llama", "qwen3", "smollm3"),
-    "data.name": ("jsonl", "hub", "lastfm", "movielens", "medmcqa", "qasc", "synthetic"),
-    "data.on_bad_row": ("error", "skip"),
-    "data.long_prompt": ("cut", "drop", "error"),
-    "data.long_response": ("error", "drop"),
-    "selection.criterion": tuple(CRITERION_SUMMARIES),
-    "selection.features": ("policy", "reference"),
-    "selection.feature_norm": ("none", "l2"),
-    "selection.pooling": ("response", "all"),
-}
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-NAMES = tuple(name for name, _ in flatten(default()))
-PATHS = (
-    "cache_dir model.path model.reference_path model.lora.path data.path data.chat_template"
-).split()
-_KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
-LARGEST = 2**31  # Of any number: what XLA counts with.
-POSITIVE = (
-    "beta num_negatives model.scratch.hidden_size model.scratch.num_heads selection.ridge "
-    "train.batch_size train.micro_batch_size train.learning_rate train.clip "
-    "train.checkpoint_every train.keep_checkpoints train.max_skipped eval.batch_size "
-    "data.max_prompt_length data.max_response_length data.max_shapes odpo.alpha model.lora.alpha"
-).split()
-NOT_NEGATIVE = (
-    "seed train.steps train.epochs train.weight_decay train.eval_every "
-    "data.max_train data.max_validation data.max_test sft_weight device_memory_gb "
-    "model.lora.rank"
-).split()
-SHARES = ("data.validation_share", "train.warmup_ratio")
-
-
-def add_criterion(name: str, summary: str) -> None:
-    """Lets `selection.criterion` name a criterion that is registered elsewhere."""
-    CRITERION_SUMMARIES[name] = summary
-    CHOICES["selection.criterion"] = tuple(CRITERION_SUMMARIES)
-
-
-def check(config: ConfigDict) -> None:
-    """Raises UserError for a value that no run could use, naming field, value and choices."""
-    _check_kind(config)
-    fields = dict(flatten(config))
-    check_types(fields)
-    _check_known(fields)
-    for name, known in CHOICES.items():
-        if (value := fields[name]) not in known:
-            raise UserError(
-                f"config.{name}={value!r}: expected one of {', '.join(known)}"
-                + suggestions.suggest_choice(value, known)
-            )
-    for name in POSITIVE:
-        if not fields[name] > 0:
-            raise UserError(f"config.{name}={fields[name]!r}: expected a number above 0")
-    for name in NOT_NEGATIVE:
-        if not fields[name] >= 0:
-            raise UserError(f"config.{name}={fields[name]!r}: expected 0 or more")
-    for name in SHARES:
-        if not 0 <= fields[name] < 1:
-            raise UserError(
-                f"config.{name}={fields[name]!r}: expected 0 to 1, a share: 0.1 is a tenth"
-            )
-    if fields["train.learning_rate"] > 1:
-        raise UserError(
-            f"config.train.learning_rate={fields['train.learning_rate']!r}: expected at most 1: "
-            "AdamW changes every weight by about as much at each step"
-        )
-    _check_batch(fields["train.batch_size"], fields["train.micro_batch_size"])
-    if not config.train.steps and not config.train.epochs:
-        raise UserError("config.train.steps and config.train.epochs are both 0: nothing to train")
-    parse_refresh(config.selection.refresh, steps_per_epoch=1)
-    split_targets(config.model.lora.targets)
-    if (config.model.lora.rank or config.model.lora.path) and not config.model.path:
-        raise UserError("config.model.lora adapts a model: config.model.path is missing")
-
-
-def _check_kind(config: Any) -> None:
-    if not isinstance(config, ConfigDict):
-        raise UserError(
-            f"config: found a {type(config).__name__}, expected what default_config() returns; its "
-            "update() takes a dict"
-        )
-
-
-def _check_known(fields: Mapping[str, Any]) -> None:
-    """Raises UserError for a setting that there is not, which somebody unlocked the configuration
-    for: it would change nothing, and the run could not be loaded again."""
-    for name in fields:
-        if name not in NAMES:
-            raise UserError(f"config.{name}: no such setting{_meant(name)}")
-
-
-def _meant(name: str) -> str:
-    return suggestions.did_you_mean(suggestions.suggest_names(f"config.{name}", NAMES))
-
-
-def _check_batch(batch: int, micro: int) -> None:
-    if batch % micro:
-        divisor = max(size for size in range(1, micro + 1) if batch % size == 0)
-        raise UserError(
-            f"config.train.batch_size={batch} is no multiple of config.train.micro_batch_size="
-            f"{micro}; set config.train.micro_batch_size={divisor}, too"
-        )
-
-
-def check_types(fields: Mapping[str, Any]) -> None:
-    """Raises UserError where a setting, by its dotted name, is missing or is of another type than
-    its default, or a number is too large for anything that counts with it."""
-    for name, value in flatten(default()):
-        if name not in fields:
-            raise UserError(
-                f"config.{name} is missing: take default_config(), and change a group by its "
-                "update(...), which keeps the other settings"
-            )
-        found, kind = fields[name], type(value)
-        if type(found) is not kind and not (kind is float and type(found) is int):
-            raise UserError(f"config.{name}={found!r}: expected {_KINDS[kind]}")
-        if found != found:  # NaN.
-            raise UserError(f"config.{name}={found!r}: expected a number")
-        if isinstance(found, (int, float)) and not -LARGEST < found < LARGEST:
-            raise UserError(f"config.{name}={found!r}: expected a number below {LARGEST}")
-
-
 def parse_refresh(refresh: str, steps_per_epoch: int) -> int:
-    """How many steps a choice of negatives lasts; 0: for the whole run (`once`)."""
+    """Returns how many steps a choice of negatives lasts; 0: the whole run (`once`)."""
     named = {"step": 1, "epoch": steps_per_epoch, "once": 0}
     if refresh in named:
         return named[refresh]
@@ -447,3 +299,35 @@ def split_targets(targets: str) -> tuple[str, ...]:
                 + ",".join(LORA_TARGETS)
             )
     return named
+
+
+def add_criterion(name: str, summary: str) -> None:
+    """Lets `selection.criterion` name a criterion that is registered elsewhere."""
+    CRITERION_SUMMARIES[name] = summary
+    CHOICES["selection.criterion"] = tuple(CRITERION_SUMMARIES)
+
+
+class Settings(ConfigDict):
+    """A ConfigDict that suggests a name where a setting does not exist.
+
+    NumPy's numbers and pathlib's paths are stored as Python's own numbers and strings.
+    """
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        kind = type(value)
+        if kind is not bool and issubclass(kind, numbers.Real):
+            value = int(value) if issubclass(kind, numbers.Integral) else float(value)
+        elif isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        if self.is_locked and key not in self:
+            # ml_collections' own message lists all fields of this group and none of the others.
+            raise KeyError(f"{key}: no such setting{suggest_setting(key)}")
+        super().__setitem__(key, value)
+
+
+def suggest_setting(name: str) -> str:
+    """Returns "; did you mean ...?" for a name that is no setting, or nothing."""
+    return suggestions.did_you_mean(suggestions.suggest_names(f"config.{name}", NAMES))
+
+
+NAMES = tuple(name for name, _ in flatten(default()))

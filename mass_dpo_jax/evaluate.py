@@ -18,8 +18,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from mass_dpo_jax import cli
-from mass_dpo_jax import config as config_lib
+from mass_dpo_jax import cli, config_checks
 from mass_dpo_jax.utils.files import write_whole
 from mass_dpo_jax.utils.run_paths import resolve_run
 
@@ -36,7 +35,7 @@ def evaluate(config: ConfigDict, workdir: Path | None, split: str | None) -> dic
     from mass_dpo_jax.training import scoring
     from mass_dpo_jax.training.scored_model import prepare_scoring
 
-    config = config_lib.resolve(config)
+    config = config_checks.resolve(config)
     workdir = None if workdir is None else resolve_run(workdir)
     if split is None and workdir is not None:
         split = "test"  # Rows that the run did not train on.

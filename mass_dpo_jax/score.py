@@ -22,8 +22,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from mass_dpo_jax import cli
-from mass_dpo_jax import config as config_lib
+from mass_dpo_jax import cli, config_checks
 from mass_dpo_jax.utils.run_paths import resolve_run
 
 FLAGS = flags.FLAGS
@@ -41,7 +40,7 @@ def score(config: ConfigDict, workdir: Path | None, split: str | None) -> Iterat
     from mass_dpo_jax.training.scored_model import prepare_scoring
     from mass_dpo_jax.utils import distributed
 
-    config = config_lib.resolve(config)
+    config = config_checks.resolve(config)
     workdir = None if workdir is None else resolve_run(workdir)
     config.data.update(max_train=0, max_validation=0, max_test=0)
     setup, split, params, reference = prepare_scoring(config, workdir, split)

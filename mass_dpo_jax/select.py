@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from absl import flags
 
-from mass_dpo_jax import cli
+from mass_dpo_jax import cli, config_checks
 from mass_dpo_jax import config as config_lib
 
 FORMATS = ("lists", "pairs")
@@ -37,7 +37,7 @@ FLAGS = flags.FLAGS
 
 
 def main() -> None:
-    config = config_lib.resolve(FLAGS.config or config_lib.default())
+    config = config_checks.resolve(FLAGS.config or config_lib.default())
     inputs = (config.data.path, FLAGS.features or "")
     output = cli.check_output(FLAGS.output, "JSON-lines", *inputs)
     from mass_dpo_jax.training.offline_selection import as_pairs, with_features, with_model

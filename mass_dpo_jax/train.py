@@ -22,8 +22,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from mass_dpo_jax import cli
-from mass_dpo_jax import config as config_lib
+from mass_dpo_jax import cli, config_checks
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.utils.files import expand_path
 from mass_dpo_jax.utils.run_paths import check_new_run
@@ -49,7 +48,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
     workdir = expand_path(workdir, "workdir")
     check_new_run(workdir)
-    return loop.train(config_lib.validate(config), workdir, _write_report)
+    return loop.train(config_checks.validate(config), workdir, _write_report)
 
 
 def _write_report(

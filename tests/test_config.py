@@ -14,6 +14,7 @@ import pytest
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from mass_dpo_jax import config as config_lib
+from mass_dpo_jax import config_checks
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models import decoder
 from mass_dpo_jax.models.config import FAMILIES, TARGETS
@@ -40,10 +41,10 @@ def test_an_unknown_field_is_refused_when_it_is_set(
     change: Callable[[ConfigDict], None], meant: str
 ) -> None:
     made = config_lib.default()
-    for config in (made, copy.deepcopy(made), config_lib.resolve(made), config_lib.paper()):
+    for config in (made, copy.deepcopy(made), config_checks.resolve(made), config_lib.paper()):
         with pytest.raises((AttributeError, KeyError), match=f"did you mean config.{meant}"):
             change(config)
-        config_lib.check(config)
+        config_checks.check(config)
 
 
 def test_known_fields_can_be_set_in_every_way() -> None:
@@ -55,7 +56,7 @@ def test_known_fields_can_be_set_in_every_way() -> None:
         config.seed = 3
     config.unlock()
     config["num_negatives"] = 2
-    config_lib.check(config)
+    config_checks.check(config)
     assert (config.data.path, config.train.steps, config.beta, config.seed) == (
         "a.jsonl",
         7,
@@ -73,7 +74,7 @@ def test_a_field_for_which_it_was_unlocked_is_refused_before_anything_is_written
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     with pytest.raises(UserError, match=r"^config\.train\.lr: no such setting"):
-        config_lib.check(config)
+        config_checks.check(config)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +87,7 @@ def test_a_field_for_which_it_was_unlocked_is_refused_before_anything_is_written
     ],
 )
 def test_what_is_no_configuration(config: Any, message: str) -> None:
-    for look in (config_lib.check, config_lib.resolve):
+    for look in (config_checks.check, config_checks.resolve):
         with pytest.raises(UserError, match=message):
             look(config)
 
@@ -95,7 +96,7 @@ def test_a_copy_leaves_the_caller_s_alone_and_can_be_made_of_a_frozen_one() -> N
     config = config_lib.default()
     frozen = FrozenConfigDict(config)
     for given in (config, frozen):
-        found = config_lib.resolve(given)
+        found = config_checks.resolve(given)
         found.model.path = "elsewhere"
         assert given.model.path == ""
         assert found.to_dict() == {**config.to_dict(), "model": found.model.to_dict()}
@@ -106,7 +107,7 @@ def test_numbers_of_numpy_and_paths_are_python_s_own() -> None:
     config.beta, config.num_negatives = np.logspace(-2, 0, 3)[1], np.arange(5)[2]
     config.train.learning_rate, config.data.path = np.float32(0.5), Path("rows.jsonl")
     config.update_from_flattened_dict({"train.clip": np.float64(0.25), "eval.batch_size": 8})
-    found = config_lib.validate(config)
+    found = config_checks.validate(config)
     values = found.beta, found.num_negatives, found.train.learning_rate, found.data.path
     assert values == (0.1, 2, 0.5, "rows.jsonl") and found.train.clip == 0.25
     assert [type(value) for value in values] == [float, int, float, str]
@@ -124,7 +125,7 @@ def test_paths_are_expanded_as_a_shell_does(monkeypatch: pytest.MonkeyPatch) -> 
     }  # fmt: skip
     monkeypatch.setenv("USERNAME_X", "me")
     config.update_from_flattened_dict(values)
-    found = dict(config_lib.flatten(config_lib.validate(config)))
+    found = dict(config_lib.flatten(config_checks.validate(config)))
     assert {name: found[name] for name in values} == {
         "data.path": "/home/me/p.jsonl", "model.path": "/data/m",
         "model.reference_path": "/data/r", "model.lora.path": "/home/me",
@@ -133,7 +134,7 @@ def test_paths_are_expanded_as_a_shell_does(monkeypatch: pytest.MonkeyPatch) -> 
     assert set(values) == set(config_lib.PATHS)
     config = config_lib.default()
     config.data.update(name="hub", path="owner/name")
-    assert config_lib.validate(config).data.path == "owner/name"
+    assert config_checks.validate(config).data.path == "owner/name"
 
 
 @pytest.mark.parametrize(
@@ -161,7 +162,7 @@ def test_values_that_no_run_could_use(name: str, value: Any, message: str) -> No
     config = config_lib.default()
     config.update_from_flattened_dict({name: value})
     with pytest.raises(UserError, match=message):
-        config_lib.validate(config)
+        config_checks.validate(config)
 
 
 def test_a_run_s_settings_are_locked_too(tmp_path: Path) -> None:

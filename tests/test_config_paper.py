@@ -7,6 +7,7 @@ import json
 import pytest
 
 from mass_dpo_jax import config as config_lib
+from mass_dpo_jax import config_checks
 from mass_dpo_jax.config import CHOICES, PAPER_DATA
 from tests.support.processes import python
 
@@ -20,7 +21,7 @@ def test_only_the_papers_data_sets_are_cut_to_its_rows(name: str) -> None:
     assert config.data.max_train == want
     assert dict(config_lib.flatten(config))["data.max_train"] == want
     assert json.loads(config.to_json_best_effort())["data"]["max_train"] == want
-    config_lib.check(config)
+    config_checks.check(config)
     kept = config.copy_and_resolve_references()
     kept.data.name = "jsonl"
     assert kept.data.max_train == want  # What a run began with stays.

@@ -14,6 +14,7 @@ from typing import NoReturn
 from absl import flags
 
 from mass_dpo_jax import config as config_lib
+from mass_dpo_jax import config_checks
 from mass_dpo_jax.cli import help as help_lib
 from mass_dpo_jax.cli.flags import find_configurations, find_own_flags, require_config
 from mass_dpo_jax.cli.words import PRINT, read_pairs
@@ -71,7 +72,7 @@ def parse(argv: list[str], *, resumes: bool, default: str | None) -> list[str]:
         else:
             config = require_config()
             help_lib.echo("\n".join(help_lib.as_flags(config)))
-            config_lib.validate(config)
+            config_checks.validate(config)
     except UserError as error:
         exit_with_error(str(error))
     raise SystemExit(0)

@@ -10,6 +10,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from mass_dpo_jax import config as config_lib
+from mass_dpo_jax import config_checks
 from mass_dpo_jax.cli.help import exit_with_error
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.utils.process_group import ProcessGroup
@@ -129,7 +130,7 @@ def read_config() -> ConfigDict:
     Raises:
         UserError: there is no --config (and no --workdir that has one), or a value is wrong.
     """
-    config = config_lib.validate(require_config())
+    config = config_checks.validate(require_config())
     from mass_dpo_jax.utils.cache import keep_compiled
 
     keep_compiled(config.cache_dir)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from mass_dpo_jax import config as config_lib
+from mass_dpo_jax import config_checks
 from mass_dpo_jax.data import splits
 from mass_dpo_jax.data.examples import Example, History, Text
 from mass_dpo_jax.data.split_cache import open_splits
@@ -50,7 +50,7 @@ def describe(config: ConfigDict, show: int) -> Iterator[str]:
     Raises:
       UserError: something in the configuration, the data or the tokenizer is wrong.
     """
-    config = config_lib.validate(config)
+    config = config_checks.validate(config)
     tokenizer = None
     cache = cache_folder(config.cache_dir)
     shown: list[str] = []

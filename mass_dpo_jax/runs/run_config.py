@@ -12,6 +12,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from mass_dpo_jax import config as config_lib
+from mass_dpo_jax import config_checks
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models.folder import warn_once
 from mass_dpo_jax.runs import origin
@@ -49,10 +50,10 @@ def load_config(workdir: Path) -> ConfigDict:
             raise UserError(f"{path}: unknown setting {name!r}, written by another version?")
         fields[name] = value
     try:
-        config_lib.check_types(fields)
+        config_checks.check_types(fields)
         for name, value in fields.items():
             config_lib.set_field(config, name, value)
-        config_lib.check(config)
+        config_checks.check(config)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return config

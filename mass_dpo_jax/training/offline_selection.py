@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from safetensors import SafetensorError, safe_open
 
-from mass_dpo_jax import config as config_lib
+from mass_dpo_jax import config_checks
 from mass_dpo_jax.data import load_examples
 from mass_dpo_jax.data.batches import Batch
 from mass_dpo_jax.data.examples import Example, History, Message, Text
@@ -50,7 +50,7 @@ def with_model(config: ConfigDict, workdir: Path | None, split: str | None) -> I
     Raises:
       UserError: something in the configuration, the data or the model folder is wrong.
     """
-    config = config_lib.resolve(config)
+    config = config_checks.resolve(config)
     workdir = None if workdir is None else resolve_run(workdir)
     config = _unlimited(config)
     split = split or _every_row(config)
@@ -115,7 +115,7 @@ def with_features(config: ConfigDict, path: Path, split: str | None) -> Iterator
     Raises:
       UserError: the file is not what it should be, or does not fit the data.
     """
-    config = config_lib.validate(config)
+    config = config_checks.validate(config)
     arrays = _read(expand_path(path, "features"))
     features = arrays["features"]
     rows, negatives = features.shape[0], features.shape[1] - 1

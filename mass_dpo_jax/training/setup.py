@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mass_dpo_jax import config as config_lib
+from mass_dpo_jax import config_checks
 from mass_dpo_jax.data.batches import Batch, Buckets, make_buckets
 from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.data.split_cache import open_splits
@@ -251,7 +251,7 @@ def prepare_examples(
     Raises:
         UserError: the configuration or the examples are not what they should be.
     """
-    config_lib.check(config)
+    config_checks.check(config)
     _check_batch_sizes(config, policy.mesh)
     return build_setup(config, policy, examples, _tokenize(config, policy, examples), True)
 
@@ -262,7 +262,7 @@ def open_mesh(config: ConfigDict) -> Mesh:
     Raises:
         UserError: a setting that no run could use, or that does not fit the devices.
     """
-    config_lib.check(config)
+    config_checks.check(config)
     if config.model.dtype == "float32":
         # GPUs and TPUs otherwise multiply float32 matrices in fewer bits.
         jax.config.update("jax_default_matmul_precision", "highest")

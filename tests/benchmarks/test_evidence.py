@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from benchmarks import evidence, evidence_runs
 from mass_dpo_jax import config as config_lib
-from mass_dpo_jax import metrics
+from mass_dpo_jax import config_checks, metrics
 from mass_dpo_jax.data import load_examples
 from mass_dpo_jax.data.readers import synthetic
 from mass_dpo_jax.errors import UserError
@@ -210,7 +210,7 @@ def test_methods_are_valid_different_and_differ_in_nothing_else(tmp_path):
     for changes in evidence_runs.METHODS.values():
         config = bench.config("clusters", 3)
         config.update_from_flattened_dict(changes)
-        config_lib.check(config)
+        config_checks.check(config)
         found = dict(config_lib.flatten(config))
         assert {name for name in found if found[name] != shared[name]} <= free
         # What is published names no place of a file.

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from mass_dpo_jax import config as config_lib
+from mass_dpo_jax import config_checks
 from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.data.render import make_renderer
 from mass_dpo_jax.data.tokenization import tokenize
@@ -131,10 +132,10 @@ def test_settings_of_a_run(tmp_path: Path, name: str, value: Any) -> None:
 )
 def test_settings_that_no_run_could_use(name: str, value: Any, message: str) -> None:
     config = config_lib.default()
-    config_lib.check(config)
+    config_checks.check(config)
     config.update_from_flattened_dict({name: value})
     with pytest.raises(UserError, match=message):
-        config_lib.check(config)
+        config_checks.check(config)
 
 
 def test_the_report_says_which_settings_are_unreadable(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from mass_dpo_jax import config as config_lib
+from mass_dpo_jax import config_checks
 from mass_dpo_jax.compare import compare
 from mass_dpo_jax.data import load_examples, token_cache
 from mass_dpo_jax.data.examples import Example
@@ -347,7 +348,7 @@ def _read_runs(folder: Path) -> Iterator[Callable[[], Any]]:
 
     def again() -> None:
         config = run_config.load_config(run)
-        config_lib.check(config)
+        config_checks.check(config)
         if latest_step(run) is not None and (run / "metrics.json").exists():
             train(config, run)  # Finished: there is nothing to do.
 

@@ -1300,8 +1300,8 @@ MUTATIONS = (
     ),
     Mutation(
         "config: true is a number",
-        "if type(found) is not kind and not",
-        "if not isinstance(found, kind) and not",
+        "if type(value) is not kind and not",
+        "if not isinstance(value, kind) and not",
         "commands/test_bad_input.py::test_settings_of_a_run",
     ),
     Mutation(

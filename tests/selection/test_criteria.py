@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mass_dpo_jax import config as config_lib
-from mass_dpo_jax import selection, theory
+from mass_dpo_jax import config_checks, selection, theory
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.selection import Design, Settings, registry
 from mass_dpo_jax.selection.search import empty_selection
@@ -287,14 +287,14 @@ def test_a_registered_criterion_is_known_to_configurations():
     config = config_lib.default()
     config.selection.criterion = "last"
     with pytest.raises(UserError, match="'last': expected one of pool_fisher,"):
-        config_lib.check(config)
+        config_checks.check(config)
 
     @selection.criterion("last", needs_scoring=False)
     def last(pool, n, settings):
         places = jnp.arange(pool.mask.shape[0])
         return selection.in_order(jnp.argsort(jnp.where(pool.mask, -places, 1)), pool.mask, n)
 
-    config_lib.check(config)
+    config_checks.check(config)
     method = make_method(config, largest_pool=4)
     mask = np.array([[True, True, True, False], [True, False, False, False]])
     found = selection.select_negatives(np.zeros((2, 5, 3)), mask=mask, n=2, criterion="last")
@@ -304,7 +304,7 @@ def test_a_registered_criterion_is_known_to_configurations():
     # Draws with weights are of use to one loss only, which brings its own criterion.
     config.selection.criterion = "sampled"
     with pytest.raises(UserError, match="expected one of"):
-        config_lib.check(config)
+        config_checks.check(config)
 
 
 def test_the_names_of_the_package_are_taken():

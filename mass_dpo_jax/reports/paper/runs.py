@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mass_dpo_jax import config as config_lib
+from mass_dpo_jax import config_checks
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.runs.metrics_files import read_complete_lines, read_metrics_json
 from mass_dpo_jax.runs.resume import NOT_COMPUTED
@@ -118,7 +119,7 @@ def _read_settings(folder: Path) -> dict[str, Any] | str | None:
         return None
     settings.update(config_lib.flatten(stored))
     try:
-        config_lib.check_types(settings)
+        config_checks.check_types(settings)
     except UserError as error:
         return f"unreadable: config.json: {error}"
     return settings
