@@ -21,7 +21,7 @@ from mass_dpo_jax.data.examples import Example, History
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.reports.comparison import read_logps
 from mass_dpo_jax.train import train
-from mass_dpo_jax.training.monitor import FINAL_LOGPS, START_LOGPS
+from mass_dpo_jax.training.evaluator import FINAL_LOGPS, START_LOGPS
 
 WORLDS = ("plain", "clusters", "long", "lastfm")
 RANDOM, ALL = "random-step", "all"  # The baselines that the tables compare with.

@@ -30,7 +30,8 @@ from mass_dpo_jax.models.response_layout import lay_out_rectangle
 from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training.methods import make_method
 from mass_dpo_jax.training.optimizer import make_optimizer, state_shapes
-from mass_dpo_jax.training.step import Program, Scorer, TrainState
+from mass_dpo_jax.training.scorer import Scorer
+from mass_dpo_jax.training.step import Program, TrainState
 
 LASTFM_ROWS = 2000  # Enough for buckets like those of the whole split.
 LASTFM_BATCHES = 4  # Timed together: prompts of LastFM have many lengths.

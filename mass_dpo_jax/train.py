@@ -28,7 +28,7 @@ from mass_dpo_jax.utils.files import expand_path
 from mass_dpo_jax.utils.run_paths import check_new_run
 
 if TYPE_CHECKING:
-    from mass_dpo_jax.training.monitor import EvaluatedSplit
+    from mass_dpo_jax.training.evaluator import EvaluatedSplit
 
 FLAGS = flags.FLAGS
 
@@ -67,7 +67,7 @@ def main() -> None:
     config = cli.read_config()
     from mass_dpo_jax.estimate.dry_run import dry_run
     from mass_dpo_jax.runs import run_folder
-    from mass_dpo_jax.training import interruption, loop, methods, monitor
+    from mass_dpo_jax.training import evaluator, interruption, loop, methods
     from mass_dpo_jax.utils import distributed
 
     cli.log_unread("this training", methods.find_unread(config))
@@ -90,7 +90,7 @@ def main() -> None:
         return
     for name in ("start", "final"):
         if done[name]:
-            print(f"{done['split']}, {name}: {monitor.format_headline(done[name])}")
+            print(f"{done['split']}, {name}: {evaluator.format_headline(done[name])}")
     print(f"written to {workdir}")
 
 

@@ -17,7 +17,7 @@ from mass_dpo_jax.reports import baselines
 from mass_dpo_jax.reports.format import HEADLINE_METRICS, format_metric, format_percent, short_names
 from mass_dpo_jax.runs import run_config
 from mass_dpo_jax.runs.metrics_files import read_metrics_json
-from mass_dpo_jax.training.monitor import EXIST_LOGPS, FINAL_LOGPS, START_LOGPS
+from mass_dpo_jax.training.evaluator import EXIST_LOGPS, FINAL_LOGPS, START_LOGPS
 from mass_dpo_jax.utils.files import read_array
 
 

@@ -25,7 +25,7 @@ from mass_dpo_jax.reports.curves import Panel
 from mass_dpo_jax.reports.format import HEADLINE_METRICS, format_metric
 from mass_dpo_jax.reports.style import COLOURS, INK
 from mass_dpo_jax.runs.metrics_files import Series, read_metrics_log
-from mass_dpo_jax.training.monitor import EvaluatedSplit
+from mass_dpo_jax.training.evaluator import EvaluatedSplit
 from mass_dpo_jax.utils.files import write_whole
 
 TRAINING = (

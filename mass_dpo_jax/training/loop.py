@@ -17,11 +17,12 @@ from ml_collections import ConfigDict
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.runs import loggers, metrics_files, origin, resume, run_config, run_folder
 from mass_dpo_jax.training import checkpoint, interruption, scoring
-from mass_dpo_jax.training.monitor import BadSteps, EvaluatedSplit, Evaluator, StepLog, check_best
+from mass_dpo_jax.training.evaluator import EvaluatedSplit, Evaluator, check_best
 from mass_dpo_jax.training.open_policy import save_description
 from mass_dpo_jax.training.optimizer import learning_rate, make_optimizer
 from mass_dpo_jax.training.setup import Reference, Setup, list_models_read, prepare
 from mass_dpo_jax.training.step import TrainState
+from mass_dpo_jax.training.step_log import BadSteps, StepLog
 from mass_dpo_jax.training.updates import Batches, TrainStep, abstract_state, first_state
 from mass_dpo_jax.utils import distributed
 

@@ -37,7 +37,8 @@ from mass_dpo_jax.training.methods import METHODS, Method, make_method
 from mass_dpo_jax.training.model_paths import check_model, uses_lora
 from mass_dpo_jax.training.open_policy import open_policy
 from mass_dpo_jax.training.policy import Policy
-from mass_dpo_jax.training.step import Program, Scorer
+from mass_dpo_jax.training.scorer import Scorer
+from mass_dpo_jax.training.step import Program
 from mass_dpo_jax.utils import distributed
 from mass_dpo_jax.utils.cache import cache_folder, load_or_compute
 from mass_dpo_jax.utils.fingerprint import fingerprint

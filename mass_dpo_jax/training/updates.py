@@ -16,8 +16,9 @@ from mass_dpo_jax.errors import UserError, check_type
 from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training.negatives import NegativeSets
 from mass_dpo_jax.training.optimizer import moments_memory, state_shapes
+from mass_dpo_jax.training.scorer import Params
 from mass_dpo_jax.training.setup import Reference, Setup
-from mass_dpo_jax.training.step import Metrics, Params, Trained, TrainState
+from mass_dpo_jax.training.step import Metrics, Trained, TrainState
 
 
 class StepBatch(NamedTuple):

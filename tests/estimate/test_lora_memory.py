@@ -24,7 +24,8 @@ from mass_dpo_jax.models.lora import Lora
 from mass_dpo_jax.training.mesh import abstract_mesh, param_shapes
 from mass_dpo_jax.training.methods import make_method
 from mass_dpo_jax.training.optimizer import make_optimizer
-from mass_dpo_jax.training.step import Program, Scorer, TrainState
+from mass_dpo_jax.training.scorer import Scorer
+from mass_dpo_jax.training.step import Program, TrainState
 from tests.estimate.test_memory import (
     MODEL,
     WORKLOAD,

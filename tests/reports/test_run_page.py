@@ -16,7 +16,7 @@ from mass_dpo_jax.reports.format import HEADLINE_METRICS
 from mass_dpo_jax.reports.run_page import write
 from mass_dpo_jax.runs import run_config
 from mass_dpo_jax.train import train
-from mass_dpo_jax.training.monitor import EvaluatedSplit
+from mass_dpo_jax.training.evaluator import EvaluatedSplit
 from mass_dpo_jax.training.offline_selection import with_model
 from tests.support.helpers import log_lines, tiny_config, write_jsonl
 

@@ -21,7 +21,7 @@ from mass_dpo_jax.export import export
 from mass_dpo_jax.runs import metrics_files, resume, run_folder
 from mass_dpo_jax.train import train
 from mass_dpo_jax.training import checkpoint, checkpoint_reading
-from mass_dpo_jax.training.monitor import Evaluator, check_best
+from mass_dpo_jax.training.evaluator import Evaluator, check_best
 from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.setup import prepare
 from mass_dpo_jax.training.updates import abstract_state

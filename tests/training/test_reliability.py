@@ -21,11 +21,12 @@ from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.runs import metrics_files, run_folder
 from mass_dpo_jax.train import train
 from mass_dpo_jax.training import checkpoint, checkpoint_reading, interruption, mesh
+from mass_dpo_jax.training.evaluator import Evaluator
 from mass_dpo_jax.training.methods import make_method
-from mass_dpo_jax.training.monitor import BadSteps, Evaluator, StepLog
 from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.setup import Setup, prepare
 from mass_dpo_jax.training.step import Program, TrainState
+from mass_dpo_jax.training.step_log import BadSteps, StepLog
 from mass_dpo_jax.training.updates import abstract_state
 from tests.support.helpers import log_lines, slow, tiny_config, write_jsonl
 from tests.support.runs import SAVED_ALL, SmallFiles, assert_same_run, final_state

@@ -31,7 +31,7 @@ from mass_dpo_jax.reports.comparison import read_logps
 from mass_dpo_jax.reports.paper.cells import Cell
 from mass_dpo_jax.reports.paper.runs import Run
 from mass_dpo_jax.reports.paper.tables import Block, Table
-from mass_dpo_jax.training.monitor import FINAL_LOGPS, START_LOGPS
+from mass_dpo_jax.training.evaluator import FINAL_LOGPS, START_LOGPS
 from mass_dpo_jax.utils.files import read_array
 
 DRAWS, SEED = 2000, 0
