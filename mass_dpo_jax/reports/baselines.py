@@ -1,8 +1,8 @@
-"""Rankings that need no language model: what a trained one has to beat.
+"""Rankings that need no language model, which a trained one has to beat.
 
-Both count in the training split and give scores [M, C], candidates in the order of the example
-with the chosen one first, -inf where an example has fewer than C. They see responses as strings;
-space around them does not matter.
+Both count in the training split and give scores [M, C]: candidates in the order of the example,
+chosen first, -inf where an example has fewer than C. Responses are compared as strings without the
+space around them.
 """
 
 from __future__ import annotations
@@ -16,44 +16,42 @@ from mass_dpo_jax.data.examples import Example, History, Text
 
 
 def popularity(train: Sequence[Example], examples: Sequence[Example]) -> np.ndarray:
-    """Scores a candidate by how often it is the chosen one in `train`; float64 [M, C]."""
+    """Scores a candidate by how often it is the chosen one in `train`, float64 [M, C]."""
     count = Counter(_text(example.chosen) for example in train)
-    return _scores([[float(count[c]) for c in _candidates(example)] for example in examples])
+    return _to_array([[float(count[c]) for c in _candidates(example)] for example in examples])
 
 
 def cooccurrence(train: Sequence[Example], examples: Sequence[Example]) -> np.ndarray:
-    """Scores a candidate by how often it was chosen after the items of the history; float64 [M, C].
+    """Scores a candidate by how often it was chosen after the history's items, float64 [M, C].
 
-    With count(h) the rows of `train` that have h in their history, count(h, c) those of them
-    where c is the chosen one, and share(c) the part of all rows where it is,
+    With count(h) the rows of `train` that have h in their history, count(h, c) those among them
+    where c is the chosen one, and share(c) the fraction of all rows where it is,
 
         score(c) = sum_h (count(h, c) + share(c)) / (count(h) + 1)
 
-    over the distinct items h of the history: the estimated probabilities of c after h, with one
-    row of popularity added to each, so that what was never seen together is ranked by popularity.
-    Examples whose prompt is no `History` are scored by popularity.
+    over the distinct items h of the history. These are the estimated probabilities of c after h,
+    each with one row of popularity added, so that what was never seen together is ranked by
+    popularity. Examples whose prompt is not a `History` are scored by popularity.
     """
-    share: Counter[str] = Counter()
-    seen: Counter[str] = Counter()
-    together: Counter[tuple[str, str]] = Counter()
+    chosen_count: Counter[str] = Counter()
+    item_count: Counter[str] = Counter()
+    pair_count: Counter[tuple[str, str]] = Counter()
     for example in train:
         chosen = _text(example.chosen)
-        share[chosen] += 1
-        for item in _history(example):
-            seen[item] += 1
-            together[item, chosen] += 1
+        items = _history(example)
+        chosen_count[chosen] += 1
+        item_count.update(items)
+        pair_count.update((item, chosen) for item in items)
 
-    def score(history: set[str], candidate: str) -> float:
-        prior = share[candidate] / len(train)
-        # Without a history: one imagined item that was never seen.
-        return sum(
-            (together[item, candidate] + prior) / (seen[item] + 1) for item in history or {""}
-        )
+    def score(items: set[str], candidate: str) -> float:
+        share = chosen_count[candidate] / len(train)
+        return sum((pair_count[h, candidate] + share) / (item_count[h] + 1) for h in items)
 
-    return _scores(
+    return _to_array(
         [
-            [score(history, candidate) for candidate in _candidates(example)]
-            for example, history in ((example, _history(example)) for example in examples)
+            # Without a history: an item that was never seen.
+            [score(_history(example) or {""}, candidate) for candidate in _candidates(example)]
+            for example in examples
         ]
     )
 
@@ -74,8 +72,8 @@ def _history(example: Example) -> set[str]:
     return set()
 
 
-def _scores(rows: list[list[float]]) -> np.ndarray:
+def _to_array(rows: list[list[float]]) -> np.ndarray:
     scores = np.full((len(rows), max(map(len, rows), default=0)), -np.inf)
-    for target, row in zip(scores, rows, strict=True):
-        target[: len(row)] = row
+    for padded, row in zip(scores, rows, strict=True):
+        padded[: len(row)] = row
     return scores

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax import metrics as metrics_lib
 from mass_dpo_jax.data.examples import History, Text
-from mass_dpo_jax.reports import curves, page, style
+from mass_dpo_jax.reports import curves, style, templates
 from mass_dpo_jax.reports.curves import Panel
 from mass_dpo_jax.reports.format import HEADLINE_METRICS, format_metric
 from mass_dpo_jax.reports.style import COLOURS, INK
@@ -64,7 +64,7 @@ def write(
     """
     series = read_metrics_log(workdir / "metrics.jsonl")
     (workdir / "figures").mkdir(exist_ok=True)
-    text = page.render(
+    text = templates.render(
         "run_page.html",
         title=f"{config.method.replace('_', '-')}: {workdir.resolve().name}",
         step=metrics["step"],

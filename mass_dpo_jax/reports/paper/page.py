@@ -6,7 +6,7 @@ import base64
 import dataclasses
 from collections.abc import Sequence
 
-from mass_dpo_jax.reports import page
+from mass_dpo_jax.reports import templates
 from mass_dpo_jax.reports.format import markdown_table
 from mass_dpo_jax.reports.paper.tables import Table
 
@@ -62,7 +62,7 @@ class PageContent:
 
 def to_html(content: PageContent) -> str:
     """Returns the page as one file, with its pictures inside."""
-    return page.render(
+    return templates.render(
         "paper/page.html", **vars(content), caption=CAPTION, max_open_rows=MAX_OPEN_ROWS
     )
 
