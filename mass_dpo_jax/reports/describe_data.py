@@ -1,4 +1,7 @@
-"""Describes a data set as a model sees it: pools, lengths, what was cut, and the first rows."""
+"""Describes a data set as a model sees it: pools, lengths, what was cut, and the first rows.
+
+The text that `python -m mass_dpo_jax.data` prints.
+"""
 
 from __future__ import annotations
 
@@ -21,39 +24,51 @@ from mass_dpo_jax.utils.cache import cache_folder
 
 
 class Row(NamedTuple):
+    """A row as text.
+
+    Attributes:
+        id: the example's id.
+        prompt: its prompt.
+        responses: its responses, the chosen one first.
+    """
+
     id: str
     prompt: str
-    responses: list[str]  # The chosen one first.
+    responses: list[str]
 
 
-class View(NamedTuple):
+class SplitView(NamedTuple):
     """A split as a model sees it.
 
     Attributes:
-      unit: what lengths count.
-      prompts: int `[M]`, lengths.
-      responses: int `[M, C]`, lengths; 0 where there is no candidate.
-      cut: what the length limits changed, and repeated negatives: counts.
-      shown: the first rows.
+        unit: what lengths count: "tokens" or "words".
+        prompts: int [M], lengths.
+        responses: int [M, C], lengths; 0 where there is no candidate.
+        cut: how often length limits changed something, and repeated negatives, by name.
+        rows: the first rows.
     """
 
     unit: str
     prompts: np.ndarray
     responses: np.ndarray
     cut: dict[str, int]
-    shown: list[Row]
+    rows: list[Row]
 
 
 def describe(config: ConfigDict, show: int) -> Iterator[str]:
-    """Lines of text about every split that has rows, with the first `show` rows of the first one.
+    """Yields lines of text about every split that has rows, then the first rows.
+
+    Args:
+        config: names the data and, for lengths in tokens, the model.
+        show: rows of the first split to show in full.
 
     Raises:
-      UserError: something in the configuration, the data or the tokenizer is wrong.
+        UserError: something in the configuration, the data or the tokenizer is wrong.
     """
     config = config_checks.validate(config)
     tokenizer = None
     cache = cache_folder(config.cache_dir)
-    shown: list[str] = []
+    row_lines: list[str] = []
     if config.model.path:
         tokenizer = load_tokenizer(find_description(Path(config.model.path)))
     else:
@@ -64,63 +79,59 @@ def describe(config: ConfigDict, show: int) -> Iterator[str]:
             yield f"{split}: no rows"
             continue
         if tokenizer is None:
-            view = _in_words(examples, show)
+            view = _view_words(examples, show)
         else:
             tokens = tokenize_once(cache, examples, tokenizer, config.data, progress=True)
-            view = _in_tokens(tokens, tokenizer, show)
-        yield from _summary(split, view)
-        shown += _rows(split, view)
+            view = _view_tokens(tokens, tokenizer, show)
+        yield from _summarize(split, view)
+        row_lines += _row_lines(split, view)
         show = 0
-    yield from shown
+    yield from row_lines
 
 
-def _in_words(examples: Sequence[Example], show: int) -> View:
-    responses = np.zeros((len(examples), 1 + max(len(e.rejected) for e in examples)), np.int64)
-    for lengths, example in zip(responses, examples, strict=True):
-        texts = (example.chosen, *example.rejected)
-        lengths[: len(texts)] = [len(_text(text).split()) for text in texts]
-    prompts = np.array([len(_text(e.prompt).split()) for e in examples])
-    rows = [
-        Row(e.id, _text(e.prompt), [_text(text) for text in (e.chosen, *e.rejected)])
-        for e in examples[:show]
-    ]
-    return View("words", prompts, responses, {}, rows)
+def _view_words(examples: Sequence[Example], show: int) -> SplitView:
+    prompts = [_text(example.prompt) for example in examples]
+    candidates = [[_text(text) for text in (e.chosen, *e.rejected)] for e in examples]
+    responses = np.zeros((len(examples), max(map(len, candidates))), np.int64)
+    for lengths, texts in zip(responses, candidates, strict=True):
+        lengths[: len(texts)] = [len(text.split()) for text in texts]
+    rows = [Row(examples[i].id, prompts[i], candidates[i]) for i in range(min(show, len(prompts)))]
+    return SplitView(
+        "words", np.array([len(prompt.split()) for prompt in prompts]), responses, {}, rows
+    )
 
 
-def _in_tokens(tokens: Tokens, tokenizer: Any, show: int) -> View:
+def _view_tokens(tokens: Tokens, tokenizer: Any, show: int) -> SplitView:
     rows = []
-    for i, name in enumerate(tokens.ids[:show]):
-        there = np.flatnonzero(tokens.response_lengths[i])
-        responses = [tokenizer.decode(tokens.response(i, c)) for c in there.tolist()]
-        rows.append(Row(name, tokenizer.decode(tokens.prompt(i)), responses))
-    return View("tokens", tokens.prompt_lengths, tokens.response_lengths, tokens.cut, rows)
+    for i, example_id in enumerate(tokens.ids[:show]):
+        candidates = np.flatnonzero(tokens.response_lengths[i]).tolist()
+        responses = [tokenizer.decode(tokens.response(i, c)) for c in candidates]
+        rows.append(Row(example_id, tokenizer.decode(tokens.prompt(i)), responses))
+    return SplitView("tokens", tokens.prompt_lengths, tokens.response_lengths, tokens.cut, rows)
 
 
-def _summary(split: str, view: View) -> Iterator[str]:
+def _summarize(split: str, view: SplitView) -> Iterator[str]:
     pools = (view.responses[:, 1:] > 0).sum(1)
     yield f"{split}: {len(view.prompts)} rows"
     yield (
         f"  rejected responses: min {pools.min()}, median {np.median(pools):g}, max {pools.max()}"
     )
     responses = view.responses[view.responses > 0]
-    for what, lengths in (("prompt", view.prompts), ("response", responses)):
+    for name, lengths in (("prompt", view.prompts), ("response", responses)):
         yield (
-            f"  {what} {view.unit}: mean {lengths.mean():.1f}, median {np.median(lengths):g}, "
+            f"  {name} {view.unit}: mean {lengths.mean():.1f}, median {np.median(lengths):g}, "
             f"95% {np.quantile(lengths, 0.95, method='inverted_cdf')}, max {lengths.max()}"
         )
-    counts = [f"{count} {name.replace('_', ' ')}" for name, count in view.cut.items() if count]
     if view.unit == "tokens":
+        counts = [f"{n} {name.replace('_', ' ')}" for name, n in view.cut.items() if n]
         yield f"  cut: {', '.join(counts) or 'nothing'}"
 
 
-def _rows(split: str, view: View) -> Iterator[str]:
-    for row in view.shown:
-        yield f"\n--- {split} {row.id}"
-        yield row.prompt
+def _row_lines(split: str, view: SplitView) -> Iterator[str]:
+    for row in view.rows:
         chosen, *rejected = row.responses
-        yield f"[chosen] {chosen}"
-        for text in rejected:
-            yield f"[rejected] {text}"
+        yield from (f"\n--- {split} {row.id}", row.prompt, f"[chosen] {chosen}")
+        yield from (f"[rejected] {text}" for text in rejected)
 
 
 def _text(text: Text | History) -> str:
