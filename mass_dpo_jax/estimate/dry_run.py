@@ -200,7 +200,7 @@ def count_flops(setup: Setup) -> StepFlops:
 
 
 def _batch_parts(mesh: Mesh) -> int:
-    """The parts that prompts are split into."""
+    """Returns the number of parts that prompts are split into."""
     return math.prod(mesh.shape[axis] for axis in mesh_axes.BATCH_AXES)
 
 
@@ -222,7 +222,7 @@ def _header(config: ConfigDict, mesh: Mesh, shape: Shape) -> str:
 
 
 def _memory_lines(estimate: MemoryEstimate, config: ConfigDict, evaluation: int) -> list[str]:
-    """The estimate, a line for each term, with the bytes that an evaluation needs."""
+    """Formats the estimate and what an evaluation needs, a line for each term."""
     train, dtype = config.train, config.model.dtype
     weights = "weights, float32"
     if uses_lora(config.model.lora):

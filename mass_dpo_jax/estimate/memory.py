@@ -252,7 +252,7 @@ def last_layer_record_bytes(model: DeviceModel, layout: BatchLayout) -> int:
 
 
 def _recorded_products(model: DeviceModel) -> tuple[int, int]:
-    """Recorded values a token and layer: of keys and values, and of the other products.
+    """Counts recorded values per token and layer: keys and values, and other products.
 
     A layer's last product is not recorded.
     """
@@ -277,12 +277,12 @@ def forward_bytes(model: DeviceModel, layout: BatchLayout) -> int:
 
 
 def _mlp_bytes(model: DeviceModel, layout: BatchLayout) -> int:
-    """A layer's residual, input and output, and the results of gate and up."""
+    """Counts a layer's residual, input and output, and the results of gate and up."""
     return layout.tokens * (3 * model.hidden + 2 * model.inner) * model.itemsize
 
 
 def _attention_bytes(model: DeviceModel, layout: BatchLayout) -> int:
-    """A layer's residual; queries and attention's output; keys and values."""
+    """Counts a layer's residual, queries, attention's output, keys and values."""
     token = model.hidden + 2 * model.query_width + 2 * model.key_width
     return layout.tokens * token * model.itemsize
 

@@ -187,7 +187,7 @@ class DeviceModel:
         return self._low_rank(dict.fromkeys(("key", "value"), self.hidden + self.key_width))
 
     def _low_rank(self, products: dict[str, int]) -> int:
-        """rank (inputs + outputs) of every adapted product, by its name."""
+        """Sums up rank * (inputs + outputs) of the adapted products."""
         if self.lora is None:
             return 0
         targets = self.lora.targets

@@ -22,7 +22,7 @@ from mass_dpo_jax.utils.files import read_array
 
 
 def compare(runs: Sequence[Path]) -> str:
-    """Does what `mass_dpo_jax.compare.compare` says."""
+    """Implements `mass_dpo_jax.compare.compare`."""
     configs = [run_config.load_config(run) for run in runs]
     metrics = [_read_finished(run) for run in runs]
     for run, own in zip(runs[1:], metrics[1:], strict=True):

@@ -121,7 +121,7 @@ def _describe_method(config: ConfigDict) -> str:
 
 
 def _metrics(workdir: Path, step: int) -> dict[str, Any]:
-    """Final metrics of the step or, where it has none, those of its evaluation during training."""
+    """Reads the final metrics of the step or, without those, its evaluation during training."""
     content = read_metrics_json(workdir) or {}
     final = content.get("final") if content.get("finished") and content["step"] == step else None
     if final:
@@ -141,7 +141,7 @@ def _metrics(workdir: Path, step: int) -> dict[str, Any]:
 
 
 def _evaluation(workdir: Path, step: int) -> dict[str, float]:
-    """Metrics of the validation split at a step of training, without "eval/"."""
+    """Reads metrics of the validation split at a step of training, without "eval/"."""
     path = workdir / "metrics.jsonl"
     log = read_metrics_log(path) if path.exists() else {}
     return {
@@ -152,7 +152,7 @@ def _evaluation(workdir: Path, step: int) -> dict[str, float]:
 
 
 def _metrics_table(columns: Mapping[str, Mapping[str, float]]) -> str:
-    """A table in Markdown of the headline metrics that a column has; "" without columns."""
+    """Formats the headline metrics that a column has, in Markdown; "" without columns."""
     rows = []
     for ranking in ("policy", "reward"):
         for name, title in HEADLINE_METRICS.items():
@@ -163,7 +163,7 @@ def _metrics_table(columns: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def _settings(config: ConfigDict) -> str:
-    """The configuration as JSON; of paths of the machine it ran on, only the last part."""
+    """Formats the configuration as JSON; paths of the machine lose their folders."""
     settings: dict[str, Any] = dict(config_lib.flatten(config))
     settings.pop("cache_dir")
     settings |= {name: _without_folders(settings[name]) for name in origin.PATHS}
@@ -171,7 +171,7 @@ def _settings(config: ConfigDict) -> str:
 
 
 def _without_folders(path: str) -> str:
-    """A path without the folders above it; a name of the hub stays as it is."""
+    """Returns a path without the folders above it, and a name of the hub as it is."""
     return Path(path).name if path and _is_local(path) else path
 
 

@@ -166,7 +166,7 @@ def _save(figure: Figure, workdir: Path, title: str) -> str:
 
 
 def _rank_changes(split: EvaluatedSplit, beta: float) -> dict[str, Any]:
-    """The examples whose chosen response moved the most, up and down, with their candidates."""
+    """Returns the examples whose chosen response moved the most, with their candidates."""
     before = metrics_lib.per_example_rank(split.before, split.valid)
     after = metrics_lib.per_example_rank(split.after, split.valid)
     change = after - before

@@ -125,7 +125,7 @@ def pool_differences(differences: Sequence[np.ndarray]) -> Difference:
 
 @functools.cache
 def _draw_rows(rows: int) -> np.ndarray:
-    """How often each draw takes each row, float64 [DRAWS, rows]."""
+    """Counts how often each draw takes each row, float64 [DRAWS, rows]."""
     generator = np.random.default_rng([SEED, rows])
     indices = generator.integers(rows, size=(DRAWS, rows))
     counts = [np.bincount(draw, minlength=rows) for draw in indices]

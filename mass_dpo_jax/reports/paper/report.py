@@ -50,7 +50,7 @@ DATASET_NOTES = {
 
 
 def make_report(folders: Sequence[Path], output: Path, numbers: Path | None = None) -> None:
-    """Does what `mass_dpo_jax.report.make_report` says."""
+    """Implements `mass_dpo_jax.report.make_report`."""
     if output.exists() and not output.is_dir():
         raise UserError(f"--output={output}: is a file, expected the folder to write")
     paper = tables.PaperNumbers(numbers or tables.NUMBERS)

@@ -92,7 +92,7 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def _runs_below(folder: Path) -> Iterable[Path]:
-    """The run folders in a folder, itself included. A run's own folders hold no further runs."""
+    """Yields the run folders in a folder, itself included; a run has no runs in it."""
     started = any((folder / name).exists() for name in ("metrics.jsonl", "metrics.json"))
     if started or isinstance(_read_settings(folder), dict):
         yield folder
@@ -104,7 +104,7 @@ def _runs_below(folder: Path) -> Iterable[Path]:
 
 
 def _read_settings(folder: Path) -> dict[str, Any] | str | None:
-    """A run's settings by name, or what is wrong; None where no run's config.json is there.
+    """Reads a run's settings by name; or says what is wrong, None where no run is there.
 
     A Hugging Face folder has a config.json too, with other fields.
     """
@@ -141,7 +141,7 @@ def _read_run(folder: Path, configs: Mapping[Path, Any]) -> Run:
 
 
 def _read_metrics(folder: Path) -> tuple[dict[str, Any], str]:
-    """A run's metrics.json, and its state."""
+    """Reads a run's metrics.json, and its state."""
     try:
         metrics = read_metrics_json(folder) or {}
     except UserError as error:
@@ -162,7 +162,7 @@ def _explain_missing_config(folder: Path) -> str:
 
 
 def _origin(path: str, configs: Mapping[Path, Any]) -> tuple[str, str]:
-    """The model that a chain of runs began with, and the method of the run at `path`."""
+    """Finds the model that a chain of runs began with, and the method of the run at `path`."""
     start, seen = "", set()
     while path and path not in seen:
         seen.add(path)
@@ -175,7 +175,7 @@ def _origin(path: str, configs: Mapping[Path, Any]) -> tuple[str, str]:
 
 
 def _settings_at(path: Path, configs: Mapping[Path, Any]) -> dict[str, Any] | None:
-    """The settings of the run at a path, as written on the machine and in the folder it ran in."""
+    """Finds the settings of a run by its path, which may be from another machine."""
     settings = _read_settings(path)
     if isinstance(settings, dict):
         return settings

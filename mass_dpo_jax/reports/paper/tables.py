@@ -117,7 +117,7 @@ def paper_tables(cells: Sequence[Cell], paper: PaperNumbers) -> list[Table]:
 
 
 def _accuracy(cells: Sequence[Cell], paper: PaperNumbers) -> Table:
-    """A row for each method, a column for each data set."""
+    """Returns a row for each method, a column for each data set."""
     table = Table("table1", "Table 1: accuracy (%)")
     for model, own in _by_model(cells).items():
         datasets = sorted({cell.dataset for cell in own}, key=dataset_order)
@@ -150,7 +150,7 @@ def _accuracy(cells: Sequence[Cell], paper: PaperNumbers) -> Table:
 def _ablation(
     number: str, title: str, cells: Sequence[Cell], varied: str, paper: PaperNumbers
 ) -> Table:
-    """A row for experiments that differ only in `varied`, a column for each of its values."""
+    """Returns a row for experiments that differ only in `varied`, a column for each value."""
     table = Table(f"table{number}", f"Table {number}: {title} (%)")
     other = "n" if varied == "beta" else "beta"
     groups: dict[Any, dict[str, Cell]] = {}
@@ -177,7 +177,7 @@ def _ablation(
 
 
 def _ranking(number: str, title: str, cells: Sequence[Cell], paper: PaperNumbers) -> Table:
-    """A row for each experiment, a column for each metric."""
+    """Returns a row for each experiment, a column for each metric."""
     table = Table(f"table{number}", f"Table {number}: {title} (%)")
     columns = {"recall@1": "R@1", "recall@3": "R@3", "ndcg@3": "N@3", "mrr": "MRR"}
     header = ["data", "method", "n", "beta", *columns.values()]
@@ -248,7 +248,7 @@ def _names(cell: Cell) -> list[str]:
 
 
 def _start_accuracy(cells: Sequence[Cell], dataset: str) -> str:
-    """The model's own accuracy: from runs that start from no other run, one for each seed."""
+    """Formats the model's own accuracy, from one run for each seed that starts from no run."""
     runs = [r for c in cells if c.dataset == dataset for r in c.runs if not r.start]
     measured = {run.seed: run for run in runs if run.at_start("policy/accuracy") is not None}
     mean = estimate(list(measured.values()), Run.at_start, "policy/accuracy")
@@ -256,7 +256,7 @@ def _start_accuracy(cells: Sequence[Cell], dataset: str) -> str:
 
 
 def _entry(number: str, cell: Cell | None, metric: str, paper: PaperNumbers) -> str:
-    """A table's text for a metric of a cell; "" where there is no such cell."""
+    """Formats a metric of a cell; "" where there is no such cell."""
     if cell is None:
         return ""
     mean = cell.estimate(metric)
