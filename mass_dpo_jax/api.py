@@ -1,4 +1,4 @@
-"""The library: a model, its scores, and a train step for a loop of one's own.
+"""The library: a model, its scores, and a train step for your own training loop.
 
 `import mass_dpo_jax as mdj` has these names; JAX is imported when the first of them is used.
 """
@@ -39,26 +39,28 @@ MODEL = "what load_model returns"
 
 
 class Scores(NamedTuple):
-    """What a model says of M examples with at most C responses each.
+    """The scores that a model gives M examples with at most C responses each.
 
-    Column 0 is the chosen response, column 1 + k the example's k-th rejected one, counted from 0. A
-    response that is left out as too long (`data.long_response`) keeps its column, without a number.
+    Column 0 is the chosen response, column 1 + k the example's k-th rejected response, counted from
+    0. A response that is left out as too long (`data.long_response`) keeps its column, empty.
+
+    Attributes:
+        ids: the examples' `id`s, or where they are in the data, as text.
+        logps: float32 [M, C], in nats: the log-probability of a response given its prompt, summed
+            over its tokens with the end of sequence; 0 where there is no response.
+        lengths: int32 [M, C], tokens of a response with the end of sequence; 0 where there is none.
+        features: float32 [M, C, D], the mean of the final hidden states over a response's tokens
+            (with `selection.pooling=all`, over its prompt's too); None if they were not asked for.
     """
 
     ids: list[str]
-    """Of the examples: their `id`, or their place as text."""
     logps: np.ndarray
-    """float32 [M, C], nats: log-probability of a response given its prompt, summed over its tokens,
-    end of sequence included; 0 where there is no response."""
     lengths: np.ndarray
-    """int32 [M, C], tokens of each response, end of sequence included; 0 where there is none."""
     features: np.ndarray | None = None
-    """float32 [M, C, D], the mean of the final hidden states over a response's tokens (or its
-    prompt's too, with `selection.pooling=all`); None where they were not asked for."""
 
     @property
     def valid(self) -> np.ndarray:
-        """bool [M, C]: which responses there are."""
+        """Which responses exist, bool [M, C]."""
         return self.lengths > 0
 
 
@@ -67,10 +69,10 @@ class Model:
     """A language model with its tokenizer. Made by `load_model`.
 
     Attributes:
-        policy: decoder and tokenizer, and where weights lie on the devices.
+        policy: decoder and tokenizer, and how weights are sharded over the devices.
         params: the weights, nested dicts of arrays; with LoRA, the frozen ones and `adapters`.
-        config: how it computes and how texts are rendered; what `batches` trains by if it is not
-            given another.
+        config: the configuration: how the model computes, how texts are rendered, and how `batches`
+            trains unless it is given another.
     """
 
     policy: Policy
@@ -79,38 +81,38 @@ class Model:
 
     @property
     def architecture(self) -> DecoderConfig:
-        """Sizes and family."""
+        """The model family and its sizes."""
         return self.policy.config
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Of Hugging Face."""
+        """The tokenizer, of Hugging Face."""
         return self.policy.tokenizer
 
     def score(self, examples: Rows, *, features: bool = False) -> Scores:
-        """Log-probabilities and, if asked for, features of every response.
+        """Computes the log-probability of every response.
 
-        A prompt is encoded once for all its responses. Sizes and limits are the configuration's:
-        `eval.batch_size` prompts at a time, `data.max_prompt_length`, `data.chat_template`.
+        A prompt is encoded once for all its responses. The configuration sets batch size and
+        limits: `eval.batch_size`, `data.max_prompt_length`, `data.chat_template` and so on.
 
         Args:
             examples: M rows in TRL's preference format, `{"prompt", "chosen", "rejected"}`, where
                 `rejected` is one response or a list, and texts are strings or chat messages; or
-                what `load_examples` gives.
-            features: hidden states too.
+                what `load_examples` returns.
+            features: also return the hidden states, as features.
 
         Raises:
-            UserError: a row is not what it should be (unless `data.on_bad_row` is "skip"), or too
-                long.
+            UserError: a row is malformed or too long, unless the configuration skips or cuts such
+                rows (`data.on_bad_row`, `data.long_prompt`, `data.long_response`).
         """
-        rows = _examples(examples, self.config.data)
+        rows = _read_rows(examples, self.config.data)
         setup = prepare_examples(self.config, self.policy, {"all": rows})
         tokens, scorer = setup.tokens["all"], setup.program.scorer
         compute = scorer.logps_and_features if features else scorer.logps
-        found = setup.map_split(lambda batch: compute(self.params, batch), "all", "scoring")
-        logps, hidden = found if features else (found, None)
-        by_id = {example.id: len(example.rejected) for example in rows}
-        width = 1 + max(by_id[name] for name in tokens.ids)
+        scores = setup.map_split(lambda batch: compute(self.params, batch), "all", "scoring")
+        logps, hidden = scores if features else (scores, None)
+        pool_sizes = {example.id: len(example.rejected) for example in rows}
+        width = 1 + max(pool_sizes[name] for name in tokens.ids)
         logps, lengths = (
             tokens.restore_columns(x, width) for x in (logps, tokens.response_lengths)
         )
@@ -118,21 +120,25 @@ class Model:
         return Scores(tokens.ids, logps, lengths, hidden)
 
     def updated(self, state: TrainState) -> Model:
-        """This model with a state's weights: no copy, so the next step on that state, which takes
-        its arrays, takes them from this model too."""
+        """Returns this model with the weights of a training state.
+
+        The weights are not copied: the next step on that state donates its arrays, and then this
+        model can no longer be used.
+        """
         check_type(state, TrainState, "state", "what a train step returns first")
         return dataclasses.replace(self, params={**self.params, **state.params})
 
     def save(self, folder: str | Path, dtype: str = "float32") -> None:
-        """Writes a Hugging Face folder, for transformers, vLLM and `load_model`; with LoRA the base
-        with the adapters added.
+        """Writes a Hugging Face folder, for transformers, vLLM and `load_model`.
+
+        With LoRA, it is the base with the adapters added.
 
         Args:
-            folder: a new one.
+            folder: a new folder.
             dtype: of the stored weights, float32 or bfloat16.
 
         Raises:
-            UserError: the folder exists and is not empty.
+            UserError: the folder exists and is not empty, or cannot be written.
         """
         save_model(
             expand_path(folder, "folder"),
@@ -145,26 +151,28 @@ class Model:
 
 
 def load_model(path: str | Path, config: ConfigDict | None = None) -> Model:
-    """A model with its weights on the devices, float32.
+    """Loads a model, with float32 weights on the devices.
+
+    If `model.dtype` is float32, this process computes matrix products in full float32 from now on
+    (`jax_default_matmul_precision`).
 
     Args:
         path: a Hugging Face folder of a Llama 3, Qwen3 or SmolLM3 model (`config.json`,
-            `*.safetensors`, tokenizer), or a run folder of ours: its newest checkpoint, with LoRA
-            added to its base.
-        config: settings, see `default_config`; None: a run's own, or the defaults. With
-            `model.lora.rank` the model gets new adapters, which are then what trains. Where
-            `model.dtype` is float32, matrix products are computed in full float32 from now on in
-            this process (`jax_default_matmul_precision`).
+            `*.safetensors`, tokenizer), or a run folder: its newest checkpoint, with LoRA added to
+            its base.
+        config: settings, see `default_config`; None: those of the run, or the defaults. With
+            `model.lora.rank` the model gets new adapters, and these alone are trained.
 
     Raises:
-        UserError: the folder or a setting is not what it should be.
+        UserError: there is no model in the folder that this package can compute, or a setting is
+            invalid.
     """
     path = expand_path(path, "path")
     if config is None:
         run = find_run(path)
         config = config_lib.default()
         if run is not None:
-            config = run_config.use_own_files(run_config.load_config(run[0]), run[0])
+            config = run_config.use_own_files(run_config.load_config(run.folder), run.folder)
             config.model.lora = config_lib.default().model.lora
     config = config_checks.resolve(config)
     config.model.path = str(path)
@@ -179,71 +187,72 @@ def batches(
     config: ConfigDict | None = None,
     reference: Model | None = None,
 ) -> Batches:
-    """The batches of a run on some examples, tokenized, with the reference's log-probabilities.
+    """Makes the batches of a run: tokenized, with the reference's log-probabilities.
 
-    The same ones, in the same order, as those of `python -m mass_dpo_jax.train` on these examples.
+    They are those of `python -m mass_dpo_jax.train` on these examples, in the same order.
 
     Args:
-        model: whose tokenizer is used.
+        model: the policy, which gives the tokenizer.
         examples: rows as in `Model.score`.
-        config: method, selection, sizes of batches, number of updates; None: the model's. Its
-            `model` section is not read: the model is there already.
-        reference: the reference policy; None: the model as it is. Its log-probabilities are
+        config: method, selection, batch sizes and number of updates; None: the model's. Its `model`
+            section is not read, since the model is loaded already.
+        reference: the reference policy; None: the model as it is now. Its log-probabilities are
             computed here, once, and kept in `cache_dir`.
 
     Returns:
-        A sequence of `StepBatch`: `len(...)` updates, `for batch in ...`, `...[step]`.
+        A sequence of `StepBatch`, one for each update: it has a `len`, can be iterated over, and
+        `batches[step]` is the batch of a step.
 
     Raises:
-        UserError: a setting is not what it should be, or a row, unless `data.on_bad_row` is "skip".
+        UserError: a setting is invalid, or a row as in `Model.score`.
     """
     reference = model if reference is None else reference
     for name, given in (("model", model), ("reference", reference)):
         check_type(given, Model, name, MODEL)
     config = config_checks.resolve(model.config if config is None else config)
     config.model = model.config.model
-    setup = prepare_examples(config, model.policy, {"train": _examples(examples, config.data)})
+    setup = prepare_examples(config, model.policy, {"train": _read_rows(examples, config.data)})
     model.policy.check_like(reference.architecture, "reference")
     if reference.policy.lora != model.policy.lora:
         raise UserError("reference: its adapters are of another form than the policy's")
-    known = (
-        setup.score_reference(reference.params) if setup.method.uses_reference else Reference({})
-    )
-    return Batches(setup, known)
+    if not setup.method.uses_reference:
+        return Batches(setup, Reference({}))
+    return Batches(setup, setup.score_reference(reference.params))
 
 
 def make_train_step(
     model: Model, batches: Batches, optimizer: optax.GradientTransformation | None = None
 ) -> TrainStep:
-    """A jitted function `state, metrics = step(state, batch)`; `step.init(model.params)` is the
-    first state.
+    """Makes a jitted function `state, metrics = step(state, batch)`.
+
+    `step.init(model.params)` returns the first state.
 
     Args:
-        model: with LoRA, whose frozen weights the step keeps.
-        batches: what it will be called with, in order.
-        optimizer: any of optax; None: that of the configuration's `train`, AdamW with warm-up,
-            cosine decay and a clipped gradient.
+        model: the policy; with LoRA, the step keeps its frozen weights.
+        batches: the batches that the step will be called with, in order.
+        optimizer: an optimizer of optax; None: AdamW with warm-up, cosine decay and gradient
+            clipping, as the configuration's `train` section says.
 
     Raises:
-        UserError: an argument is something else.
+        UserError: an argument has another type.
     """
     check_type(model, Model, "model", MODEL)
     check_type(batches, Batches, "batches", "what batches(model, rows) returns, all of them")
     if optimizer is None:
-        chosen = make_optimizer(batches.setup.train, len(batches))
+        transformation = make_optimizer(batches.setup.train, len(batches))
     elif callable(getattr(optimizer, "init", None)) and hasattr(optimizer, "update"):
-        chosen = skip_if_not_finite(optimizer)
+        transformation = skip_if_not_finite(optimizer)
     else:
         raise UserError(
             f"optimizer: found a {type(optimizer).__name__}, expected one of optax, as optax.adam("
             "1e-5)"
         )
     _, frozen = model.policy.split(model.params)
-    return TrainStep(batches, chosen, frozen)
+    return TrainStep(batches, transformation, frozen)
 
 
 def _check_container(rows: Any) -> None:
-    """Raises UserError for what holds rows and is no sequence of them, and says how to get them."""
+    """Raises UserError for a container that is not a sequence of rows, and says how to get them."""
     advice = ""
     if isinstance(rows, (str, Path)):
         advice = "a path: load_examples reads files, as config.data.path"
@@ -262,8 +271,8 @@ def _check_container(rows: Any) -> None:
         raise UserError(f"examples: expected rows, found {advice}")
 
 
-def _examples(rows: Rows, data: Any) -> list[Example]:
+def _read_rows(rows: Rows, data: ConfigDict) -> list[Example]:
     _check_container(rows)
-    places = ((f"examples[{i}]", row) for i, row in enumerate(rows))
-    table = Table("examples", Source("examples", "all"), places)
+    located = ((f"examples[{i}]", row) for i, row in enumerate(rows))
+    table = Table("examples", Source("examples", "all"), located)
     return read_preferences(table, "", data)

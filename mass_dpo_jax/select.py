@@ -40,14 +40,20 @@ def main() -> None:
     config = config_checks.resolve(FLAGS.config or config_lib.default())
     inputs = (config.data.path, FLAGS.features or "")
     output = cli.check_output(FLAGS.output, "JSON-lines", *inputs)
-    from mass_dpo_jax.training.offline_selection import as_pairs, with_features, with_model
+    from mass_dpo_jax.training.offline_selection import (
+        select_with_features,
+        select_with_model,
+        split_into_pairs,
+    )
 
     if FLAGS.features:
-        rows = with_features(config, FLAGS.features, FLAGS.split)
+        rows = select_with_features(config, FLAGS.features, FLAGS.split)
     else:
-        rows = with_model(cli.read_config(), FLAGS.workdir, FLAGS.split)
+        rows = select_with_model(cli.read_config(), FLAGS.workdir, FLAGS.split)
     if FLAGS.format == "pairs":
-        rows = as_pairs(rows, chat=not FLAGS.features and config.data.chat_template != "none")
+        rows = split_into_pairs(
+            rows, chat=not FLAGS.features and config.data.chat_template != "none"
+        )
     count = cli.write_lines(output, rows)
     print(f"{count} {'pairs' if FLAGS.format == 'pairs' else 'rows'} written to {output}")
 

@@ -1,10 +1,10 @@
-"""Negatives chosen without training: by a model's scores, or from features in a file."""
+"""Selects negatives without training: by a model's scores, or from features in a file."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
-from safetensors import SafetensorError, safe_open
 
 from mass_dpo_jax import config_checks
 from mass_dpo_jax.data import load_examples
@@ -23,113 +22,141 @@ from mass_dpo_jax.selection import Selection
 from mass_dpo_jax.selection import batch as batch_lib
 from mass_dpo_jax.training import scoring
 from mass_dpo_jax.training.data_checks import log_small_pools
-from mass_dpo_jax.training.methods import make_method
-from mass_dpo_jax.training.scored_model import prepare_scoring
+from mass_dpo_jax.training.feature_files import mask_of_examples, read_features, to_float32
+from mass_dpo_jax.training.methods import Method, make_method
+from mass_dpo_jax.training.scored_model import ScoredModel, prepare_scoring
 from mass_dpo_jax.training.step import Program
 from mass_dpo_jax.utils import distributed
-from mass_dpo_jax.utils.files import expand_path, read_array
+from mass_dpo_jax.utils.files import expand_path
 from mass_dpo_jax.utils.run_paths import resolve_run
 
-# What a prompt has several of -> what a pair calls its own.
-PAIRED = {"rejected": "rejected", "selected": "selected", "gains": "gain", "weights": "weight"}
+# Columns with a list for each prompt, and what they are called with one value for each pair.
+PAIR_COLUMNS = {
+    "rejected": "rejected",
+    "selected": "selected",
+    "gains": "gain",
+    "weights": "weight",
+}
 ROLES = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
-AT_A_TIME = 256  # Rows of features on the device.
+ROWS_AT_A_TIME = 256  # Rows of features on the device.
 Row = dict[str, Any]
 
 
-def with_model(config: ConfigDict, workdir: Path | None, split: str | None) -> Iterator[Row]:
-    """The rows of a split, in order, with the negatives chosen by a model.
+def select_with_model(config: ConfigDict, workdir: Path | None, split: str | None) -> Iterator[Row]:
+    """Yields the rows of a split, in order, with the negatives selected by a model.
 
     Args:
-      split: None is all of a single file, or else the training split.
+        config: the configuration; it is not changed.
+        workdir: the run whose newest checkpoint selects; None: the model at `config.model.path`.
+        split: its name; None: all of a single file, otherwise the training split.
 
-    Returns:
-      For each example that the length limits leave: id, prompt, chosen, rejected (the selected
-      ones, in order of choice), selected and gains.
+    Yields:
+        For each example within the length limits: id, prompt, chosen, rejected (the picks, in order
+        of selection), selected and gains.
 
     Raises:
-      UserError: something in the configuration, the data or the model folder is wrong.
+        UserError: something in the configuration, the data or the model folder is wrong.
     """
     config = config_checks.resolve(config)
     workdir = None if workdir is None else resolve_run(workdir)
-    config = _unlimited(config)
-    split = split or _every_row(config)
-    setup, split, params, reference = prepare_scoring(config, workdir, split, selecting=True)
-    program, method = setup.program, setup.method
-    if method.is_supervised:
+    config = _use_all_rows(config)
+    split = split or _default_split(config)
+    model = prepare_scoring(config, workdir, split, selecting=True)
+    if model.setup.method.is_supervised:
         raise UserError(f"config.method={config.method} has no negatives to select")
-    tokens, refs = setup.tokens[split], reference.logps.get(split)
+    rows = _select_rows(model, f"{workdir or config.model.path}")
+    if not distributed.is_primary():  # The others have no texts, and write nothing.
+        return
+    tokens = model.setup.tokens[model.split]
+    by_id = {example.id: example for example in model.setup.examples[model.split]}
+    for index, example_id in enumerate(tokens.ids):
+        # Tokens lack the candidates that are too long.
+        selected = rows[index]["selected"]
+        negatives = [int(tokens.candidate_ids[index, 1 + pick]) - 1 for pick in selected]
+        yield _add_texts(by_id[example_id], {**rows[index], "selected": negatives})
+
+
+def _select_rows(model: ScoredModel, name: str) -> dict[int, Row]:
+    """Selects from every pool of a split: selected, gains and weights by the row's index."""
+    setup, program, method = model.setup, model.setup.program, model.setup.method
+    tokens, ref_logps = setup.tokens[model.split], model.reference.logps.get(model.split)
     if not method.uses_whole_pool:
         log_small_pools(method.num_negatives, (tokens.response_lengths[:, 1:] > 0).sum(1))
-    if refs is None:  # The model is its own reference, whose features are frozen.
+    if ref_logps is None:  # The model is its own reference, whose features are frozen.
         method = dataclasses.replace(method, frozen_features=False)
         program = dataclasses.replace(program, method=method)
-    scoring.check_finite(refs, tokens, "the reference")
-    chosen: dict[int, Row] = {}
-    for rows, (picks, beyond) in scoring.compute_each(
-        lambda batch: _choose(program, params, batch, setup.key(0), refs is None),
-        scoring.device_batches(
-            tokens,
-            setup.buckets[split],
-            setup.eval_batch_size,
-            setup.mesh,
-            "selecting",
-            ref_logps=refs,
-            ref_grams=reference.grams,
-        ),
+    scoring.check_finite(ref_logps, tokens, "the reference")
+    batches = scoring.device_batches(
+        tokens,
+        setup.buckets[model.split],
+        setup.eval_batch_size,
+        setup.mesh,
+        "selecting",
+        ref_logps=ref_logps,
+        ref_grams=model.reference.grams,
+    )
+    selected: dict[int, Row] = {}
+    for indices, (picks, excess) in scoring.compute_each(
+        lambda batch: _select_batch(program, model.params, batch, setup.key(0), ref_logps is None),
+        batches,
     ):
-        names = [f"{workdir or config.model.path}: example {tokens.ids[row]!r}" for row in rows]
-        batch_lib.check_selection(picks, beyond, method.selection, names)
-        chosen |= zip(rows.tolist(), _rows(picks, method.uses_draws), strict=True)
-    if not distributed.is_primary():  # It has no texts, and writes nothing.
-        return
-    by_id = {example.id: example for example in setup.examples[split]}
-    for row, example_id in enumerate(tokens.ids):
-        # Candidates that were too long are gone from the tokens.
-        selected = chosen[row]["selected"]
-        numbers = [int(tokens.candidate_ids[row, 1 + number]) - 1 for number in selected]
-        yield _with_texts(by_id[example_id], {**chosen[row], "selected": numbers})
+        names = [f"{name}: example {tokens.ids[index]!r}" for index in indices]
+        batch_lib.check_selection(picks, excess, method.selection, names)
+        rows = _rows(picks, method.uses_draws)
+        selected.update(zip(indices.tolist(), rows, strict=True))
+    return selected
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
-def _choose(
+def _select_batch(
     program: Program, params: Any, batch: Batch, key: jax.Array, at_reference: bool
 ) -> tuple[Selection, jax.Array]:
-    """A selection with its gains, and what `check_selection` needs.
+    """Selects from the pools of a batch; also returns what `check_selection` needs.
 
     Args:
-      at_reference: these weights are the reference, so that all scores are 0.
+        program: scores the pools.
+        params: the weights.
+        batch: on the devices.
+        key: of random choices.
+        at_reference: these weights are the reference, so that all scores are 0.
     """
     pools, _ = program.score_pools(params, batch, key)
     if at_reference and pools.scores is not None:
-        # What is no number stays, so that it is found.
+        # Values that are not finite stay, so that `check_selection` finds them.
         pools = pools._replace(scores=jnp.where(jnp.isfinite(pools.scores), 0.0, pools.scores))
-    how = program.method.selection
-    chosen = batch_lib.select(pools, program.method.num_negatives, how)
-    return chosen, batch_lib.float32_excess(pools, how)
+    settings = program.method.selection
+    picks = batch_lib.select(pools, program.method.num_negatives, settings)
+    return picks, batch_lib.float32_excess(pools, settings)
 
 
-def with_features(config: ConfigDict, path: Path, split: str | None) -> Iterator[Row]:
-    """The same from features in a file; without data the rows have only id, selected and gains.
+def select_with_features(config: ConfigDict, path: Path, split: str | None) -> Iterator[Row]:
+    """Yields rows as `select_with_model`, with negatives selected from features in a file.
+
+    Without data the rows have only id, selected and gains.
+
+    Args:
+        config: the configuration; it is not changed.
+        path: a .npy or .safetensors file.
+        split: of the data, if there is any, as in `select_with_model`.
 
     Raises:
-      UserError: the file is not what it should be, or does not fit the data.
+        UserError: the file is not what it should be, or does not fit the data.
     """
     config = config_checks.validate(config)
-    arrays = _read(expand_path(path, "features"))
+    arrays = read_features(expand_path(path, "features"))
     features = arrays["features"]
-    rows, negatives = features.shape[0], features.shape[1] - 1
-    examples: Sequence[Example | None] = [None] * rows
-    mask = arrays.get("mask", np.ones((rows, negatives), bool)).astype(bool)
+    total, negatives = features.shape[0], features.shape[1] - 1
+    examples: Sequence[Example | None] = [None] * total
+    mask = arrays.get("mask", np.ones((total, negatives), bool)).astype(bool)
     if config.data.path:
-        config = _unlimited(config)
-        examples = load_examples(config.data, split or _every_row(config), config.seed)
-        if len(examples) != rows:
+        config = _use_all_rows(config)
+        examples = load_examples(config.data, split or _default_split(config), config.seed)
+        if len(examples) != total:
             raise UserError(
-                f"{path}: features of {rows} rows; the data has {len(examples)} examples"
+                f"{path}: features of {total} rows; the data has {len(examples)} examples"
             )
-        mask = mask & _present(path, examples, negatives)
-    scores = arrays.get("scores", np.zeros((rows, negatives), np.float32))
+        mask = mask & mask_of_examples(path, examples, negatives)
+    scores = arrays.get("scores", np.zeros((total, negatives), np.float32))
     method = make_method(config, largest_pool=negatives)
     if method.num_negatives > negatives:
         raise UserError(
@@ -138,137 +165,92 @@ def with_features(config: ConfigDict, path: Path, split: str | None) -> Iterator
         )
     if not method.uses_whole_pool:
         log_small_pools(method.num_negatives, mask.sum(1))
-    there = np.pad(mask, ((0, 0), (1, 0)), constant_values=True)[..., None]
     key = jax.random.key(config.seed)
-    for start in scoring.progress_bar(range(0, rows, AT_A_TIME), desc="selecting", unit="batch"):
-        part = slice(start, start + AT_A_TIME)
-        found, beyond = batch_lib.select_features(
-            _numbers(path, start, "features", features[part], there[part]),
-            _numbers(path, start, "scores", scores[part], mask[part]),
-            mask[part],
-            jax.random.fold_in(key, start),
-            method.num_negatives,
-            method.selection,
-        )
-        names = [f"{path}: row {row}" for row in range(rows)[part]]
-        batch_lib.check_selection(found, beyond, method.selection, names)
-        selected = _rows(found, method.uses_draws)
-        for row, (example, choice) in enumerate(zip(examples[part], selected, strict=True), start):
-            yield {"id": row, **choice} if example is None else _with_texts(example, choice)
+    starts = range(0, total, ROWS_AT_A_TIME)
+    for start in scoring.progress_bar(starts, desc="selecting", unit="batch"):
+        part = slice(start, start + ROWS_AT_A_TIME)
+        rows = _select_part(path, start, features[part], scores[part], mask[part], key, method)
+        for index, (example, row) in enumerate(zip(examples[part], rows, strict=True), start):
+            yield {"id": index, **row} if example is None else _add_texts(example, row)
 
 
-def as_pairs(rows: Iterator[Row], chat: bool) -> Iterator[Row]:
-    """One row for each selected negative, in TRL's pairwise columns and with its gain.
+def _select_part(
+    path: Path,
+    start: int,
+    features: np.ndarray,
+    scores: np.ndarray,
+    mask: np.ndarray,
+    key: jax.Array,
+    method: Method,
+) -> list[Row]:
+    """Selects from some rows of a file, the first of which has the index `start`."""
+    candidates = np.pad(mask, ((0, 0), (1, 0)), constant_values=True)[..., None]
+    picks, excess = batch_lib.select_features(
+        to_float32(path, start, "features", features, candidates),
+        to_float32(path, start, "scores", scores, mask),
+        mask,
+        jax.random.fold_in(key, start),
+        method.num_negatives,
+        method.selection,
+    )
+    names = [f"{path}: row {start + index}" for index in range(len(mask))]
+    batch_lib.check_selection(picks, excess, method.selection, names)
+    return _rows(picks, method.uses_draws)
+
+
+def split_into_pairs(rows: Iterator[Row], chat: bool) -> Iterator[Row]:
+    """Yields a row for each selected negative, in TRL's pairwise columns and with its gain.
 
     Args:
-      chat: texts were scored inside a chat template, so strings become the messages they were
-        rendered as. TRL applies a template to messages only, and takes no mixture of the two.
+        rows: of `select_with_model` or `select_with_features`.
+        chat: texts were scored inside a chat template, so that strings become the messages they
+            were rendered as. TRL applies a template only to messages, and takes no mixture of both.
     """
     for row in rows:
-        shared = {name: value for name, value in row.items() if name not in PAIRED}
+        shared = {name: value for name, value in row.items() if name not in PAIR_COLUMNS}
         for k in range(len(row["selected"])):
-            pair = shared | {one: row[many][k] for many, one in PAIRED.items() if many in row}
+            pair = shared | {one: row[many][k] for many, one in PAIR_COLUMNS.items() if many in row}
             pair["id"] = f"{row['id']}-{k}"
             texts = {name: pair[name] for name in ROLES if name in pair}
             if chat or any(isinstance(text, list) for text in texts.values()):
-                texts = {name: _messages(text, ROLES[name]) for name, text in texts.items()}
+                texts = {name: _as_messages(text, ROLES[name]) for name, text in texts.items()}
             yield pair | texts
 
 
-def _messages(text: Text, role: str) -> list[Message]:
+def _as_messages(text: Text, role: str) -> list[Message]:
     return [{"role": role, "content": text}] if isinstance(text, str) else text
 
 
-def _rows(chosen: Selection, weighted: bool) -> list[Row]:
-    """What was selected of each prompt: places, gains and, where drawn, weights."""
+def _rows(picks: Selection, has_weights: bool) -> list[Row]:
+    """Returns what was selected for each prompt: indices, gains and, if drawn, weights."""
 
     def floats(values: np.ndarray) -> list[float]:
         return [float(str(value)) for value in values]  # The shortest decimal that is this float32.
 
-    found = []
-    for indices, valid, gains, weights in zip(*map(distributed.gather, chosen), strict=True):
+    rows = []
+    for indices, valid, gains, weights in zip(*map(distributed.gather, picks), strict=True):
         row = {"selected": indices[valid].tolist(), "gains": floats(gains[valid])}
-        found.append(row | ({"weights": floats(weights[valid])} if weighted else {}))
-    return found
+        rows.append(row | ({"weights": floats(weights[valid])} if has_weights else {}))
+    return rows
 
 
-def _with_texts(example: Example, choice: Row) -> Row:
+def _add_texts(example: Example, row: Row) -> Row:
     prompt = example.prompt
     return {
         "id": example.id,
         "prompt": prompt.text if isinstance(prompt, History) else prompt,
         "chosen": example.chosen,
-        "rejected": [example.rejected[number] for number in choice["selected"]],
-        **choice,
+        "rejected": [example.rejected[pick] for pick in row["selected"]],
+        **row,
     }
 
 
-def _unlimited(config: ConfigDict) -> ConfigDict:
-    """A copy of the settings that reads every row."""
+def _use_all_rows(config: ConfigDict) -> ConfigDict:
+    """Returns a copy of the settings that reads every row."""
     config = config.copy_and_resolve_references()
     config.data.update(max_train=0, max_validation=0, max_test=0, validation_share=0.0)
     return config
 
 
-def _every_row(config: ConfigDict) -> str:
+def _default_split(config: ConfigDict) -> str:
     return "all" if Path(config.data.path).is_file() else "train"
-
-
-def _read(path: Path) -> Mapping[str, np.ndarray]:
-    """`features` [M, C, D] and perhaps `scores` and `mask` [M, C - 1], with shapes checked."""
-    if not path.is_file():
-        raise UserError(f"--features={path}: no such file")
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="numpy") as file:
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        else:
-            arrays = {"features": read_array(path)}
-    except (UserError, OSError, SafetensorError, TypeError) as error:
-        raise UserError(f"--features={path}: not a .npy or .safetensors file: {error}") from None
-    if "features" not in arrays:
-        raise UserError(f"{path}: no tensor 'features'; found {', '.join(arrays) or 'none'}")
-    features = arrays["features"]
-    sized = features.ndim == 3 and features.shape[1] >= 2 and 0 not in features.shape
-    if not sized or features.dtype.kind not in "fiu":
-        raise UserError(
-            f"{path}: features {features.dtype}{list(features.shape)}, expected numbers [M, C, D] "
-            "with M >= 1, C >= 2 and D >= 1, the chosen response first"
-        )
-    for name, kinds, words in (("scores", "fiu", "numbers"), ("mask", "bui", "true or false")):
-        if name not in arrays:
-            continue
-        found, shape = arrays[name], (features.shape[0], features.shape[1] - 1)
-        if found.shape != shape:
-            raise UserError(
-                f"{path}: {name} {list(found.shape)}, expected {list(shape)} for features "
-                f"{list(features.shape)}"
-            )
-        if found.dtype.kind not in kinds or (name == "mask" and (found > 1).any()):
-            raise UserError(f"{path}: {name} {found.dtype}, expected {words}")
-    return arrays
-
-
-def _numbers(path: Path, start: int, name: str, given: np.ndarray, there: np.ndarray) -> np.ndarray:
-    """Rows of an array in float32, checked where something is there; `start` is the first one's."""
-    with np.errstate(over="ignore"):
-        found = np.asarray(given, np.float32)
-    bad = ~np.isfinite(found) & there
-    if bad.any():
-        row, *place = np.argwhere(bad)[0].tolist()
-        raise UserError(
-            f"{path}: row {start + row}: {name}{place} is {given[row, *place]}, expected a finite "
-            "number that float32 can hold"
-        )
-    return found
-
-
-def _present(path: Path, examples: Sequence[Example], negatives: int) -> np.ndarray:
-    sizes = np.array([len(example.rejected) for example in examples])
-    if sizes.max() > negatives:
-        row = int(sizes.argmax())
-        raise UserError(
-            f"{examples[row].place}: {sizes[row]} rejected responses, but {path} has features of "
-            f"{negatives}"
-        )
-    return np.arange(negatives)[None, :] < sizes[:, None]

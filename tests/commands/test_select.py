@@ -21,7 +21,11 @@ from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.evaluate import evaluate
 from mass_dpo_jax.train import train
 from mass_dpo_jax.training import offline_selection
-from mass_dpo_jax.training.offline_selection import as_pairs, with_features, with_model
+from mass_dpo_jax.training.offline_selection import (
+    select_with_features,
+    select_with_model,
+    split_into_pairs,
+)
 from mass_dpo_jax.training.scored_model import prepare_scoring
 from tests.support.helpers import slow, tiny_config, write_jsonl
 
@@ -50,7 +54,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("criterion", ["contrast", "set_fisher"])
 def test_a_run_selects_against_its_own_reference(run: Path, data: Path, criterion: str) -> None:
     changes = {"beta": 1.0, "num_negatives": 2, "selection.criterion": criterion}
-    found = list(with_model(tiny_config(data, **changes), run, None))
+    found = list(select_with_model(tiny_config(data, **changes), run, None))
     given = rows_of(data)
     assert [row["id"] for row in found] == [row["id"] for row in given]
     # The same by hand: features and scores of one example at a time, then the float64 form.
@@ -85,7 +89,7 @@ def test_a_run_on_frozen_features_selects_by_those_of_its_reference(
     """Features of the reference, scores of the run: both by hand, in the float64 form."""
     changes = {"beta": 1.0, "num_negatives": 2, "selection.criterion": criterion}
     config = tiny_config(data, **changes, **{"selection.features": "reference"})
-    found = list(with_model(config, run, split))
+    found = list(select_with_model(config, run, split))
     given = {row["id"]: row for row in rows_of(data)}
     setup, _, params, reference = prepare_scoring(config, run, "all")
     logps, refs = setup.score(params, "all", "by hand"), reference.logps["all"]
@@ -117,7 +121,7 @@ def test_a_run_on_frozen_features_selects_by_those_of_its_reference(
 def test_a_model_without_a_reference_is_its_own(run: Path, data: Path) -> None:
     """So its frozen features are those that it has."""
     found = [
-        list(with_model(tiny_config(data, **changes), None, None))
+        list(select_with_model(tiny_config(data, **changes), None, None))
         for features in ("policy", "reference")
         for changes in [{"model.path": str(run), "selection.features": features}]
     ]
@@ -129,7 +133,7 @@ def test_pools_smaller_than_n_are_said_once(
 ) -> None:
     sizes = [len(row["rejected"]) for row in rows_of(data)]
     config = tiny_config(data, num_negatives=9, **{"model.path": str(run)})
-    found = list(with_model(config, None, None))
+    found = list(select_with_model(config, None, None))
     assert [len(row["selected"]) for row in found] == sizes
     message = "config.num_negatives=9: 12 of 12 pools have fewer (the smallest 2); of those all"
     assert said().count(message) == 1
@@ -139,12 +143,14 @@ def test_pools_smaller_than_n_are_said_once(
     save_file({"features": features, "mask": mask}, folder / "few.safetensors")
     config = config_lib.default()
     config.num_negatives = 4
-    list(with_features(config, folder / "few.safetensors", None))
+    list(select_with_features(config, folder / "few.safetensors", None))
     message = f"config.num_negatives=4: {few} of 12 pools have fewer (the smallest 2)"
     assert said().count(message) == 1
     before = said()
     for changes in ({"method": "pl_all"}, {"num_negatives": 2}):  # Here n is no more than there is.
-        list(with_model(tiny_config(data, **changes, **{"model.path": str(run)}), None, None))
+        list(
+            select_with_model(tiny_config(data, **changes, **{"model.path": str(run)}), None, None)
+        )
     assert "have fewer" not in said()[len(before) :]
 
 
@@ -152,14 +158,14 @@ def test_other_rows_of_a_file_draw_otherwise_than_those_of_another_seed(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Seed 0's second batch once drew as the first one of seed 2."""
-    monkeypatch.setattr(offline_selection, "AT_A_TIME", 2)
+    monkeypatch.setattr(offline_selection, "ROWS_AT_A_TIME", 2)
     features = np.zeros((40, 20, 3), np.float32)
     np.save(folder / "same.npy", features)
 
     def drawn(seed: int) -> list[list[int]]:
         config = config_lib.default()
         config.seed, config.selection.criterion = seed, "random"
-        return [row["selected"] for row in with_features(config, folder / "same.npy", None)]
+        return [row["selected"] for row in select_with_features(config, folder / "same.npy", None)]
 
     first, other = drawn(0), drawn(2)
     assert first == drawn(0)
@@ -170,7 +176,7 @@ def test_other_rows_of_a_file_draw_otherwise_than_those_of_another_seed(
 def test_a_run_and_another_model_are_one_too_many(run: Path, data: Path) -> None:
     config = tiny_config(data, **{"model.path": "some/model"})
     with pytest.raises(UserError, match=rf"model\.path=some/model: .*--workdir={run}; .*not both"):
-        list(with_model(config, run, None))
+        list(select_with_model(config, run, None))
     for path in ("", str(run)):
         config.model.path = path
         for _ in range(2):  # It leaves the configuration as it is.
@@ -181,7 +187,7 @@ def test_a_run_and_another_model_are_one_too_many(run: Path, data: Path) -> None
 def test_a_split_without_rows(run: Path, data: Path) -> None:
     for config in (tiny_config(data), tiny_config(data, **{"data.validation_share": 0.0})):
         with pytest.raises(UserError, match=rf"{data}: split 'test' has no rows .*share=0.0 none"):
-            list(with_model(config, run, "test"))
+            list(select_with_model(config, run, "test"))
     with pytest.raises(UserError, match="split 'validation' has no rows"):
         evaluate(config, run, "validation")
 
@@ -208,21 +214,21 @@ def test_a_diverged_model_chooses_nothing(
     run: Path, data: Path, monkeypatch: pytest.MonkeyPatch, criterion: str, reference: bool
 ) -> None:
     def broken(*args: Any, **more: Any) -> Any:
-        setup, split, params, refs = prepare_scoring(*args, **more)
-        return setup, split, jax.tree.map(lambda x: x * jnp.nan, params), refs
+        model = prepare_scoring(*args, **more)
+        return model._replace(params=jax.tree.map(lambda x: x * jnp.nan, model.params))
 
     monkeypatch.setattr(offline_selection, "prepare_scoring", broken)
     changes = {"model.path": str(run), "selection.criterion": criterion, "num_negatives": 2}
     config = tiny_config(data, **changes)
     with pytest.raises(UserError, match=rf"^{run}: example 'row\d+': .* not finite"):
-        list(with_model(config, run if reference else None, None))
+        list(select_with_model(config, run if reference else None, None))
 
 
 def test_without_a_reference_all_scores_are_zero(run: Path, data: Path) -> None:
     config = tiny_config(data, num_negatives=3, **{"model.path": str(run)})
-    found = list(with_model(config, None, None))
+    found = list(select_with_model(config, None, None))
     config = tiny_config(data, num_negatives=3, beta=7.0, **{"model.path": str(run)})
-    assert list(with_model(config, None, None)) == found  # No score, no beta.
+    assert list(select_with_model(config, None, None)) == found  # No score, no beta.
     assert len(found) == 12
 
 
@@ -233,7 +239,7 @@ def test_too_long_responses_leave_the_numbers_of_the_others(run: Path, folder: P
     data.write_text(json.dumps(row) + "\n")
     changes = {"data.long_response": "drop", "data.max_response_length": 20, "num_negatives": 2}
     config = tiny_config(data, **changes, **{"model.path": str(run)})
-    (found,) = with_model(config, None, None)
+    (found,) = select_with_model(config, None, None)
     assert sorted(found["selected"]) == [1, 3]
     assert sorted(found["rejected"]) == ["cedar", "ember"]
 
@@ -248,9 +254,9 @@ def test_features_in_a_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     features, scores = make_features()
     np.save(folder / "features.npy", features)
     config = config_lib.default()
-    monkeypatch.setattr(offline_selection, "AT_A_TIME", 2)
+    monkeypatch.setattr(offline_selection, "ROWS_AT_A_TIME", 2)
     config.selection.criterion = "contrast"
-    found = list(with_features(config, folder / "features.npy", None))
+    found = list(select_with_features(config, folder / "features.npy", None))
     want = selection.select_negatives(features, n=3, criterion="contrast")
     assert [row["id"] for row in found] == list(range(5))
     assert [row["selected"] for row in found] == np.asarray(want.indices).tolist()
@@ -261,7 +267,7 @@ def test_features_in_a_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     mask[0, 3:] = False
     arrays = {"features": features, "scores": scores, "mask": mask}
     save_file(arrays, folder / "features.safetensors")
-    found = list(with_features(config, folder / "features.safetensors", None))
+    found = list(select_with_features(config, folder / "features.safetensors", None))
     want = selection.select_negatives(features, scores, mask, n=3, criterion="contrast")
     assert [row["selected"] for row in found] == np.asarray(want.indices).tolist()
     assert set(found[0]["selected"]) == {0, 1, 2}
@@ -274,11 +280,11 @@ def test_features_with_their_data(folder: Path) -> None:
     config = config_lib.default()
     config.num_negatives = 6
     config.data.path = str(data)
-    found = list(with_features(config, folder / "features.npy", None))
+    found = list(select_with_features(config, folder / "features.npy", None))
     for row, example in zip(found, rows_of(data), strict=True):
         assert sorted(row["selected"]) == list(range(len(example["rejected"])))
         assert row["rejected"] == [example["rejected"][i] for i in row["selected"]]
-    pairs = list(as_pairs(iter(found), chat=False))
+    pairs = list(split_into_pairs(iter(found), chat=False))
     assert len(pairs) == sum(len(example["rejected"]) for example in rows_of(data))
     assert pairs[0] == {
         "id": "row0-0", "prompt": found[0]["prompt"], "chosen": found[0]["chosen"],
@@ -288,23 +294,26 @@ def test_features_with_their_data(folder: Path) -> None:
 
     np.save(folder / "features.npy", features[:4])
     with pytest.raises(UserError, match="features of 4 rows; the data has 5 examples"):
-        list(with_features(config, folder / "features.npy", None))
+        list(select_with_features(config, folder / "features.npy", None))
     np.save(folder / "features.npy", features[:, :4])
     config.num_negatives = 3
     with pytest.raises(UserError, match=r"pools.jsonl:1: 6 rejected responses, .* of 3"):
-        list(with_features(config, folder / "features.npy", None))
+        list(select_with_features(config, folder / "features.npy", None))
 
 
 def test_pairs_are_messages_where_a_template_or_a_message_is() -> None:
     row = {"id": "a", "prompt": "Why?", "chosen": "So.", "rejected": ["No.", "Yes."],
            "selected": [3, 1], "gains": [2.0, 1.0]}  # fmt: skip
-    plain = list(as_pairs(iter([row]), chat=False))
+    plain = list(split_into_pairs(iter([row]), chat=False))
     assert [pair["id"] for pair in plain] == ["a-0", "a-1"]
     assert [(pair["rejected"], pair["selected"], pair["gain"]) for pair in plain] == [
         ("No.", 3, 2.0), ("Yes.", 1, 1.0),
     ]  # fmt: skip
     mixed = row | {"chosen": [{"role": "assistant", "content": "So."}]}
-    for pairs in (as_pairs(iter([row]), chat=True), as_pairs(iter([mixed]), chat=False)):
+    for pairs in (
+        split_into_pairs(iter([row]), chat=True),
+        split_into_pairs(iter([mixed]), chat=False),
+    ):
         first = next(pairs)
         assert first["prompt"] == [{"role": "user", "content": "Why?"}]
         assert first["chosen"] == [{"role": "assistant", "content": "So."}]
@@ -320,11 +329,11 @@ def test_numbers_that_nothing_can_be_chosen_by(
     mask = np.ones((5, 6), bool)
     mask[3, 4] = False
     config, path = config_lib.default(), folder / "numbers.safetensors"
-    monkeypatch.setattr(offline_selection, "AT_A_TIME", 2)
+    monkeypatch.setattr(offline_selection, "ROWS_AT_A_TIME", 2)
 
     def chosen() -> list[Any]:
         save_file({"features": features, "scores": scores, "mask": mask}, path)
-        return [row["selected"] for row in with_features(config, path, None)]
+        return [row["selected"] for row in select_with_features(config, path, None)]
 
     want = chosen()
     features[3, 5], scores[3, 4] = value, value
@@ -343,7 +352,7 @@ def test_big_endian_and_whole_numbers(folder: Path) -> None:
     want = None
     for kind in ("<f4", ">f4", ">f8", ">i8", "<i2"):
         np.save(folder / "kind.npy", features.astype(kind))
-        found = list(with_features(config_lib.default(), folder / "kind.npy", None))
+        found = list(select_with_features(config_lib.default(), folder / "kind.npy", None))
         want = want or found
         assert found == want
 
@@ -364,11 +373,11 @@ def test_features_too_far_apart_for_float32(
     config, path = config_lib.default(), folder / "far.npy"
     config.selection.update(criterion=criterion, feature_norm=norm)
     np.save(path, features)
-    assert len(list(with_features(config, path, None))) == 5
+    assert len(list(select_with_features(config, path, None))) == 5
     features[3] *= factor
     np.save(path, features)
     with pytest.raises(UserError, match=r"far.npy: row 3: features (too far apart|or scores)"):
-        list(with_features(config, path, None))
+        list(select_with_features(config, path, None))
 
 
 def test_files_that_are_no_features(folder: Path) -> None:
@@ -376,7 +385,7 @@ def test_files_that_are_no_features(folder: Path) -> None:
 
     def refused(name: str) -> str:
         with pytest.raises(UserError) as error:
-            list(with_features(config, folder / name, None))
+            list(select_with_features(config, folder / name, None))
         return str(error.value)
 
     assert "no such file" in refused("missing.npy")

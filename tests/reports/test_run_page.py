@@ -17,7 +17,7 @@ from mass_dpo_jax.reports.run_page import write
 from mass_dpo_jax.runs import run_config
 from mass_dpo_jax.train import train
 from mass_dpo_jax.training.evaluator import EvaluatedSplit
-from mass_dpo_jax.training.offline_selection import with_model
+from mass_dpo_jax.training.offline_selection import select_with_model
 from tests.support.helpers import log_lines, tiny_config, write_jsonl
 
 EMPTY = "area base br col embed hr img input link meta source track wbr path use rect".split()
@@ -67,7 +67,7 @@ def test_a_run_ends_with_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     # What it shows as selected is what the command that selects says of the same rows.
     (tested,) = seen
     assert tested.selected is not None
-    rows = with_model(run_config.load_config(tmp_path / "run"), tmp_path / "run", None)
+    rows = select_with_model(run_config.load_config(tmp_path / "run"), tmp_path / "run", None)
     selected = {row["id"]: row["selected"] for row in rows}
     assert len(tested.examples) > 2
     for example, mine in zip(tested.examples, tested.selected, strict=True):

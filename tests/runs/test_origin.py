@@ -22,7 +22,7 @@ from mass_dpo_jax.models.lora import Lora
 from mass_dpo_jax.runs import run_config
 from mass_dpo_jax.score import score
 from mass_dpo_jax.train import train
-from mass_dpo_jax.training.offline_selection import with_model
+from mass_dpo_jax.training.offline_selection import select_with_model
 from mass_dpo_jax.training.setup import prepare
 from mass_dpo_jax.training.updates import Batches
 from tests.support.helpers import WORDS, losses, tiny_config, write_jsonl
@@ -107,7 +107,7 @@ def restore(there: Path, kept: Path) -> None:
 def of_run(run: Path) -> dict[str, Any]:
     """What every command says of a run."""
     here = run_config.get_config(str(run))
-    selected = [row["selected"] for row in with_model(here, run, "train")]
+    selected = [row["selected"] for row in select_with_model(here, run, "train")]
     export(run, run.parent / "exported", dtype="float32")
     exported = (run.parent / "exported" / "model.safetensors").read_bytes()
     shutil.rmtree(run.parent / "exported")
@@ -348,7 +348,7 @@ def test_commands_leave_the_callers_configuration_as_it_is(tmp_path: Path) -> No
     config = run_config.get_config(str(run))
     before = config.to_json()
     list(score(config, run, "test"))
-    list(with_model(config, run, "train"))
+    list(select_with_model(config, run, "train"))
     evaluate(config, run, "test")
     assert config.to_json() == before
 
@@ -414,7 +414,7 @@ def test_what_a_run_reads_again_is_refused_where_it_has_changed(
         "train": lambda: train(here, run),
         "evaluate": lambda: evaluate(here, run, "test"),
         "score": lambda: list(score(here, run, "test")),
-        "select": lambda: list(with_model(here, run, "train")),
+        "select": lambda: list(select_with_model(here, run, "train")),
     }
     if home.name.startswith("lora") or what.startswith("its "):  # Else it has all weights.
         commands |= {
@@ -437,7 +437,7 @@ def test_the_adapters_that_a_run_keeps_are_those_it_began_from(home: Path, tmp_p
         lambda: train(here, run),
         lambda: evaluate(here, run, "test"),
         lambda: list(score(here, run, "test")),
-        lambda: list(with_model(here, run, "train")),
+        lambda: list(select_with_model(here, run, "train")),
         lambda: export(run, tmp_path / "exported"),
         lambda: export(run, tmp_path / "exported", adapters=True),
         lambda: mdj.load_model(run),

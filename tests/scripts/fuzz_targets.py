@@ -46,7 +46,7 @@ from mass_dpo_jax.training import mesh
 from mass_dpo_jax.training.checkpoint import Checkpoints
 from mass_dpo_jax.training.loop import SPLITS
 from mass_dpo_jax.training.methods import make_method
-from mass_dpo_jax.training.offline_selection import with_features
+from mass_dpo_jax.training.offline_selection import select_with_features
 from mass_dpo_jax.training.optimizer import learning_rate, make_optimizer
 from mass_dpo_jax.training.setup import prepare
 from mass_dpo_jax.training.updates import abstract_state
@@ -413,7 +413,7 @@ def _read_features(folder: Path) -> Iterator[Callable[[], Any]]:
     def select(name: str) -> None:
         config = config_lib.default()
         config.num_negatives = 2
-        list(with_features(config, folder / name, None))
+        list(select_with_features(config, folder / name, None))
 
     for name in ("features.npy", "features.safetensors"):
         yield functools.partial(select, name)

@@ -771,7 +771,7 @@ MUTATIONS = (
     ),
     Mutation(
         "selection: frozen features are the run's own",
-        "if refs is None:  # The model is its own reference, whose features are frozen.",
+        "if ref_logps is None:  # The model is its own reference, whose features are frozen.",
         "if True:",
         "commands/test_select.py::test_a_run_on_frozen_features_selects_by_those_of_its_reference",
     ),

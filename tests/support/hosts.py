@@ -30,7 +30,7 @@ from mass_dpo_jax.score import score
 from mass_dpo_jax.training import checkpoint
 from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training import setup as setup_lib
-from mass_dpo_jax.training.offline_selection import with_model
+from mass_dpo_jax.training.offline_selection import select_with_model
 from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.setup import prepare
 from mass_dpo_jax.training.updates import Batches, abstract_state, first_state
@@ -272,7 +272,7 @@ def main() -> None:
         config.cache_dir = str(folder / f"cache{process}")  # No file system that all share.
         config.selection.criterion = "contrast"
         found["score"] = list(score(config.copy_and_resolve_references(), run, None))
-        found["select"] = list(with_model(config, run, None))
+        found["select"] = list(select_with_model(config, run, None))
     if "weights" in job:
         found["share"] = read_share(Path(job["weights"]))
     if "waits" in job:

@@ -25,7 +25,7 @@ from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.runs import run_folder
 from mass_dpo_jax.score import score
 from mass_dpo_jax.training import mesh as mesh_lib
-from mass_dpo_jax.training.offline_selection import with_model
+from mass_dpo_jax.training.offline_selection import select_with_model
 from mass_dpo_jax.utils import mesh_axes
 from mass_dpo_jax.utils.process_group import ProcessGroup
 from tests.support.helpers import losses, slow, tiny_config, write_jsonl
@@ -187,7 +187,7 @@ def test_scores_and_choices_of_two_processes(tmp_path: Path) -> None:
     config.selection.criterion = "contrast"
     expected = {
         "score": list(score(config.copy_and_resolve_references(), run, None)),
-        "select": list(with_model(config, run, None)),
+        "select": list(select_with_model(config, run, None)),
     }
     (tmp_path / "weights").mkdir()
     write_weights(tmp_path / "weights", random_tensors(tiny_model("llama")))
