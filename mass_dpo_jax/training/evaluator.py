@@ -86,10 +86,6 @@ class EvaluatedSplit:
         return None if self.refs is None else np.float32(beta) * (logps - self.refs)
 
 
-# Writes the run's report from its final metrics and the rows that they are of, if any.
-WriteReport = Callable[[Mapping[str, Any], EvaluatedSplit | None], None]
-
-
 class Evaluator:
     """Evaluates a run at its start, during training, and at its end.
 
@@ -102,7 +98,8 @@ class Evaluator:
         refs: the reference's log-probabilities, by split; empty where there is no reference.
         workdir: the run folder.
         log: takes the metrics of the validation split.
-        write_report: writes the run's report, on the primary process; None for no report.
+        write_report: writes the run's report from the final metrics and the rows that they were
+            measured on, if any; called on the primary process.
     """
 
     def __init__(
@@ -111,7 +108,7 @@ class Evaluator:
         refs: Mapping[str, np.ndarray],
         workdir: Path,
         log: Log,
-        write_report: WriteReport | None = None,
+        write_report: Callable[[Mapping[str, Any], EvaluatedSplit | None], None] | None = None,
     ):
         self._setup, self._refs, self._workdir, self._log = setup, refs, workdir, log
         self._write_report = write_report
@@ -204,15 +201,7 @@ class Evaluator:
         if method.uses_whole_pool:  # n is that of the training split; pools here may be larger.
             return self._valid(split)[rows] & (np.arange(tokens.response_lengths.shape[1]) > 0)
         selected = np.zeros((len(rows), tokens.response_lengths.shape[1]), bool)
-        batches = scoring.device_batches(
-            tokens,
-            setup.buckets[split],
-            setup.eval_batch_size,
-            setup.mesh,
-            "selecting",
-            rows,
-            self._refs.get(split),
-        )
+        batches = setup.scoring_batches(split, "selecting", rows, self._refs.get(split))
         key = setup.key(0)
         for batch_rows, candidate_ids in scoring.compute_each(
             lambda batch: setup.program.choose_batch(params, batch, key)[0].candidate_ids, batches

@@ -146,16 +146,8 @@ class NegativeSets:
         needed = np.unique(np.concatenate([self._order(s)[0] for s in steps]))
         setup = self._setup
         key = setup.key(step // self.window)
-        batches = scoring.device_batches(
-            setup.tokens["train"],
-            setup.buckets["train"],
-            setup.eval_batch_size,
-            setup.mesh,
-            "choosing negatives",
-            needed,
-            self._reference.logps.get("train"),
-            self._reference.grams,
-        )
+        ref_logps, ref_grams = self._reference.logps.get("train"), self._reference.grams
+        batches = setup.scoring_batches("train", "choosing negatives", needed, ref_logps, ref_grams)
         chosen = scoring.compute_each(
             lambda batch: setup.program.choose_batch(params, batch, key)[0].candidate_ids, batches
         )

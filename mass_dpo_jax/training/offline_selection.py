@@ -86,14 +86,8 @@ def _select_rows(model: ScoredModel, name: str) -> dict[int, Row]:
         method = dataclasses.replace(method, frozen_features=False)
         program = dataclasses.replace(program, method=method)
     scoring.check_finite(ref_logps, tokens, "the reference")
-    batches = scoring.device_batches(
-        tokens,
-        setup.buckets[model.split],
-        setup.eval_batch_size,
-        setup.mesh,
-        "selecting",
-        ref_logps=ref_logps,
-        ref_grams=model.reference.grams,
+    batches = setup.scoring_batches(
+        model.split, "selecting", ref_logps=ref_logps, ref_grams=model.reference.grams
     )
     selected: dict[int, Row] = {}
     for indices, (picks, excess) in scoring.compute_each(

@@ -81,25 +81,17 @@ def _gather_rows(indices: np.ndarray, result: Any) -> tuple[np.ndarray, Any]:
     return indices[is_row], jax.tree.map(lambda x: distributed.gather(x)[is_row], result)
 
 
-def compute_split(
-    compute: Callable[[Batch], Any],
-    tokens: Tokens,
-    buckets: Buckets,
-    batch_size: int,
-    mesh: Mesh,
-    label: str,
+def compute_table(
+    compute: Callable[[Batch], Any], batches: Iterable[tuple[np.ndarray, Batch]], num_rows: int
 ) -> Any:
     """Returns what `compute` returns for every example of a split, in the order of its rows.
 
-    Each array [B, ...] of its pytree becomes float32 [M, ...], all of it on every process.
+    Each array [B, ...] of its pytree becomes float32 [num_rows, ...], whole on every process.
     """
     tables: Any = None
-    batches = device_batches(tokens, buckets, batch_size, mesh, label)
     for rows, result in compute_each(compute, batches):
         if tables is None:
-            tables = jax.tree.map(
-                lambda x: np.zeros((len(tokens), *x.shape[1:]), np.float32), result
-            )
+            tables = jax.tree.map(lambda x: np.zeros((num_rows, *x.shape[1:]), np.float32), result)
         for table, part in zip(jax.tree.leaves(tables), jax.tree.leaves(result), strict=True):
             table[rows] = part
     return tables

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -167,14 +167,28 @@ class Setup:
         return key
 
     def map_split(self, compute: Callable[[Batch], Any], split: str, label: str) -> Any:
-        """Applies `compute` to every example of a split, see `scoring.compute_split`."""
-        return scoring.compute_split(
-            compute,
+        """Applies `compute` to every example of a split, see `scoring.compute_table`."""
+        batches = self.scoring_batches(split, f"{label}, {split}")
+        return scoring.compute_table(compute, batches, len(self.tokens[split]))
+
+    def scoring_batches(
+        self,
+        split: str,
+        label: str,
+        rows: np.ndarray | None = None,
+        ref_logps: np.ndarray | None = None,
+        ref_grams: np.ndarray | None = None,
+    ) -> Iterator[tuple[np.ndarray, Batch]]:
+        """Yields batches of a split for a pass without gradients, see `scoring.device_batches`."""
+        return scoring.device_batches(
             self.tokens[split],
             self.buckets[split],
             self.eval_batch_size,
             self.mesh,
-            f"{label}, {split}",
+            label,
+            rows,
+            ref_logps,
+            ref_grams,
         )
 
 
