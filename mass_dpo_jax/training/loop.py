@@ -56,13 +56,11 @@ def train(
 
 @dataclasses.dataclass
 class _Start:
-    """What a run starts or resumes with. Made by `_prepare`.
+    """A run before its first or next update. Made by `_prepare`.
 
     Attributes:
-        workdir: the run folder.
         config: the configuration that the run keeps, with paths as they were first typed.
         located: the same with paths that lead to the files from here.
-        setup: the meaning of the configuration.
         digests: of the data, by split.
         params: weights that were read or drawn, empty if the run's checkpoint has them all.
         reference_params: the reference's weights, if any. The two are set to None as soon as they
@@ -85,28 +83,16 @@ class _Run:
     Attributes:
         settings: the section `config.train`.
         notes: what a checkpoint says of the run: its configuration, and digests of its data.
-        total: updates of the whole run.
-        ids: of the training examples.
-        batches: of the run.
-        train_step: makes an update.
-        rate: from a step to its learning rate.
-        state: the training state; changes with every update.
+        state: the training state, which every update replaces.
         frozen: weights that are not trained.
-        checkpoints: those in the run folder.
-        values: by step, the metric that the best checkpoint is kept by; grows with evaluations.
+        values: by step, the metric that the best checkpoint is kept by; evaluations add to it.
         evaluated: steps that were evaluated before this start.
-        log: takes all figures.
-        step_log: takes those of updates.
-        evaluator: measures the policy.
     """
 
     settings: ConfigDict
     notes: dict[str, Any]
-    total: int
-    ids: list[str]
     batches: Batches
     train_step: TrainStep
-    rate: Callable[[int], Any]
     state: TrainState
     frozen: Any
     checkpoints: checkpoint.Checkpoints
@@ -136,7 +122,7 @@ class _Run:
             self.checkpoints.save(self.state, self.train_step.sets.state, notes)
 
     def close(self) -> None:
-        """Waits for everything that is being written, each after the other, whatever fails."""
+        """Waits for everything that is being written, whatever of it fails."""
         with contextlib.ExitStack() as stack:
             for writer in (self.log, self.checkpoints, self.step_log):
                 stack.callback(writer.close)
@@ -252,11 +238,8 @@ def _restore_or_start(
     return _Run(
         settings=settings,
         notes={"config": start.config.to_dict(), "data": start.digests},
-        total=total,
-        ids=setup.tokens["train"].ids,
         batches=batches,
         train_step=TrainStep(batches, optimizer, frozen, negatives),
-        rate=learning_rate(settings, total),
         state=state,
         frozen=frozen,
         checkpoints=checkpoints,
@@ -297,7 +280,8 @@ def _restore_state(
 
 def _run_steps(run: _Run) -> dict[str, Any]:
     """Makes the updates that are left, evaluates and saves when due; returns the final metrics."""
-    every, total, start = run.settings.eval_every, run.total, int(run.state.step)
+    every, total, start = run.settings.eval_every, len(run.batches), int(run.state.step)
+    rate = learning_rate(run.settings, total)
     with contextlib.closing(run):
         try:
             if start == 0:
@@ -306,7 +290,7 @@ def _run_steps(run: _Run) -> dict[str, Any]:
                 run.evaluate(start)  # An interruption came between saving and evaluating.
             for step in range(start, total):
                 interruption.raise_if_requested()
-                _make_update(run, step)
+                _make_update(run, step, rate(step))
                 is_last = step + 1 == total
                 is_evaluated = every > 0 and (is_last or (step + 1) % every == 0)
                 is_saved = is_last or (step + 1) % run.settings.checkpoint_every == 0
@@ -323,12 +307,13 @@ def _run_steps(run: _Run) -> dict[str, Any]:
     return run.evaluator.evaluate_end(run.params, total)
 
 
-def _make_update(run: _Run, step: int) -> None:
+def _make_update(run: _Run, step: int, rate: Any) -> None:
     """Makes one update; its figures are logged while the next one computes."""
     batch = run.batches[step]
     run.state, trained, figures = run.train_step.update(run.state, batch)
     interruption.defer_signals()
     changed = run.train_step.sets.fraction_changed(batch.rows, trained.candidate_ids)
-    ids = [run.ids[row] for row in batch.rows]
-    figures = {**figures, "learning_rate": run.rate(step)}
-    run.step_log.add(step + 1, figures, ids, trained.not_finite, changed)
+    ids = run.batches.setup.tokens["train"].ids
+    figures = {**figures, "learning_rate": rate}
+    names = [ids[row] for row in batch.rows]
+    run.step_log.add(step + 1, figures, names, trained.not_finite, changed)
