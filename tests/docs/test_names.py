@@ -86,6 +86,17 @@ def test_the_names_of_the_architecture_page_are_defined_in_the_package() -> None
     assert not missing
 
 
+def test_the_names_in_the_pictures_of_the_architecture_page_exist() -> None:
+    page = (ROOT / "docs/architecture.md").read_text()
+    pictures = "\n".join(re.findall(r"^```text\n(.*?)^```$", page, re.DOTALL | re.MULTILINE))
+    paths = re.findall(r"(?<![\w/])((?:data|models|selection|training)/\w+(?:\.\w+)?)", pictures)
+    methods = re.findall(r"\b([A-Z]\w+)\.([a-z_]\w+)", pictures)
+    assert len(paths) > 8 and len(methods) > 2
+    names = [path.removesuffix(".py").replace("/", ".") for path in paths]
+    assert not [name for name in names if not resolves(f"mass_dpo_jax.{name}")]
+    assert not [names for names in methods if not {*names} <= definitions()]
+
+
 def test_what_is_missing_is_found() -> None:
     assert files_of("see `training/nowhere.py` and [x](../mass_dpo_jax/step.py)") == [
         "training/nowhere.py", "mass_dpo_jax/step.py",
