@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from mass_dpo_jax.data.split_cache import (
 )
 from mass_dpo_jax.data.tokenization import tokenize
 from mass_dpo_jax.data.tokens import Tokens
+from mass_dpo_jax.utils.files import whole_folder
 
 SETTINGS = (
     "chat_template", "date", "chat_template_kwargs", "on_bad_row",
@@ -145,18 +145,13 @@ def _write(path: Path, tokens: Tokens, log: Log) -> None:
     fields = {field.name: getattr(tokens, field.name) for field in dataclasses.fields(tokens)}
     arrays = {name: value for name, value in fields.items() if isinstance(value, np.ndarray)}
     rest = {name: value for name, value in fields.items() if name not in arrays}
-    temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, suffix=".tmp"))
-        for name, value in arrays.items():
-            np.save(temporary / f"{name}.npy", value)
-        checksums = {name: _checksum(temporary / f"{name}.npy") for name in arrays}
-        text = json.dumps({**rest, "arrays": checksums, "said": log})
-        (temporary / "rest.json").write_text(add_checksum(text))
-        temporary.rename(path)
+        with whole_folder(path, shared=True) as folder:
+            for name, value in arrays.items():
+                np.save(folder / f"{name}.npy", value)
+            checksums = {name: _checksum(folder / f"{name}.npy") for name in arrays}
+            text = json.dumps({**rest, "arrays": checksums, "said": log})
+            (folder / "rest.json").write_text(add_checksum(text))
     except OSError as error:
         if not path.exists():  # Otherwise another run was faster.
             _log.warning(f"{path}: {error.strerror}; the tokens are not kept")
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)

@@ -16,6 +16,7 @@ from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models.config import EXPORT_DTYPES, DecoderConfig
 from mass_dpo_jax.models.folder import GENERATION
 from mass_dpo_jax.models.weights import save_hf
+from mass_dpo_jax.utils.files import whole_folder
 
 # Reads an array by its path in the tree of parameters or, of a stacked one, a layer.
 ReadArray = Callable[[tuple[str, ...], int | None], np.ndarray]
@@ -67,21 +68,13 @@ def write_folder(
 
 @contextlib.contextmanager
 def write_complete_folder(output: Path) -> Iterator[Path]:
-    """Yields a folder to write into, which gets the name `output` at the end; after an error it is
-    removed."""
-    temporary = output.with_name(output.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # Left by an export that was killed.
-    try:
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"{output}: cannot be written: {error.strerror}") from None
-    try:
-        yield temporary
-        if output.exists():
-            output.rmdir()
-        temporary.rename(output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    """Yields a folder as `whole_folder`; raises UserError if it cannot be made."""
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = stack.enter_context(whole_folder(output))
+        except OSError as error:
+            raise UserError(f"{output}: cannot be written: {error.strerror}") from None
+        yield folder
 
 
 def check_dtype(dtype: str) -> None:

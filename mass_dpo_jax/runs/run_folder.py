@@ -7,6 +7,7 @@ what loggers and reports add.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import tempfile
 from collections.abc import Mapping
@@ -169,6 +170,8 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_table(path: Path, table: np.ndarray) -> None:
-    """Writes a `.npy` file on the primary process."""
+    """Writes a `.npy` file, completely or not at all, on the primary process."""
     if distributed.is_primary():
-        np.save(path, table)
+        content = io.BytesIO()
+        np.save(content, table)
+        write_whole(path, [content.getvalue()])

@@ -35,6 +35,7 @@ from mass_dpo_jax.training.model_paths import (
 )
 from mass_dpo_jax.training.policy import Policy
 from mass_dpo_jax.utils import distributed
+from mass_dpo_jax.utils.files import write_whole
 
 MAX_TOKENIZER_EXAMPLES = 20_000  # A vocabulary does not change with more.
 
@@ -188,7 +189,7 @@ def save_description(policy: Policy, model: ConfigDict, chat_template: str, work
     folder.mkdir(parents=True, exist_ok=True)
     set_chat_template(policy, chat_template).save_pretrained(folder)
     text = json.dumps(policy.config.to_hf(), indent=2) + "\n"
-    (folder / "config.json").write_text(text)
+    write_whole(folder / "config.json", [text])
     if model.path:
         generation = find_description(Path(model.path)) / GENERATION
         if generation.is_file():

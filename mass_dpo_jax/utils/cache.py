@@ -7,7 +7,6 @@ import io
 import logging
 import os
 import platform
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import numpy as np
 
 import mass_dpo_jax
 from mass_dpo_jax.utils import distributed
+from mass_dpo_jax.utils.files import write_whole
 
 CHECKSUM_BYTES = hashlib.sha256().digest_size
 MAX_COMPILED_BYTES = 2**31  # JAX deletes the program that was used longest ago first.
@@ -68,21 +68,15 @@ def _load(path: Path) -> np.ndarray | None:
 
 
 def _save(path: Path, array: np.ndarray) -> None:
-    """Writes under another name and renames: another run may read the folder meanwhile."""
+    """Writes an array and its checksum; other runs may write it at the same time."""
     memory = io.BytesIO()
     np.save(memory, array)
     content = memory.getvalue()
-    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-            temporary = Path(file.name)
-            file.write(content + hashlib.sha256(content).digest())
-        temporary.replace(path)
+        write_whole(path, [content, hashlib.sha256(content).digest()], shared=True)
     except OSError as error:
         _log.warning(f"{path}: {error.strerror}; the reference is not kept")
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
 def keep_compiled(cache_dir: str) -> None:

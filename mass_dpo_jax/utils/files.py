@@ -3,12 +3,15 @@ Those of ours are written whole or not at all."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import re
+import shutil
 import tokenize
-from collections.abc import Iterable
+import uuid
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,16 +68,19 @@ def expand_path(path: str | Path, place: str) -> Path:
     return Path(expand(str(path), place))
 
 
-def write_whole(path: Path, parts: Iterable[str | bytes]) -> None:
+def write_whole(path: Path, parts: Iterable[str | bytes], *, shared: bool = False) -> None:
     """Writes a file from its parts, whole or not at all; a link's target, not the link.
 
-    Text is written in UTF-8.
+    Args:
+        path: of the file, in a folder that exists.
+        parts: text, which is written in UTF-8, or bytes.
+        shared: other processes may write the same file at the same time.
 
     Raises:
-      OSError: it cannot be written; names the file.
+        OSError: it cannot be written; names the file.
     """
     path = path.resolve()
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = _name_temporary(path, shared)
     try:
         with temporary.open("wb") as file:
             file.writelines(x.encode() if isinstance(x, str) else x for x in parts)
@@ -85,6 +91,32 @@ def write_whole(path: Path, parts: Iterable[str | bytes]) -> None:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path, *, shared: bool = False) -> Iterator[Path]:
+    """Yields a new folder that gets the name `path` when the body is done; an error removes it.
+
+    Args:
+        path: does not exist, or is an empty folder.
+        shared: other processes may write the same folder at the same time.
+
+    Raises:
+        OSError: it cannot be written, or `path` is there by now.
+    """
+    temporary = _name_temporary(path, shared)
+    shutil.rmtree(temporary, ignore_errors=True)  # Left by a process that was killed.
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _name_temporary(path: Path, shared: bool) -> Path:
+    unique = f".{uuid.uuid4().hex}" if shared else ""
+    return path.with_name(f"{path.name}{unique}.tmp")
 
 
 def parse_json(text: str, file: Path, line: int = 1, unique_keys: bool = False) -> Any:

@@ -1,4 +1,4 @@
-"""Paths as people type them."""
+"""Paths as people type them, and what is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.utils.files import expand, expand_path
+from mass_dpo_jax.utils.files import expand, expand_path, whole_folder
 
 
 @pytest.fixture(autouse=True)
@@ -69,3 +69,18 @@ def test_the_home_is_meant_though_there_is_a_folder_of_that_name() -> None:
     assert expand_path(Path("~/run"), "workdir") == Path("/home/me/run")
     with pytest.raises(UserError, match="workdir: expected a path, found an empty"):
         expand_path("", "workdir")
+
+
+def test_a_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+    for shared in (False, True):
+        with pytest.raises(KeyError), whole_folder(path, shared=shared) as folder:
+            (folder / "half").touch()
+            raise KeyError
+        assert not list(tmp_path.iterdir())
+    with whole_folder(path) as folder:
+        (folder / "a").touch()
+        assert not path.exists()
+    with pytest.raises(OSError, match="folder"), whole_folder(path, shared=True) as folder:
+        (folder / "b").touch()  # Another process was faster.
+    assert [found.name for found in tmp_path.rglob("*")] == ["folder", "a"]
