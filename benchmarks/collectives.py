@@ -39,7 +39,8 @@ from mass_dpo_jax.data.batches import Batch
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training.optimizer import make_optimizer
-from mass_dpo_jax.training.setup import Setup, prepare
+from mass_dpo_jax.training.prepare import prepare
+from mass_dpo_jax.training.setup import Setup
 from mass_dpo_jax.training.updates import abstract_state
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")

@@ -29,7 +29,8 @@ from mass_dpo_jax.training.export import save_model
 from mass_dpo_jax.training.open_policy import open_policy
 from mass_dpo_jax.training.optimizer import make_optimizer, skip_if_not_finite
 from mass_dpo_jax.training.policy import Policy
-from mass_dpo_jax.training.setup import Reference, open_mesh, prepare_examples
+from mass_dpo_jax.training.prepare import open_mesh, prepare_examples
+from mass_dpo_jax.training.setup import Reference
 from mass_dpo_jax.training.step import TrainState
 from mass_dpo_jax.training.updates import Batches, TrainStep
 from mass_dpo_jax.utils.files import expand_path

@@ -30,7 +30,8 @@ from mass_dpo_jax.runs.run_folder import latest_step
 from mass_dpo_jax.training.mesh import abstract_mesh, check_batch
 from mass_dpo_jax.training.model_paths import uses_lora
 from mass_dpo_jax.training.optimizer import make_optimizer
-from mass_dpo_jax.training.setup import Setup, prepare
+from mass_dpo_jax.training.prepare import prepare
+from mass_dpo_jax.training.setup import Setup
 from mass_dpo_jax.utils import mesh_axes
 
 

@@ -20,7 +20,8 @@ from mass_dpo_jax.training import checkpoint, interruption, scoring
 from mass_dpo_jax.training.evaluator import EvaluatedSplit, Evaluator, check_best
 from mass_dpo_jax.training.open_policy import save_description
 from mass_dpo_jax.training.optimizer import learning_rate, make_optimizer
-from mass_dpo_jax.training.setup import Reference, Setup, list_models_read, prepare
+from mass_dpo_jax.training.prepare import list_models_read, prepare
+from mass_dpo_jax.training.setup import Reference, Setup
 from mass_dpo_jax.training.step import TrainState
 from mass_dpo_jax.training.step_log import BadSteps, StepLog
 from mass_dpo_jax.training.updates import Batches, TrainStep, abstract_state, first_state

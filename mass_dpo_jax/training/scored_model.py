@@ -13,7 +13,8 @@ from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.runs import origin, run_config, run_folder
 from mass_dpo_jax.training.methods import METHODS
 from mass_dpo_jax.training.model_paths import uses_lora
-from mass_dpo_jax.training.setup import Reference, Setup, prepare
+from mass_dpo_jax.training.prepare import prepare
+from mass_dpo_jax.training.setup import Reference, Setup
 from mass_dpo_jax.utils import distributed
 
 _log = logging.getLogger(__name__)

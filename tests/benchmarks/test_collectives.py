@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.collectives import collective_bytes, of_step, weights_bytes
 from mass_dpo_jax.models import shared_prefix
-from mass_dpo_jax.training.setup import prepare
+from mass_dpo_jax.training.prepare import prepare
 from tests.support.helpers import tiny_config, write_jsonl
 from tests.support.processes import command
 

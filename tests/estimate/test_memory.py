@@ -34,8 +34,9 @@ from mass_dpo_jax.training import loop as train_lib
 from mass_dpo_jax.training.mesh import abstract_mesh
 from mass_dpo_jax.training.methods import make_method
 from mass_dpo_jax.training.optimizer import make_optimizer
+from mass_dpo_jax.training.prepare import prepare
 from mass_dpo_jax.training.scorer import Scorer
-from mass_dpo_jax.training.setup import Reference, prepare
+from mass_dpo_jax.training.setup import Reference
 from mass_dpo_jax.training.step import Choice, Program
 from mass_dpo_jax.training.updates import Batches, abstract_state
 from tests.support.helpers import WORDS, slow, tiny_config, write_jsonl

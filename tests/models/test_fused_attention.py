@@ -33,8 +33,8 @@ from mass_dpo_jax.models.fused_attention import (
 )
 from mass_dpo_jax.training.methods import make_method
 from mass_dpo_jax.training.optimizer import make_optimizer
+from mass_dpo_jax.training.prepare import prepare
 from mass_dpo_jax.training.scorer import Scorer
-from mass_dpo_jax.training.setup import prepare
 from mass_dpo_jax.training.step import Program, TrainState
 from mass_dpo_jax.utils import mesh_axes
 from tests.models.test_replay import gradients as recorded_gradients

@@ -18,7 +18,8 @@ from mass_dpo_jax.models.replay import replay
 from mass_dpo_jax.models.response_layout import Picks, gather_candidates
 from mass_dpo_jax.models.shared_prefix import score
 from mass_dpo_jax.training.optimizer import make_optimizer
-from mass_dpo_jax.training.setup import Reference, prepare
+from mass_dpo_jax.training.prepare import prepare
+from mass_dpo_jax.training.setup import Reference
 from mass_dpo_jax.training.step import TrainState
 from mass_dpo_jax.training.updates import Batches
 from tests.support.helpers import slow, write_jsonl

@@ -23,7 +23,7 @@ from mass_dpo_jax.runs import run_config
 from mass_dpo_jax.score import score
 from mass_dpo_jax.train import train
 from mass_dpo_jax.training.offline_selection import select_with_model
-from mass_dpo_jax.training.setup import prepare
+from mass_dpo_jax.training.prepare import prepare
 from mass_dpo_jax.training.updates import Batches
 from tests.support.helpers import WORDS, losses, tiny_config, write_jsonl
 from tests.support.models import hf_config, random_tensors, write_weights

@@ -48,7 +48,7 @@ from mass_dpo_jax.training.loop import SPLITS
 from mass_dpo_jax.training.methods import make_method
 from mass_dpo_jax.training.offline_selection import select_with_features
 from mass_dpo_jax.training.optimizer import learning_rate, make_optimizer
-from mass_dpo_jax.training.setup import prepare
+from mass_dpo_jax.training.prepare import prepare
 from mass_dpo_jax.training.updates import abstract_state
 from mass_dpo_jax.utils import cache
 from tests.data.readers import test_medmcqa, test_qasc, test_sequences

@@ -29,10 +29,10 @@ from mass_dpo_jax.runs import run_config, run_folder
 from mass_dpo_jax.score import score
 from mass_dpo_jax.training import checkpoint
 from mass_dpo_jax.training import mesh as mesh_lib
-from mass_dpo_jax.training import setup as setup_lib
+from mass_dpo_jax.training import prepare as prepare_lib
 from mass_dpo_jax.training.offline_selection import select_with_model
 from mass_dpo_jax.training.optimizer import make_optimizer
-from mass_dpo_jax.training.setup import prepare
+from mass_dpo_jax.training.prepare import prepare
 from mass_dpo_jax.training.updates import Batches, abstract_state, first_state
 from mass_dpo_jax.utils import cache, distributed, fingerprint
 from tests.support.helpers import tiny_config
@@ -173,7 +173,10 @@ def read_share(folder: Path) -> float:
 def waits(folder: Path) -> dict[str, Any]:
     """Returns what this process reads where processes see different files."""
     found: dict[str, Any] = {}
-    me, real = jax.process_index(), (distributed._get, setup_lib.open_splits, run_folder.list_steps)
+    me, real = (
+        jax.process_index(),
+        (distributed._get, prepare_lib.open_splits, run_folder.list_steps),
+    )
     longest = 0.0
 
     def get(key: str) -> Any:
@@ -193,7 +196,7 @@ def waits(folder: Path) -> dict[str, Any]:
     config.cache_dir = str(folder / f"cache{me}")
     with (
         mock.patch.object(distributed, "_get", get),
-        mock.patch.object(setup_lib, "open_splits", load),
+        mock.patch.object(prepare_lib, "open_splits", load),
     ):
         setup = prepare(config, folder / "run", ("train",))
     tokens = setup.tokens["train"]

@@ -14,7 +14,7 @@ import numpy as np
 
 from mass_dpo_jax.training import checkpoint, mesh
 from mass_dpo_jax.training.optimizer import make_optimizer
-from mass_dpo_jax.training.setup import prepare
+from mass_dpo_jax.training.prepare import prepare
 from mass_dpo_jax.training.updates import abstract_state
 from tests.support.helpers import log_lines
 

@@ -23,7 +23,7 @@ from mass_dpo_jax.train import train
 from mass_dpo_jax.training import checkpoint, checkpoint_reading
 from mass_dpo_jax.training.evaluator import Evaluator, check_best
 from mass_dpo_jax.training.optimizer import make_optimizer
-from mass_dpo_jax.training.setup import prepare
+from mass_dpo_jax.training.prepare import prepare
 from mass_dpo_jax.training.updates import abstract_state
 from tests.support.helpers import log_lines, losses, tiny_config, write_jsonl
 from tests.support.runs import final_state

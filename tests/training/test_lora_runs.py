@@ -26,7 +26,7 @@ from mass_dpo_jax.runs import run_config
 from mass_dpo_jax.score import score
 from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training.optimizer import make_optimizer
-from mass_dpo_jax.training.setup import prepare
+from mass_dpo_jax.training.prepare import prepare
 from mass_dpo_jax.training.updates import Batches, abstract_state, first_state
 from mass_dpo_jax.utils import mesh_axes
 from tests.support.helpers import WORDS, log_lines, losses, slow, tiny_config, write_jsonl

@@ -16,7 +16,8 @@ from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models import fused_attention
 from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training.optimizer import make_optimizer
-from mass_dpo_jax.training.setup import Reference, Setup, prepare
+from mass_dpo_jax.training.prepare import prepare
+from mass_dpo_jax.training.setup import Reference, Setup
 from mass_dpo_jax.training.step import TrainState
 from mass_dpo_jax.training.updates import Batches, abstract_state, first_state
 from tests.support.helpers import slow, tiny_config, write_jsonl

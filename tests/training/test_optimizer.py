@@ -26,7 +26,7 @@ from mass_dpo_jax.training.optimizer import (
     moments_memory,
     store_in_bfloat16,
 )
-from mass_dpo_jax.training.setup import prepare
+from mass_dpo_jax.training.prepare import prepare
 from mass_dpo_jax.training.updates import abstract_state
 from tests.support.helpers import losses, slow, tiny_config, write_jsonl
 

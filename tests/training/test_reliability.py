@@ -24,7 +24,8 @@ from mass_dpo_jax.training import checkpoint, checkpoint_reading, interruption, 
 from mass_dpo_jax.training.evaluator import Evaluator
 from mass_dpo_jax.training.methods import make_method
 from mass_dpo_jax.training.optimizer import make_optimizer
-from mass_dpo_jax.training.setup import Setup, prepare
+from mass_dpo_jax.training.prepare import prepare
+from mass_dpo_jax.training.setup import Setup
 from mass_dpo_jax.training.step import Program, TrainState
 from mass_dpo_jax.training.step_log import BadSteps, StepLog
 from mass_dpo_jax.training.updates import abstract_state

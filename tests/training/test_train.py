@@ -21,7 +21,8 @@ from mass_dpo_jax.training import loop
 from mass_dpo_jax.training.methods import METHODS
 from mass_dpo_jax.training.negatives import NO_SET, NegativeSets
 from mass_dpo_jax.training.optimizer import make_optimizer
-from mass_dpo_jax.training.setup import Reference, prepare
+from mass_dpo_jax.training.prepare import prepare
+from mass_dpo_jax.training.setup import Reference
 from mass_dpo_jax.training.step import Choice, KeptSets, Program, TrainState, _describe_responses
 from mass_dpo_jax.training.updates import Batches, TrainStep
 from tests.support.helpers import log_lines, losses, slow, tiny_config, write_jsonl
