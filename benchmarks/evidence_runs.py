@@ -17,7 +17,7 @@ from configs import tiny
 from mass_dpo_jax import cli, metrics
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.data import load_examples
-from mass_dpo_jax.data.examples import Example, History
+from mass_dpo_jax.data.examples import Example, as_text
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.reports.comparison import read_logps
 from mass_dpo_jax.train import train
@@ -207,7 +207,7 @@ def cold_rows(examples: Sequence[Example], seed: int) -> list[dict[str, Any]]:
     for i, example in enumerate(examples):
         candidates = sorted(str(text) for text in (example.chosen, *example.rejected))
         chosen = candidates.pop(np.random.default_rng([seed, i, 5]).integers(len(candidates)))
-        prompt = example.prompt.text if isinstance(example.prompt, History) else example.prompt
+        prompt = as_text(example.prompt)
         rows.append({"id": example.id, "prompt": prompt, "chosen": chosen, "rejected": candidates})
     return rows
 

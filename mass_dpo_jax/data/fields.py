@@ -15,9 +15,7 @@ _JSON_TYPES = (str, list, dict, int, bool, type(None))  # The types of most valu
 def check_string(value: Any, field: str, location: str) -> str:
     """Returns the value if it is a string that is not blank and can be written as UTF-8."""
     if not isinstance(value, str):
-        raise UserError(
-            f"{location}: field {field!r} must be a string, found {describe_value(value)}"
-        )
+        raise make_type_error(location, field, "a string", value)
     if not value.strip():
         raise UserError(f"{location}: field {field!r} is empty")
     return _check_encodable(value, field, location)
@@ -44,9 +42,7 @@ def check_id(value: Any, default: str, location: str) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, (str, int)):
-        raise UserError(
-            f"{location}: field 'id' must be a string or an integer, found {describe_value(value)}"
-        )
+        raise make_type_error(location, "id", "a string or an integer", value)
     if value == "":
         raise UserError(
             f"{location}: field 'id' is empty; leave it out, or set --config.data.columns=id= to "
@@ -75,6 +71,12 @@ def has_content(value: Any) -> bool:
     if isinstance(value, list):
         return any(map(has_content, value))
     return value is not None and value != "" and value is not False
+
+
+def make_type_error(location: str, field: str, expected: str, value: Any) -> UserError:
+    """Returns the error that a field's value is not what it must be."""
+    found = describe_value(value)
+    return UserError(f"{location}: field {field!r} must be {expected}, found {found}")
 
 
 def describe_value(value: Any) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
-from mass_dpo_jax.data.examples import Example, History, Message, Prompt
+from mass_dpo_jax.data.examples import Example, History, Message, Prompt, as_text, last_content
 from mass_dpo_jax.data.render import Renderer
 from mass_dpo_jax.data.tokens import RaggedTokens
 from mass_dpo_jax.errors import UserError
@@ -182,7 +182,7 @@ class _ShortenedPrompt:
         units = prompt.items if isinstance(prompt, History) else self._turns
         self.items = max(0, len(units) - 1)
         shortest = self.without(self.items)
-        self.most = self.items + (len(_cuttable_text(shortest)) - 1 if cut_text else 0)
+        self.most = self.items + (len(last_content(as_text(shortest))) - 1 if cut_text else 0)
 
     def without(self, amount: int) -> Prompt:
         """Returns the prompt without its first `amount` items and characters."""
@@ -191,7 +191,7 @@ class _ShortenedPrompt:
         characters = amount - items
         if not characters:
             return rest
-        text = _cuttable_text(rest)[characters:]
+        text = last_content(as_text(rest))[characters:]
         if isinstance(rest, list):
             return [*rest[:-1], {**rest[-1], "content": text}]
         return text
@@ -216,12 +216,6 @@ def _split_turns(messages: Sequence[Message]) -> list[list[Message]]:
             turns.append([])
         turns[-1].append(message)
     return turns
-
-
-def _cuttable_text(prompt: Prompt) -> str:
-    if isinstance(prompt, History):
-        return prompt.text
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
 def _find_least_cuts(

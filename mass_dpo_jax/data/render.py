@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
 from mass_dpo_jax.data.chat_template import ChatTemplate, remove_end_token
-from mass_dpo_jax.data.examples import Example, History, Prompt, Text
+from mass_dpo_jax.data.examples import Example, Prompt, Text, as_text
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.utils.files import read_text
 
@@ -131,9 +131,7 @@ class PlainRenderer:
 
     def render_prompt(self, prompt: Prompt, location: str) -> str:
         """Returns the prompt, which must be a text or a history."""
-        if isinstance(prompt, History):
-            return prompt.text
-        return self._check_string(prompt, "prompt", location)
+        return self._check_string(as_text(prompt), "prompt", location)
 
     def render_responses(self, example: Example, prompt: str) -> list[str]:
         """Returns the responses, which must be texts, without the end-of-sequence token."""

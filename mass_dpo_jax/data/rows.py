@@ -6,7 +6,7 @@ many rows are affected; "skip" leaves such rows out and logs how many, by reason
 
 from __future__ import annotations
 
-import dataclasses
+import collections
 import logging
 import re
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
@@ -96,10 +96,7 @@ def collect(
 
 
 def read_items(
-    table: Table,
-    make: Callable[[Any, int, str], Item],
-    on_bad_row: str,
-    advice: str = "",
+    table: Table, make: Callable[[Any, int, str], Item], on_bad_row: str, advice: str = ""
 ) -> list[Item]:
     """Returns the items of all rows; `advice` is added to the error about a repeated id."""
     rows = BadRows(table.name, on_bad_row)
@@ -131,44 +128,36 @@ class DuplicateId(UserError):
     """Two rows have the same id; skipping bad rows would not say which one to leave out."""
 
 
-@dataclasses.dataclass
-class Reason:
-    """Why rows were left out: the message about the first of them, and how many there were."""
-
-    first: str
-    count: int = 0
-
-
 class Reasons:
     """What was wrong with rows. Messages that differ in numbers and values only count as one."""
 
     def __init__(self) -> None:
-        self._by_kind: dict[str, Reason] = {}
+        self._first: dict[str, str] = {}  # The first row's message by kind.
+        self._counts: collections.Counter[str] = collections.Counter()
 
     def add(self, message: str) -> None:
         """Counts one more row with this message."""
         kind = _NUMBER.sub("#", _QUOTED.sub("'...'", message))
-        self._by_kind.setdefault(kind, Reason(message)).count += 1
+        self._first.setdefault(kind, message)
+        self._counts[kind] += 1
 
     @property
     def count(self) -> int:
         """The number of rows."""
-        return sum(reason.count for reason in self._by_kind.values())
+        return self._counts.total()
 
-    def sort_by_frequency(self) -> list[Reason]:
-        """Returns the reasons, the most frequent one first."""
-        return sorted(self._by_kind.values(), key=lambda reason: -reason.count)
+    def sort_by_frequency(self) -> list[tuple[str, int]]:
+        """Returns each reason's first message and number of rows, the most frequent one first."""
+        return [(self._first[kind], count) for kind, count in self._counts.most_common()]
 
     def log(self, name: str, total: int) -> None:
         """Logs how many of `name`'s `total` rows were skipped, in all and for each reason."""
         reasons = self.sort_by_frequency()
         if len(reasons) > 1:
             _log.info("%s: skipped %d of %d rows in all", name, self.count, total)
-        for reason in reasons[:MAX_REASONS]:
-            _log.info(
-                "%s: skipped %d of %d rows; first: %s", name, reason.count, total, reason.first
-            )
-        if rest := sum(reason.count for reason in reasons[MAX_REASONS:]):
+        for first, count in reasons[:MAX_REASONS]:
+            _log.info("%s: skipped %d of %d rows; first: %s", name, count, total, first)
+        if rest := sum(count for _, count in reasons[MAX_REASONS:]):
             _log.info("%s: skipped %d of %d rows for other reasons", name, rest, total)
 
 

@@ -51,18 +51,7 @@ def tokenize_once(
     """Tokenizes examples, or reads the cache in `folder` of the same examples and settings.
 
     The tokenizer and the code must be the same too. Files that are not as they were written are
-    reported and made again.
-
-    Args:
-        folder: The cache.
-        examples: As in `tokenize`, like everything else.
-        tokenizer: As in `tokenize`.
-        data: The configuration's `data`. Reads what `tokenize` reads.
-        progress: As in `tokenize`.
-        max_positions: As in `tokenize`.
-
-    Raises:
-        UserError: As `tokenize`.
+    reported and made again. Arguments other than `folder`, and errors, are those of `tokenize`.
     """
     make = functools.partial(
         tokenize, examples, tokenizer, data, progress=progress, max_positions=max_positions

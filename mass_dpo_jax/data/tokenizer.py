@@ -149,9 +149,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None
         ),
     )
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A",
-        pair=f"{BOS} $A $B:1",
-        special_tokens=[(BOS, _SPECIAL.index(BOS))],
+        single=f"{BOS} $A", pair=f"{BOS} $A $B:1", special_tokens=[(BOS, _SPECIAL.index(BOS))]
     )
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))

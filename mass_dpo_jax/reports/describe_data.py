@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from mass_dpo_jax import config_checks
 from mass_dpo_jax.data import splits
-from mass_dpo_jax.data.examples import Example, History, Text
+from mass_dpo_jax.data.examples import Example, History, Text, as_messages
 from mass_dpo_jax.data.split_cache import open_splits
 from mass_dpo_jax.data.token_cache import tokenize_once
 from mass_dpo_jax.data.tokenizer import load_tokenizer
@@ -135,6 +135,4 @@ def _row_lines(split: str, view: SplitView) -> Iterator[str]:
 
 
 def _text(text: Text | History) -> str:
-    if isinstance(text, History):
-        return text.text
-    return text if isinstance(text, str) else "\n".join(m["content"] for m in text)
+    return "\n".join(message["content"] for message in as_messages(text))

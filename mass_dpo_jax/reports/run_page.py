@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax import metrics as metrics_lib
-from mass_dpo_jax.data.examples import History, Text
+from mass_dpo_jax.data.examples import History, Text, as_text
 from mass_dpo_jax.reports import curves, style, templates
 from mass_dpo_jax.reports.curves import Panel
 from mass_dpo_jax.reports.format import HEADLINE_METRICS, format_metric
@@ -216,9 +216,8 @@ def _rank_changes(split: EvaluatedSplit, beta: float) -> dict[str, Any]:
 
 
 def _shorten(text: Text | History) -> str:
-    if isinstance(text, History):
-        text = text.text
-    elif not isinstance(text, str):
+    text = as_text(text)
+    if not isinstance(text, str):
         text = "\n".join(f"{message['role']}: {message['content']}" for message in text)
     if len(text) <= MAX_TEXT_CHARS:
         return text

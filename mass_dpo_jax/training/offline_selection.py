@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from mass_dpo_jax import config_checks
 from mass_dpo_jax.data import load_examples
 from mass_dpo_jax.data.batches import Batch
-from mass_dpo_jax.data.examples import Example, History, Message, Text
+from mass_dpo_jax.data.examples import Example, Message, Text, as_text
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.selection import Selection
 from mass_dpo_jax.selection import batch as batch_lib
@@ -229,10 +229,9 @@ def _rows(picks: Selection, has_weights: bool) -> list[Row]:
 
 
 def _add_texts(example: Example, row: Row) -> Row:
-    prompt = example.prompt
     return {
         "id": example.id,
-        "prompt": prompt.text if isinstance(prompt, History) else prompt,
+        "prompt": as_text(example.prompt),
         "chosen": example.chosen,
         "rejected": [example.rejected[pick] for pick in row["selected"]],
         **row,

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
-from mass_dpo_jax.data.examples import Example, History
+from mass_dpo_jax.data.examples import Example, as_messages
 from mass_dpo_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models import peft_format
@@ -154,12 +154,7 @@ def _texts(examples: Sequence[Example]) -> Iterator[str]:
     """The texts that a tokenizer is trained on."""
     for example in examples[:MAX_TOKENIZER_EXAMPLES]:
         for text in (example.prompt, example.chosen, *example.rejected):
-            if isinstance(text, History):
-                yield text.text
-            elif isinstance(text, str):
-                yield text
-            else:
-                yield from (message["content"] for message in text)
+            yield from (message["content"] for message in as_messages(text))
 
 
 def set_chat_template(policy: Policy, chat_template: str) -> PreTrainedTokenizerBase:

@@ -41,7 +41,7 @@ def test_messages_that_differ_in_values_are_one_reason(messages: list[str], coun
         reasons.add(message)
     found = reasons.sort_by_frequency()
     assert (len(found), reasons.count) == (count, 2)
-    assert found[0].first == messages[0]
+    assert found[0][0] == messages[0]
 
 
 def test_skipped_rows_are_counted_by_reason_the_most_frequent_first(

@@ -1498,8 +1498,8 @@ MUTATIONS = (
     ),
     Mutation(
         "tokens: a long prompt loses the end of its text",
-        "text = _cuttable_text(rest)[characters:]",
-        "text = _cuttable_text(rest)[:-characters]",
+        "text = last_content(as_text(rest))[characters:]",
+        "text = last_content(as_text(rest))[:-characters]",
         "data/test_prompts.py",
     ),
     Mutation(

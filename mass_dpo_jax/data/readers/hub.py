@@ -25,10 +25,7 @@ from mass_dpo_jax.utils.files import check_links, read_json, read_text
 def load(data: ConfigDict, split: str, seed: int) -> list[Example]:
     """Loads a split of the dataset `data.path`; see `splits` for missing splits.
 
-    Args:
-        data: The configuration's `data`. Reads `path`, and what `preferences.read_split` reads.
-        split: "train", "validation", "test" or, for a dataset without splits, "all".
-        seed: Determines which rows are held out.
+    Reads `path` of `data`, and what `preferences.read_split` reads.
 
     Raises:
         UserError: The dataset cannot be read, or a row is wrong: names it and the field.

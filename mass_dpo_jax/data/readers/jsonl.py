@@ -16,10 +16,7 @@ PATTERNS = ("{}.jsonl", "{}.jsonl.gz")
 def load(data: ConfigDict, split: str, seed: int) -> list[Example]:
     """Loads a split of the file or folder `data.path`; see `splits` for missing splits.
 
-    Args:
-        data: The configuration's `data`. Reads `path`, and what `preferences.read_split` reads.
-        split: "train", "validation", "test" or, for a file, "all".
-        seed: Determines which rows are held out.
+    Reads `path` of `data`, and what `preferences.read_split` reads.
 
     Raises:
         UserError: Names the file, the line and the field.

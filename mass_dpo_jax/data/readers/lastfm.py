@@ -46,13 +46,8 @@ def load(data: ConfigDict, split: str, seed: int) -> list[Example]:
     """Loads a split of `data.path`; see `splits` for a single file and missing splits.
 
     The rejected responses, and with `data.list_candidates` the list of all candidates in the
-    prompt, are in an order drawn by seed and row.
-
-    Args:
-        data: The configuration's `data`. Reads `path`, `list_candidates`, `on_bad_row`,
-            `validation_share`; for HetRec, what `sequences.load` reads.
-        split: "train", "validation", "test" or "all".
-        seed: Determines orders, and which rows are held out.
+    prompt, are in an order drawn by seed and row. Reads `path`, `list_candidates`, `on_bad_row` and
+    `validation_share` of `data`; for HetRec, what `sequences.load` reads.
 
     Raises:
         UserError: Names the file, the row (from 0) or line, and the field.

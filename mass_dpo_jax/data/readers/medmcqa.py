@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 
 from mass_dpo_jax.data import splits
 from mass_dpo_jax.data.examples import Example
-from mass_dpo_jax.data.fields import check_id, describe_value
+from mass_dpo_jax.data.fields import check_id, make_type_error
 from mass_dpo_jax.data.readers import questions
 from mass_dpo_jax.data.readers.questions import Question, check_text
 from mass_dpo_jax.data.rows import Table, collect
@@ -47,12 +47,8 @@ class _SubjectQuestion(Question):
 def load(data: ConfigDict, split: str, seed: int) -> list[Example]:
     """Loads a split of `data.path`; candidates are in an order drawn by seed and row.
 
-    Args:
-        data: The configuration's `data`. Reads `path`, `num_candidates`, `native_eval`,
-            `list_candidates`, `on_bad_row`, `validation_share`, `max_train`, `max_validation`,
-            `max_test`.
-        split: "train", "validation", "test" or "all".
-        seed: Determines candidates and orders, and which rows are held out.
+    Reads `path`, `num_candidates`, `native_eval`, `list_candidates`, `on_bad_row`,
+    `validation_share` and `max_*` of `data`.
 
     Raises:
         UserError: It is unclear where `cop` counts from; or names the file, the line and the field:
@@ -98,10 +94,8 @@ def _read_question(
             f"{location}: field 'cop' is {row.get('cop')!r}, so no option is the right one"
         )
     if not _is_integer(cop) or not first <= cop < first + len(options):
-        raise UserError(
-            f"{location}: field 'cop' must be an option's number from {first} to "
-            f"{first + len(options) - 1}, found {describe_value(cop)}"
-        )
+        expected = f"an option's number from {first} to {first + len(options) - 1}"
+        raise make_type_error(location, "cop", expected, cop)
     answer = options[cop - first]
     wrong = questions.find_distinct(options, without=[answer])
     if not wrong:

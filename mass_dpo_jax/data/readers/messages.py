@@ -18,7 +18,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from mass_dpo_jax.data.examples import Message, Text
-from mass_dpo_jax.data.fields import check_string, describe_value, has_content, to_json_value
+from mass_dpo_jax.data.fields import (
+    check_string,
+    describe_value,
+    has_content,
+    make_type_error,
+    to_json_value,
+)
 from mass_dpo_jax.errors import UserError
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -61,10 +67,8 @@ def read_text(value: Any, field: str, location: str) -> Text:
     if isinstance(value, Mapping) and "role" in value and "content" in value:
         value = [value]
     if not isinstance(value, list):
-        raise UserError(
-            f"{location}: field {field!r} must be a string or a list of chat messages (role, "
-            f"content), found {describe_value(value)}"
-        )
+        expected = "a string or a list of chat messages (role, content)"
+        raise make_type_error(location, field, expected, value)
     if not value:
         raise UserError(f"{location}: field {field!r} is empty")
     return [_read_message(m, f"{field}[{i}]", location) for i, m in enumerate(value)]
@@ -73,7 +77,7 @@ def read_text(value: Any, field: str, location: str) -> Text:
 def _read_message(value: Any, field: str, location: str) -> Message:
     start = f"{location}: field {field!r}"
     if not isinstance(value, Mapping):
-        raise UserError(f"{start} must be a chat message, found {describe_value(value)}")
+        raise make_type_error(location, field, "a chat message", value)
     if "role" not in value and "from" in value:
         raise UserError(
             f"{start}: a chat message needs role and content, found ShareGPT's "

@@ -12,7 +12,13 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mass_dpo_jax.data.examples import Example, Message, Text, check_not_rejected
-from mass_dpo_jax.data.fields import check_id, describe_value, has_content, to_json_value
+from mass_dpo_jax.data.fields import (
+    check_id,
+    describe_value,
+    has_content,
+    make_type_error,
+    to_json_value,
+)
 from mass_dpo_jax.data.readers.columns import (
     describe_absent,
     has_prompt_elsewhere,
@@ -38,18 +44,9 @@ UNSUPPORTED_COLUMNS = {
 
 
 def read_split(table: Table, data: ConfigDict, seed: int) -> list[Example]:
-    """Reads the part of a table that its `source` names.
+    """Reads the part of a table that its `source` names, as `read_preferences` and `take_part` do.
 
     An example without an id is named after its split (or file) and its row, counted from 0.
-
-    Args:
-        table: The rows.
-        data: The configuration's `data`. Reads `columns`, `chat_template`, `on_bad_row`,
-            `validation_share`.
-        seed: Determines which rows are held out.
-
-    Raises:
-        UserError: As `read_preferences`.
     """
     examples = read_preferences(table, f"{table.source.name}-", data, log_once=True)
     return take_part(table, examples, data, seed)
@@ -114,9 +111,9 @@ def read_row(row: Any, default_id: str, location: str) -> Example:
             (drawn twice from a model, say).
     """
     if not isinstance(row, Mapping):
+        found = describe_value(row)
         raise UserError(
-            f"{location}: expected an object with prompt, chosen, rejected; found "
-            f"{describe_value(row)}"
+            f"{location}: expected an object with prompt, chosen, rejected; found {found}"
         )
     for field in ("chosen", "rejected"):
         if to_json_value(row.get(field)) is None:
@@ -186,9 +183,7 @@ def _read_number(value: Any, field: str, location: str) -> float | None:
     if value is None:
         return None
     if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise UserError(
-            f"{location}: field {field!r} must be a number, found {describe_value(value)}"
-        )
+        raise make_type_error(location, field, "a number", value)
     return float(value) if abs(value) <= MAX_SCORE else None
 
 
@@ -203,10 +198,8 @@ def _read_rejected(value: Any, chosen: Text, single: bool, location: str) -> lis
     if isinstance(value, str) or (isinstance(value, Mapping) and "role" in value):
         return [read_text(value, "rejected", location)]
     if not isinstance(value, list):
-        raise UserError(
-            f"{location}: field 'rejected' must be a response or a list of responses, "
-            f"found {describe_value(value)}"
-        )
+        expected = "a response or a list of responses"
+        raise make_type_error(location, "rejected", expected, value)
     if all(map(is_simple, value)) and value:
         return value
     value = [to_json_value(v) for v in value]

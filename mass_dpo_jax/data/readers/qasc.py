@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from mass_dpo_jax.data import splits
 from mass_dpo_jax.data.examples import Example
-from mass_dpo_jax.data.fields import check_id, describe_value
+from mass_dpo_jax.data.fields import check_id, make_type_error
 from mass_dpo_jax.data.readers import questions
 from mass_dpo_jax.data.readers.questions import Question, check_text
 from mass_dpo_jax.data.rows import collect
@@ -32,13 +32,8 @@ PATTERNS = ("{}.jsonl", "{}.jsonl.gz")
 def load(data: ConfigDict, split: str, seed: int) -> list[Example]:
     """Loads a split of `data.path`; candidates are in an order drawn by seed and row.
 
-    Repeated wrong choices count once.
-
-    Args:
-        data: The configuration's `data`. Reads `path`, `list_candidates`, `on_bad_row`,
-            `validation_share`, `max_train`, `max_validation`, `max_test`.
-        split: "train", "validation", "test" or "all".
-        seed: Determines orders, and which rows are held out.
+    Repeated wrong choices count once. Reads `path`, `list_candidates`, `on_bad_row`,
+    `validation_share` and `max_*` of `data`.
 
     Raises:
         UserError: Names the file, the line and the field: something is missing, the answer key is
@@ -67,10 +62,8 @@ def _read_question(row: Any, index: int, default_id: str, location: str) -> Ques
     labels, texts = _read_choices(choices, location)
     key = row["answerKey"]
     if labels.count(key) != 1:
-        raise UserError(
-            f"{location}: field 'answerKey' must be one of the labels "
-            f"{', '.join(map(str, labels))}, found {describe_value(key)}"
-        )
+        expected = f"one of the labels {', '.join(map(str, labels))}"
+        raise make_type_error(location, "answerKey", expected, key)
     answer = texts.pop(labels.index(key))
     wrong = questions.find_distinct(texts, without=[answer])
     if len(wrong) < len(questions.find_distinct(texts)):
@@ -92,10 +85,8 @@ def _read_choices(value: Any, location: str) -> tuple[list[Any], list[str]]:
     else:
         labels = texts = None
     if not isinstance(labels, list) or not isinstance(texts, list) or len(labels) != len(texts):
-        raise UserError(
-            f"{location}: field 'choices' must be a list of objects with label and text, "
-            f"found {describe_value(value)}"
-        )
+        expected = "a list of objects with label and text"
+        raise make_type_error(location, "choices", expected, value)
     return labels, [
         check_text(text, f"choices[{i}].text", location) for i, text in enumerate(texts)
     ]

@@ -88,14 +88,8 @@ class Event(NamedTuple):
 def load(layout: Format, data: ConfigDict, split: str, seed: int) -> list[Example]:
     """Loads a split, or "all" users: at most `data.max_*` examples, drawn by seed.
 
-    Candidates and their order are a function of the seed and the chosen item's line.
-
-    Args:
-        layout: The files and the prompt.
-        data: The configuration's `data`. Reads `path`, `num_candidates`, `list_candidates`,
-            `on_bad_row`, `max_train`, `max_validation`, `max_test`.
-        split: "train", "validation", "test" or "all".
-        seed: Determines candidates and orders.
+    Candidates and their order are a function of the seed and the chosen item's line. Reads `path`,
+    `num_candidates`, `list_candidates`, `on_bad_row` and `max_*` of `data`.
 
     Raises:
         UserError: Names the file and the line: a field is missing or no number, an item has no

@@ -170,12 +170,7 @@ def load(data: ConfigDict, split: str, seed: int) -> list[Example]:
     """Loads all examples of a split.
 
     The rejected responses and, with `data.list_candidates`, the list of all candidates in the
-    prompt are in an order drawn by seed and row.
-
-    Args:
-        data: The configuration's `data`. Reads `path`, `list_candidates`.
-        split: "train", "validation" or "test".
-        seed: Determines orders.
+    prompt are in an order drawn by seed and row. Reads `path` and `list_candidates` of `data`.
 
     Raises:
         UserError: There is no such world or split.
