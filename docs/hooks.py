@@ -35,7 +35,7 @@ def on_files(files: Files, config: Any) -> Files:
     for file in files.documentation_pages():
         for link in LINK.findall(file.content_string):
             target = _outside(file.src_uri, link)
-            if target is not None:
+            if target is not None and target not in PAGES:
                 linked.add(target)
     for name in sorted(linked):
         content = f"# `{name}`\n\n```{_language(name)}\n{(ROOT / name).read_text().rstrip()}\n```\n"
@@ -52,7 +52,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         target = _outside(page.file.src_uri, link[1])
         if target is None:
             return link[1]
-        return posixpath.relpath(f"source/{target}.md", posixpath.dirname(page.file.src_uri))
+        file = target if target in PAGES else f"source/{target}.md"
+        return posixpath.relpath(file, posixpath.dirname(page.file.src_uri))
 
     return LINK.sub(inside, markdown).replace(SETTINGS, _settings())
 
