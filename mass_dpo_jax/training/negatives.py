@@ -13,10 +13,10 @@ from mass_dpo_jax.data.batches import Order
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.training import scoring
 from mass_dpo_jax.training.setup import Reference, Setup
-from mass_dpo_jax.training.step import KeptSets
+from mass_dpo_jax.training.step import WindowNegatives
 from mass_dpo_jax.utils import distributed
 
-NO_SET = -1  # The candidate id of an example without a choice yet; 0 stands for no negative.
+NOT_CHOSEN = -1  # The candidate id of an example without a choice yet; 0 stands for no negative.
 _log = logging.getLogger(__name__)
 
 
@@ -58,10 +58,13 @@ class NegativeSets:
         self._window: int | None = None
         self._is_restored = restored is not None
         shape = (len(setup.tokens["train"]), setup.method.num_negatives)
-        self._last = np.full(shape, NO_SET, np.int32) if restored is None else np.array(restored)
+        no_choice = np.full(shape, NOT_CHOSEN, np.int32)
+        self._last = no_choice if restored is None else np.array(restored)
         self._fraction_changed: float | None = None
 
-    def for_step(self, step: int, params: Any, given: KeptSets | None = None) -> KeptSets | None:
+    def for_step(
+        self, step: int, params: Any, given: WindowNegatives | None = None
+    ) -> WindowNegatives | None:
         """Returns the negatives to train on at a step; None: they are chosen inside of it.
 
         Chooses at the first step of a window, and at any other whose negatives are missing.
@@ -83,7 +86,7 @@ class NegativeSets:
         elif self._is_restored and self._window is None:
             self._window = window
         rows = self._order(step)[0]
-        known = self._window == window and (self._last[rows] != NO_SET).all()
+        known = self._window == window and (self._last[rows] != NOT_CHOSEN).all()
         if since and not known:
             _log.warning(
                 f"step {step}: the state has no sets of negatives of its window, which began at "
@@ -95,7 +98,7 @@ class NegativeSets:
             self._last = self._last.copy()  # A state holds the array of before.
             self._fraction_changed = self._remember(*self._choose(step, params))
             self._window = window
-        return KeptSets(window, self._last)
+        return WindowNegatives(window, self._last)
 
     def fraction_changed(self, rows: np.ndarray, candidate_ids: Any) -> Callable[[], float | None]:
         """Returns a function for the fraction of examples whose negatives changed at a step.
@@ -118,7 +121,7 @@ class NegativeSets:
         """What a checkpoint has to hold: int32 [M, n], every example's last negatives, or None."""
         return self._last if self._scores_pools else None
 
-    def _take(self, given: KeptSets) -> None:
+    def _take(self, given: WindowNegatives) -> None:
         candidate_ids = np.asarray(distributed.gather(given.candidate_ids), np.int32)
         if candidate_ids.shape != self._last.shape:
             raise UserError(
@@ -130,10 +133,10 @@ class NegativeSets:
 
     def _remember(self, rows: np.ndarray, candidate_ids: Any) -> float | None:
         new = distributed.gather(candidate_ids).reshape(len(rows), -1)
-        had_set = (self._last[rows] != NO_SET).all(1)
+        had_choice = (self._last[rows] != NOT_CHOSEN).all(1)
         differ = (np.sort(self._last[rows]) != np.sort(new)).any(1)
         self._last[rows] = new
-        return float(differ[had_set].mean()) if had_set.any() else None
+        return float(differ[had_choice].mean()) if had_choice.any() else None
 
     def _choose(self, step: int, params: Any) -> tuple[np.ndarray, np.ndarray]:
         """Chooses for the examples of a step and of the rest of its window.

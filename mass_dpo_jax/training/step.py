@@ -26,7 +26,7 @@ from mass_dpo_jax.training.scorer import Params, Scorer
 Metrics = dict[str, Array]
 
 
-class KeptSets(NamedTuple):
+class WindowNegatives(NamedTuple):
     """The negatives of one refresh window, as NumPy arrays on the host.
 
     Attributes:
@@ -52,7 +52,7 @@ class TrainState(NamedTuple):
     step: Any
     params: Params
     opt_state: optax.OptState
-    sets: KeptSets | None = None
+    sets: WindowNegatives | None = None
 
 
 class Choice(NamedTuple):

@@ -161,7 +161,7 @@ class TrainStep:
         return state, metrics
 
     def update(self, state: TrainState, batch: StepBatch) -> tuple[TrainState, Trained, Metrics]:
-        """Does what a call does, and returns what it trained on, too."""
+        """Updates the state as a call does, and returns what it was trained on, too."""
         check_type(state, TrainState, "state", "that of init(model.params), or the last step's")
         check_type(batch, StepBatch, "batch", "one of those that the step was made for")
         if isinstance(state.step, jax.Array) and state.step.is_deleted():

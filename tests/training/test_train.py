@@ -19,11 +19,17 @@ from mass_dpo_jax.runs import metrics_files
 from mass_dpo_jax.train import train
 from mass_dpo_jax.training import loop
 from mass_dpo_jax.training.methods import METHODS
-from mass_dpo_jax.training.negatives import NO_SET, NegativeSets
+from mass_dpo_jax.training.negatives import NOT_CHOSEN, NegativeSets
 from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.prepare import prepare
 from mass_dpo_jax.training.setup import Reference
-from mass_dpo_jax.training.step import Choice, KeptSets, Program, TrainState, _describe_responses
+from mass_dpo_jax.training.step import (
+    Choice,
+    Program,
+    TrainState,
+    WindowNegatives,
+    _describe_responses,
+)
 from mass_dpo_jax.training.updates import Batches, TrainStep
 from tests.support.helpers import log_lines, losses, slow, tiny_config, write_jsonl
 from tests.support.runs import on_one_device
@@ -421,13 +427,15 @@ def test_sets_that_are_not_there_are_chosen_with_a_warning(
     def sets(restored: np.ndarray | None = None) -> NegativeSets:
         return NegativeSets(setup, order, 7, Reference({}), restored)
 
-    def at(sets: NegativeSets, step: int, policy: int, given: KeptSets | None = None) -> KeptSets:
+    def at(
+        sets: NegativeSets, step: int, policy: int, given: WindowNegatives | None = None
+    ) -> WindowNegatives:
         found = sets.for_step(step, policy, given)  # A number in the place of weights.
         assert found is not None and found.window == step // 3
-        assert (found.candidate_ids != NO_SET).all(1)[order(step)[0]].all()
+        assert (found.candidate_ids != NOT_CHOSEN).all(1)[order(step)[0]].all()
         return found
 
-    def policy_of(found: KeptSets, step: int) -> int:
+    def policy_of(found: WindowNegatives, step: int) -> int:
         (policy,) = np.unique(found.candidate_ids[order(step)[0]])
         return int(policy)
 
@@ -445,13 +453,13 @@ def test_sets_that_are_not_there_are_chosen_with_a_warning(
     assert "no sets" not in said()
     # Entered in the middle: without sets, with those of another window, with some rows' only.
     partial = first.candidate_ids.copy()
-    partial[order(2)[0][3]] = NO_SET
-    for step, given in ((1, None), (4, first), (5, first), (2, KeptSets(0, partial))):
+    partial[order(2)[0][3]] = NOT_CHOSEN
+    for step, given in ((1, None), (4, first), (5, first), (2, WindowNegatives(0, partial))):
         assert policy_of(at(sets(), step, 9, given), step) == 9
         assert f"step {step}: the state has no sets of negatives of its window" in said()
     assert said().count("they are chosen now") == 4
     with pytest.raises(UserError, match=r"sets of negatives are \[22, 2\], expected \[22, 3\]"):
-        sets().for_step(1, 1, KeptSets(0, np.ones((22, 2), np.int32)))
+        sets().for_step(1, 1, WindowNegatives(0, np.ones((22, 2), np.int32)))
 
 
 def test_a_set_in_another_order_has_not_changed(tmp_path: Path, data: Path) -> None:
