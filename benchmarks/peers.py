@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mass_dpo_jax.data.batches import Batch
 from mass_dpo_jax.models.config import DecoderConfig
-from mass_dpo_jax.models.weights import table
+from mass_dpo_jax.models.weights import list_entries
 
 # At once, where no gradient is needed: on a CPU, and as ours on a GPU.
 MAX_LOGITS, GPU_MAX_LOGITS = 2**24, 2**27
@@ -31,10 +31,10 @@ def to_torch(config: DecoderConfig, params: Any, device: str = "cpu") -> Any:
     """transformers' model with our weights (nested dicts of arrays)."""
     model = random_torch(config, "cpu")
     state = {}
-    for entry in table(config):
+    for entry in list_entries(config):
         value = np.asarray(_at(params, entry.path))
-        layers = list(value) if entry.stacked else [value]
-        for name, layer in zip(entry.names(config), layers, strict=True):
+        layers = list(value) if entry.is_stacked else [value]
+        for name, layer in zip(entry.list_names(config), layers, strict=True):
             state[name] = torch.tensor(layer.T if entry.transposed else layer).contiguous()
     if config.tie_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
@@ -55,10 +55,10 @@ def from_torch(config: DecoderConfig, model: Any) -> dict[tuple[str, ...], np.nd
     """The model's weights by our names."""
     state = {name: value.detach().cpu().numpy() for name, value in model.state_dict().items()}
     found = {}
-    for entry in table(config):
-        layers = [state[name] for name in entry.names(config)]
+    for entry in list_entries(config):
+        layers = [state[name] for name in entry.list_names(config)]
         layers = [layer.T if entry.transposed else layer for layer in layers]
-        found[entry.path] = np.stack(layers) if entry.stacked else layers[0]
+        found[entry.path] = np.stack(layers) if entry.is_stacked else layers[0]
     return found
 
 

@@ -1,4 +1,4 @@
-"""Typed access to the fields of a `config.json`. No JAX."""
+"""Typed access to the fields of a `config.json`, without JAX."""
 
 from __future__ import annotations
 
@@ -9,45 +9,46 @@ from typing import Any
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models.folder import warn_once
 
-MOST_OF_AN_AXIS = 2**31 - 1  # What XLA counts an axis with.
+MAX_AXIS_SIZE = 2**31 - 1  # XLA counts in int32.
 
 
-class Reader:
-    """Typed access to the fields of one `config.json`; every error names file and field."""
+class FieldReader:
+    """Typed access to one `config.json`; every error names file and field."""
 
-    def __init__(self, config: Mapping[str, Any], place: str):
+    def __init__(self, config: Mapping[str, Any], location: str):
         self.config = config
-        self.place = place
+        self.location = location
 
     def error(self, field: str, found: Any, expected: str) -> UserError:
-        return UserError(f"{self.place}: {field}: found {found!r}, expected {expected}")
+        """Makes the error of a field, to be raised."""
+        return UserError(f"{self.location}: {field}: found {found!r}, expected {expected}")
 
-    def integer(
+    def read_integer(
         self,
         field: str,
         default: int | None = None,
         *,
         none: int | None = None,
-        most: int = MOST_OF_AN_AXIS,
+        maximum: int = MAX_AXIS_SIZE,
     ) -> int:
-        """A positive integer; `default` where the field is absent, `none` where it is null."""
+        """Reads a positive integer: `default` if the field is absent, `none` if it is null."""
         value = self.config.get(field, default)
         value = none if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
-            raise self.error(field, value, f"a positive integer up to {most}")
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= maximum:
+            raise self.error(field, value, f"a positive integer up to {maximum}")
         return value
 
-    def list(self, field: str) -> Sequence[Any]:
-        """A list; empty where the field is absent or null."""
+    def read_list(self, field: str) -> Sequence[Any]:
+        """Reads a list, empty if the field is absent or null."""
         value = self.config.get(field)
         if value is not None and not isinstance(value, list):
             raise self.error(field, value, "a list")
         return value or []
 
-    def token_ids(self, field: str, size: int) -> tuple[int, ...]:
-        """A token id or several of a vocabulary of `size`; none where the field is absent or null.
+    def read_token_ids(self, field: str, size: int) -> tuple[int, ...]:
+        """Reads one or several token ids of a vocabulary of `size`; none if absent or null.
 
-        An id outside, as -1 of converted models, is warned of and left out.
+        Ids outside of it, like the -1 of converted models, are left out with a warning.
         """
         value = self.config.get(field)
         if value is None:
@@ -58,15 +59,17 @@ class Reader:
         outside = [v for v in values if not 0 <= v < size]
         if outside:
             warn_once(
-                f"{self.place}: {field}: {outside[0]} is outside of the vocabulary (vocab_size is "
-                f"{size}), so it names no token and is left out"
+                f"{self.location}: {field}: {outside[0]} is outside of the vocabulary (vocab_size "
+                f"is {size}), so it names no token and is left out"
             )
         return tuple(v for v in values if v not in outside)
 
-    def number(self, field: str, default: float) -> float:
-        return self.positive(field, self.config.get(field, default))
+    def read_number(self, field: str, default: float) -> float:
+        """Reads a positive number."""
+        return self.check_positive(field, self.config.get(field, default))
 
-    def positive(self, field: str, value: Any) -> float:
+    def check_positive(self, field: str, value: Any) -> float:
+        """Checks that a field's value is a positive number."""
         if (
             isinstance(value, bool)
             or not isinstance(value, (int, float))
@@ -75,7 +78,8 @@ class Reader:
             raise self.error(field, value, "a positive number")
         return float(value)
 
-    def flag(self, field: str, default: bool) -> bool:
+    def read_flag(self, field: str, default: bool) -> bool:
+        """Reads a boolean."""
         value = self.config.get(field, default)
         if not isinstance(value, bool):
             raise self.error(field, value, "true or false")

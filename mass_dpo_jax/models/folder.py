@@ -1,6 +1,6 @@
-"""What lies in a folder that is given as a model, told by names, sizes and first bytes.
+"""Recognizes what lies in a model's folder, by names, sizes and first bytes, without JAX.
 
-Readers of config.json, tokenizers and weights say with it what they found instead. No JAX.
+Readers of config.json, tokenizers and weights say with it what they found instead.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from mass_dpo_jax.utils.run_paths import CHECKPOINTS, find_enclosing_run
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-ADAPTERS, ADAPTERS_SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+ADAPTER_WEIGHTS, ADAPTER_SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 GENERATION = "generation_config.json"
-SMALL = (
+SMALL_FILES = (
     "config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -28,13 +28,13 @@ SMALL = (
     GENERATION,
 )
 
-CONVERT = (
+HOW_TO_CONVERT = (
     "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW) of transformers writes "
     "safetensors"
 )
-# Weights that are not read, by the patterns of their names, and what to do.
+# Weights of formats that are not read, by patterns of their names, and what to do.
 OTHER_WEIGHTS = {
-    "pytorch_model*.bin": f"pickles are not read; convert them to safetensors: {CONVERT}",
+    "pytorch_model*.bin": f"pickles are not read; convert them to safetensors: {HOW_TO_CONVERT}",
     "*.gguf": "GGUF is not read; take the model's safetensors, from which it was made",
     "consolidated*": "Meta's or Mistral's own format; take the model in that of transformers",
     "*model*.pt*": "pickles are not read; take the model as safetensors",
@@ -47,25 +47,31 @@ OTHER_WEIGHTS = {
     "weights*.npz": "MLX's weights; take the model in the format of transformers",
     "*.incomplete": "a download that has not ended; start it again",
 }
-DATA = ("dataset_dict.json", "dataset_info.json", "state.json", "*.parquet", "*.arrow", "*.jsonl")
-SHOWN = 5  # Names in a message.
-CUT = "was the download cut short? Start it again"
+DATASETS = (
+    *("dataset_dict.json", "dataset_info.json", "state.json"),
+    *("*.parquet", "*.arrow", "*.jsonl"),
+)
+MAX_NAMES = 5  # In a message.
+CUT_SHORT = "was the download cut short? Start it again"
 
 _log = logging.getLogger(__name__)
 
 
 @functools.cache
 def warn_once(message: str) -> None:
-    """Logs a warning, which the reader of a file would give at each of several readings, once."""
+    """Logs a warning the first time only: files are read several times."""
     _log.warning(message)
 
 
 def check_folder(folder: Path, setting: str = "model.path") -> None:
-    """Raises UserError unless this is a folder whose small files are what their names say, and of
-    which only weights are links to elsewhere.
+    """Checks that a folder's small files are what their names say; only weights may be links.
 
     Args:
-      setting: what names it, for messages.
+        folder: A model's folder.
+        setting: The setting that names it, for messages.
+
+    Raises:
+        UserError: One of them is not, or there is no folder.
     """
     if folder.is_file():
         kind = "GGUF is not read; " if folder.suffix == ".gguf" else ""
@@ -77,23 +83,23 @@ def check_folder(folder: Path, setting: str = "model.path") -> None:
             f"--config.{setting}=FOLDER says so"
         )
     check_links(folder)
-    for name in SMALL:
-        if (folder / name).is_file() and (what := damage(folder / name)):
+    for name in SMALL_FILES:
+        if (folder / name).is_file() and (what := describe_damage(folder / name)):
             raise UserError(f"{folder / name}: {what}")
     generation = folder / GENERATION  # Read when a run is exported: too late.
     if generation.is_file() and not isinstance(read_json(generation), dict):
         raise UserError(f"{generation}: expected a JSON object")
 
 
-def damage(path: Path) -> str:
-    """What a file is that its name does not say: cut short, a page of the web; "" for the rest."""
+def describe_damage(path: Path) -> str:
+    """Describes a file that is not what its name says, like a web page; "" if nothing is wrong."""
     try:
         with path.open("rb") as file:
             start = file.read(512)
-    except OSError:  # Who reads it says so.
+    except OSError:  # The reader reports it.
         return ""
     if not start:
-        return f"is empty; {CUT}"
+        return f"is empty; {CUT_SHORT}"
     if start.startswith(b"version https://git-lfs"):
         return (
             "a Git LFS pointer, not the file itself: `git lfs pull` in the folder fetches it, or "
@@ -102,17 +108,17 @@ def damage(path: Path) -> str:
     if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         return "a web page, not the file: the download failed (does the model need a login?)"
     if not start.strip(b"\0"):
-        return f"begins with zeros only; {CUT}"
+        return f"begins with zeros only; {CUT_SHORT}"
     if path.suffix == ".safetensors":
-        return _damaged_tensors(path, start)
+        return _describe_damaged_tensors(path, start)
     return ""
 
 
-def _damaged_tensors(path: Path, start: bytes) -> str:
+def _describe_damaged_tensors(path: Path, start: bytes) -> str:
     if start.startswith(b"GGUF"):
         return "GGUF under another name; take the model's safetensors"
     if start.startswith((b"PK\x03\x04", b"\x80\x02")):
-        return f"PyTorch's pickle under another name, which is not read: {CONVERT}"
+        return f"PyTorch's pickle under another name, which is not read: {HOW_TO_CONVERT}"
     size, length = path.stat().st_size, int.from_bytes(start[:8], "little")
     if size < 8 or start[8:9] not in (b"", b"{") or length > 10**9:
         return ""
@@ -128,36 +134,35 @@ def _damaged_tensors(path: Path, start: bytes) -> str:
         except (ValueError, TypeError, AttributeError, KeyError, IndexError, RecursionError):
             return ""
     if isinstance(promised, int) and size < promised:
-        return f"has {size:,} bytes of the {promised:,} that its header tells of; {CUT}"
+        return f"has {size:,} bytes of the {promised:,} that its header tells of; {CUT_SHORT}"
     return ""
 
 
-def no_config(folder: Path) -> str:
-    """What a folder without config.json seems to be, for a message that begins with its name."""
-    if what := _part_of_run(folder):
+def explain_missing_config(folder: Path) -> str:
+    """Says what a folder without config.json seems to be, for a message after its name."""
+    if what := _describe_run_part(folder):
         return what
-    if what := _files_inside(folder, "config.json"):
+    if what := _describe_inner_folders(folder, "config.json"):
         return what
-    if (folder / ADAPTERS_SETTINGS).is_file():
+    if (folder / ADAPTER_SETTINGS).is_file():
         return (
             f"adapters (adapter_config.json): give them as --config.model.lora.path={folder}, and "
-            f"the model that they adapt{_base(folder)} as --config.model.path"
+            f"the model that they adapt{_name_base_model(folder)} as --config.model.path"
         )
-    if what := other_weights(folder):
+    if what := _find_other_weights(folder):
         return what
-    data = [
-        p.name for pattern in DATA for p in (*folder.glob(pattern), *folder.glob(f"*/{pattern}"))
-    ]
+    patterns = [path for name in DATASETS for path in (name, f"*/{name}")]
+    data = [p.name for pattern in patterns for p in folder.glob(pattern)]
     if data:
-        return f"a data set (found {_names(data)}): --config.data.path is for data"
+        return f"a data set (found {_join_names(data)}): --config.data.path is for data"
     found = sorted(p.name for p in folder.iterdir())
-    has = f"found {_names(found)}" if found else "the folder is empty"
+    has = f"found {_join_names(found)}" if found else "the folder is empty"
     return f"no config.json: expected the folder of a Hugging Face model; {has}"
 
 
-def no_weights(folder: Path) -> str:
-    """What a folder has instead of weights, for a message that begins with its name."""
-    if what := _part_of_run(folder):
+def explain_missing_weights(folder: Path) -> str:
+    """Says what a folder has instead of weights, for a message after its name."""
+    if what := _describe_run_part(folder):
         return what
     expected = f"no weights: expected {WEIGHTS} or {INDEX}"
     for name in (WEIGHTS, INDEX):
@@ -166,83 +171,82 @@ def no_weights(folder: Path) -> str:
     if shards := sorted(p.name for p in folder.glob("model-*-of-[0-9]*.safetensors")):
         total = int(shards[0].rpartition("-of-")[2].partition(".")[0])
         if len(shards) < total:
-            return f"{expected}; found {len(shards)} of {total} files ({_names(shards)}), {CUT}"
-        return f"{expected}; found {_names(shards)}, so only the index is missing: fetch it"
-    if (folder / ADAPTERS).is_file():
+            names = _join_names(shards)
+            return f"{expected}; found {len(shards)} of {total} files ({names}), {CUT_SHORT}"
+        return f"{expected}; found {_join_names(shards)}, so only the index is missing: fetch it"
+    if (folder / ADAPTER_WEIGHTS).is_file():
         return (
             f"{expected}; found adapters (adapter_model.safetensors): give them as "
-            f"--config.model.lora.path={folder}, and the model that they adapt{_base(folder)} as "
-            "--config.model.path"
+            f"--config.model.lora.path={folder}, and the model that they adapt"
+            f"{_name_base_model(folder)} as --config.model.path"
         )
-    if what := other_weights(folder):
+    if what := _find_other_weights(folder):
         return f"{expected}; {what}"
     if tensors := sorted(p.name for p in folder.glob("*.safetensors")):
-        return f"{expected}; found {_names(tensors)}: is it the model under another name?"
+        return f"{expected}; found {_join_names(tensors)}: is it the model under another name?"
     return expected
 
 
-def no_adapters(folder: Path) -> str:
-    """What a folder without PEFT's two files has instead, for a message as `no_config`'s."""
-    expected = (
-        f"no {ADAPTERS}" if (folder / ADAPTERS_SETTINGS).is_file() else f"no {ADAPTERS_SETTINGS}"
-    )
-    expected += "; expected adapters in PEFT's format, or a run"
+def explain_missing_adapters(folder: Path) -> str:
+    """Says what a folder has instead of PEFT's two files, for a message after its name."""
+    missing = ADAPTER_WEIGHTS if (folder / ADAPTER_SETTINGS).is_file() else ADAPTER_SETTINGS
+    expected = f"no {missing}; expected adapters in PEFT's format, or a run"
     if not folder.is_dir():
         return f"no such folder ({expected})"
-    if (folder / ADAPTERS).is_symlink():
-        return f"{ADAPTERS} is a link to {(folder / ADAPTERS).readlink()}, which is not there"
+    if (link := folder / ADAPTER_WEIGHTS).is_symlink():
+        return f"{ADAPTER_WEIGHTS} is a link to {link.readlink()}, which is not there"
     if (folder / "adapter_model.bin").is_file():
         return (
             f"{expected}; found adapter_model.bin: pickles are not read; load it with PEFT, whose "
             "save_pretrained writes safetensors"
         )
-    if what := _files_inside(folder, ADAPTERS_SETTINGS):
+    if what := _describe_inner_folders(folder, ADAPTER_SETTINGS):
         return what
     if (folder / "config.json").is_file():
         return f"{expected}; found a whole model (config.json): that is for --config.model.path"
-    found = sorted(p.name for p in folder.iterdir() if p.name != ADAPTERS_SETTINGS)
-    return f"{expected}; found {_names(found)}" if found else expected
+    found = sorted(p.name for p in folder.iterdir() if p.name != ADAPTER_SETTINGS)
+    return f"{expected}; found {_join_names(found)}" if found else expected
 
 
-def _files_inside(folder: Path, name: str) -> str:
-    """Which folders in this one hold a file, if any: the hub's cache has them, and trainers."""
+def _describe_inner_folders(folder: Path, name: str) -> str:
+    """Names inner folders that hold the file, as those of the hub's cache and of trainers."""
     if snapshots := sorted(folder.glob("snapshots/*/")):
         newest = max(snapshots, key=lambda path: path.stat().st_mtime)
         return f"the hub's cache of a model, whose files lie in {newest}: give that folder"
     if cached := sorted(p.name for p in folder.glob("models--*")):
         return (
-            f"the hub's cache ({_names(cached)}): give one model's folder, "
+            f"the hub's cache ({_join_names(cached)}): give one model's folder, "
             f"{folder / cached[0] / 'snapshots'}/HASH"
         )
     if inside := sorted(path.parent.name for path in folder.glob(f"*/{name}")):
-        return f"no {name}; {_names(inside)} in it has one: give that folder"
+        return f"no {name}; {_join_names(inside)} in it has one: give that folder"
     return ""
 
 
-def _part_of_run(folder: Path) -> str:
-    """Which run a folder is a part of, if any, and what names its weights."""
+def _describe_run_part(folder: Path) -> str:
+    """Names the run that a folder is a part of, and what names its weights; "" if none."""
     run = find_enclosing_run(folder)
     return f"a part of the run {run}: give that, or {run / CHECKPOINTS}/STEP" if run else ""
 
 
-def other_weights(folder: Path) -> str:
-    """Which weights of another format a folder has, and what to do; "" for none."""
+def _find_other_weights(folder: Path) -> str:
+    """Names weights of another format in a folder, and what to do; "" if there are none."""
     for pattern, what in OTHER_WEIGHTS.items():
         if found := sorted(p.name for p in folder.glob(pattern)):
-            return f"found {_names(found)}: {what}"
+            return f"found {_join_names(found)}: {what}"
     return ""
 
 
-def _base(folder: Path) -> str:
-    """The name of the model that adapters were made for, in brackets, as far as they tell."""
+def _name_base_model(folder: Path) -> str:
+    """Returns the name of the model that adapters were made for, in brackets; "" if unknown."""
     try:
-        found = json.loads((folder / ADAPTERS_SETTINGS).read_text(encoding="utf-8"))
-        name = found["base_model_name_or_path"]
+        settings = json.loads((folder / ADAPTER_SETTINGS).read_text(encoding="utf-8"))
+        name = settings["base_model_name_or_path"]
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return ""
     return f" ({name})" if name and isinstance(name, str) else ""
 
 
-def _names(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+def _join_names(names: list[str]) -> str:
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return ", ".join(names[:MAX_NAMES]) + more

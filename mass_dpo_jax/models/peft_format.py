@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,42 +14,42 @@ import numpy as np
 
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models.config import PROJECTIONS, TARGETS, DecoderConfig
-from mass_dpo_jax.models.fields import MOST_OF_AN_AXIS
-from mass_dpo_jax.models.folder import ADAPTERS as WEIGHTS
-from mass_dpo_jax.models.folder import ADAPTERS_SETTINGS as SETTINGS
-from mass_dpo_jax.models.folder import damage, no_adapters, warn_once
+from mass_dpo_jax.models.fields import MAX_AXIS_SIZE
+from mass_dpo_jax.models.folder import ADAPTER_SETTINGS as SETTINGS
+from mass_dpo_jax.models.folder import ADAPTER_WEIGHTS as WEIGHTS
+from mass_dpo_jax.models.folder import describe_damage, explain_missing_adapters, warn_once
 from mass_dpo_jax.models.lora import Lora
 from mass_dpo_jax.models.tensors import (
     check_finite,
     check_type,
-    instead,
     open_tensors,
+    suggest_tensor,
     write_tensors,
 )
 from mass_dpo_jax.utils.files import check_links, read_json
 
 NAME = "base_model.model.model.layers.{layer}.{module}.lora_{part}.weight"
 PARTS = {"a": "A", "b": "B"}
-LARGEST = float(np.finfo(np.float32).max)
+MAX_ALPHA = float(np.finfo(np.float32).max)
 
-# Of PEFT's settings, those that say nothing of what adapters compute, that are read below or that
-# choose products, of which there must be tensors ...
-NOT_COMPUTED = frozenset(
+# PEFT's settings that do not change what adapters compute, that are read below or that choose
+# projections, of which there must be tensors ...
+IGNORED_SETTINGS = frozenset(
     (
         "r lora_alpha use_rslora target_modules lora_dropout base_model_name_or_path revision "
         "peft_version auto_mapping inference_mode runtime_config eva_config megatron_core "
         "qalora_group_size ensure_weight_tying exclude_modules"
     ).split()
 )
-# ... and the values of others with which they compute what ours do. All that is in neither, also
-# what PEFT will have one day, has to be null, false or empty.
-COMPUTED_ALIKE: dict[str, tuple[Any, ...]] = {
+# ... and values of others with which PEFT's adapters compute what ours do. Any other setting, those
+# of future versions included, has to be null, false or empty.
+SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "task_type": ("CAUSAL_LM",),
     "bias": ("none",),
-    # Others subtract the adapters that they draw from the base's weights, when PEFT loads them too.
+    # Others subtract the adapters they draw from the base's weights, when PEFT loads them too.
     "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),
-    "fan_in_fan_out": (True,),  # PEFT takes it as false where a layer is linear, as all of ours.
+    "fan_in_fan_out": (True,),  # PEFT takes it as false in linear layers, as all are here.
 }
 
 
@@ -57,13 +57,13 @@ def save_peft(folder: Path, adapters: Any, lora: Lora, base: str) -> None:
     """Writes adapters as PEFT reads them, float32: `PeftModel.from_pretrained(model, folder)`.
 
     Args:
-      folder: is made if it is missing.
-      adapters: `params["adapters"]`, on any devices.
-      lora: their settings.
-      base: the name or folder of the model that they adapt.
+        folder: Created if it is missing.
+        adapters: `params["adapters"]`, on any devices.
+        lora: Their settings.
+        base: The name or folder of the model that they adapt.
 
     Raises:
-      UserError: the file of tensors cannot be written.
+        UserError: The file of tensors cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
@@ -73,7 +73,7 @@ def save_peft(folder: Path, adapters: Any, lora: Lora, base: str) -> None:
                 key = NAME.format(layer=layer, module=PROJECTIONS[name], part=PARTS[part])
                 tensors[key] = np.ascontiguousarray(matrix.T)
     write_tensors(tensors, folder / WEIGHTS)
-    theirs = {ours: theirs for theirs, ours in TARGETS.items()}
+    peft_names = {ours: theirs for theirs, ours in TARGETS.items()}
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -81,7 +81,7 @@ def save_peft(folder: Path, adapters: Any, lora: Lora, base: str) -> None:
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": 0.0,
-        "target_modules": [theirs[name] for name in lora.targets],
+        "target_modules": [peft_names[name] for name in lora.targets],
         "bias": "none",
         "inference_mode": True,
     }
@@ -89,70 +89,75 @@ def save_peft(folder: Path, adapters: Any, lora: Lora, base: str) -> None:
 
 
 def load_peft_settings(folder: Path) -> Lora:
-    """Rank, alpha and targets of a folder in PEFT's format.
+    """Reads rank, alpha and targets of a folder in PEFT's format.
 
     Raises:
-      UserError: there is none, it computes something else than these adapters, or it is not
-        known whether it does.
+        UserError: There is none, or its adapters may compute something else than ours.
     """
     path = folder / SETTINGS
     if not path.is_file():
-        raise UserError(f"{folder}: {no_adapters(folder)}")
+        raise UserError(f"{folder}: {explain_missing_adapters(folder)}")
     check_links(folder)
-    if what := damage(path):
-        raise UserError(f"{path}: {what}")
-    found = read_json(path)
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: found {type(found).__name__}, expected a JSON object")
-    if "peft_type" not in found:
-        shown = ", ".join(sorted(found)[:8]) or "nothing"
+    if problem := describe_damage(path):
+        raise UserError(f"{path}: {problem}")
+    settings = read_json(path)
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: found {type(settings).__name__}, expected a JSON object")
+    if "peft_type" not in settings:
+        shown = ", ".join(sorted(settings)[:8]) or "nothing"
         raise UserError(
             f"{path}: not PEFT's format, which has peft_type, r and lora_alpha (found {shown}); "
             "adapters of MLX and other programs have to be converted, or merged into their base"
         )
-    for field, value in found.items():
-        if field not in NOT_COMPUTED:
+    for field, value in settings.items():
+        if field not in IGNORED_SETTINGS:
             _check_setting(path, field, value)
-    rank, alpha = found.get("r"), found.get("lora_alpha")
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 0 < rank <= MOST_OF_AN_AXIS:
-        raise UserError(f"{path}: r: found {rank!r}, expected a positive integer")
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha <= LARGEST:
-        raise UserError(f"{path}: lora_alpha: found {alpha!r}, expected a positive number")
-    if (root := found.get("use_rslora")) not in (None, False, True):
-        raise UserError(f"{path}: use_rslora: found {root!r}, expected true or false")
-    if root:  # Their alpha / sqrt(r) is our alpha / r.
-        alpha *= math.sqrt(rank)
-    named = found.get("target_modules")
-    there = _modules(_weights_file(folder))
-    if named == "all-linear":
-        named = list(TARGETS)
-    elif isinstance(named, str):  # A pattern, of which the file has what it matched.
-        named = there
-    if not isinstance(named, list) or not named:
-        raise UserError(
-            f"{path}: target_modules: found {found.get('target_modules')!r}, expected a list of "
-            "names"
-        )
-    for name in named:
-        if not isinstance(name, str) or _product(name) is None:
-            known = ", ".join(TARGETS)
-            raise UserError(f"{path}: target_modules: found {name!r}, expected some of {known}")
-    targets = tuple(ours for ours in PROJECTIONS if ours in map(_product, named))
-    if found.get("lora_dropout"):
+    rank, alpha = _read_rank_and_alpha(path, settings)
+    targets = _read_targets(path, settings)
+    if settings.get("lora_dropout"):
         warn_once(
-            f"{path}: lora_dropout={found['lora_dropout']}: not used, training goes on without"
+            f"{path}: lora_dropout={settings['lora_dropout']}: not used, training goes on without"
         )
-    return Lora(rank, float(alpha), targets)
+    return Lora(rank, alpha, targets)
+
+
+def _read_rank_and_alpha(path: Path, settings: Mapping[str, Any]) -> tuple[int, float]:
+    rank, alpha = settings.get("r"), settings.get("lora_alpha")
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 0 < rank <= MAX_AXIS_SIZE:
+        raise UserError(f"{path}: r: found {rank!r}, expected a positive integer")
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha <= MAX_ALPHA:
+        raise UserError(f"{path}: lora_alpha: found {alpha!r}, expected a positive number")
+    if (rank_stabilized := settings.get("use_rslora")) not in (None, False, True):
+        raise UserError(f"{path}: use_rslora: found {rank_stabilized!r}, expected true or false")
+    if rank_stabilized:  # Their alpha / sqrt(r) is our alpha / r.
+        alpha *= math.sqrt(rank)
+    return rank, float(alpha)
+
+
+def _read_targets(path: Path, settings: Mapping[str, Any]) -> tuple[str, ...]:
+    modules = value = settings.get("target_modules")
+    adapted = _list_adapted_modules(_find_weights(path.parent))
+    if value == "all-linear":
+        modules = list(TARGETS)
+    elif isinstance(value, str):  # A pattern; the file has what it matched.
+        modules = adapted
+    if not isinstance(modules, list) or not modules:
+        raise UserError(f"{path}: target_modules: found {value!r}, expected a list of names")
+    for name in modules:
+        if not isinstance(name, str) or _find_projection(name) is None:
+            expected = ", ".join(TARGETS)
+            raise UserError(f"{path}: target_modules: found {name!r}, expected some of {expected}")
+    return tuple(ours for ours in PROJECTIONS if ours in map(_find_projection, modules))
 
 
 def _check_setting(path: Path, field: str, value: Any) -> None:
     """Raises UserError unless adapters with this setting compute what ours do."""
     if value is None or value is False or value in ("", [], {}):
         return
-    known = COMPUTED_ALIKE.get(field, ())
-    if any(type(value) is type(k) and value == k for k in known):
+    supported = SUPPORTED_VALUES.get(field, ())
+    if any(type(value) is type(x) and value == x for x in supported):
         return
-    expected = " or ".join(map(repr, known)) if known else "null, false or nothing"
+    expected = " or ".join(map(repr, supported)) or "null, false or nothing"
     raise UserError(
         f"{path}: {field}: found {value!r}, expected {expected}: only adapters that add "
         "(alpha / r) (x A) B are read; merge others into their base (merge_and_unload of PEFT, "
@@ -160,41 +165,41 @@ def _check_setting(path: Path, field: str, value: Any) -> None:
     )
 
 
-def _product(name: str) -> str | None:
-    """Our name of the product that PEFT calls so: `q_proj` or `self_attn.q_proj`."""
+def _find_projection(name: str) -> str | None:
+    """Returns our name of the projection that PEFT calls `q_proj` or `self_attn.q_proj`."""
     return next((x for x, theirs in PROJECTIONS.items() if f".{theirs}".endswith(f".{name}")), None)
 
 
-def _modules(path: Path) -> list[str]:
-    """The names of the products that a file has adapters of."""
+def _list_adapted_modules(path: Path) -> list[str]:
+    """Lists the projections that a file has adapters of, by PEFT's names."""
     names = list(open_tensors(path).keys())
     return [x for x in TARGETS if any(f".{x}.lora_A." in name for name in names)]
 
 
-def _weights_file(folder: Path) -> Path:
-    """The file of adapters in a folder; UserError where there is none."""
+def _find_weights(folder: Path) -> Path:
+    """Returns the file of adapters in a folder; UserError if there is none."""
     path = folder / WEIGHTS
     if not path.is_file():
-        raise UserError(f"{folder}: {no_adapters(folder)}")
+        raise UserError(f"{folder}: {explain_missing_adapters(folder)}")
     return path
 
 
 def load_peft(folder: str | Path, config: DecoderConfig, like: Any) -> Any:
-    """Adapters of a folder in PEFT's format, float32.
+    """Reads the adapters of a folder in PEFT's format, float32.
 
     Args:
-      folder: has `adapter_model.safetensors`.
-      config: of the decoder that they adapt.
-      like: shapes with shardings, as `params["adapters"]`.
+        folder: The folder.
+        config: Of the decoder that they adapt.
+        like: Shapes with shardings, as `params["adapters"]`.
 
     Raises:
-      UserError: as `check_peft`; or a tensor holds NaN or infinity.
+        UserError: As `check_peft`; or a tensor holds NaN or infinity.
     """
     path, file, names = check_peft(folder, config, like)
 
     def read(at: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         layers = []
-        for name in _names(at, config):
+        for name in _list_tensors(at, config):
             layers.append(file.get_tensor(names[name]).T.astype(np.float32))
             check_finite(layers[-1], path, name)
         return jax.device_put(np.stack(layers), leaf.sharding)
@@ -205,25 +210,28 @@ def load_peft(folder: str | Path, config: DecoderConfig, like: Any) -> Any:
 def check_peft(
     folder: str | Path, config: DecoderConfig, like: Any
 ) -> tuple[Path, Any, dict[str, str]]:
-    """The open file of a folder in PEFT's format and, under PEFT's names, its own; reads headers.
+    """Opens a folder's adapters and checks them against `like`, reading headers only.
+
+    Returns:
+        The path, the open file, and its own names of tensors by PEFT's.
 
     Raises:
-      UserError: names the tensor that is missing, unknown or of a wrong shape or type.
+        UserError: A tensor is missing, unknown or of a wrong shape or type.
     """
-    path = _weights_file(Path(folder))
+    path = _find_weights(Path(folder))
     file = open_tensors(path)
-    there = sorted(file.keys())
-    names = _plain_names(path, there)
+    present = sorted(file.keys())
+    names = _map_names(path, present)
     unknown = set(names)
     for at, leaf in jax.tree.leaves_with_path(like):
         expected = list(leaf.shape[:0:-1])
-        for name in _names(at, config):
+        for name in _list_tensors(at, config):
             if name not in names:
-                hint = instead(name, there)
+                hint = suggest_tensor(name, present)
                 raise UserError(f"{path}: missing tensor {name}, shape {expected}{hint}")
-            if (found := file.get_slice(names[name]).get_shape()) != expected:
+            if (shape := file.get_slice(names[name]).get_shape()) != expected:
                 raise UserError(
-                    f"{path}: tensor {name}: found shape {found}, expected {expected} (are these "
+                    f"{path}: tensor {name}: found shape {shape}, expected {expected} (are these "
                     "adapters of another model?)"
                 )
             check_type(file, path, names[name])
@@ -233,16 +241,18 @@ def check_peft(
     return path, file, names
 
 
-def _names(at: Any, config: DecoderConfig) -> list[str]:
-    """PEFT's names of a part of a product's adapters, by its path in `params["adapters"]`."""
+def _list_tensors(at: Any, config: DecoderConfig) -> list[str]:
+    """Lists PEFT's names of each layer's part of `params["adapters"]` at a path."""
     module, part = PROJECTIONS[at[0].key], PARTS[at[1].key]
     layers = range(config.num_layers)
     return [NAME.format(layer=layer, module=module, part=part) for layer in layers]
 
 
-def _plain_names(path: Path, names: Sequence[str]) -> dict[str, str]:
-    """Those of a file under what they are without the name of the adapters in
-    `lora_A.NAME.weight`, which a model's own state has."""
+def _map_names(path: Path, names: Sequence[str]) -> dict[str, str]:
+    """Maps names without the adapters' own in `lora_A.NAME.weight` to those of a file.
+
+    The state of a model with adapters has that name, a saved folder has not.
+    """
     plain = {re.sub(r"(\.lora_[AB])\.[^.]+\.weight$", r"\1.weight", name): name for name in names}
     if len(plain) < len(names):
         several = {name.rsplit(".", 2)[1] for name in names if name.endswith(".weight")}

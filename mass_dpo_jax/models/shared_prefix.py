@@ -7,6 +7,8 @@ prompt's last token. Suffixes of names are shapes, in the letters of interfaces.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -96,94 +98,85 @@ def score(
     if candidate_chunk is not None and layout == "packed":
         raise ValueError("candidate_chunk needs layout='rectangle'")
     groups = lay_out(layout, responses, response_lengths, max_response)
-    arrays = prompts, prompt_lengths, groups, response_lengths
-    settings: Any = {
-        "pooling": pooling,
-        "max_logits": max_logits,
-        "attention": attention,
-        "record": record,
-    }
+    run = model.record if record else lambda *args: (*model(*args), None)
+    reduce = functools.partial(score_candidates, model, pooling=pooling, max_logits=max_logits)
+    args = run, reduce, prompts, prompt_lengths, groups, response_lengths, attention
     if candidate_chunk is None or candidate_chunk >= response_lengths.shape[1]:
-        return _score_at_once(model, *arrays, **settings)
-    return _score_in_chunks(model, *arrays, candidate_chunk, **settings)
+        return _score_at_once(*args, pooling == "all")
+    return _score_in_chunks(*args, pooling == "all", candidate_chunk)
 
 
 def _score_at_once(
-    model: Decoder,
+    run: Callable,
+    reduce: Callable,
     prompts_BP: Array,
     prompt_lengths_B: Array,
     groups: Groups,
     response_lengths_BC: Array,
-    *,
-    pooling: str | None,
-    max_logits: int,
     attention: Attention,
-    record: bool,
+    with_prompts: bool,
 ) -> Scores:
+    """Scores all candidates together.
+
+    Args:
+        run: `Decoder.record`, or `Decoder.__call__` with None for the record.
+        reduce: `score_candidates` with its settings.
+        prompts_BP: See `score`.
+        prompt_lengths_B: See `score`.
+        groups: The responses.
+        response_lengths_BC: See `score`.
+        attention: See `score`.
+        with_prompts: Whether features need hidden states of the whole prompt.
+    """
     sequence = build_sequence(prompts_BP, prompt_lengths_B, groups, attention)
-    outputs = None if pooling == "all" else sequence.outputs
-    hidden_BOD, _, layers = _run(model, record, *sequence[:3], None, outputs)
-    prompt_size = prompts_BP.shape[1] if pooling == "all" else 1
-    scores, token_logps = score_candidates(
-        model,
-        Prompt(hidden_BOD[:, :prompt_size], prompt_lengths_B),
-        hidden_BOD[:, prompt_size:],
-        groups,
-        response_lengths_BC,
-        pooling=pooling,
-        max_logits=max_logits,
-    )
+    outputs = None if with_prompts else sequence.outputs
+    hidden_BOD, _, layers = run(*sequence[:3], None, outputs)
+    prompt_size = prompts_BP.shape[1] if with_prompts else 1
+    prompt = Prompt(hidden_BOD[:, :prompt_size], prompt_lengths_B)
+    scores, token_logps = reduce(prompt, hidden_BOD[:, prompt_size:], groups, response_lengths_BC)
     if layers is None:
         return scores
-    if outputs is None:
+    if with_prompts:
         layers = layers.restrict_to(sequence.outputs)
     return scores._replace(record=ScoringRecord(layers, token_logps))
 
 
 def _score_in_chunks(
-    model: Decoder,
+    run: Callable,
+    reduce: Callable,
     prompts_BP: Array,
     prompt_lengths_B: Array,
     groups: Groups,
     response_lengths_BC: Array,
-    candidate_chunk: int,
-    *,
-    pooling: str | None,
-    max_logits: int,
     attention: Attention,
-    record: bool,
+    with_prompts: bool,
+    candidate_chunk: int,
 ) -> Scores:
-    """Scores some candidates of each prompt at a time; groups are a rectangle's."""
+    """Scores some candidates of each prompt at a time; the groups are a rectangle's."""
     batch, num_candidates = response_lengths_BC.shape
 
     # 1. The prompts alone, whose keys and values all chunks share.
     positions_BP = jnp.broadcast_to(jnp.arange(prompts_BP.shape[1]), prompts_BP.shape)
     outputs = _make_outputs(prompts_BP.shape[1], prompt_lengths_B, None, attention)
-    hidden, keys_values, prompt_layers = _run(
-        model,
-        record,
+    hidden, keys_values, prompt_layers = run(
         prompts_BP,
         positions_BP,
         attention.attend_causally,
         None,
-        None if pooling == "all" else outputs,
+        None if with_prompts else outputs,
     )
     prompt = Prompt(hidden, prompt_lengths_B)
 
     # 2. The responses, chunk by chunk.
     def score_chunk(chunk: tuple[Groups, Array]) -> tuple[Scores, LayerRecord | None, Array]:
         groups, lengths = chunk
-        hidden, _, layers = _run(
-            model,
-            record,
+        hidden, _, layers = run(
             groups.tokens.reshape(batch, -1),
             _compute_positions(prompt_lengths_B, groups),
             attention.make_response_attend(prompt_lengths_B, groups.segments),
             keys_values,
         )
-        scores, token_logps = score_candidates(
-            model, prompt, hidden, groups, lengths, pooling=pooling, max_logits=max_logits
-        )
+        scores, token_logps = reduce(prompt, hidden, groups, lengths)
         return scores, layers, token_logps
 
     chunks = -(-num_candidates // candidate_chunk)
@@ -210,9 +203,9 @@ def _score_in_chunks(
         return x.reshape(*x.shape[: axis + 1], size, *x.shape[axis + 3 :])
 
     scores = jax.tree.map(lambda x: join(x)[:, :num_candidates], scores)
-    if not record:
+    if layers is None:
         return scores
-    if pooling == "all":
+    if with_prompts:
         prompt_layers = prompt_layers.restrict_to(outputs)
     size = groups.tokens[0].size  # Without the candidates that filled up the last chunk.
     layers = jax.tree.map(
@@ -221,10 +214,6 @@ def _score_in_chunks(
         layers,
     )
     return scores._replace(record=ScoringRecord(layers, join(token_logps)[:, :size]))
-
-
-def _run(model: Decoder, record: bool, *args: Any) -> tuple[Array, Any, Any]:
-    return model.record(*args) if record else (*model(*args), None)
 
 
 def build_sequence(

@@ -1,4 +1,4 @@
-"""Hugging Face weights: one table of names, `safetensors` streamed into sharded arrays and out."""
+"""Weights in Hugging Face folders: a table of names, read into sharded arrays and written."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from tqdm import tqdm
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models.config import PROJECTIONS, DecoderConfig
 from mass_dpo_jax.models.decoder import abstract_decoder
-from mass_dpo_jax.models.folder import CUT, INDEX, damage, no_weights
+from mass_dpo_jax.models.folder import CUT_SHORT, INDEX, describe_damage, explain_missing_weights
 from mass_dpo_jax.models.folder import WEIGHTS as SINGLE
 from mass_dpo_jax.models.tensors import (
     check_finite,
     check_type,
-    instead,
     open_tensors,
+    suggest_tensor,
     write_tensors,
 )
 from mass_dpo_jax.utils.files import read_json
@@ -37,24 +37,31 @@ EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One of our parameters and the Hugging Face tensors it is made of."""
+    """One of our parameters and the Hugging Face tensors it is made of.
 
-    path: tuple[str, ...]  # in nnx.state(model, nnx.Param)
-    name: str  # with "{layer}" where the parameter stacks one tensor a layer
-    transposed: bool = False  # Hugging Face keeps [out, in], we keep [in, out]
+    Attributes:
+        path: In `nnx.state(model, nnx.Param)`.
+        name: With "{layer}" where the parameter stacks one tensor per layer.
+        transposed: Hugging Face keeps [out, in], we keep [in, out].
+    """
+
+    path: tuple[str, ...]
+    name: str
+    transposed: bool = False
 
     @property
-    def stacked(self) -> bool:
+    def is_stacked(self) -> bool:
+        """Whether the parameter stacks one tensor per layer."""
         return "{layer}" in self.name
 
-    def names(self, config: DecoderConfig) -> list[str]:
-        """The tensors' names, in layer order."""
-        layers = range(config.num_layers) if self.stacked else range(1)
+    def list_names(self, config: DecoderConfig) -> list[str]:
+        """Lists the tensors' names, in layer order."""
+        layers = range(config.num_layers) if self.is_stacked else range(1)
         return [self.name.format(layer=layer) for layer in layers]
 
 
-def table(config: DecoderConfig) -> list[Entry]:
-    """Every parameter of the decoder, once: the names that import and export share."""
+def list_entries(config: DecoderConfig) -> list[Entry]:
+    """Lists every parameter of the decoder once, for import and export."""
     layer = "model.layers.{layer}."
     norms = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
     if config.qk_norm:
@@ -71,10 +78,10 @@ def table(config: DecoderConfig) -> list[Entry]:
 
 
 def check_hf(folder: str | Path, config: DecoderConfig) -> _Files:
-    """The open files of a folder; UserError where `load_hf` would, but for NaN: reads headers."""
+    """Opens a folder's files; raises UserError where `load_hf` would, but for NaN."""
     files = _Files(Path(folder))
-    shapes = _by_path(nnx.state(abstract_decoder(config), nnx.Param))
-    files.check({entry: shapes[entry.path].shape for entry in table(config)}, config)
+    shapes = _flatten(nnx.state(abstract_decoder(config), nnx.Param))
+    files.check({entry: shapes[entry.path].shape for entry in list_entries(config)}, config)
     return files
 
 
@@ -92,40 +99,40 @@ def load_hf(
     Tensors are read one at a time, and of each only the slices that this process's devices hold.
 
     Args:
-      folder: holds `model.safetensors`, or several files and `model.safetensors.index.json`.
-      config: what the folder's `config.json` says.
-      shardings: a `jax.sharding.Sharding` for each parameter, under the keys of
-        `nnx.state(model, nnx.Param)`, as a State or as nested dicts; None puts everything on the
-        first device.
-      dtype: of the arrays, whatever the files' own.
-      convert: from a parameter's path and array to what is kept of it, before the next is read.
-      progress: draw a progress bar if standard error is a terminal.
+        folder: Holds `model.safetensors`, or several files and `model.safetensors.index.json`.
+        config: What the folder's `config.json` says.
+        shardings: A `jax.sharding.Sharding` for each parameter, under the keys of
+            `nnx.state(model, nnx.Param)`, as a State or as nested dicts; None puts everything on
+            the first device.
+        dtype: Of the arrays, whatever the files' own.
+        convert: From a parameter's path and array to what is kept of it, before the next is read.
+        progress: Draw a progress bar if standard error is a terminal.
 
     Returns:
-      The parameters: `nnx.update(model, state)` or `nnx.merge(graphdef, state)`.
+        The parameters: `nnx.update(model, state)` or `nnx.merge(graphdef, state)`.
 
     Raises:
-      UserError: names the file and the tensor that is missing, unknown, of a wrong shape or type,
-        or that holds NaN or infinity.
+        UserError: A tensor is missing, unknown, of a wrong shape or type, or holds NaN or infinity.
     """
     files = check_hf(folder, config)
-    entries = {entry.path: entry for entry in table(config)}
+    entries = {entry.path: entry for entry in list_entries(config)}
     shapes = nnx.state(abstract_decoder(config), nnx.Param)
-    wanted = {path: leaf.shape for path, leaf in _by_path(shapes).items()}
+    sizes = {path: leaf.shape for path, leaf in _flatten(shapes).items()}
     if shardings is None:
-        places = dict.fromkeys(wanted, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
+        first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        by_path = dict.fromkeys(sizes, first)
     else:
-        places = _by_path(shardings)
+        by_path = _flatten(shardings)
 
     arrays = []
-    count = sum(len(entry.names(config)) for entry in entries.values())
+    count = sum(len(entry.list_names(config)) for entry in entries.values())
     hidden = not (progress and sys.stderr.isatty())
     with tqdm(total=count, desc="weights", unit="tensor", disable=hidden) as bar:
-        for path, shape in wanted.items():
+        for path, shape in sizes.items():
             entry = entries[path]
-            array = _read(files, entry, config, shape, places[path], np.dtype(dtype))
+            array = _read(files, entry, config, shape, by_path[path], np.dtype(dtype))
             arrays.append(convert(path, array))
-            bar.update(len(entry.names(config)))
+            bar.update(len(entry.list_names(config)))
     return jax.tree.unflatten(jax.tree.structure(shapes), arrays)
 
 
@@ -138,27 +145,26 @@ def save_hf(
     max_bytes: int,
     progress: bool = False,
 ) -> None:
-    """Writes weights as `load_hf` and transformers read them: one file or, over `max_bytes`,
-    several with an index.
+    """Writes weights in one file or, over `max_bytes`, in several with an index.
 
-    Tensors are asked for one at a time, and no more than one file's are held.
+    Tensors are read one at a time, and no more than one file's are held.
 
     Args:
-      folder: exists.
-      config: the decoder's.
-      read: gives the parameter at a path of `nnx.state(model, nnx.Param)`; of one that stacks
-        layers, that layer's part.
-      dtype: of the files' tensors.
-      max_bytes: a file's, unless a single tensor is larger.
-      progress: draw a progress bar if standard error is a terminal.
+        folder: Exists.
+        config: The decoder's.
+        read: Returns the parameter at a path of `nnx.state(model, nnx.Param)`; of one that stacks
+            layers, that layer's part.
+        dtype: Of the files' tensors.
+        max_bytes: Of a file, unless a single tensor is larger.
+        progress: Draw a progress bar if standard error is a terminal.
 
     Raises:
-      UserError: a file of tensors cannot be written.
+        UserError: A file of tensors cannot be written.
     """
     dtype = np.dtype(dtype)
     files: list[dict[str, tuple[Entry, int | None]]] = [{}]
     size = total = parameters = 0
-    for name, entry, layer, count in _in_order(config):
+    for name, entry, layer, count in _list_tensors(config):
         if files[-1] and size + count * dtype.itemsize > max_bytes:
             files.append({})
             size = 0
@@ -186,12 +192,12 @@ def save_hf(
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _in_order(config: DecoderConfig) -> Iterator[tuple[str, Entry, int | None, int]]:
-    """Every tensor in the order of the model: name, entry, layer (None: of none), elements."""
-    shapes = _by_path(nnx.state(abstract_decoder(config), nnx.Param))
-    entries = table(config)
-    stacked = [entry for entry in entries if entry.stacked]
-    embed, *rest = [entry for entry in entries if not entry.stacked]
+def _list_tensors(config: DecoderConfig) -> Iterator[tuple[str, Entry, int | None, int]]:
+    """Yields every tensor in the order of the model: name, entry, layer or None, elements."""
+    shapes = _flatten(nnx.state(abstract_decoder(config), nnx.Param))
+    entries = list_entries(config)
+    stacked = [entry for entry in entries if entry.is_stacked]
+    embed, *rest = [entry for entry in entries if not entry.is_stacked]
     yield embed.name, embed, None, math.prod(shapes[embed.path].shape)
     for layer in range(config.num_layers):
         for entry in stacked:
@@ -201,8 +207,8 @@ def _in_order(config: DecoderConfig) -> Iterator[tuple[str, Entry, int | None, i
         yield entry.name, entry, None, math.prod(shapes[entry.path].shape)
 
 
-def _by_path(tree: Any) -> dict[tuple[str, ...], Any]:
-    """The leaves of a State or of nested dicts under their tuples of keys, in tree order."""
+def _flatten(tree: Any) -> dict[tuple[str, ...], Any]:
+    """Maps keys to the leaves of a State or of nested dicts, in tree order."""
     leaves = jax.tree.leaves_with_path(tree)
     return {tuple(str(key.key) for key in path if hasattr(key, "key")): x for path, x in leaves}
 
@@ -212,28 +218,28 @@ def _read(
     entry: Entry,
     config: DecoderConfig,
     shape: tuple[int, ...],
-    place: jax.sharding.Sharding,
+    sharding: jax.sharding.Sharding,
     dtype: np.dtype,
 ) -> jax.Array:
-    """One parameter as a sharded array: every shard reads its own slices of its own layers."""
-    names = entry.names(config)
-    shards: dict[str, np.ndarray] = {}  # replicas of a shard are read once
+    """Reads a parameter as a sharded array: each shard its own slices of its own layers."""
+    names = entry.list_names(config)
+    shards: dict[str, np.ndarray] = {}  # Replicas of a shard are read once.
 
-    def shard(index: Any) -> np.ndarray:  # a slice for each dimension
+    def read_shard(index: Any) -> np.ndarray:  # A slice for each dimension.
         key = str(index)
         if key not in shards:
-            layers = names[index[0]] if entry.stacked else names
-            inner = index[1:] if entry.stacked else index
+            layers = names[index[0]] if entry.is_stacked else names
+            inner = index[1:] if entry.is_stacked else index
             lengths = [len(range(*s.indices(n))) for s, n in zip(index, shape, strict=True)]
-            found = np.empty(lengths, dtype)
-            for name, part in zip(layers, found if entry.stacked else [found], strict=True):
+            array = np.empty(lengths, dtype)
+            for name, part in zip(layers, array if entry.is_stacked else [array], strict=True):
                 with np.errstate(over="ignore"):  # What is too large for `dtype` is infinite.
                     part[...] = files.read(name, inner, entry.transposed)
                 check_finite(part, files.paths[name], name)
-            shards[key] = found
+            shards[key] = array
         return shards[key]
 
-    return jax.make_array_from_callback(shape, place, shard, dtype=dtype)
+    return jax.make_array_from_callback(shape, sharding, read_shard, dtype=dtype)
 
 
 class _Files:
@@ -244,20 +250,20 @@ class _Files:
             raise UserError(f"{folder}: no such folder; expected a Hugging Face model")
         index = folder / INDEX
         if (folder / SINGLE).is_file():
-            self.listing = folder / SINGLE  # what error messages about the whole point at
+            self.listing = folder / SINGLE  # What messages about the whole name.
             weight_map = None
             names = [SINGLE]
         elif index.is_file():
             self.listing = index
-            weight_map = _weight_map(index)
+            weight_map = _read_index(index)
             names = sorted(set(weight_map.values()))
         else:
-            raise UserError(f"{folder}: {no_weights(folder)}")
+            raise UserError(f"{folder}: {explain_missing_weights(folder)}")
         present = {path.name for path in folder.iterdir() if path.is_file()}
         if missing := [name for name in names if name not in present]:
             raise UserError(
                 f"{self.listing}: names {missing[0]}, which is not in the folder ({len(missing)} "
-                f"of {len(names)} files are missing); {CUT}"
+                f"of {len(names)} files are missing); {CUT_SHORT}"
             )
         self.paths: dict[str, Path] = {}
         self.open: dict[Path, Any] = {}
@@ -269,25 +275,22 @@ class _Files:
             if self.paths.get(tensor) != folder / name:
                 raise UserError(f"{folder / name}: missing tensor {tensor}, which {INDEX} lists")
 
-    def check(self, wanted: Mapping[Entry, tuple[int, ...]], config: DecoderConfig) -> None:
-        """UserError unless the files hold the wanted tensors, with their shapes, and no others.
-
-        `wanted` gives the shapes of our (stacked, transposed) parameters.
-        """
+    def check(self, shapes: Mapping[Entry, tuple[int, ...]], config: DecoderConfig) -> None:
+        """Raises UserError unless the files hold exactly the tensors of these parameters."""
         unknown = set(self.paths)
-        for entry, shape in wanted.items():
-            inner = shape[1:] if entry.stacked else shape
+        for entry, shape in shapes.items():
+            inner = shape[1:] if entry.is_stacked else shape
             expected = list(reversed(inner) if entry.transposed else inner)
-            for name in entry.names(config):
+            for name in entry.list_names(config):
                 if name not in self.paths:
-                    hint = instead(name, sorted(self.paths))
+                    hint = suggest_tensor(name, sorted(self.paths))
                     raise UserError(
                         f"{self.listing}: missing tensor {name}, shape {expected}{hint}"
                     )
                 tensor = self.open[self.paths[name]].get_slice(name)
-                if (found := list(tensor.get_shape())) != expected:
-                    place = f"{self.paths[name]}: tensor {name}"
-                    raise UserError(f"{place}: found shape {found}, expected {expected}")
+                if (present := list(tensor.get_shape())) != expected:
+                    location = f"{self.paths[name]}: tensor {name}"
+                    raise UserError(f"{location}: found shape {present}, expected {expected}")
                 check_type(self.open[self.paths[name]], self.paths[name], name)
                 unknown.discard(name)
         # Some writers store these although the config already determines them.
@@ -300,7 +303,7 @@ class _Files:
             raise UserError(f"{self.paths[name]}: unexpected tensor {name} for this config.json")
 
     def _check_tied(self, config: DecoderConfig) -> None:
-        """UserError if the head of a file is not the embeddings that `config` says it is."""
+        """Raises UserError unless a file's head equals the embeddings, as `config` says."""
         rows = np.array_split(np.arange(config.vocab_size), -(-config.vocab_size // 4096))
         head, embed = (self.open[self.paths[n]].get_slice(n) for n in (HEAD, EMBED))
         same = head.get_shape() == embed.get_shape() and all(
@@ -316,21 +319,21 @@ class _Files:
             )
 
     def read(self, name: str, index: tuple[slice, ...], transposed: bool) -> np.ndarray:
-        """A slice of a tensor; with `transposed`, `index` and result are those of its transpose."""
+        """Reads a slice of a tensor; `transposed` if index and result are of its transpose."""
         tensor = self.open[self.paths[name]].get_slice(name)
         part = tensor[tuple(reversed(index)) if transposed else index]
         return part.T if transposed else part
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    if what := damage(index):
-        raise UserError(f"{index}: {what}")
+def _read_index(index: Path) -> dict[str, str]:
+    if problem := describe_damage(index):
+        raise UserError(f"{index}: {problem}")
     content = read_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict):
         raise UserError(f"{index}: expected a JSON object with a 'weight_map' object")
     for name in weight_map.values():
-        # The index comes with the download: it must not make us open files elsewhere.
+        # The index is downloaded: it must not make us open files elsewhere.
         if not isinstance(name, str) or Path(name).name != name or name == ".." or "\\" in name:
             raise UserError(f"{index}: weight_map: found {name!r}, expected a plain file name")
     return weight_map

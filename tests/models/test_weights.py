@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models import weights
 from mass_dpo_jax.models.decoder import abstract_decoder, param_dims
-from mass_dpo_jax.models.weights import INDEX, load_hf, table
+from mass_dpo_jax.models.weights import INDEX, list_entries, load_hf
 from tests.support.models import FAMILIES, random_tensors, tiny_config, write_weights
 
 CONFIG = tiny_config("qwen3")
@@ -50,8 +50,8 @@ def test_the_table_names_every_parameter_once(model_type: str, tied: bool) -> No
     paths = [
         "/".join(str(key.key) for key in path) for path, _ in jax.tree.leaves_with_path(params)
     ]
-    assert sorted("/".join(entry.path) for entry in table(config)) == sorted(paths)
-    names = [name for entry in table(config) for name in entry.names(config)]
+    assert sorted("/".join(entry.path) for entry in list_entries(config)) == sorted(paths)
+    names = [name for entry in list_entries(config) for name in entry.list_names(config)]
     assert len(set(names)) == len(names)
     assert ("lm_head.weight" in names) == (not tied)
 

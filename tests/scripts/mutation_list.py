@@ -519,14 +519,14 @@ MUTATIONS = (
     ),
     Mutation(
         "models: SmolLM3's embedding is not tied where its file does not say",
-        'read.flag("tie_word_embeddings", family.tie_embeddings)',
-        'read.flag("tie_word_embeddings", False)',
+        'reader.read_flag("tie_word_embeddings", family.tie_embeddings)',
+        'reader.read_flag("tie_word_embeddings", False)',
         "models/test_config.py",
     ),
     Mutation(
         "models: a rotary base outside wins over the one inside",
-        'read.positive("rope_theta", rope.get("rope_theta", default_theta))',
-        'read.positive("rope_theta", config.get("rope_theta", rope.get("rope_theta", 1e4)))',
+        'rope.get("rope_theta", default_theta)',
+        'config.get("rope_theta", rope.get("rope_theta", 1e4))',
         "models/test_config.py",
     ),
     Mutation(
@@ -627,8 +627,8 @@ MUTATIONS = (
     ),
     Mutation(
         "lora: settings that nobody knows are harmless",
-        "if any(type(value) is type(k) and value == k for k in known):",
-        "if not known or any(type(value) is type(k) and value == k for k in known):",
+        "if any(type(value) is type(x) and value == x for x in supported):",
+        "if not supported or any(type(value) is type(x) and value == x for x in supported):",
         "models/test_peft_format.py",
     ),
     Mutation(
@@ -922,8 +922,8 @@ MUTATIONS = (
     ),
     Mutation(
         "lora: a pattern of targets is a name",
-        "named = there\n",
-        "named = [named]\n",
+        "modules = adapted\n",
+        "modules = [value]\n",
         "models/test_peft_format.py::test_settings_that_change_nothing_are_accepted",
     ),
     Mutation(

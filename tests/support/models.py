@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from mass_dpo_jax.models.config import DecoderConfig
 from mass_dpo_jax.models.decoder import Decoder, abstract_decoder
 from mass_dpo_jax.models.shared_prefix import Scores, score
-from mass_dpo_jax.models.weights import table
+from mass_dpo_jax.models.weights import list_entries
 
 VOCABULARY = 101
 FAMILIES = ("llama", "qwen3", "smollm3")
@@ -127,13 +127,13 @@ def random_tensors(config: DecoderConfig, seed: int = 0) -> dict[str, np.ndarray
     rng = np.random.default_rng(seed)
     shapes = nnx.to_pure_dict(nnx.state(abstract_decoder(config), nnx.Param))
     tensors = {}
-    for entry in table(config):
+    for entry in list_entries(config):
         node: Any = shapes
         for key in entry.path:
             node = node[key]
-        shape = node.shape[1:] if entry.stacked else node.shape
+        shape = node.shape[1:] if entry.is_stacked else node.shape
         shape = shape[::-1] if entry.transposed else shape
-        for name in entry.names(config):
+        for name in entry.list_names(config):
             tensors[name] = rng.normal(size=shape).astype(np.float32)
     return tensors
 
