@@ -54,7 +54,12 @@ from mass_dpo_jax.models.response_layout import (
     gather_per_token,
     lay_out,
 )
-from mass_dpo_jax.models.shared_prefix import Prompt, Sequence, build_sequence, score_candidates
+from mass_dpo_jax.models.shared_prefix import (
+    Prompt,
+    TokenSequence,
+    build_sequence,
+    score_candidates,
+)
 
 
 @jax.named_scope("replay")
@@ -131,7 +136,10 @@ def _find_sources(
 
 
 def replay_layers(
-    model: Decoder, record: LayerRecord, indices_BT: Int[Array, "B T"] | None, sequence: Sequence
+    model: Decoder,
+    record: LayerRecord,
+    indices_BT: Int[Array, "B T"] | None,
+    sequence: TokenSequence,
 ) -> Float[Array, "B O D"]:
     """Returns final hidden states of some recorded tokens, to be differentiated.
 
@@ -183,7 +191,7 @@ class _Replay:
     record: LayerRecord
     indices_BT: Array | None
     output_indices_BO: Array | None
-    sequence: Sequence
+    sequence: TokenSequence
     frozen: dict[str, Any]
     has_positions: Array
 

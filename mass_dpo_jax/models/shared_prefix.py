@@ -30,7 +30,7 @@ from mass_dpo_jax.models.precomputed import use_precomputed
 from mass_dpo_jax.models.response_layout import Groups, lay_out
 
 
-class Scores(NamedTuple):
+class CandidateScores(NamedTuple):
     """Scores of every candidate; zeros where there is none.
 
     Attributes:
@@ -44,7 +44,7 @@ class Scores(NamedTuple):
     record: ScoringRecord | None = None
 
 
-class Sequence(NamedTuple):
+class TokenSequence(NamedTuple):
     """The arguments of a `Decoder` for prompts with responses behind them.
 
     Attributes:
@@ -74,7 +74,7 @@ def score(
     max_logits: int = MAX_LOGITS,
     attention: Attention = plain_attention,
     record: bool = False,
-) -> Scores:
+) -> CandidateScores:
     """Scores C candidate responses of each prompt in one forward pass.
 
     Args:
@@ -115,7 +115,7 @@ def _score_at_once(
     response_lengths_BC: Array,
     attention: Attention,
     with_prompts: bool,
-) -> Scores:
+) -> CandidateScores:
     """Scores all candidates together.
 
     Args:
@@ -151,7 +151,7 @@ def _score_in_chunks(
     attention: Attention,
     with_prompts: bool,
     candidate_chunk: int,
-) -> Scores:
+) -> CandidateScores:
     """Scores some candidates of each prompt at a time; the groups are a rectangle's."""
     batch, num_candidates = response_lengths_BC.shape
 
@@ -168,7 +168,9 @@ def _score_in_chunks(
     prompt = Prompt(hidden, prompt_lengths_B)
 
     # 2. The responses, chunk by chunk.
-    def score_chunk(chunk: tuple[Groups, Array]) -> tuple[Scores, LayerRecord | None, Array]:
+    def score_chunk(
+        chunk: tuple[Groups, Array],
+    ) -> tuple[CandidateScores, LayerRecord | None, Array]:
         groups, lengths = chunk
         hidden, _, layers = run(
             groups.tokens.reshape(batch, -1),
@@ -221,12 +223,12 @@ def build_sequence(
     prompt_lengths_B: Int[Array, " B"],
     groups: Groups,
     attention: Attention,
-) -> Sequence:
+) -> TokenSequence:
     """Builds the input of a `Decoder`: prompts with groups of responses behind them."""
     size = prompts_BP.shape[1]
     positions_BP = jnp.broadcast_to(jnp.arange(size), prompts_BP.shape)
     response_tokens = groups.tokens.reshape(len(prompts_BP), -1)
-    return Sequence(
+    return TokenSequence(
         jnp.concatenate([prompts_BP, response_tokens], axis=1),
         jnp.concatenate([positions_BP, _compute_positions(prompt_lengths_B, groups)], axis=1),
         plain_attention.make_shared_prefix_attend(
@@ -290,7 +292,7 @@ def score_candidates(
     pooling: str | None,
     max_logits: int,
     token_logps: Float[Array, "B tokens"] | None = None,
-) -> tuple[Scores, Float[Array, "B tokens"]]:
+) -> tuple[CandidateScores, Float[Array, "B tokens"]]:
     """Computes log-probabilities and features from the responses' final hidden states.
 
     Returns:
@@ -324,7 +326,7 @@ def score_candidates(
     owner = groups.segments.reshape(batch, -1, 1) == jnp.arange(num_candidates)[None, None]
     logps = jnp.where(owner, token_logps[..., None], 0.0).sum(axis=1)
     if pooling is None:
-        return Scores(logps), token_logps
+        return CandidateScores(logps), token_logps
 
     features, count = _sum_hidden(owner, hidden), response_lengths
     if pooling == "all":
@@ -333,7 +335,7 @@ def score_candidates(
         count = count + prompt.lengths[:, None]
     present = response_lengths > 0
     features = features / jnp.maximum(count, 1)[..., None]
-    return Scores(logps, jnp.where(present[..., None], features, 0.0)), token_logps
+    return CandidateScores(logps, jnp.where(present[..., None], features, 0.0)), token_logps
 
 
 def _sum_hidden(owner_BTC: Array, hidden_BTD: Array) -> Array:

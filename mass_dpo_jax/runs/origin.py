@@ -19,8 +19,8 @@ from ml_collections import ConfigDict
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models.config import load_config
-from mass_dpo_jax.models.folder import ADAPTERS as PEFT_WEIGHTS
-from mass_dpo_jax.models.folder import ADAPTERS_SETTINGS as PEFT_SETTINGS
+from mass_dpo_jax.models.folder import ADAPTER_SETTINGS as PEFT_SETTINGS
+from mass_dpo_jax.models.folder import ADAPTER_WEIGHTS as PEFT_WEIGHTS
 from mass_dpo_jax.models.folder import GENERATION
 from mass_dpo_jax.utils.files import read_json, write_whole
 

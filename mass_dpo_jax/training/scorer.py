@@ -54,7 +54,7 @@ class Scorer:
             record: return the record of the pass, too.
 
         Returns:
-            A `shared_prefix.Scores`.
+            A `shared_prefix.CandidateScores`.
         """
         return shared_prefix.score(
             nnx.merge(self.graphdef, params),

@@ -23,7 +23,7 @@ from mass_dpo_jax.models.response_layout import (
     lay_out_packed,
     lay_out_rectangle,
 )
-from mass_dpo_jax.models.shared_prefix import Scores, score
+from mass_dpo_jax.models.shared_prefix import CandidateScores, score
 from tests.support.helpers import slow
 from tests.support.models import (
     VOCABULARY,
@@ -50,7 +50,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-def alone(model: Decoder, pool: Candidates, pooling: str) -> Scores:
+def alone(model: Decoder, pool: Candidates, pooling: str) -> CandidateScores:
     """One row a response: no packing, no sharing, no padding in common."""
     batch, candidates = pool.response_lengths.shape
     rows = [(row, c) for row in range(batch) for c in range(candidates)]

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from mass_dpo_jax.models.config import DecoderConfig
 from mass_dpo_jax.models.decoder import Decoder, abstract_decoder
-from mass_dpo_jax.models.shared_prefix import Scores, score
+from mass_dpo_jax.models.shared_prefix import CandidateScores, score
 from mass_dpo_jax.models.weights import list_entries
 
 VOCABULARY = 101
@@ -110,7 +110,7 @@ def random_candidates(
     )
 
 
-def scored(model: Decoder, pool: Candidates, **settings: Any) -> Scores:
+def scored(model: Decoder, pool: Candidates, **settings: Any) -> CandidateScores:
     """Calls `shared_prefix.score`, compiled once for all models of an architecture."""
     graphdef, params = nnx.split(model)
     arrays = tuple(map(jnp.asarray, pool))
@@ -118,7 +118,7 @@ def scored(model: Decoder, pool: Candidates, **settings: Any) -> Scores:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
-def _scored(graphdef: Any, params: Any, pool: Any, settings: Any) -> Scores:
+def _scored(graphdef: Any, params: Any, pool: Any, settings: Any) -> CandidateScores:
     return score(nnx.merge(graphdef, params), *pool, **dict(settings))
 
 
