@@ -13,7 +13,7 @@ import functools
 import logging
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -24,7 +24,7 @@ from mass_dpo_jax.data.prompts import PromptEncoder, Prompts
 from mass_dpo_jax.data.render import Renderer, make_renderer
 from mass_dpo_jax.data.rows import BadRows
 from mass_dpo_jax.data.tokenizer import encode_texts, find_added_tokens
-from mass_dpo_jax.data.tokens import RaggedTokens, Tokens
+from mass_dpo_jax.data.tokens import Chunk, RaggedTokens, Tokens, join_chunks
 from mass_dpo_jax.errors import UserError
 
 CHUNK_ROWS = 4096  # Rows rendered and tokenized at a time: their texts and lists take memory.
@@ -81,25 +81,13 @@ def tokenize(
                     raise chunks.errors[i]
         rows.done()
     chunks.log_warnings(len(examples))
-    return _join(examples, chunks)
-
-
-class Chunk(NamedTuple):
-    """The tokens of some of a split's examples, without those that were left out.
-
-    Attributes:
-        rows: int [m], which examples of the split.
-        prompts: One list for each.
-        counts: int [m], how many responses each has.
-        responses: Their lists, example by example.
-        candidate_ids: int32 [sum of counts], as in `Tokens`.
-    """
-
-    rows: np.ndarray
-    prompts: RaggedTokens
-    counts: np.ndarray
-    responses: RaggedTokens
-    candidate_ids: np.ndarray
+    if not sum(len(chunk.rows) for chunk in chunks.done):
+        raise UserError(
+            f"no example is left: {chunks.cut['examples_dropped']} are left out for their length "
+            "(config.data.long_prompt, config.data.long_response, which are drop); raise "
+            "config.data.max_prompt_length or config.data.max_response_length"
+        )
+    return join_chunks(chunks.done, examples, dict(chunks.cut))
 
 
 class _Chunks:
@@ -276,47 +264,3 @@ def _advise(warning: str) -> str:
     if "responses" in warning:
         return "leave them out of texts that mean something else by them"
     return "if they are rendered already, set --config.data.chat_template=none"
-
-
-def _join(examples: Sequence[Example], chunks: _Chunks) -> Tokens:
-    rows = np.concatenate([chunk.rows for chunk in chunks.done])
-    if not len(rows):
-        raise UserError(
-            f"no example is left: {chunks.cut['examples_dropped']} are left out for their length "
-            "(config.data.long_prompt, config.data.long_response, which are drop); raise "
-            "config.data.max_prompt_length or config.data.max_response_length"
-        )
-    counts = np.concatenate([chunk.counts for chunk in chunks.done])
-    # The remaining candidates move up, so that a row's responses stay in one piece.
-    exists = np.arange(counts.max())[None, :] < counts[:, None]
-
-    def make_table(values: np.ndarray) -> np.ndarray:
-        table = np.zeros(exists.shape, values.dtype)
-        table[exists] = values
-        return table
-
-    candidate_ids = make_table(np.concatenate([chunk.candidate_ids for chunk in chunks.done]))
-    kept = [examples[i] for i in rows.tolist()]
-    lengths = np.concatenate([chunk.responses.lengths for chunk in chunks.done])
-    return Tokens(
-        [example.id for example in kept],
-        np.concatenate([chunk.prompts.tokens for chunk in chunks.done]),
-        np.concatenate([chunk.prompts.lengths for chunk in chunks.done]).astype(np.int32),
-        np.concatenate([chunk.responses.tokens for chunk in chunks.done]),
-        make_table(lengths.astype(np.int32)),
-        dict(chunks.cut),
-        candidate_ids,
-        _make_scores(kept, candidate_ids, exists),
-    )
-
-
-def _make_scores(
-    examples: Sequence[Example], candidate_ids: np.ndarray, exists: np.ndarray
-) -> np.ndarray | None:
-    """Returns the data's scores of all candidates, float32 [M, C]; None if a row has none."""
-    table = np.zeros(exists.shape, np.float32)
-    for row, ids, present, example in zip(table, candidate_ids, exists, examples, strict=True):
-        if example.scores is None:
-            return None
-        row[present] = np.array(example.scores, np.float32)[ids[present]]
-    return table

@@ -1,4 +1,4 @@
-"""Arrays of token ids: `Tokens` of a split, and the `RaggedTokens` that they are assembled from."""
+"""Arrays of token ids: `Tokens` of a split, and the ragged chunks that they are joined from."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import hashlib
 import itertools
 import json
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
+
+from mass_dpo_jax.data.examples import Example
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,3 +175,66 @@ class RaggedTokens:
         keep = position < np.repeat(head, self.lengths)
         keep |= position >= np.repeat(head + self.lengths - lengths, self.lengths)
         return RaggedTokens(self.tokens[keep], lengths)
+
+
+class Chunk(NamedTuple):
+    """The tokens of some of a split's examples, without those that were left out.
+
+    Attributes:
+        rows: int [m], which examples of the split.
+        prompts: One list for each.
+        counts: int [m], how many responses each has.
+        responses: Their lists, example by example.
+        candidate_ids: int32 [sum of counts], as in `Tokens`.
+    """
+
+    rows: np.ndarray
+    prompts: RaggedTokens
+    counts: np.ndarray
+    responses: RaggedTokens
+    candidate_ids: np.ndarray
+
+
+def join_chunks(
+    chunks: Sequence[Chunk], examples: Sequence[Example], cut: dict[str, int]
+) -> Tokens:
+    """Joins the chunks of a split, at least one of which has rows.
+
+    Args:
+        chunks: In the order of the split.
+        examples: All examples of the split.
+        cut: As in `Tokens`.
+    """
+    counts = np.concatenate([chunk.counts for chunk in chunks])
+    # The remaining candidates move up, so that a row's responses stay in one piece.
+    exists = np.arange(counts.max())[None, :] < counts[:, None]
+
+    def make_table(values: list[np.ndarray]) -> np.ndarray:
+        table = np.zeros(exists.shape, np.int32)
+        table[exists] = np.concatenate(values)
+        return table
+
+    candidate_ids = make_table([chunk.candidate_ids for chunk in chunks])
+    kept = [examples[i] for chunk in chunks for i in chunk.rows.tolist()]
+    return Tokens(
+        [example.id for example in kept],
+        np.concatenate([chunk.prompts.tokens for chunk in chunks]),
+        np.concatenate([chunk.prompts.lengths for chunk in chunks]).astype(np.int32),
+        np.concatenate([chunk.responses.tokens for chunk in chunks]),
+        make_table([chunk.responses.lengths for chunk in chunks]),
+        cut,
+        candidate_ids,
+        _make_scores(kept, candidate_ids, exists),
+    )
+
+
+def _make_scores(
+    examples: Sequence[Example], candidate_ids: np.ndarray, exists: np.ndarray
+) -> np.ndarray | None:
+    """Returns the data's scores of all candidates, float32 [M, C]; None if a row has none."""
+    table = np.zeros(exists.shape, np.float32)
+    for row, ids, present, example in zip(table, candidate_ids, exists, examples, strict=True):
+        if example.scores is None:
+            return None
+        row[present] = np.array(example.scores, np.float32)[ids[present]]
+    return table
