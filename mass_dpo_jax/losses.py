@@ -31,7 +31,7 @@ __all__ = [
 def plackett_luce(
     log_ratios: Float[Array, "B C"], valid: Bool[Array, "B C"], beta: float
 ) -> Float[Array, " B"]:
-    r"""Plackett-Luce loss: the chosen response is the first among itself and its negatives.
+    r"""Computes the Plackett-Luce loss: the chosen response ranks first among all responses.
 
     $$
     \ell = -\log \frac{\exp(\beta r_0)}{\exp(\beta r_0) + \sum_{i \in S} \exp(\beta r_i)}
@@ -59,16 +59,16 @@ def plackett_luce(
     scores, negatives = _scores(log_ratios, valid, beta)
     # The largest score is taken out of the sum, and softplus keeps small losses exact. A row
     # without negatives counts zeros instead and is dropped at the end: log(0) never occurs.
-    some = negatives.any(axis=-1)
-    counted = negatives | ~some[:, None]
+    has_negatives = negatives.any(axis=-1)
+    counted = negatives | ~has_negatives[:, None]
     loss = jax.nn.softplus(jax.nn.logsumexp(scores, axis=-1, where=counted))
-    return jnp.where(some, loss, 0.0)
+    return jnp.where(has_negatives, loss, 0.0)
 
 
 def dpo(
     log_ratios: Float[Array, "B C"], valid: Bool[Array, "B C"], beta: float
 ) -> Float[Array, " B"]:
-    r"""DPO loss: the chosen response is preferred to one negative.
+    r"""Computes the DPO loss: the chosen response is preferred to one negative.
 
     $$
     \ell = -\log \sigma\bigl(\beta (r_0 - r_1)\bigr)
@@ -98,7 +98,7 @@ def dpo(
 def dpo_k(
     log_ratios: Float[Array, "B C"], valid: Bool[Array, "B C"], beta: float
 ) -> Float[Array, " B"]:
-    r"""DPO-k loss: the chosen response is preferred to each negative, one pair at a time.
+    r"""Computes the DPO-k loss: the chosen response is preferred to each negative, pair by pair.
 
     $$
     \ell = -\frac{1}{|S|} \sum_{i \in S} \log \sigma\bigl(\beta (r_0 - r_i)\bigr)
@@ -125,7 +125,7 @@ def dpo_k(
 def dmpo(
     log_ratios: Float[Array, "B C"], valid: Bool[Array, "B C"], beta: float
 ) -> Float[Array, " B"]:
-    r"""DMPO loss: the chosen response is preferred to the average negative.
+    r"""Computes the DMPO loss: the chosen response is preferred to the average negative.
 
     $$
     \ell = -\log \sigma\Bigl(\beta r_0 - \frac{1}{|S|} \sum_{i \in S} \beta r_i\Bigr)
@@ -156,7 +156,7 @@ def odpo(
     beta: float,
     margins: Float[Array, "B C-1"],
 ) -> Float[Array, " B"]:
-    r"""ODPO loss: the chosen response is preferred to each negative by a margin of its own.
+    r"""Computes the ODPO loss: the chosen response is preferred to each negative by a margin.
 
     $$
     \ell = -\frac{1}{|S|} \sum_{i \in S} \log \sigma\bigl(\beta (r_0 - r_i) - \Delta_i\bigr),
@@ -187,7 +187,7 @@ def odpo(
 def mppo(
     logps: Float[Array, "B C"], num_tokens: Int[Array, "B C"], valid: Bool[Array, "B C"]
 ) -> Float[Array, " B"]:
-    r"""MPPO loss: the chosen response's likelihood per token exceeds the negatives'.
+    r"""Computes the MPPO loss: the chosen response's likelihood per token exceeds the negatives'.
 
     $$
     \ell = -\log \sigma\Bigl(|S|\, p_0 - \sum_{i \in S} p_i\Bigr), \qquad
@@ -233,7 +233,7 @@ def sampled_plackett_luce(
     weights: Float[Array, "B C-1"],
     pool_loss: Float[Array, " B"],
 ) -> Float[Array, " B"]:
-    r"""The Plackett-Luce loss of a whole pool, with a gradient estimated from n of its negatives.
+    r"""Computes the Plackett-Luce loss of a whole pool, with its gradient estimated from n draws.
 
     The gradient of the loss on all N negatives is, with p the softmax of their scores,
 
@@ -267,14 +267,14 @@ def sampled_plackett_luce(
     weights = jnp.where(negatives, jax.lax.stop_gradient(_at_least_float32(weights)), 0.0)
     loss = jax.lax.stop_gradient(_at_least_float32(pool_loss))
     linear = -jnp.expm1(-loss) * jnp.sum(weights * scores, axis=-1)
-    some = negatives.any(axis=-1)
-    return jnp.where(some, loss + linear - jax.lax.stop_gradient(linear), 0.0)
+    has_negatives = negatives.any(axis=-1)
+    return jnp.where(has_negatives, loss + linear - jax.lax.stop_gradient(linear), 0.0)
 
 
 def supervised(
     logps_chosen: Float[Array, " B"], num_tokens: Int[Array, " B"]
 ) -> Float[Array, " B"]:
-    r"""Supervised loss: the negative log-likelihood of the chosen response, per token.
+    r"""Computes the supervised loss: the negative log-likelihood of the chosen response, per token.
 
     $$
     \ell = -\frac{1}{T} \sum_{t=1}^{T} \log \pi(y_t \mid x, y_{<t})
@@ -299,7 +299,7 @@ def _scores(
     if log_ratios.shape != valid.shape:
         raise ValueError(f"log_ratios {log_ratios.shape} and valid {valid.shape} differ in shape")
     # Up to the `where` everything is linear, so its zero gradient meets no NaN on the way back.
-    # What is not linear comes after it.
+    # Everything that is not linear comes after it.
     rewards = beta * _at_least_float32(log_ratios)
     negatives = valid[:, 1:] & valid[:, :1]
     return jnp.where(negatives, rewards[:, 1:] - rewards[:, :1], 0.0), negatives

@@ -1,4 +1,4 @@
-"""Ranking and reward metrics over a split, with standard errors. NumPy, outside of `jit`.
+"""Ranking and reward metrics over a split, with standard errors. NumPy, outside `jit`.
 
 Arrays are [M, C]: M examples, C candidates of each, the chosen response in column 0. `valid` says
 which candidates exist; the others may hold anything.
@@ -7,6 +7,7 @@ which candidates exist; the others may hold anything.
 from __future__ import annotations
 
 import numpy as np
+from jaxtyping import Bool, Float, Integer, Shaped
 
 __all__ = [
     "evaluate_logps",
@@ -23,36 +24,30 @@ __all__ = [
 CUTOFFS = (1, 3)
 
 
-def per_example_rank(scores: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """Rank of the chosen response among the candidates: 1 is best.
+def per_example_rank(
+    scores: Float[np.ndarray, "M C"], valid: Bool[np.ndarray, "M C"]
+) -> Integer[np.ndarray, " M"]:
+    """Ranks the chosen response among the candidates: 1 is best.
 
     The rank is 1 + the number of negatives whose score is not below the chosen one's, compared in
     float32: ties count against the model, and so does every comparison with NaN, so a chosen
     response whose score is NaN is last.
 
-    Args:
-        scores: [M, C].
-        valid: bool [M, C].
-
-    Returns:
-        int64 [M].
-
     Raises:
         ValueError: shapes differ, or a row's chosen response is not valid.
     """
-    scores, valid = _checked(scores, valid)
+    scores, valid = _check(scores, valid)
     below = scores[:, 1:] < scores[:, :1]
     return 1 + np.sum(valid[:, 1:] & ~below, axis=1)
 
 
 def per_example_ranking(
-    ranks: np.ndarray, cutoffs: tuple[int, ...] = CUTOFFS
-) -> dict[str, np.ndarray]:
-    r"""Metrics of every example: float64 [M] each.
+    ranks: Integer[np.ndarray, " M"], cutoffs: tuple[int, ...] = CUTOFFS
+) -> dict[str, Float[np.ndarray, " M"]]:
+    r"""Computes ranking metrics of every example, in float64.
 
     With one relevant candidate at rank $r$: `accuracy` is 1 where r = 1; `mrr` is 1/r;
-    `recall@k` is 1 where $r \le k$; `ndcg@k` is $1 / \log_2(1 + r)$ where
-    $r \le k$, else 0.
+    `recall@k` is 1 where $r \le k$; `ndcg@k` is $1 / \log_2(1 + r)$ where $r \le k$, else 0.
     """
     values = {"accuracy": (ranks == 1).astype(np.float64), "mrr": 1.0 / ranks}
     for k in cutoffs:
@@ -62,15 +57,18 @@ def per_example_ranking(
 
 
 def ranking(
-    scores: np.ndarray, valid: np.ndarray, prefix: str, cutoffs: tuple[int, ...] = CUTOFFS
+    scores: Float[np.ndarray, "M C"],
+    valid: Bool[np.ndarray, "M C"],
+    prefix: str,
+    cutoffs: tuple[int, ...] = CUTOFFS,
 ) -> dict[str, float]:
-    """Ranking metrics of a split.
+    """Computes ranking metrics of a split.
 
     Args:
-        scores: [M, C], what the candidates are ranked by: summed log-probabilities (`policy`) or
-            log-ratios to the reference (`reward`).
-        valid: bool [M, C].
-        prefix: goes before every name, with a slash between.
+        scores: what the candidates are ranked by: summed log-probabilities (`policy`) or log-ratios
+            to the reference (`reward`).
+        valid: which candidates exist.
+        prefix: precedes every name, with a slash between.
         cutoffs: the k of Recall@k and NDCG@k.
 
     Returns:
@@ -85,33 +83,35 @@ def ranking(
     return summary
 
 
-def reward_metrics(rewards: np.ndarray, valid: np.ndarray) -> dict[str, float]:
-    """TRL's reward metrics, for several negatives, and the margin to the hardest of them.
+def reward_metrics(
+    rewards: Float[np.ndarray, "M C"], valid: Bool[np.ndarray, "M C"]
+) -> dict[str, float]:
+    """Computes TRL's reward metrics for several negatives, and the margin to the hardest of them.
 
     Every example counts once: a quantity is first averaged over its negatives. An example without
     negatives counts in `rewards/chosen` only.
 
     Args:
-        rewards: [M, C], beta times the log-ratios.
-        valid: bool [M, C].
+        rewards: beta times the log-ratios.
+        valid: which candidates exist.
 
     Returns:
         `rewards/chosen` and `rewards/rejected`, means; `rewards/accuracies`, the share of negatives
         whose reward is below the chosen one's; `rewards/margins`, chosen minus the mean negative;
         `rewards/margins_hard`, chosen minus the largest negative. 0 where no example has negatives.
     """
-    rewards, valid = _checked(rewards, valid)
-    some = valid[:, 1:].any(axis=1)
-    present = valid[some, 1:]
-    chosen = rewards[some, :1].astype(np.float64)
-    rejected = np.where(present, rewards[some, 1:], 0.0).astype(np.float64)
+    rewards, valid = _check(rewards, valid)
+    has_negatives = valid[:, 1:].any(axis=1)
+    present = valid[has_negatives, 1:]
+    chosen = rewards[has_negatives, :1].astype(np.float64)
+    rejected = np.where(present, rewards[has_negatives, 1:], 0.0).astype(np.float64)
     count = present.sum(axis=1)
     mean_rejected = rejected.sum(axis=1) / count
     hardest = np.max(rejected, axis=1, where=present, initial=-np.inf)
     wins = (present & (rejected < chosen)).sum(axis=1) / count
 
     def mean(values: np.ndarray) -> float:
-        return float(np.mean(values)) if some.any() else 0.0
+        return float(np.mean(values)) if has_negatives.any() else 0.0
 
     return {
         "rewards/chosen": float(np.mean(rewards[:, 0], dtype=np.float64)),
@@ -122,10 +122,10 @@ def reward_metrics(rewards: np.ndarray, valid: np.ndarray) -> dict[str, float]:
     }
 
 
-def standard_error(values: np.ndarray) -> float:
-    """Standard error of the mean of [M] values: their standard deviation (M - 1) over sqrt(M).
+def standard_error(values: Shaped[np.ndarray, " M"]) -> float:
+    """Computes the standard error of a mean: the standard deviation (M - 1) over sqrt(M).
 
-    One value says nothing about its spread: 0, not NaN, so that reports stay valid JSON.
+    A single value says nothing about the spread: 0 instead of NaN keeps reports valid JSON.
     """
     values = np.asarray(values, np.float64)
     if len(values) < 2:
@@ -133,12 +133,14 @@ def standard_error(values: np.ndarray) -> float:
     return float(np.std(values, ddof=1) / np.sqrt(len(values)))
 
 
-def paired_difference(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
-    """Mean of ours - theirs over the same examples, and its standard error.
+def paired_difference(
+    ours: Shaped[np.ndarray, " M"], theirs: Shaped[np.ndarray, " M"]
+) -> tuple[float, float]:
+    """Computes the mean of ours - theirs over the same examples, and its standard error.
 
     Args:
-        ours: [M], one metric of every example under one model.
-        theirs: [M], the same metric of the same examples in the same order under another.
+        ours: one metric of every example under one model.
+        theirs: the same metric of the same examples, in the same order, under another.
 
     Raises:
         ValueError: shapes differ or there are no examples.
@@ -151,15 +153,18 @@ def paired_difference(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, floa
 
 
 def evaluate_logps(
-    logps: np.ndarray, ref_logps: np.ndarray | None, valid: np.ndarray, beta: float
+    logps: Float[np.ndarray, "M C"],
+    ref_logps: Float[np.ndarray, "M C"] | None,
+    valid: Bool[np.ndarray, "M C"],
+    beta: float,
 ) -> dict[str, float]:
     """Computes both rankings and TRL's reward metrics of a policy on a split.
 
     Args:
-        logps: float32 [M, C], the policy's summed log-probabilities in nats, chosen first.
-        ref_logps: float32 [M, C], the reference's, or None where there is none. Where the policy
-            is the reference, pass None too: its log-ratios are rounding noise.
-        valid: bool [M, C].
+        logps: the policy's summed log-probabilities in nats.
+        ref_logps: the reference's, or None where there is none. Where the policy is the reference,
+            pass None too: its log-ratios are rounding noise.
+        valid: which candidates exist.
         beta: factor from log-ratios to rewards.
 
     Returns:
@@ -180,13 +185,17 @@ def metric_names(has_reference: bool) -> list[str]:
     return [name for name in values if not name.endswith("_se")]
 
 
-def ranking_gains(after: np.ndarray, before: np.ndarray, valid: np.ndarray) -> dict[str, float]:
+def ranking_gains(
+    after: Float[np.ndarray, "M C"],
+    before: Float[np.ndarray, "M C"],
+    valid: Bool[np.ndarray, "M C"],
+) -> dict[str, float]:
     """Computes how much a policy's ranking of the same examples improved.
 
     Args:
-        after: float32 [M, C], log-probabilities after training.
-        before: float32 [M, C], log-probabilities before it.
-        valid: bool [M, C].
+        after: log-probabilities after training.
+        before: log-probabilities before it.
+        valid: which candidates exist.
 
     Returns:
         The mean difference of every metric of `per_example_ranking`, under `policy/NAME`, and its
@@ -201,7 +210,9 @@ def ranking_gains(after: np.ndarray, before: np.ndarray, valid: np.ndarray) -> d
     return gains
 
 
-def _checked(scores: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _check(
+    scores: Float[np.ndarray, "M C"], valid: Bool[np.ndarray, "M C"]
+) -> tuple[Float[np.ndarray, "M C"], Bool[np.ndarray, "M C"]]:
     scores, valid = np.asarray(scores, np.float32), np.asarray(valid, bool)
     if scores.shape != valid.shape or scores.ndim != 2 or not len(scores):
         raise ValueError(f"expected two [M, C] arrays, M >= 1: {scores.shape}, {valid.shape}")

@@ -1,4 +1,4 @@
-r"""The mathematics behind selection, in closed form: what tests and documents check against.
+r"""The mathematics behind selection in closed form, which tests and documentation check against.
 
 Setting: a log-linear policy, $\pi_\theta(y|x) \propto \exp(\theta^\top \psi(x, y))$. Its
 normaliser does not depend on y, so for a chosen response $y_0$ and negatives $y_i$
@@ -48,7 +48,7 @@ last equation) and `set_fisher` (the exact Hessian). In them h is $\psi$, the fe
 response, and row 0 belongs to the chosen one.
 
 Sums run over the negatives given: the selected set for the loss, the whole pool for selection.
-NumPy, float64, one prompt at a time; nothing here is on the path of training.
+NumPy, float64, one example at a time, with d the width of features; training uses none of it.
 """
 
 from __future__ import annotations
@@ -58,28 +58,37 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Float
 
 
 class Quantities(NamedTuple):
-    """What Eqs. 9 to 11 are made of."""
+    """What Eqs. 9 to 11 are made of.
+
+    Attributes:
+        z: Z = -log sum_i exp(s_i).
+        weights: p = softmax(s).
+        mean: phi_bar = sum_i p_i phi_i.
+        covariance: Cov_p(phi) = sum_i p_i (phi_i - phi_bar) (phi_i - phi_bar)'.
+    """
 
     z: float
-    """Z = -log sum_i exp(s_i)."""
-    weights: np.ndarray
-    """[N], p = softmax(s)."""
-    mean: np.ndarray
-    """[d], phi_bar = sum_i p_i phi_i."""
-    covariance: np.ndarray
-    """[d, d], Cov_p(phi) = sum_i p_i (phi_i - phi_bar) (phi_i - phi_bar)'."""
+    weights: Float[np.ndarray, " N"]
+    mean: Float[np.ndarray, " d"]
+    covariance: Float[np.ndarray, "d d"]
 
 
-def quantities(theta: np.ndarray, phi: np.ndarray, b: np.ndarray, beta: float) -> Quantities:
-    """Z, p, phi_bar and Cov_p(phi) at theta.
+def quantities(
+    theta: Float[np.ndarray, " d"],
+    phi: Float[np.ndarray, "N d"],
+    b: Float[np.ndarray, " N"],
+    beta: float,
+) -> Quantities:
+    """Computes Z, p, phi_bar and Cov_p(phi) at theta.
 
     Args:
-        theta: [d].
-        phi: [N, d], feature differences to the chosen response.
-        b: [N], the reference's log-probabilities minus that of the chosen response.
+        theta: parameters of the policy.
+        phi: feature differences to the chosen response.
+        b: the reference's log-probabilities minus that of the chosen response.
         beta: above 0.
     """
     scores = beta * (phi @ theta - b)
@@ -90,33 +99,48 @@ def quantities(theta: np.ndarray, phi: np.ndarray, b: np.ndarray, beta: float) -
     return Quantities(float(z), weights, mean, centred.T @ (weights[:, None] * centred))
 
 
-def gradient(theta: np.ndarray, phi: np.ndarray, b: np.ndarray, beta: float) -> np.ndarray:
-    """Eq. 9, beta (1 - sigma(Z)) phi_bar: [d]. Arguments as in `quantities`."""
+def gradient(
+    theta: Float[np.ndarray, " d"],
+    phi: Float[np.ndarray, "N d"],
+    b: Float[np.ndarray, " N"],
+    beta: float,
+) -> Float[np.ndarray, " d"]:
+    """Computes Eq. 9, beta (1 - sigma(Z)) phi_bar; arguments as in `quantities`."""
     at = quantities(theta, phi, b, beta)
     return beta * _sigmoid(-at.z) * at.mean
 
 
-def hessian(theta: np.ndarray, phi: np.ndarray, b: np.ndarray, beta: float) -> np.ndarray:
-    """Eq. 10, the exact Hessian: [d, d]. Arguments as in `quantities`."""
+def hessian(
+    theta: Float[np.ndarray, " d"],
+    phi: Float[np.ndarray, "N d"],
+    b: Float[np.ndarray, " N"],
+    beta: float,
+) -> Float[np.ndarray, "d d"]:
+    """Computes Eq. 10, the exact Hessian; arguments as in `quantities`."""
     at = quantities(theta, phi, b, beta)
     rank_one = _sigmoid(at.z) * np.outer(at.mean, at.mean)
     return beta**2 * _sigmoid(-at.z) * (at.covariance + rank_one)
 
 
-def hessian_bound(theta: np.ndarray, phi: np.ndarray, b: np.ndarray, beta: float) -> np.ndarray:
-    """Eq. 11, Lemma 4.2's lower bound on the Hessian: [d, d]. Arguments as in `quantities`."""
+def hessian_bound(
+    theta: Float[np.ndarray, " d"],
+    phi: Float[np.ndarray, "N d"],
+    b: Float[np.ndarray, " N"],
+    beta: float,
+) -> Float[np.ndarray, "d d"]:
+    """Computes Eq. 11, Lemma 4.2's lower bound on the Hessian; arguments as in `quantities`."""
     at = quantities(theta, phi, b, beta)
     return beta**2 * _sigmoid(-at.z) * at.covariance
 
 
 def algorithm_1(
-    phi: np.ndarray, scores: np.ndarray, n: int, ridge: float
+    phi: Float[np.ndarray, "N d"], scores: Float[np.ndarray, " N"], n: int, ridge: float
 ) -> tuple[list[int], list[float]]:
-    """Algorithm 1 of MASS-DPO as it is written, with d x d inverses.
+    """Selects by Algorithm 1 of MASS-DPO as it is written, with d x d inverses.
 
     Args:
-        phi: [N, d]; subtracting one vector from every row changes nothing.
-        scores: [N].
+        phi: features; subtracting one vector from every row changes nothing.
+        scores: s.
         n: how many to select, at most N.
         ridge: H starts as ridge times the identity.
 
@@ -126,35 +150,32 @@ def algorithm_1(
     return greedy(pool_fisher_vectors(phi, scores), n, ridge)
 
 
-def pool_fisher_vectors(phi: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """v_i = sqrt(p_i) (phi_i - sum_j p_j phi_j), p = softmax(scores): V'V is Cov_p(phi), Eq. 11's.
+def pool_fisher_vectors(
+    phi: Float[np.ndarray, "N d"], scores: Float[np.ndarray, " N"]
+) -> Float[np.ndarray, "N d"]:
+    """Computes v_i = sqrt(p_i) (phi_i - sum_j p_j phi_j): V'V is the Cov_p(phi) of Eq. 11.
 
-    Args:
-        phi: [N, d]; subtracting one vector from every row changes nothing.
-        scores: [N]; neither does adding a number to all.
-
-    Returns:
-        [N, d].
+    Subtracting one vector from every phi, or a number from every score, changes nothing.
     """
     weights = _softmax(scores)
     return np.sqrt(weights)[:, None] * (phi - weights @ phi)
 
 
-def contrast_vectors(features: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """v_i = sqrt(p_i) (h_i - h_0), p = softmax(scores): V'V is Cov_p(phi) + phi_bar phi_bar'.
+def contrast_vectors(
+    features: Float[np.ndarray, "C d"], scores: Float[np.ndarray, " N"]
+) -> Float[np.ndarray, "N d"]:
+    """Computes v_i = sqrt(p_i) (h_i - h_0): V'V is Cov_p(phi) + phi_bar phi_bar'.
 
-    Args:
-        features: [C, d], C = 1 + N, the chosen response first.
-        scores: [N]; adding a number to all changes nothing.
-
-    Returns:
-        [N, d].
+    The chosen response is the first of the features, C = 1 + N. Adding a number to every score
+    changes nothing.
     """
     return np.sqrt(_softmax(scores))[:, None] * (features[1:] - features[0])
 
 
-def greedy(vectors: np.ndarray, n: int, ridge: float) -> tuple[list[int], list[float]]:
-    """The greedy loop of Algorithm 1 on given design vectors [N, d]; ties to the lowest index."""
+def greedy(
+    vectors: Float[np.ndarray, "N d"], n: int, ridge: float
+) -> tuple[list[int], list[float]]:
+    """Selects by Algorithm 1's greedy loop from design vectors; ties go to the lowest index."""
     inverse = np.eye(vectors.shape[1]) / ridge
     chosen: list[int] = []
     gains: list[float] = []
@@ -169,22 +190,27 @@ def greedy(vectors: np.ndarray, n: int, ridge: float) -> tuple[list[int], list[f
     return chosen, gains
 
 
-def logdet(gram: np.ndarray, indices: list[int]) -> float:
-    """log det(I + G_SS): with G = V V' / ridge, log det(ridge I + sum v v') - d log ridge."""
+def logdet(gram: Float[np.ndarray, "N N"], indices: list[int]) -> float:
+    """Computes log det(I + G_SS).
+
+    With G = V V' / ridge, that is log det(ridge I + sum v v') - d log ridge.
+    """
     block = gram[np.ix_(indices, indices)]
     return float(np.linalg.slogdet(np.eye(len(block)) + block)[1])
 
 
-def exhaustive(gram: np.ndarray, n: int, mask: np.ndarray) -> tuple[list[int], float]:
-    """The best set of n candidates, by looking at all of them: C(19, 3) = 969.
+def exhaustive(
+    gram: Float[np.ndarray, "N N"], n: int, mask: Bool[np.ndarray, " N"]
+) -> tuple[list[int], float]:
+    """Finds the best set of n candidates by looking at all sets: C(19, 3) = 969.
 
     Greedy choice reaches at least 1 - 1/e of this optimum, for log det(I + G_SS) is monotone and
     submodular and 0 for the empty set. It does not always reach all of it: Lemma 4.3 is false.
 
     Args:
-        gram: [N, N], design vectors' products over the ridge.
+        gram: design vectors' products over the ridge.
         n: size of the set; all valid candidates where there are fewer.
-        mask: bool [N].
+        mask: which candidates are valid.
 
     Returns:
         The indices in increasing order, the first such set on ties; and log det(I + G_SS).
@@ -195,15 +221,17 @@ def exhaustive(gram: np.ndarray, n: int, mask: np.ndarray) -> tuple[list[int], f
     return best, value
 
 
-def set_information(features: np.ndarray, scores: np.ndarray, indices: Sequence[int]) -> np.ndarray:
-    """The exact Hessian over beta^2 of the loss on a set: Cov_q(h), [d, d].
+def set_information(
+    features: Float[np.ndarray, "C d"], scores: Float[np.ndarray, " N"], indices: Sequence[int]
+) -> Float[np.ndarray, "d d"]:
+    """Computes Cov_q(h), the exact Hessian over beta^2 of the loss on a set.
 
-    q is the softmax of the rewards over the chosen response (reward 0) and the negatives selected
-    (their scores), nothing else: what is not in the set is not in the loss.
+    q is the softmax of the rewards over the chosen response (reward 0) and the selected negatives
+    (their scores): what is not in the set is not in the loss.
 
     Args:
-        features: [C, d], the chosen response first.
-        scores: [N].
+        features: the chosen response first.
+        scores: of the negatives.
         indices: which of the N negatives.
     """
     members = [0, *(1 + i for i in indices)]
@@ -213,24 +241,27 @@ def set_information(features: np.ndarray, scores: np.ndarray, indices: Sequence[
 
 
 def set_logdet(
-    features: np.ndarray, scores: np.ndarray, indices: Sequence[int], ridge: float
+    features: Float[np.ndarray, "C d"],
+    scores: Float[np.ndarray, " N"],
+    indices: Sequence[int],
+    ridge: float,
 ) -> float:
-    """log det(ridge I + set_information) - d log ridge; 0 for the empty set."""
+    """Computes log det(ridge I + set_information) - d log ridge; 0 for the empty set."""
     matrix = np.eye(features.shape[1]) + set_information(features, scores, indices) / ridge
     return float(np.linalg.slogdet(matrix)[1])
 
 
 def set_fisher(
-    features: np.ndarray, scores: np.ndarray, n: int, ridge: float
+    features: Float[np.ndarray, "C d"], scores: Float[np.ndarray, " N"], n: int, ridge: float
 ) -> tuple[list[int], list[float]]:
-    """Greedy choice of the set by `set_logdet`; ties to the lowest index.
+    """Selects greedily by `set_logdet`; ties go to the lowest index.
 
     A new member takes probability from the others, so the logdet can fall: the best candidate is
-    taken even then. Not monotone and not submodular, so nothing is guaranteed of the result.
+    taken even then. The value is not monotone and not submodular: nothing bounds the result.
 
     Args:
-        features: [C, d], the chosen response first.
-        scores: [N].
+        features: the chosen response first.
+        scores: of the negatives.
         n: how many to select, at most N.
         ridge: above 0.
 
@@ -251,9 +282,9 @@ def set_fisher(
 
 
 def set_exhaustive(
-    features: np.ndarray, scores: np.ndarray, n: int, ridge: float
+    features: Float[np.ndarray, "C d"], scores: Float[np.ndarray, " N"], n: int, ridge: float
 ) -> tuple[list[int], float]:
-    """The best set of exactly n negatives by `set_logdet`, by looking at all; and its value."""
+    """Finds the best set of exactly n negatives by `set_logdet`; returns it with its value."""
     sets = (list(s) for s in itertools.combinations(range(len(scores)), n))
     values = ((s, set_logdet(features, scores, s, ridge)) for s in sets)
     return max(values, key=lambda pair: pair[1])
@@ -268,12 +299,12 @@ def exchange(
     slot, then the lowest index.
 
     Args:
-        value: what to raise, of a list of indices.
+        value: what to raise, a function of a list of indices.
         chosen: the set to start from.
         candidates: all that may be in the set, members included.
 
     Returns:
-        The set, a newcomer in the slot of the member that it replaces.
+        The set, with each newcomer in the slot of the member that it replaces.
     """
     current, best = list(chosen), value(list(chosen))
     while True:

@@ -37,7 +37,11 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 # Modules whose functions say the shapes and types of their arrays: every call in a test is checked.
 # The hook works on what is imported after it, so nothing above imports the package.
-SHAPES_CHECKED = ["mass_dpo_jax.losses"]
+SHAPES_CHECKED = [
+    "mass_dpo_jax.losses",
+    "mass_dpo_jax.metrics",
+    "mass_dpo_jax.theory",
+]
 jaxtyping.install_import_hook(SHAPES_CHECKED, "beartype.beartype")
 
 

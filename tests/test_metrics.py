@@ -121,6 +121,7 @@ def test_pairing_removes_what_two_runs_share():
     assert error < metrics.standard_error(ours) / 5
 
 
+@pytest.mark.usefixtures("shapes_unchecked")
 def test_malformed_input_is_refused():
     with pytest.raises(ValueError, match="row 1: the chosen response is not valid"):
         metrics.per_example_rank(np.zeros((2, 2)), np.array([[True, True], [False, True]]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from pathlib import Path
@@ -37,7 +38,7 @@ def loss(theta, psi, reference, beta):
     return losses.plackett_luce(log_ratios[None], jnp.ones((1, len(psi)), bool), beta)[0]
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnums=3)
 def derivatives(*args):
     return loss(*args), jax.grad(loss)(*args), jax.hessian(loss)(*args)
 

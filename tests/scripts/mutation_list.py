@@ -63,7 +63,7 @@ MUTATIONS = (
     ),
     Mutation(
         "losses: a row without negatives costs log 2",
-        "return jnp.where(some, loss, 0.0)",
+        "return jnp.where(has_negatives, loss, 0.0)",
         "return loss",
         "test_losses.py",
     ),
