@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -117,8 +118,9 @@ class Evaluator:
     def evaluate_start(self, params: Any) -> None:
         """Writes the policy's ranking before the first update into metrics.json."""
         start = None
-        for split in {"validation", self._final} - {None}:
-            if split not in self._setup.tokens:
+        # In one order on every process: scoring is a computation of all of them.
+        for split in dict.fromkeys(("validation", self._final)):
+            if split is None or split not in self._setup.tokens:
                 continue
             if self._setup.model.reference_path or split not in self._refs:
                 logps = self._setup.score(params, split, "start")
@@ -148,9 +150,8 @@ class Evaluator:
 
     def evaluate_end(self, params: Any, step: int) -> dict[str, Any]:
         """Writes the final metrics into report.html and metrics.json, and returns the latter."""
-        started = (
-            distributed.run_on_primary(lambda: metrics_files.read_metrics_json(self._workdir)) or {}
-        )
+        read = functools.partial(metrics_files.read_metrics_json, self._workdir)
+        started = distributed.run_on_primary(read) or {}
         final = gain = evaluated = None
         if self._final:
             final, logps = self._evaluate(params, self._final)
@@ -236,13 +237,8 @@ class Evaluator:
         return evaluate_logps(logps, refs, self._valid(split), beta), logps
 
     def _metrics_json(self, **fields: Any) -> dict[str, Any]:
-        version = mass_dpo_jax.__version__
-        return {
-            "version": version,
-            "split": self._final,
-            **self._describe_final_split(),
-            **fields,
-        }
+        about = {"version": mass_dpo_jax.__version__, "split": self._final}
+        return {**about, **self._describe_final_split(), **fields}
 
 
 def format_headline(values: Mapping[str, float]) -> str:
