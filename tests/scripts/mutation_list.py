@@ -888,7 +888,7 @@ MUTATIONS = (
         "origin: a run's template is read where it lay",
         'settings.data.chat_template = "tokenizer"',
         "pass",
-        "runs/test_origin.py",
+        "runs/test_origin.py runs/test_run_config.py",
     ),
     Mutation(
         "origin: a run remembers paths as they were typed only",
@@ -900,7 +900,7 @@ MUTATIONS = (
         "origin: a run's own adapters are removed before they are copied",
         "if adapters and origin.is_same(Path(adapters), own):",
         "if False:",
-        "runs/test_origin.py::test_a_run_without_a_checkpoint_begins_again_by_its_own_files",
+        "runs/test_run_config.py::test_a_run_without_a_checkpoint_begins_again_by_its_own_files",
     ),
     Mutation(
         "origin: other line ends are another template",
@@ -930,13 +930,13 @@ MUTATIONS = (
         "export: a card has folders of the machine",
         "_without_folders(settings[name]) for name in origin.PATHS}",
         "_without_folders(settings[name]) for name in origin.PATHS[:4]}",
-        "runs/test_origin.py::test_a_card_shows_no_folder_of_the_machine",
+        "runs/test_run_config.py::test_a_card_shows_no_folder_of_the_machine",
     ),
     Mutation(
         "origin: the reference is drawn with another seed",
         "setup.policy.read(reference_path, own.seed, adapters)",
         "setup.policy.read(reference_path, config.seed, adapters)",
-        "runs/test_origin.py::test_a_scratch_run_keeps_the_reference_that_was_drawn_for_it",
+        "runs/test_run_config.py::test_a_scratch_run_keeps_the_reference_that_was_drawn_for_it",
     ),
     Mutation(
         "origin: the cache of references does not know alpha",
@@ -948,7 +948,7 @@ MUTATIONS = (
         "origin: micro-batches may not change when a run goes on",
         '    "train.micro_batch_size",\n    "train.reuse_scoring",\n',
         "",
-        "runs/test_origin.py::test_settings_that_only_split_an_update_may_change",
+        "runs/test_run_config.py::test_settings_that_only_split_an_update_may_change",
     ),
     Mutation(
         "resume: the log loses the step that was saved",
