@@ -1,8 +1,8 @@
-"""What mkdocs does not do itself: equations, the settings, files of the repository as pages.
+"""Hooks of mkdocs for equations, the list of settings, and files of the repository as pages.
 
-Equations stand between dollars, which GitHub renders; here they become MathML, which browsers
-render. A link that leaves docs/ (`../mass_dpo_jax/theory.py`) works on GitHub; here that file is
-put into the site as a page, and so are pages of the repository's root.
+Equations are written between dollars, which GitHub renders; for the site they become MathML, which
+browsers render. A link that leaves docs/ (`../mass_dpo_jax/theory.py`) works on GitHub; the site
+gets a page with that file, and pages of the repository's root.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ ROOT = Path(__file__).parent.parent
 LINK = re.compile(r"(?<=\]\()(\.\./[^)#\s]+)(?=[)#])")
 MATH = re.compile(r'<(span|div) class="arithmatex">(?:\\\(|\\\[)(.*?)(?:\\\)|\\\])</\1>', re.DOTALL)
 SETTINGS = "<!-- all settings -->"
-PAGES = ("CHANGELOG.md", "CONTRIBUTING.md")  # Of the repository's root, in the navigation.
+ROOT_PAGES = ("CHANGELOG.md", "CONTRIBUTING.md")  # In the root and in the navigation.
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Adds pages for files of the repository: `PAGES`, and those that pages link to."""
-    for name in PAGES:
+    """Adds pages for files of the repository: `ROOT_PAGES`, and those that pages link to."""
+    for name in ROOT_PAGES:
         content = (ROOT / name).read_text().replace("](docs/", "](")
         files.append(File.generated(config, name, content=content))
     linked = set()
     for file in files.documentation_pages():
         for link in LINK.findall(file.content_string):
-            target = _outside(file.src_uri, link)
-            if target is not None and target not in PAGES:
-                linked.add(target)
+            path = _repository_path(file.src_uri, link)
+            if path and path not in ROOT_PAGES:
+                linked.add(path)
     for name in sorted(linked):
         content = f"# `{name}`\n\n```{_language(name)}\n{(ROOT / name).read_text().rstrip()}\n```\n"
         page = File.generated(config, f"source/{name}.md", content=content)
@@ -46,30 +46,32 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Links that leave docs/ lead to the pages of `on_files`; the settings are listed."""
+    """Points links that leave docs/ to the pages of `on_files`, and lists the settings."""
 
-    def inside(link: re.Match) -> str:
-        target = _outside(page.file.src_uri, link[1])
-        if target is None:
+    def to_site(link: re.Match) -> str:
+        path = _repository_path(page.file.src_uri, link[1])
+        if not path:
             return link[1]
-        file = target if target in PAGES else f"source/{target}.md"
+        file = path if path in ROOT_PAGES else f"source/{path}.md"
         return posixpath.relpath(file, posixpath.dirname(page.file.src_uri))
 
-    return LINK.sub(inside, markdown).replace(SETTINGS, _settings())
+    return LINK.sub(to_site, markdown).replace(SETTINGS, _settings())
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Equations as MathML."""
+    """Replaces equations by MathML."""
 
-    def mathml(found: re.Match) -> str:
-        # Its name for the same arrangement.
-        tex = html.unescape(found[2]).replace("{aligned}", "{split}")
-        made = convert(tex.strip(), display="block" if found[1] == "div" else "inline")
-        made = re.sub(r"<mi>(&#x02AB[0-9A-F];)</mi>", r"<mo>\1</mo>", made)  # Relations.
-        # A space between a function and its argument, where no parenthesis follows.
-        return re.sub(r"(<mi>(?:log|exp|det)</mi>)(?=<m[^o])", r'\1<mspace width="0.17em"/>', made)
+    def to_mathml(equation: re.Match) -> str:
+        # The converter calls this arrangement by another name.
+        tex = html.unescape(equation[2]).replace("{aligned}", "{split}")
+        mathml = convert(tex.strip(), display="block" if equation[1] == "div" else "inline")
+        # It takes relations such as >= for identifiers.
+        mathml = re.sub(r"<mi>(&#x02AB[0-9A-F];)</mi>", r"<mo>\1</mo>", mathml)
+        # A function needs a space before an argument without parentheses.
+        function = r"(<mi>(?:log|exp|det)</mi>)(?=<m[^o])"
+        return re.sub(function, r'\1<mspace width="0.17em"/>', mathml)
 
-    return MATH.sub(mathml, content)
+    return MATH.sub(to_mathml, content)
 
 
 def _settings() -> str:
@@ -82,12 +84,12 @@ def _settings() -> str:
     return "\n".join(rows)
 
 
-def _outside(page: str, link: str) -> str | None:
-    """The file of the repository that a page links to; None: it is one of docs/."""
+def _repository_path(page: str, link: str) -> str:
+    """Returns the path in the repository of a file that a page links to; "" for one of docs/."""
     path = posixpath.normpath(posixpath.join("docs", posixpath.dirname(page), link))
-    return None if path.startswith("docs/") else path
+    return "" if path.startswith("docs/") else path
 
 
 def _language(name: str) -> str:
-    known = {".py": "python", ".sh": "bash", ".yaml": "yaml", ".cfg": "ini"}
-    return known.get(Path(name).suffix, "text")
+    languages = {".py": "python", ".sh": "bash", ".yaml": "yaml", ".cfg": "ini"}
+    return languages.get(Path(name).suffix, "text")
