@@ -40,7 +40,8 @@ def opened(folder: Path, **changes: Any) -> Any:
     config = default()
     config.model.path = str(folder)
     config.update(changes)
-    return open_policy(config.model, make_mesh(config.mesh), None)
+    weights = not config.dry_run
+    return open_policy(config.model, make_mesh(config.mesh), None, weights=weights)
 
 
 def refusal(folder: Path) -> str:
