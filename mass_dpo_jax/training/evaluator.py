@@ -25,8 +25,8 @@ from mass_dpo_jax.utils.files import read_array
 
 MAX_SELECTED_ROWS = 256  # Rows of the final split whose selection the report shows.
 
-METRICS_FILE, START_LOGPS, FINAL_LOGPS = "metrics.json", "logps-start.npy", "logps-final.npy"
-EXIST_LOGPS = "logps-exist.npy"
+# Files in the run folder: log-probabilities, and which candidates exist.
+START_LOGPS, FINAL_LOGPS, EXIST_LOGPS = "logps-start.npy", "logps-final.npy", "logps-exist.npy"
 
 
 def check_best(train: ConfigDict, method: str, splits: Collection[str]) -> None:
@@ -133,7 +133,7 @@ class Evaluator:
                 start = values
                 self._keep(START_LOGPS, split, logps)
         content = self._metrics_json(finished=False, step=0, start=start)
-        run_folder.write_json(self._workdir / METRICS_FILE, content)
+        run_folder.write_json(self._workdir / metrics_files.SUMMARY, content)
 
     def evaluate_step(self, params: Any, step: int) -> tuple[str, dict[str, float]]:
         """Writes metrics of the validation split into metrics.jsonl.
@@ -169,7 +169,7 @@ class Evaluator:
         if self._write_report is not None and distributed.is_primary():
             self._write_report(content, evaluated)
         # Last: a run that says it is finished is never evaluated again.
-        run_folder.write_json(self._workdir / METRICS_FILE, content)
+        run_folder.write_json(self._workdir / metrics_files.SUMMARY, content)
         return content
 
     def _evaluated_split(
