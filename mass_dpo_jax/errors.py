@@ -1,18 +1,18 @@
-"""The one exception that stands for a user's mistake, and what raises it of an argument."""
+"""The exception that stands for a user's mistake."""
 
 from __future__ import annotations
 
 from typing import Any
 
-MAX_MESSAGE_CHARS = 1000  # Characters of a message; what is longer loses its middle.
+MAX_MESSAGE_CHARS = 1000  # A longer message loses its middle.
 
 
 class UserError(ValueError):
     """Something in the user's input is wrong: a file, a row, a setting.
 
     Its message is one line that says where, what was found and what is expected. Commands print it
-    without a traceback and exit with status 2. Names and values out of broken files go into it as
-    they are: characters that a terminal would obey or cannot show are written as escapes.
+    without a traceback and exit with status 2. It may quote names and values from broken files:
+    characters that a terminal would interpret or cannot show become escapes.
     """
 
     def __init__(self, message: str):
@@ -25,6 +25,13 @@ class UserError(ValueError):
 
 
 def check_type(value: Any, kind: type | tuple[type, ...], name: str, what: str) -> None:
-    """Raises UserError where an argument, called by `name`, is of another kind than `what`."""
+    """Raises UserError if an argument has another type than expected.
+
+    Args:
+        value: the argument.
+        kind: its type, or several.
+        name: of the argument, for the message.
+        what: a description of the type, for the message.
+    """
     if not isinstance(value, kind):
         raise UserError(f"{name}: found a {type(value).__name__}, expected {what}")

@@ -180,7 +180,7 @@ class Checkpoints:
                 renamed = self._folder / f"{step}{DAMAGED_SUFFIX}"
                 shutil.rmtree(renamed, ignore_errors=True)
                 (self._folder / str(step)).rename(renamed)
-        distributed.gather_values("renamed")  # No process lists the steps before that.
+        distributed.wait_for_all()  # No process lists the steps before that.
         return restored
 
     def close(self) -> None:

@@ -36,24 +36,26 @@ from jax.experimental import multihost_utils
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.utils.process_group import ProcessGroup
 
-FAILED, PROCESSES = "mass_dpo_jax/failed", "mass_dpo_jax/processes"
-AGREED = "mass_dpo_jax/agreed"
-WAIT = 1000  # Milliseconds of a single wait for the coordinator's answer.
-PIECE = 1 << 24  # Bytes.
-POLL = 0.5  # Seconds between looks for the failure of another process.
-LINGER = 4 * POLL  # The coordinator outlives its own failure by that, so that all hear of it.
-STALE = 10  # Seconds for which a network's file system may not show a new file.
+# Keys in the coordinator's table.
+FAILED_KEY = "mass_dpo_jax/failed"
+PROCESSES_KEY = "mass_dpo_jax/processes"
+AGREED_KEY = "mass_dpo_jax/agreed"
+WAIT_MILLISECONDS = 1000  # A single wait for the coordinator's answer.
+PIECE_BYTES = 1 << 24  # What `broadcast_array` sends at a time.
+POLL_SECONDS = 0.5  # Between looks for the failure of another process.
+LINGER_SECONDS = 4 * POLL_SECONDS  # The coordinator stays, so that all learn of a failure.
+STALE_SECONDS = 10  # For which a network's file system may not show a new file.
 _log = logging.getLogger(__name__)
 
 
 def start(group: ProcessGroup) -> None:
-    """Joins the other processes. Before anything of JAX computes or asks for devices.
+    """Joins the other processes, before JAX computes anything or looks for devices.
 
-    Ends the process with a message if the cluster does not say who the others are, if they do not
-    come in time, or if they expect other numbers.
+    Ends the process with a message if the cluster does not tell who the others are, if they do not
+    come in time, or if they expect another number of processes.
 
     Raises:
-      UserError: as `ProcessGroup.check`.
+        UserError: as `ProcessGroup.check`.
     """
     group.check()
     with _deadline(group):
@@ -62,147 +64,160 @@ def start(group: ProcessGroup) -> None:
                 group.coordinator,
                 group.processes,
                 group.process,
-                # `_deadline` is earlier: JAX would end the process with a stack trace.
+                # `_deadline` comes first: JAX would end the process with a stack trace.
                 initialization_timeout=group.start_timeout + 60,
                 heartbeat_timeout_seconds=group.peer_timeout,
                 shutdown_timeout_seconds=group.peer_timeout,
             )
         except (ValueError, RuntimeError, OSError, KeyError) as error:
-            _end(_not_started(group, error), 2)
+            _end(_explain_start_error(group, error), 2)
     state, client = distributed.global_state, _client()
-    # Nobody else notices: a process that expects more of them would wait for ever.
+    # JAX does not notice, and a process that expects more of them would wait for ever.
     if state.process_id == 0:
-        client.key_value_set(PROCESSES, str(state.num_processes))
+        client.key_value_set(PROCESSES_KEY, str(state.num_processes))
     _watcher.start()
-    expected = int(client.blocking_key_value_get(PROCESSES, 1000 * group.start_timeout))
+    expected = int(client.blocking_key_value_get(PROCESSES_KEY, 1000 * group.start_timeout))
     if expected != state.num_processes:
         fail(
             f"--num_processes={state.num_processes} of process {state.process_id}: process 0 was "
             f"started with {expected}",
             2,
         )
-    jax.devices()  # Of accelerators, this takes a while.
-    gather_values("started")
-    # While everybody is here: networks limit how long the first computation of all may wait.
+    jax.devices()  # Finding accelerators takes a while.
+    wait_for_all()
+    # All processes are here: networks limit how long the first collective computation may wait.
     multihost_utils.sync_global_devices("start")
     if is_primary():
         _log.info(f"{jax.process_count()} processes, {jax.device_count()} devices")
 
 
 def is_primary() -> bool:
-    """Is this the process that writes and speaks?"""
+    """Whether this is the process that writes files and prints (process 0)."""
     return not jax.distributed.is_initialized() or distributed.global_state.process_id == 0
 
 
 def is_multiprocess() -> bool:
-    """Are there other processes?"""
+    """Whether there are other processes."""
     return jax.distributed.is_initialized() and distributed.global_state.num_processes > 1
 
 
 def gather(x: Any) -> np.ndarray:
-    """All of an array, on every process. All of them must ask for it, in the same order."""
+    """Returns a whole array on every process. All must ask for the same ones in the same order."""
     if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
         return multihost_utils.process_allgather(x, tiled=True)
     return np.asarray(x)
 
 
 def run_on_primary(decide: Callable[[], Any]) -> Any:
-    """What the first process finds, on every process: anything that JSON can say.
+    """Calls a function on the primary process and returns its result, of JSON's types, on all.
 
-    The others do not look themselves. They wait for as long as the first one takes, and end if it
-    fails.
+    The others wait for as long as it takes, and end if it fails.
     """
     if not is_multiprocess():
         return decide()
-    key = f"{AGREED}/{next(_agreements)}"
+    key = f"{AGREED_KEY}/{next(_agreements)}"
     if not is_primary():
         return _get(key)
-    found = decide()
-    _set(key, found)
-    return found
+    value = decide()
+    _set(key, value)
+    return value
 
 
 def gather_values(value: Any) -> list[Any]:
-    """Each process's value, in the order of processes, on all of them; values as JSON can say.
+    """Returns the values of all processes, of JSON's types, in the order of processes.
 
-    Nobody leaves before everybody has come, however long that takes.
+    None of them returns before all have called it, however long that takes.
     """
     if not is_multiprocess():
         return [value]
     state = distributed.global_state
-    key = f"{AGREED}/{next(_agreements)}"
+    key = f"{AGREED_KEY}/{next(_agreements)}"
     _set(f"{key}/{state.process_id}", value)
-    found: list[Any] = run_on_primary(
+    values: list[Any] = run_on_primary(
         lambda: [_get(f"{key}/{process}") for process in range(state.num_processes)]
     )
-    return found
+    return values
+
+
+def wait_for_all() -> None:
+    """Returns once all processes have called it, however long that takes."""
+    gather_values(None)
 
 
 def broadcast_array(array: np.ndarray | None) -> np.ndarray | None:
-    """The first process's array, or its None, on every process; what the others give is not read.
+    """Returns the primary process's array, or its None, on every process.
 
-    In pieces, since each process holds one on its devices for every other.
+    It is sent in pieces, since each process holds one on its devices for every other.
+
+    Args:
+        array: what the primary process has; not read on the others.
     """
     if not is_multiprocess():
         return array
-    about = run_on_primary(lambda: None if array is None else [array.dtype.str, array.shape])
-    if about is None:
+    header = run_on_primary(lambda: None if array is None else [array.dtype.str, array.shape])
+    if header is None:
         return None
-    found = np.asarray(array, order="C") if is_primary() else np.empty(about[1], about[0])
-    content = found.reshape(-1).view(np.uint8)
-    for start in range(0, content.size, PIECE):
-        part = content[start : start + PIECE]
+    dtype, shape = header
+    result = np.asarray(array, order="C") if is_primary() else np.empty(shape, dtype)
+    content = result.reshape(-1).view(np.uint8)
+    for start in range(0, content.size, PIECE_BYTES):
+        part = content[start : start + PIECE_BYTES]
         size = 1 << (part.size - 1).bit_length()  # Few sizes: each is a program to compile.
-        room = np.zeros(size, np.uint8)
+        buffer = np.zeros(size, np.uint8)
         if is_primary():
-            room[: part.size] = part
-        room = multihost_utils.broadcast_one_to_all(room)
+            buffer[: part.size] = part
+        buffer = multihost_utils.broadcast_one_to_all(buffer)
         if not is_primary():
-            part[:] = room[: part.size]
-    return found
+            part[:] = buffer[: part.size]
+    return result
 
 
 def broadcast_dataclass(kind: type[Any], value: Any) -> Any:
-    """The first process's dataclass of arrays and of what JSON can say, on every process."""
+    """Returns the primary process's dataclass of arrays and JSON's types on every process.
+
+    Args:
+        kind: the class.
+        value: an instance on the primary process; not read on the others.
+    """
     if not is_multiprocess():
         return value
-    found = {}
+    fields = {}
     for name in [field.name for field in dataclasses.fields(kind)]:
         part = getattr(value, name, None)
         text = None if isinstance(part, np.ndarray) else json.dumps(part).encode()
-        # As arrays both: a list of a million names is too long for the coordinator.
+        # Both go as arrays: a list of a million names is too long for the coordinator.
         array = broadcast_array(part if text is None else None)
         if array is None:
             array = broadcast_array(np.frombuffer(text or b"", np.uint8))
             assert array is not None
-            found[name] = json.loads(array.tobytes())
+            fields[name] = json.loads(array.tobytes())
         else:
-            found[name] = array
-    return value if is_primary() else kind(**found)
+            fields[name] = array
+    return value if is_primary() else kind(**fields)
 
 
 def check_same_settings(settings: Mapping[str, Any]) -> None:
-    """Raises UserError on a process that was started with other settings than the first one.
+    """Raises UserError on a process that was started with other settings than the primary one.
 
     Args:
-      settings: by flag, what JSON can say.
+        settings: values of JSON's types, by flag.
     """
-    theirs = run_on_primary(lambda: dict(settings))
-    for name in sorted({*theirs, *settings}):
-        ours, expected = settings.get(name), theirs.get(name)
-        if json.dumps(ours) != json.dumps(expected):
+    primary_settings = run_on_primary(lambda: dict(settings))
+    for name in sorted({*primary_settings, *settings}):
+        value, expected = settings.get(name), primary_settings.get(name)
+        if json.dumps(value) != json.dumps(expected):
             raise UserError(
-                f"--{name}: {ours!r} for process {jax.process_index()} on {socket.gethostname()}, "
+                f"--{name}: {value!r} for process {jax.process_index()} on {socket.gethostname()}, "
                 f"{expected!r} for process 0; expected the same flags for every process"
             )
 
 
 def check_shared_folder(folder: Path, flag: str) -> None:
-    """Makes a folder, and raises UserError on a process that does not see it as the first one does.
+    """Makes a folder, and raises UserError on a process that does not see what the primary writes.
 
     Args:
-      folder: what all processes read and write.
-      flag: what named it.
+        folder: what all processes read and write.
+        flag: the flag that names it.
     """
     if not is_multiprocess():
         return
@@ -214,42 +229,42 @@ def check_shared_folder(folder: Path, flag: str) -> None:
         return name
 
     mark = folder / run_on_primary(leave_mark)
-    deadline = time.monotonic() + STALE
+    deadline = time.monotonic() + STALE_SECONDS
     while not mark.exists():
         if time.monotonic() > deadline:
             raise UserError(
                 f"{flag}={folder}: process {jax.process_index()} on {socket.gethostname()} does "
                 "not see what process 0 writes there; expected a folder that all hosts share"
             )
-        time.sleep(POLL)
-    gather_values("seen")
+        time.sleep(POLL_SECONDS)
+    wait_for_all()
     if is_primary():
         mark.unlink()
 
 
 def finish() -> None:
-    """Waits until every process is through: who ends early looks dead to the others."""
+    """Waits until every process is done: one that ends early looks dead to the others."""
     if is_multiprocess():
-        gather_values("finished")
-        _through.set()
+        wait_for_all()
+        _finished.set()
         if _watcher.is_alive():
             _watcher.join()
 
 
 def fail(message: str, status: int) -> NoReturn:
-    """Ends every process with an exit status. The first one prints the message, once, if it can."""
+    """Ends every process with an exit status; the primary one prints the message, if it can."""
     try:
-        _client().key_value_set(FAILED, json.dumps([message, status]))
+        _client().key_value_set(FAILED_KEY, json.dumps([message, status]))
     except RuntimeError as error:
         if "ALREADY_EXISTS" not in str(error):
             _end(message, status)  # The coordinator is gone.
     # `_watch` ends this process as all others, unless it has ended itself.
-    time.sleep(20 * POLL)
+    time.sleep(20 * POLL_SECONDS)
     _end(message, status)
 
 
 def describe_error(error: BaseException) -> str:
-    """An unexpected error of this process, in a line, for those who look at the first one's log."""
+    """Returns a line on an unexpected error of this process, for the primary process's log."""
     state = distributed.global_state
     where = f"process {state.process_id} of {state.num_processes} on {socket.gethostname()}"
     lines = str(error).strip().splitlines() or [""]
@@ -259,13 +274,13 @@ def describe_error(error: BaseException) -> str:
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Is this what a computation raises whose other processes are gone?"""
+    """Whether an error means that another process has died."""
     names = ("Gloo", "NCCL", "coordination service")
     return isinstance(error, RuntimeError | ValueError) and any(n in str(error) for n in names)
 
 
 def _client() -> Any:
-    """Of the coordinator's small table of keys and values."""
+    """Returns the client of the coordinator's table of keys and values."""
     return distributed.global_state.client
 
 
@@ -274,10 +289,10 @@ def _set(key: str, value: Any) -> None:
 
 
 def _get(key: str) -> Any:
-    """Waits, without an end, for what some process sets. In steps: Ctrl-C comes between them."""
+    """Waits for what a process sets, for as long as it takes; in steps, so that Ctrl-C works."""
     while True:
         try:
-            return json.loads(_client().blocking_key_value_get(key, WAIT))
+            return json.loads(_client().blocking_key_value_get(key, WAIT_MILLISECONDS))
         except RuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
@@ -286,24 +301,24 @@ def _get(key: str) -> Any:
 def _watch() -> None:
     """Ends this process when another one has failed."""
     client = _client()
-    while not _through.wait(POLL):
+    while not _finished.wait(POLL_SECONDS):
         try:
-            message, status = json.loads(client.key_value_try_get(FAILED))
+            message, status = json.loads(client.key_value_try_get(FAILED_KEY))
         except RuntimeError:  # No such key; or the coordinator is gone, and JAX ends us.
             continue
         if is_primary():
             print(f"error: {message}", file=sys.stderr, flush=True)
-            time.sleep(LINGER)
+            time.sleep(LINGER_SECONDS)
         _end(None, status)
 
 
-_agreements = itertools.count()  # The same number on every process.
-_through = threading.Event()
+_agreements = itertools.count()  # Counts alike on every process.
+_finished = threading.Event()
 _watcher = threading.Thread(target=_watch, daemon=True)
 
 
 def _end(message: str | None, status: int) -> NoReturn:
-    """Without waiting for threads, or for computations that others will not answer."""
+    """Ends this process without waiting for threads or for computations with lost processes."""
     if message is not None:
         print(f"error: {message}", file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
@@ -314,21 +329,21 @@ def _end(message: str | None, status: int) -> NoReturn:
 @contextlib.contextmanager
 def _deadline(group: ProcessGroup) -> Iterator[None]:
     """Ends the process if the body takes longer than `start_timeout`."""
-    came = threading.Event()
+    joined = threading.Event()
 
     def wait() -> None:
-        if not came.wait(group.start_timeout):
-            _end(_not_all_came(group), 2)
+        if not joined.wait(group.start_timeout):
+            _end(_explain_missing(group), 2)
 
     threading.Thread(target=wait, daemon=True).start()
     try:
         yield
     finally:
-        came.set()
+        joined.set()
 
 
-def _not_all_came(group: ProcessGroup) -> str:
-    """Who is missing, as far as this process can tell."""
+def _explain_missing(group: ProcessGroup) -> str:
+    """Returns which processes are missing, as far as this one can tell."""
     state = distributed.global_state
     address = state.coordinator_address or group.coordinator
     who = f"process {state.process_id} of {group.processes or 'the cluster'}"
@@ -349,7 +364,7 @@ def _not_all_came(group: ProcessGroup) -> str:
     )
 
 
-def _not_started(group: ProcessGroup, error: Exception) -> str:
+def _explain_start_error(group: ProcessGroup, error: Exception) -> str:
     text = " ".join(str(error).split())
     if "RPC server" in text:
         return (

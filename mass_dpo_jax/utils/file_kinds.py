@@ -1,4 +1,4 @@
-"""What a file is, told by its first bytes, where text or JSON was expected: for messages."""
+"""Kinds of file, recognized by their first bytes: messages where text or JSON was expected."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import shlex
 from pathlib import Path
 
-HEAD_BYTES = 1 << 16  # Bytes of a file that are looked at.
+HEAD_BYTES = 1 << 16  # How much of a file is looked at.
 
 _TO_UTF8 = "in {0}, expected UTF-8: iconv -f {0} -t UTF-8 {{}} > NEW"
 _HUB = "; --config.data.name=hub reads it"
@@ -43,9 +43,9 @@ _TO_LINES = "expected one object a line: {} > NEW.jsonl"
 
 
 def describe_binary(head: bytes, path: Path) -> str:
-    """Says what a file is that starts with `head` and is no UTF-8, and what to do; or "".
+    """Returns what a file that starts with `head` is and how to convert it; "" for UTF-8.
 
-    A Git LFS pointer and a page of HTML are text, but stand where another file was meant to be.
+    A Git LFS pointer and an HTML page are text, but stand in for another file.
     """
     file = shlex.quote(str(path))
     if head.startswith(b"PK\x03\x04"):
@@ -67,16 +67,16 @@ def describe_binary(head: bytes, path: Path) -> str:
 
 
 def describe_text(head: str, path: Path) -> str:
-    """Says what a text is that starts with `head` and is no JSON lines, and what to do; or "".
+    """Returns what a text that starts with `head` is and how to convert it; "" for JSON lines.
 
-    One broken line is no other format: that is left to whoever reads lines.
+    One broken line does not make another format: the reader of lines reports it.
     """
     file = shlex.quote(str(path))
     lines = [line for line in head.lstrip("\ufeff").splitlines() if line.strip()]
     if not lines:
         return ""
     first = lines[0].strip()
-    value, rest = _start_of(first)
+    value, rest = _parse_start(first)
     if isinstance(value, dict) and rest.startswith("{"):
         return "several objects in a line; " + _TO_LINES.format(f"jq -c . {file}")
     if isinstance(value, dict) and rest == ",":
@@ -97,15 +97,15 @@ def describe_text(head: str, path: Path) -> str:
     if first.startswith("{"):
         if value is not None:
             return ""  # A whole object, and something behind it.
-        value, _ = _start_of("\n".join(lines))
+        value, _ = _parse_start("\n".join(lines))
         if value is not None or (first == "{" and len(lines) > 1 and lines[1].strip()[0] == '"'):
             return "JSON over several lines; " + _TO_LINES.format(f"jq -c . {file}")
         return ""
-    return _name_table(first, path)
+    return _describe_table(first, path)
 
 
-def _name_table(first: str, path: Path) -> str:
-    """Says that a file is CSV or TSV, by its line of column names; or ""."""
+def _describe_table(first: str, path: Path) -> str:
+    """Returns that a file is CSV or TSV, judged by its line of column names, or ""."""
     for separator, name in (("\t", "TSV"), (",", "CSV"), (";", "CSV")):
         columns = [column.strip().strip('"') for column in first.split(separator)]
         if len(columns) > 1 and all(_COLUMNS.fullmatch(column) for column in columns):
@@ -122,12 +122,12 @@ def _name_table(first: str, path: Path) -> str:
 
 
 def _is_array(text: str) -> bool:
-    """Does a JSON text start like an array of objects, or an empty one?"""
+    """Whether a JSON text starts like an array of objects, or an empty one."""
     return re.match(r"\[\s*(?:[{\]]|$)", text) is not None
 
 
-def _start_of(text: str) -> tuple[object, str]:
-    """The JSON value that a text starts with, None where it starts with none, and what follows."""
+def _parse_start(text: str) -> tuple[object, str]:
+    """Returns the JSON value that a text starts with, or None, and the text behind it."""
     try:
         value, end = json.JSONDecoder().raw_decode(text)
     except (ValueError, RecursionError):

@@ -1,5 +1,4 @@
-"""Files that others wrote, or that an interruption cut short: read, or refused with their place.
-Those of ours are written whole or not at all."""
+"""Reading and writing files: broken ones are refused with a location, none is half written."""
 
 from __future__ import annotations
 
@@ -21,21 +20,20 @@ from mass_dpo_jax.utils.file_kinds import HEAD_BYTES, describe_binary
 if TYPE_CHECKING:
     import numpy as np
 
-MAX_JSON_DEPTH = (
-    100  # Python itself follows about 1000 levels, fewer where much has been called already.
-)
+MAX_JSON_DEPTH = 100  # Python follows about 1000 levels, fewer in a deep call stack.
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # Errors that come without a file's name.
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # These errors do not name a file.
 
 
-def expand(path: str, place: str) -> str:
+def expand(path: str, location: str) -> str:
     """Returns a path with `~` and variables replaced, as a shell does where it sees them.
 
     Args:
-      place: the flag or setting that has it.
+        path: may be empty.
+        location: the flag or setting that has it.
 
     Raises:
-      UserError: a variable is not set, there is no such user, or quotes or blanks surround it.
+        UserError: a variable is not set, there is no such user, or quotes or blanks surround it.
     """
     if path == "~" or path.startswith("~/"):
         path = str(Path(path).expanduser())
@@ -45,27 +43,29 @@ def expand(path: str, place: str) -> str:
         try:
             path = str(Path(path).expanduser())
         except RuntimeError:
-            raise UserError(f"{place}={path}: no user of that name; a file is ./{path}") from None
+            raise UserError(
+                f"{location}={path}: no user of that name; a file is ./{path}"
+            ) from None
     path = os.path.expandvars(path)
     if unset := re.search(r"\$(\w+|\{\w+\})", path):
-        raise UserError(f"{place}={path}: the variable {unset[1].strip('{}')} is not set")
+        raise UserError(f"{location}={path}: the variable {unset[1].strip('{}')} is not set")
     if path != path.strip().strip("\"'“”"):
-        raise UserError(f"{place}={path!r}: expected a path without quotes or blanks around it")
+        raise UserError(f"{location}={path!r}: expected a path without quotes or blanks around it")
     if "\0" in path:
-        raise UserError(f"{place}={path!r}: expected a path without NUL characters")
+        raise UserError(f"{location}={path!r}: expected a path without NUL characters")
     return path
 
 
-def expand_path(path: str | Path, place: str) -> Path:
-    """Returns `expand` of a path as a `Path`.
+def expand_path(path: str | Path, location: str) -> Path:
+    """Returns `expand(path)` as a `Path`.
 
     Raises:
-      UserError: as `expand`, or it is empty or no path.
+        UserError: as `expand`, or it is empty or no path.
     """
-    check_type(path, (str, os.PathLike), place, "a path")
+    check_type(path, (str, os.PathLike), location, "a path")
     if not str(path):
-        raise UserError(f"{place}: expected a path, found an empty string")
-    return Path(expand(str(path), place))
+        raise UserError(f"{location}: expected a path, found an empty string")
+    return Path(expand(str(path), location))
 
 
 def write_whole(path: Path, parts: Iterable[str | bytes], *, shared: bool = False) -> None:
@@ -120,26 +120,32 @@ def _name_temporary(path: Path, shared: bool) -> Path:
 
 
 def parse_json(text: str, file: Path, line: int = 1, unique_keys: bool = False) -> Any:
-    """The value that a JSON text, which starts at a line of a file, stands for.
+    """Returns the value of a JSON text.
 
     Args:
-      unique_keys: refuses an object that has a key twice; JSON itself takes the last one.
+        text: JSON.
+        file: where it is from, for messages.
+        line: of the file, where the text starts.
+        unique_keys: refuse an object that has a key twice; JSON itself takes the last one.
 
     Raises:
-      UserError: the text is no JSON, is nested deeper than any file of ours, or has a number with
-        more digits than Python converts.
+        UserError: the text is no JSON, is nested too deeply, or has a number with more digits than
+            Python converts.
     """
-    text = text.rstrip()  # So that what is missing is missed in the last line that is there.
+    text = text.rstrip()  # A truncated file is then reported at its last line.
     try:
-        found = json.loads(text, object_pairs_hook=_unique if unique_keys else None)
-        if text.count("[") + text.count("{") <= MAX_JSON_DEPTH or _depth(found) <= MAX_JSON_DEPTH:
-            return found
+        value = json.loads(text, object_pairs_hook=_refuse_duplicates if unique_keys else None)
+        if (
+            text.count("[") + text.count("{") <= MAX_JSON_DEPTH
+            or _measure_depth(value) <= MAX_JSON_DEPTH
+        ):
+            return value
         what = "nested too deeply"
     except json.JSONDecodeError as error:
         broken = text.split("\n")[error.lineno - 1].strip()
         what = f"{error.msg} at column {error.colno}, in {shorten(broken)}"
         line += error.lineno - 1
-    except _TwiceError as error:
+    except _DuplicateKeyError as error:
         what = f"the key {error.args[0]!r} is there twice in one object: leave one of them"
     except ValueError:
         what = "a number has too many digits"
@@ -148,19 +154,19 @@ def parse_json(text: str, file: Path, line: int = 1, unique_keys: bool = False) 
     raise UserError(f"{file}:{line}: invalid JSON: {what}")
 
 
-class _TwiceError(Exception):
-    """A key is there twice."""
+class _DuplicateKeyError(Exception):
+    """An object has a key twice."""
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise _TwiceError(next(key for key in keys if keys.count(key) > 1))
-    return found
+        raise _DuplicateKeyError(next(key for key in keys if keys.count(key) > 1))
+    return value
 
 
-def _depth(value: Any) -> int:
+def _measure_depth(value: Any) -> int:
     depth, level = 0, [v for v in (value,) if isinstance(v, (dict, list))]
     while level:
         depth += 1
@@ -170,19 +176,19 @@ def _depth(value: Any) -> int:
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file.
+    """Returns the value in a JSON file.
 
     Raises:
-      UserError: there is no such file, or it is not what `parse_json` reads.
+        UserError: there is no such file, or it is not what `parse_json` reads.
     """
     return parse_json(read_text(path), path)
 
 
 def read_text(path: Path) -> str:
-    """The text of a file in UTF-8.
+    """Returns the text of a file in UTF-8.
 
     Raises:
-      UserError: there is no such file, or it is something else.
+        UserError: there is no such file, or it is something else.
     """
     try:
         content = path.read_bytes()
@@ -197,33 +203,33 @@ def read_text(path: Path) -> str:
 
 
 def read_array(path: Path) -> np.ndarray:
-    """The array in a `.npy` file, mapped into memory: a header can promise more than there is.
+    """Returns the array in a `.npy` file, mapped into memory: a header can promise too much.
 
     Raises:
-      UserError: there is no such file, or it holds no array of numbers.
+        UserError: there is no such file, or it holds no array of numbers.
     """
-    import numpy as np  # Here: settings and flags need this module, and no arrays.
+    import numpy as np  # Imported here: settings and flags need this module, and no arrays.
 
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
-        found = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
-    # What a header can do to numpy, which reads it as Python.
+    # NumPy reads the header as Python, and can fail in all these ways.
     except (ValueError, EOFError, SyntaxError, tokenize.TokenError, OverflowError) as error:
         raise UserError(f"{path}: not a .npy file: {error}") from None
-    if not isinstance(found, np.ndarray) or found.dtype.kind not in "biuf":
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
         raise UserError(f"{path}: expected a .npy file with an array of numbers")
-    return found
+    return array
 
 
 def check_links(folder: Path) -> None:
     """Raises UserError where a downloaded folder has links that leave it.
 
-    A download can hold links (git clones do), and what they name is not the download's to read. In
-    the cache of the Hugging Face hub a model's files are links to others of the same model. Weights
-    may lie on another disk: a file that is not safetensors is not read as that.
+    A download can hold links, as git clones do, and must not make us read files elsewhere. In the
+    cache of the Hugging Face hub the files of a model are links to other files of that model.
+    Weights may be links to another disk: only safetensors can be read as weights.
     """
     home = folder.resolve()
     if home.parent.name == "snapshots":
@@ -238,6 +244,6 @@ def check_links(folder: Path) -> None:
             )
 
 
-def shorten(text: str, length: int = 60) -> str:
-    """The text quoted for a one-line message."""
-    return repr(text if len(text) <= length else text[: length - 3] + "...")
+def shorten(text: str) -> str:
+    """Returns a text, quoted and cut to 60 characters, for a one-line message."""
+    return repr(text if len(text) <= 60 else text[:57] + "...")

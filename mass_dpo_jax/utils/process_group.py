@@ -1,4 +1,4 @@
-"""The processes that run one command together, as its flags describe them; hosts.py joins them."""
+"""The processes that run one command together, as its flags describe them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from mass_dpo_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class ProcessGroup:
-    """The processes of one command, and which of them this one is.
+    """The processes of one command, and which of them this one is; distributed.py joins them.
 
     Attributes:
-      coordinator: host:port of the first process; None: found out from the cluster.
-      processes: how many; None: found out.
-      process: which one this is, from 0; None: found out.
-      start_timeout: seconds to wait for the others at the start.
-      peer_timeout: seconds without a sign of life after which a process counts as dead.
+        coordinator: host:port of the primary process; None: the cluster tells.
+        processes: how many; None: the cluster tells.
+        process: which one this is, from 0; None: the cluster tells.
+        start_timeout: seconds to wait for the others at the start.
+        peer_timeout: seconds without a sign of life after which a process counts as dead.
     """
 
     coordinator: str | None = None
@@ -26,7 +26,7 @@ class ProcessGroup:
     peer_timeout: int = 60
 
     def check(self) -> None:
-        """Raises UserError for flags that are given by half, or cannot be."""
+        """Raises UserError for flags that are incomplete or have impossible values."""
         given = {
             "--coordinator_address": self.coordinator,
             "--num_processes": self.processes,

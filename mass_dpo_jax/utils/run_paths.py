@@ -1,4 +1,4 @@
-"""Paths that are given as a run's folder: whether they are one, and what they are instead."""
+"""Paths given as run folders: whether they are, and what to give instead."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.utils.files import expand_path
 
 CHECKPOINTS = "checkpoints"
-# In a run's folder. Those who write it import JAX.
-WRITTEN = (
+# What a run writes into its folder; the code that writes it imports JAX.
+ENTRIES = (
     f"{CHECKPOINTS} model adapters tensorboard wandb figures config.json origin.json "
     "metrics.json metrics.jsonl report.html"
 ).split()
-SHOWN = 3  # Of the runs in a folder.
+MAX_SHOWN = 3  # Runs in a folder that a message names.
 
 
 def check_run(folder: Path) -> None:
@@ -26,10 +26,10 @@ def check_run(folder: Path) -> None:
 
 
 def resolve_run(workdir: str | Path) -> Path:
-    """Returns the path of a run that a caller names, with `~` and variables replaced.
+    """Returns the path of a run with `~` and variables replaced.
 
     Raises:
-      UserError: it is no run.
+        UserError: it is no run.
     """
     path = expand_path(workdir, "workdir")
     check_run(path)
@@ -37,7 +37,7 @@ def resolve_run(workdir: str | Path) -> Path:
 
 
 def check_new_run(workdir: Path) -> None:
-    """Raises UserError where no run can be written, before hours of work are lost to it."""
+    """Raises UserError where no run can be written, before hours of work are lost."""
     if run := find_enclosing_run(workdir):
         raise UserError(
             f"--workdir={workdir}: inside of the run {run}; expected a folder beside it"
@@ -58,7 +58,7 @@ def check_new_run(workdir: Path) -> None:
 
 
 def explain_non_run(folder: Path) -> str:
-    """Returns what a path is that is no run folder, and what to give instead."""
+    """Returns what a path is, if not a run folder, and what to give instead."""
     if run := find_enclosing_run(folder):
         text = f"inside of the run {run}; expected {run}, whose newest checkpoint is taken"
         if folder.parent.name == CHECKPOINTS:
@@ -67,14 +67,14 @@ def explain_non_run(folder: Path) -> str:
     if folder.is_symlink() and not folder.exists():
         return f"a link to {folder.readlink()}, which is not there"
     if not folder.exists():
-        near = _nearest(folder)
+        near = _find_similar(folder)
         return "no such folder" + (f"; did you mean {near}?" if near else "")
     if not folder.is_dir():
         return "a file; expected a run's folder, which was the --workdir of mass_dpo_jax.train"
     if (folder / "adapter_config.json").exists():
         return "adapters, no run; expected them as --config.model.lora.path, without --workdir"
-    if runs := [path for path in _folders(folder) if is_run(path)]:
-        shown = ", ".join(map(str, runs[:SHOWN])) + (", ..." if len(runs) > SHOWN else "")
+    if runs := [path for path in _list_folders(folder) if is_run(path)]:
+        shown = ", ".join(map(str, runs[:MAX_SHOWN])) + (", ..." if len(runs) > MAX_SHOWN else "")
         return f"not a run folder, but has runs in it; expected one of them: {shown}"
     return (
         "not a run folder (it has no config.json); expected what was the --workdir of "
@@ -83,36 +83,32 @@ def explain_non_run(folder: Path) -> str:
 
 
 def find_enclosing_run(path: Path) -> Path | None:
-    """Returns the run that the path is a part of; None: of none."""
+    """Returns the run that a path is inside of, or None."""
     for parent in path.parents:
-        if path.relative_to(parent).parts[0] in WRITTEN and is_run(parent):
+        if path.relative_to(parent).parts[0] in ENTRIES and is_run(parent):
             return parent
     return None
 
 
 def is_run(folder: Path) -> bool:
-    """Whether it is a run's folder, and not a model's, which has a config.json too."""
+    """Whether a folder is a run's, and not a model's, which has a config.json too."""
     beside = (CHECKPOINTS, "model", "metrics.jsonl")
     return (folder / "config.json").is_file() and any((folder / name).exists() for name in beside)
 
 
-def _nearest(folder: Path) -> Path | None:
-    """The folder beside it, or beside the first of its parents that is missing, named most alike;
-    where it is a run itself, rather."""
+def _find_similar(folder: Path) -> Path | None:
+    """Returns an existing path with a similar name at the first missing part, runs preferred."""
     missing = folder
     while not missing.parent.exists():
         missing = missing.parent
-    beside = {path.name: path for path in _folders(missing.parent)}
+    beside = {path.name: path for path in _list_folders(missing.parent)}
     near = difflib.get_close_matches(missing.name, beside, n=3, cutoff=0.6)
-    found = sorted((beside[name] / folder.relative_to(missing) for name in near), key=_no_run)
-    return next((path for path in found if path.exists()), None)
+    similar = [beside[name] / folder.relative_to(missing) for name in near]
+    similar.sort(key=lambda path: not is_run(path))
+    return next((path for path in similar if path.exists()), None)
 
 
-def _no_run(folder: Path) -> bool:
-    return not is_run(folder)
-
-
-def _folders(folder: Path) -> Iterable[Path]:
+def _list_folders(folder: Path) -> Iterable[Path]:
     try:
         return sorted(path for path in folder.iterdir() if path.is_dir())
     except OSError:

@@ -1,8 +1,8 @@
-"""Ctrl-C ends a command with one line and status 130, whatever the process is at.
+"""Ctrl-C ends a command with one line and status 130, whatever the process is doing.
 
-Python's own way is a KeyboardInterrupt once the main thread is back in Python: with a traceback
-from wherever that is, and a compilation or a read of minutes delays it. So a thread hears of
-signals at once.
+Python itself raises KeyboardInterrupt once the main thread is back in Python. That prints a
+traceback, and a compilation or a long read delays it by minutes. Here a thread learns of signals at
+once.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def _end() -> NoReturn:
 
 @dataclasses.dataclass
 class CtrlC:
-    """Of this process: the line to print, and how to end.
+    """How this process ends on Ctrl-C.
 
     Attributes:
-      line: what was left.
-      noticed: the main thread has heard of it.
-      held: the first one only asks training to end, see training/interruption.py.
-      end: ends the process at once; several processes end together.
+        line: printed at the end, says what was left.
+        noticed: the main thread has seen the interruption.
+        held: the first Ctrl-C only asks training to end, see training/interruption.py.
+        end: ends the process at once; several processes end together.
     """
 
     line: str = "interrupted; nothing was written"
@@ -47,7 +47,7 @@ ctrl_c = CtrlC()
 
 
 def watch() -> None:
-    """Begins. For programs of ours alone, as their first act."""
+    """Starts to watch for Ctrl-C. For our own programs only, as the first thing they do."""
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         return  # Ignored, by `nohup` or a shell that put the process in the background.
     reader, writer = os.pipe()
@@ -64,13 +64,13 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _without_traceback(usual: Callable[..., Any]) -> Callable[..., Any]:
-    """Of an interruption none, and of whatever libraries turned it into."""
+def _without_traceback(previous: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns an excepthook that ends without a traceback after an interruption."""
 
     def hook(kind: type[BaseException], *rest: Any) -> None:
         if ctrl_c.noticed or issubclass(kind, KeyboardInterrupt):
             ctrl_c.end()
-        usual(kind, *rest)
+        previous(kind, *rest)
 
     return hook
 

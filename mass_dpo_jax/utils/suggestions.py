@@ -1,4 +1,4 @@
-"""Which setting, flag or choice somebody meant who gave a name that does not exist."""
+"""Suggestions for a setting, flag or choice that does not exist."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import difflib
 import functools
 from collections.abc import Collection, Iterable, Sequence
 
-# Ours, and what other programs (and people) call it. One that starts with -- is a flag, of which
-# commands have one or another; commas part settings that share the work of one elsewhere. Of names
-# that have nothing before their colon no nearest one is said: it would mislead.
-_ELSEWHERE = """
+# Our name, then what other programs (and people) call it. A name with -- is a flag, which not every
+# command has; commas separate settings that share the work of one elsewhere. Nothing is suggested
+# for names behind an empty one: the nearest would mislead.
+_FOREIGN_NAMES = """
 train.learning_rate: lr peak_lr max_lr base_lr step_size
 train.batch_size: batch batch_size bs bsz train_batch_size global_batch_size total_batch_size
 train.micro_batch_size: micro_batch microbatch microbatch_size mbs device_batch_size
@@ -65,8 +65,8 @@ mesh.fsdp: zero deepspeed zero_stage num_gpus gpus n_gpu
 --config: cfg conf config_file config_path config_name
 """
 
-# Choices that have other names elsewhere.
-_CHOICES = {
+# Choices that other programs call differently.
+_FOREIGN_CHOICES = {
     "bf16": "bfloat16", "fp16": "bfloat16", "float16": "bfloat16", "half": "bfloat16",
     "16": "bfloat16", "fp32": "float32", "float": "float32", "full": "float32", "32": "float32",
     "4bit": "nf4", "int4": "nf4", "fp4": "nf4", "8bit": "int8",
@@ -78,9 +78,9 @@ _CHOICES = {
 
 
 @functools.cache
-def _elsewhere() -> dict[str, tuple[str, ...]]:
+def _read_names() -> dict[str, tuple[str, ...]]:
     found, ours = {}, ""
-    for line in _ELSEWHERE.strip().splitlines():
+    for line in _FOREIGN_NAMES.strip().splitlines():
         if ":" in line:
             ours, _, line = line.partition(":")
         found.update(dict.fromkeys(line.split(), tuple(ours.split(","))))
@@ -91,12 +91,12 @@ def suggest_names(name: str, settings: Sequence[str], flags: Collection[str] = (
     """Returns what a name without dashes probably stands for, the most probable first.
 
     Args:
-      name: such as `lr`, `output_dir` or `config.trian.steps`.
-      settings: by dotted name. Empty: the command has none.
-      flags: the command's other flags.
+        name: such as `lr`, `output_dir` or `config.trian.steps`.
+        settings: their dotted names. Empty: the command has none.
+        flags: the command's other flags.
 
     Returns:
-      Flags and, behind `config.`, settings; none where nothing is like it.
+        Flags and, behind `config.`, settings; none where nothing is similar.
     """
     plain = name.lower().replace("-", "_")
     if plain in flags:
@@ -104,16 +104,18 @@ def suggest_names(name: str, settings: Sequence[str], flags: Collection[str] = (
     dotted = plain.removeprefix("config.")
     last = dotted.rpartition(".")[2]
     for key in (last, dotted.replace(".", "_")):
-        if found := _known_as(key, dotted, settings, flags):
+        if found := _find_named(key, dotted, settings, flags):
             return found
-        if key in _elsewhere():
+        if key in _read_names():
             return []
     by_end = [setting.rpartition(".")[2] for setting in settings]
     others = () if name.startswith("config.") else flags
-    for key in difflib.get_close_matches(last, {*by_end, *_elsewhere(), *others}, n=3, cutoff=0.75):
+    for key in difflib.get_close_matches(
+        last, {*by_end, *_read_names(), *others}, n=3, cutoff=0.75
+    ):
         if key in others:
             return [key]
-        if found := _known_as(key, dotted, settings, flags):
+        if found := _find_named(key, dotted, settings, flags):
             return found
     near = difflib.get_close_matches(dotted, settings, n=1, cutoff=0.6)
     if near or name.startswith("config."):
@@ -121,17 +123,19 @@ def suggest_names(name: str, settings: Sequence[str], flags: Collection[str] = (
     return difflib.get_close_matches(plain, flags, n=1, cutoff=0.5)
 
 
-def _known_as(key: str, dotted: str, settings: Sequence[str], flags: Collection[str]) -> list[str]:
-    """The settings whose last part is `key`, or what another program's name stands for.
+def _find_named(
+    key: str, dotted: str, settings: Sequence[str], flags: Collection[str]
+) -> list[str]:
+    """Returns the settings whose last part is `key`, or what another program's name stands for.
 
-    Of several settings the one in the group that `dotted` names; of several flags the first that
-    the command has.
+    Among several settings it takes the one in the group that `dotted` names; among several flags
+    the first that the command has.
     """
     ending = [setting for setting in settings if setting.rpartition(".")[2] == key]
     if len(ending) > 1 and "." in dotted:
         ending = [_nearest(dotted, ending)]
     if len(ending) != 1:
-        targets = _elsewhere().get(key, ())
+        targets = _read_names().get(key, ())
         there = [target[2:] for target in targets if target[2:] in flags and target[:2] == "--"]
         if found := [target for target in targets if target in settings]:
             ending = found
@@ -145,18 +149,18 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 
 def did_you_mean(names: Iterable[str]) -> str:
-    """Returns what to say of them behind a message; nothing where there are none."""
+    """Returns "; did you mean ...?" for the end of a message, or nothing without names."""
     shown = " or ".join(names)
     return f"; did you mean {shown}?" if shown else ""
 
 
 def suggest_choice(value: str, choices: Sequence[str]) -> str:
-    """Returns what to say behind the choices that there are, where a value is none of them."""
+    """Returns "; did you mean ...?" for a value that is none of the choices, or nothing."""
     plain = value.strip().lower().replace("-", "_").replace(" ", "_")
     by_letters = {other.replace("_", ""): other for other in choices}
     found = by_letters.get(plain.replace("_", ""))
-    if found is None and _CHOICES.get(plain) in choices:
-        found = _CHOICES[plain]
+    if found is None and _FOREIGN_CHOICES.get(plain) in choices:
+        found = _FOREIGN_CHOICES[plain]
     if found is not None:
         return did_you_mean([found])
     return did_you_mean(difflib.get_close_matches(plain, choices, n=1, cutoff=0.75))

@@ -1564,8 +1564,8 @@ MUTATIONS = (
     ),
     Mutation(
         "loaders: the last of two equal keys counts",
-        "    if len(found) < len(pairs):",
-        "    if len(found) > len(pairs):",
+        "    if len(value) < len(pairs):",
+        "    if len(value) > len(pairs):",
         "data/readers/test_jsonl.py",
     ),
     Mutation(

@@ -42,7 +42,7 @@ from tests.support.processes import ended, environment, free_port, spawn
 STEPS = 10
 DELAY = 2.0  # Seconds.
 ARRAYS = {
-    "large": np.arange(distributed.PIECE // 8 + 3),
+    "large": np.arange(distributed.PIECE_BYTES // 8 + 3),
     "empty": np.zeros((0, 3), np.float32),
     "turned": np.arange(6, dtype=np.int16).reshape(2, 3).T,
     "scalar": np.array(2.0**40),

@@ -74,9 +74,9 @@ def test_a_name_like_no_other_has_no_nearest() -> None:
 
 
 def test_every_name_of_the_table_leads_to_a_setting_or_a_flag() -> None:
-    targets = {target for found in suggestions._elsewhere().values() for target in found} - {""}
+    targets = {target for found in suggestions._read_names().values() for target in found} - {""}
     assert targets <= {*NAMES, "--output", "--workdir", "--config"}
-    for name in suggestions._elsewhere():
+    for name in suggestions._read_names():
         assert name == "step" or suggestions.suggest_names(
             name, NAMES, ("config", "workdir", "output")
         ), name
