@@ -115,12 +115,12 @@ def digest_content(path: Path) -> dict[str, str]:
 def check_files(workdir: Path) -> None:
     """Raises UserError if files in a run's `model/` or `adapters/` have changed or are missing, or
     if there are new ones that would be read."""
-    known = read(workdir)["files"]
-    if not known:
+    originals = read(workdir)["files"]
+    if not originals:
         return
     digests = _digest_files(workdir)
-    names = {*known, *(name for name in digests if _is_read(name))}
-    if differ := sorted(n for n in names if digests.get(n) != known.get(n)):
+    names = {*originals, *(name for name in digests if _is_read(name))}
+    if differ := sorted(n for n in names if digests.get(n) != originals.get(n)):
         raise UserError(
             f"{workdir / differ[0]}: not what the run began with (changed, added or removed since "
             "then); restore it, or begin another run"
@@ -144,9 +144,9 @@ def check_weights(workdir: Path, digests: Mapping[str, str], advice: str = "") -
         digests: of the weights that were read, by the setting that names them, as for `write`.
         advice: how to name the original weights; empty: by the setting.
     """
-    known = read(workdir)["weights"]
+    originals = read(workdir)["weights"]
     for name, digest in digests.items():
-        if known.get(name, digest) != digest:
+        if originals.get(name, digest) != digest:
             raise UserError(
                 f"{workdir}: config.{name}: its weights are not those that the run began with. "
                 "Nothing is lost: "

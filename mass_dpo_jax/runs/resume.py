@@ -114,10 +114,10 @@ def check_data(workdir: Path, digests: Mapping[str, str]) -> None:
         workdir: the run folder.
         digests: of each split, see `Setup.digests`.
     """
-    known = read_checkpoint_notes(workdir).get("data")
-    if not isinstance(known, dict):
+    saved = read_checkpoint_notes(workdir).get("data")
+    if not isinstance(saved, dict):
         return  # There is no checkpoint that can be read.
-    differ = sorted(n for n in {*known, *digests} if known.get(n) != digests.get(n))
+    differ = sorted(n for n in {*saved, *digests} if saved.get(n) != digests.get(n))
     if differ:
         raise UserError(
             f"{workdir}: the run was saved with other data: {', '.join(differ)} has other rows or "

@@ -92,11 +92,11 @@ def restore_typed_paths(config: ConfigDict, workdir: Path) -> ConfigDict:
     differently; config.json keeps the first names.
     """
     typed = config.copy_and_resolve_references()
-    known = origin.read(workdir)["paths"]
-    if known:
+    paths = origin.read(workdir)["paths"]
+    if paths:
         fields, own = (dict(config_lib.flatten(c)) for c in (config, load_config(workdir)))
         for name in origin.PATHS:
-            locations = [known[name]] if name in known else []
+            locations = [paths[name]] if name in paths else []
             if name == "model.lora.path":
                 locations.append(str(workdir / origin.ADAPTERS))
             path = fields[name]
@@ -131,8 +131,8 @@ def is_own_file(value: str, workdir: Path, name: str) -> bool:
     if not value or (name == "data.chat_template" and value in ("tokenizer", "none")):
         return False
     path = Path(value)
-    known = origin.read(workdir)["paths"].get(name)
-    if known and origin.is_same(path, Path(known)):
+    start = origin.read(workdir)["paths"].get(name)
+    if start and origin.is_same(path, Path(start)):
         return True
     if name not in origin.COPIES:
         return False

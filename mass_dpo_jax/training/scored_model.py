@@ -136,8 +136,8 @@ def _check_reference(
 
 def _check_own(name: str, config: ConfigDict, own: ConfigDict, workdir: Path) -> None:
     """Raises UserError if a setting names weights other than the run's, which would be ignored."""
-    value, known = (dict(config_lib.flatten(c))[name] for c in (config, own))
-    is_same = any(origin.is_same(Path(value), Path(path)) for path in (known, workdir) if path)
+    value, own_value = (dict(config_lib.flatten(c))[name] for c in (config, own))
+    is_same = any(origin.is_same(Path(value), Path(path)) for path in (own_value, workdir) if path)
     if value and not is_same and not run_config.is_own_file(value, workdir, name):
         raise UserError(
             f"config.{name}={value}: the model is that of the run in --workdir={workdir}; "

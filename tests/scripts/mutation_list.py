@@ -856,13 +856,13 @@ MUTATIONS = (
     ),
     Mutation(
         "resume: other data may go on with a run",
-        'known = read_checkpoint_notes(workdir).get("data")',
-        'known = read_checkpoint_notes(workdir).get("rows")',
+        'saved = read_checkpoint_notes(workdir).get("data")',
+        'saved = read_checkpoint_notes(workdir).get("rows")',
         "training/test_reliability.py::test_a_run_does_not_go_on_with_other_data",
     ),
     Mutation(
         "origin: other weights of a base pass",
-        "if known.get(name, digest) != digest:",
+        "if originals.get(name, digest) != digest:",
         "if False:",
         "runs/test_origin.py::test_what_a_run_reads_again_is_refused_where_it_has_changed",
     ),
@@ -874,8 +874,8 @@ MUTATIONS = (
     ),
     Mutation(
         "origin: edited files of a run pass",
-        "if differ := sorted(n for n in names if digests.get(n) != known.get(n)):",
-        "if differ := sorted({*digests} - {*known}):",
+        "if differ := sorted(n for n in names if digests.get(n) != originals.get(n)):",
+        "if differ := sorted({*digests} - {*originals}):",
         "runs/test_origin.py::test_what_a_run_reads_again_is_refused_where_it_has_changed",
     ),
     Mutation(
