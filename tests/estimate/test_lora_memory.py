@@ -65,7 +65,7 @@ MODELS = {"llama": LLAMA, "qwen3": QWEN3, "smollm3": SMOLLM3}
 def estimate_lora(
     model: DecoderConfig, config: Any, prompt: int, response: int, pool: int
 ) -> MemoryEstimate:
-    """Of one device, packed, with pools of `pool` negatives."""
+    """Returns the estimate for one device, packed, with pools of `pool` negatives."""
     lora = Lora(config.model.lora.rank, config.model.lora.alpha, parse_targets("all"))
     stored, one = config.model.lora.base, abstract_mesh(config.mesh, 1)
     optimizer = make_optimizer(config.train, 1)
@@ -112,7 +112,7 @@ def test_models_of_billions_of_weights_fit_a_card_of_24_gb(
     ("remat", "base"), [slow("full", "float32"), slow("dots", "bfloat16"), ("full", "nf4")]
 )
 def test_temporaries_are_near_those_of_xla(remat: str, base: str) -> None:
-    """Of the whole train step in float32, where activations are most of it."""
+    """For the whole train step in float32, where activations are most of it."""
     w = WORKLOAD
     model = DecoderConfig.from_hf(
         hf_config(

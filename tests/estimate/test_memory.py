@@ -54,7 +54,7 @@ PROMPT, RESPONSE, POOL, NEGATIVES = 40, 16, 7, 2
 
 
 def on_device(tree: Any) -> int:
-    """Bytes of what the first device really holds."""
+    """Returns the bytes that the first device really holds."""
     return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
 
 
@@ -98,7 +98,7 @@ def program(remat: str, layout: str, dtype: str, model: DecoderConfig = MODEL) -
 
 
 def arguments(rows: int, model: DecoderConfig = MODEL) -> tuple[Any, Batch]:
-    """Shapes of weights and of a batch."""
+    """Returns shapes of weights and of a batch."""
     params = nnx.to_pure_dict(nnx.state(abstract_decoder(model), nnx.Param))
     integers = [(rows, PROMPT), (rows,), (rows, (1 + POOL) * RESPONSE), (rows, 1 + POOL)]
     made = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in integers]
@@ -108,7 +108,7 @@ def arguments(rows: int, model: DecoderConfig = MODEL) -> tuple[Any, Batch]:
 
 
 def layouts(layout: str, rows: int) -> tuple[BatchLayout, int | None, BatchLayout]:
-    """Of the pool, its chunk, and of the loss."""
+    """Returns the layout of the pool, its chunk, and the layout of what is trained on."""
     if layout == "packed":
         pool, trained = (
             BatchLayout(rows, PROMPT, 1, n * RESPONSE) for n in (1 + POOL, 1 + NEGATIVES)
@@ -119,7 +119,7 @@ def layouts(layout: str, rows: int) -> tuple[BatchLayout, int | None, BatchLayou
 
 
 def loss(made: Program) -> Any:
-    """Of weights, batch and numbers, as the train step computes it."""
+    """Returns the loss of weights, batch and candidates, as the train step computes it."""
     size = (1 + NEGATIVES) * RESPONSE
     return lambda params, batch, numbers: made.loss(params, batch, Choice(numbers), size)[0]
 
@@ -129,7 +129,7 @@ def numbers(rows: int) -> jax.ShapeDtypeStruct:
 
 
 def saved(made: Program, rows: int, model: DecoderConfig = MODEL) -> int:
-    """Bytes of the record of scoring a pool, and of what differentiation keeps beside it."""
+    """Returns the bytes of a pool's record, and of what differentiation keeps beside it."""
 
     def held(params: Any, batch: Batch, numbers: Any) -> Any:
         record = made.scorer(params, batch, record=True).record
@@ -191,8 +191,8 @@ def test_a_fused_kernel_holds_no_scores(remat: str) -> None:
     many = dataclasses.replace(one, heads=one.heads + 1)
     pool, chunk, trained = layouts("rectangle", 2)
     for layout in (trained, trained._replace(prompt=400)):
-        for of in (memory_lib.backward_bytes, memory_lib.forward_bytes):
-            assert of(many, layout) - of(one, layout) <= 4 * layout.tokens * one.layers
+        for count in (memory_lib.backward_bytes, memory_lib.forward_bytes):
+            assert count(many, layout) - count(one, layout) <= 4 * layout.tokens * one.layers
     assert memory_lib.scoring_bytes(one, pool, chunk) < memory_lib.scoring_bytes(
         dataclasses.replace(one, fused=False, heads=24), pool, chunk
     )
@@ -218,13 +218,13 @@ def test_useful_flops_count_pairs_that_see_each_other() -> None:
     prompts, responses = np.array([5, 3]), np.array([[2, 4], [1, 0]])
     of_prompts, behind = flops_lib.useful_flops(model, prompts, responses)
     for b in range(2):
-        # Query by query: a prompt's token sees those before it, a response's the prompt too.
+        # Query by query: a token of a prompt sees those before it, of a response the prompt too.
         want = 0
         for layer in range(model.layers):
             for place in range(prompts[b]):
                 if layer < model.layers - 1 or place == prompts[b] - 1:
                     want += 2 * model.layer_weights + 4 * model.query_width * (place + 1)
-                else:  # The last layer wants no more of it than what others see.
+                else:  # The last layer needs only what other tokens see: keys and values.
                     want += 2 * model.hidden * 2 * model.key_width
         assert of_prompts[b] == want
         for c, length in enumerate(responses[b]):
@@ -247,7 +247,7 @@ WORKLOAD = Workload(
     ],
 )
 def test_temporaries_are_near_those_of_xla(remat: str, changes: dict[str, Any]) -> None:
-    """Of the whole train step in float32, where activations are most of it."""
+    """For the whole train step in float32, where activations are most of it."""
     case = Case.make(dataclasses.replace(WORKLOAD, **changes))
     found = estimate_case(case, remat)
     assert found.temporaries > 3 * found.gradients
@@ -270,7 +270,7 @@ def test_peak_with_an_offloaded_state_and_several_micro_batches() -> None:
 
 @pytest.fixture
 def hf_folder(tmp_path: Path) -> Path:
-    """Architecture and tokenizer of a model, without its weights."""
+    """A model folder with architecture and tokenizer, without weights."""
     folder = tmp_path / "model"
     train_tokenizer([" ".join(WORDS)], 300, folder)
     (folder / "config.json").write_text(json.dumps(hf_config(vocab_size=320)))

@@ -18,6 +18,7 @@ from mass_dpo_jax import metrics
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.report import make_report
 from mass_dpo_jax.reports.paper import cells, figures, paired, runs, tables
+from mass_dpo_jax.training.methods import METHODS
 from tests.support.processes import command, environment
 
 ROWS, CANDIDATES = 120, 6
@@ -175,7 +176,7 @@ def test_what_is_not_finished_is_marked_and_listed(folder: Path, tmp_path: Path)
 
 
 def direct(folder: Path, kind: str) -> np.ndarray:
-    """Of every test row, whether the chosen response scores above all others."""
+    """Returns for every test row whether the chosen response scores above all others."""
     final, start = (np.load(folder / f"logps-{name}.npy") for name in ("final", "start"))
     scores = np.where(final < 0, final - start if kind == "reward" else final, -np.inf)
     return (scores[:, :1] > scores[:, 1:]).all(1).astype(float)
@@ -253,6 +254,10 @@ def test_models_are_named_by_where_training_began(tmp_path: Path):
     assert found["third"].model == "Tiny-Llama"  # Found again after a move, by the end of its path.
     assert found["third"].start == "mass_dpo (pool_fisher, step)"
     assert (found["alone"].model, found["alone"].start) == ("scratch", "")
+
+
+def test_every_method_has_its_place_in_tables():
+    assert {*cells.METHODS, "mass_dpo"} == set(METHODS)
 
 
 def test_labels():
