@@ -13,7 +13,7 @@ shared_prefix.py and replay.py:
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jax import Array
@@ -23,6 +23,7 @@ from jaxtyping import Float
 KEY_VALUE = ("key", "value")  # Projections that the last layer computes for all tokens, too.
 
 
+@runtime_checkable
 class Attend(Protocol):
     """One layer's attention: what attends to what is up to the function."""
 
@@ -41,6 +42,7 @@ class Attend(Protocol):
         ...
 
 
+@runtime_checkable
 class Attention(Protocol):
     """An implementation: the module attention.py, or a `FusedAttention`."""
 
