@@ -4,8 +4,10 @@ r"""MASS-DPO on adapters beside a frozen model in 4 bits (QLoRA): 3B to 4B model
         --config.model.path=DIR --config.data.name=lastfm --config.data.path=DIR \
         --workdir=runs/qlora
 
-where model.path is a folder with a Llama 3.x, Qwen3 or SmolLM3 as downloaded from Hugging Face.
-`--config.model.lora.base=bfloat16` keeps the frozen weights as most are published: plain LoRA.
+Model: a folder with a Llama 3.x, Qwen3 or SmolLM3 as downloaded from Hugging Face. For plain LoRA,
+--config.model.lora.base=bfloat16 keeps the frozen weights as most are published.
+Hardware: each device holds a whole model. --config.dry_run=True prints what a step needs.
+Time and results: not measured.
 """
 
 from ml_collections import ConfigDict
@@ -18,7 +20,7 @@ def get_config() -> ConfigDict:
     c.model.lora.rank = 16
     c.model.lora.alpha = 32.0
     c.model.lora.base = "nf4"
-    c.mesh.data = -1  # Adapters are small: every device holds a whole model.
+    c.mesh.data = -1  # The frozen weights are small: every device holds a whole model.
     c.mesh.fsdp = 1
     c.train.micro_batch_size = 8
     c.eval.batch_size = 8

@@ -1,8 +1,9 @@
-"""The embedded default: a small model, its tokenizer and its world are made on the spot.
+"""A small model with random weights on synthetic data: nothing to download.
 
     python -m mass_dpo_jax.train --config=configs/tiny.py --workdir=runs/tiny
 
-`launch/quickstart.sh` runs it in two stages, a supervised warm start and MASS-DPO.
+Hardware: a CPU is enough. `launch/quickstart.sh` trains with these settings in two stages, a
+supervised warm start and MASS-DPO, in about two minutes on two cores; README.md has its result.
 """
 
 from ml_collections import ConfigDict
@@ -12,12 +13,12 @@ from mass_dpo_jax import config
 
 def get_config() -> ConfigDict:
     c = config.default()
-    c.model.remat = "dots"  # There is memory enough.
+    c.model.remat = "dots"  # Memory is no constraint here.
     c.data.name = "synthetic"
     c.data.chat_template = "none"
-    c.data.list_candidates = False  # A model this small cannot look names up in a list.
+    c.data.list_candidates = False  # A model this small cannot copy names from a list.
     c.data.max_validation = 1000
-    c.beta = 1.0  # A small model far from done: the reference is no place to stay close to.
+    c.beta = 1.0  # The reference is a poor model: no reason to stay close to it.
     c.train.steps = 400
     c.train.batch_size = 32
     c.train.micro_batch_size = 32

@@ -5,9 +5,9 @@ r"""Measures how a model ranks and rewards the full candidate lists of a split.
     python -m mass_dpo_jax.evaluate --config=llama3 --config.model.path=DIR \
         --config.data.name=lastfm --config.data.path=DIR --split=test --output=metrics.json
 
-With --workdir, the newest checkpoint of a run, its own settings unless --config is given, and the
-reference it was trained against. Otherwise the Hugging Face folder or run at --config.model.path;
-there, `reward/*` needs --config.model.reference_path.
+--workdir evaluates the newest checkpoint of a run against the reference that it was trained with,
+with the run's own settings unless --config is given. Without it, the Hugging Face folder or run at
+--config.model.path is evaluated; `reward/*` then needs --config.model.reference_path.
 """
 
 from __future__ import annotations

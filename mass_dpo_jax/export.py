@@ -9,10 +9,10 @@ files of at most --max_shard_gb; config.json, with rotary settings as transforme
 since version 5 and as readers before it look for them; the tokenizer with the chat template of
 training; generation_config.json; and README.md, a model card with the run's settings and metrics.
 
-It appears whole or not at all, and must not exist before. Our own commands take it, too, as
---config.model.path. Weights are stored in the type the run computed in (config.model.dtype), or in
-that of --dtype: training keeps float32. A run with LoRA is its base with the adapters added; with
---adapters only those are written, in PEFT's format.
+The folder must not exist before, and appears complete or not at all. The other commands take it as
+--config.model.path. Weights are stored in the type that the run computed in (config.model.dtype) or
+in --dtype; training itself keeps float32. A run with LoRA is written with its adapters
+merged into the base; --adapters writes only the adapters, in PEFT's format.
 """
 
 from __future__ import annotations

@@ -6,11 +6,11 @@ r"""Writes log-probabilities and rewards of every response, one JSON line per ex
     python -m mass_dpo_jax.score --workdir=runs/lastfm --config=llama3 \
         --config.data.path=others.jsonl --output=scores.jsonl
 
-Each line: `id`; `logps`, that of the chosen response and then of each rejected one as the row lists
-them; with a reference (--config.model.reference_path, or that of the run in --workdir) `ref_logps`
-and `rewards`; `response_tokens`, end of sequence included. A response that is left out as too long
-(config.data.long_response=drop) has null in each. In the order of the input, and all of it:
-config.data.max_* is not applied.
+Each line has `id`; `logps` of the chosen response and then of each rejected one in the row's order;
+with a reference (--config.model.reference_path, or that of the run in --workdir) `ref_logps` and
+`rewards`; and `response_tokens`, end of sequence included. A response that is left out as too long
+(config.data.long_response=drop) has null in each. Lines are in the order of the input, and all rows
+are scored: config.data.max_* is not applied.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ FLAGS = flags.FLAGS
 
 
 def score(config: ConfigDict, workdir: Path | None, split: str | None) -> Iterator[dict[str, Any]]:
-    """One object per example, in the order of the input.
+    """Yields one object per example, in the order of the input.
 
     Raises:
-      UserError: something in the configuration, the data or the model folder is wrong.
+        UserError: something in the configuration, the data or the model folder is wrong.
     """
     import numpy as np
 

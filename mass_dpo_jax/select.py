@@ -6,22 +6,21 @@ r"""Chooses negatives without training, for people who train elsewhere.
     python -m mass_dpo_jax.select --features=features.npy --config.num_negatives=3 \
         --config.selection.criterion=contrast --output=selected.jsonl
 
-The first forms score every response with a model and write the data again with the chosen
-negatives only: with --format=lists one object per prompt, as this program reads them, with
+The first two forms score every response with a model and write the data again with only the picks
+as negatives: --format=lists writes one object per prompt, which this program can read;
 --format=pairs one per pair, in the columns of TRL's DPOTrainer (prompt, chosen, rejected). Each
-object also says `id`, `selected` (places in the example's own list of rejected responses, counted
-from 0, in order of choice) and `gains`; a pair its own of both, and an id of its own. Prompts are
-written as they are, also those that are cut to config.data.max_prompt_length when scored; in pairs,
-strings that were scored inside a chat template become chat messages, since TRL applies templates to
-those only.
+object also has `id`, `selected` (indices into the example's own list of rejected responses, from 0,
+in order of choice) and `gains`; a pair has its own id and one value of each. Prompts are written in
+full, even if they are cut to config.data.max_prompt_length for scoring. In pairs, strings that were
+scored inside a chat template become chat messages, since TRL applies templates to those only.
 
-The last form needs no model. --features is a .npy file [M, C, D], the chosen response first, or
-a .safetensors file with `features` and perhaps `scores` [M, C - 1] and `mask` [M, C - 1]. With
+The third form needs no model. --features is a .npy file [M, C, D], the chosen response first, or a
+.safetensors file with `features` and optionally `scores` [M, C - 1] and `mask` [M, C - 1]. With
 --config.data.path it also writes the texts of that data, whose rows must be in the same order.
 
-Without a reference (--config.model.reference_path, or that of the run in --workdir; `scores` of
-the last form) all scores are 0, as at the start of training. All rows are used:
-config.data.max_* is not applied.
+Without a reference (--config.model.reference_path, or that of the run in --workdir; `scores` in the
+third form) all scores are 0, as at the start of training. All rows are used: config.data.max_* is
+not applied.
 """
 
 from __future__ import annotations

@@ -6,10 +6,10 @@ r"""Trains a policy on preferences with several negatives.
     python -m mass_dpo_jax.train --config=llama3 --config.model.path=DIR \
         --config.data.name=lastfm --config.data.path=DIR --config.dry_run=True
 
-Run again on the same --workdir, it goes on from the newest checkpoint; --config may then be left
-out. With --config.dry_run=True it only says what a step needs of memory and arithmetic. The work
-folder gets config.json, metrics.jsonl, metrics.json, report.html (with figures/), tensorboard/,
-checkpoints/ and model/ (architecture and tokenizer), and can be given to the other commands, and to
+The same command again resumes from the newest checkpoint in --workdir; --config may then be left
+out. --config.dry_run=True only prints the memory and arithmetic that a step needs. The run folder
+gets config.json, metrics.jsonl, metrics.json, report.html (with figures/), tensorboard/,
+checkpoints/ and model/ (architecture and tokenizer). The other commands take it as --workdir, and
 this one as --config.model.path.
 """
 
@@ -34,15 +34,15 @@ FLAGS = flags.FLAGS
 
 
 def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
-    """Trains, or goes on training.
+    """Trains, or resumes training.
 
     Returns:
-      What it wrote to metrics.json: `start` and `final`, metrics of the test split (without one,
-      of the validation split), and `gain`, the difference with paired standard errors.
+        The content of metrics.json: `start` and `final`, metrics of the test split (without one,
+        of the validation split), and `gain`, the difference with paired standard errors.
 
     Raises:
-      UserError: something in the configuration, the data or the model folder is wrong, or another
-        training is at work in `workdir`.
+        UserError: something in the configuration, the data or the model folder is wrong, or another
+            training is at work in `workdir`.
     """
     from mass_dpo_jax.training import loop
 
@@ -97,5 +97,5 @@ def main() -> None:
 if __name__ == "__main__":
     cli.define_config()
     cli.define_processes()
-    cli.define_path("workdir", "Folder that the run keeps all it writes in.")
+    cli.define_path("workdir", "Folder for everything that the run writes.")
     cli.run(main, resumes=True)
