@@ -248,16 +248,16 @@ def test_a_run_does_not_go_on_with_other_data(
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, float], None]]:
     """Sets the reference log-prob of an example's chosen response: its loss becomes NaN, or its
     gradient infinite."""
-    real = Setup.reference
+    real = Setup.score_reference
 
     def poison(name: str, value: float) -> None:
-        def reference(self: Setup, params: Any) -> Any:
+        def score_reference(self: Setup, params: Any) -> Any:
             found = real(self, params)
             table = found.logps["train"].copy()
             table[self.tokens["train"].ids.index(name)] = value
             return found._replace(logps={**found.logps, "train": table})
 
-        monkeypatch.setattr(Setup, "reference", reference)
+        monkeypatch.setattr(Setup, "score_reference", score_reference)
 
     yield poison
 
