@@ -81,8 +81,8 @@ def _candidates(key: jax.Array, kind: str, dimension: int) -> jax.Array:
     if kind == "iid":
         return features
     centres = _unit(jax.random.normal(centre, (PROMPTS, CENTRES, dimension)))
-    mine = jax.random.randint(which, (PROMPTS, NEGATIVES + 1, 1), 0, CENTRES)
-    return _unit(jnp.take_along_axis(centres, mine, axis=1) + 0.3 * features)
+    nearest = jax.random.randint(which, (PROMPTS, NEGATIVES + 1, 1), 0, CENTRES)
+    return _unit(jnp.take_along_axis(centres, nearest, axis=1) + 0.3 * features)
 
 
 def _unit(x: jax.Array) -> jax.Array:
@@ -103,10 +103,10 @@ def choose(gram: jax.Array, scores: jax.Array, key: jax.Array, criterion: str, n
     Returns:
         int32 [M, N], the place of each negative in the order of choice; n for those not chosen.
     """
-    how = selection.Settings(criterion=criterion, ridge=RIDGE)
+    settings = selection.Settings(criterion=criterion, ridge=RIDGE)
     keys = jax.random.split(key, scores.shape[0])
     pools = selection.Pool(gram, scores, jnp.ones(scores.shape, bool), keys)
-    picks = selection.select(pools, n, how).indices
+    picks = selection.select(pools, n, settings).indices
     hits = picks[..., None] == jnp.arange(NEGATIVES)
     return jnp.where(hits.any(1), jnp.argmax(hits, axis=1), n)
 
@@ -145,12 +145,12 @@ def gradient(
 ) -> jax.Array:
     """Mean over prompts of beta (1 - sigma(Z)) sum_j w_j phi_j: [d].
 
-    Without `weights` it is that of the Plackett-Luce loss on the members, Eq. 9.
+    Without `weights` it is the gradient of the Plackett-Luce loss on the members, Eq. 9.
 
     Args:
         features: [M, C, d].
         scores: [M, N].
-        members: bool [M, N], whom Z is about.
+        members: bool [M, N], the negatives in Z.
         weights: [M, N], w; None for the softmax of the members' scores.
     """
     scores = jnp.where(members, scores, -jnp.inf)
@@ -179,7 +179,7 @@ def fit(
         scores = logits[:, 1:] - logits[:, :1]
         now = jax.random.fold_in(key, t)
         weights = None
-        if method.criterion in DRAWS:  # Members are everyone: Z is the whole pool's.
+        if method.criterion in DRAWS:  # All are members: Z is of the whole pool.
             weights = draw(scores, now, method.criterion, n)
         elif method.refresh < ONCE:
             members = lax.cond(
@@ -232,21 +232,21 @@ def measure_all(world: World, sizes: Sequence[int], key: jax.Array) -> dict[str,
     largest = max((n for n in sizes if n < NEGATIVES), default=1)
 
     def error(members: jax.Array, method: Method = METHODS["all"], n: int = 0) -> list[float]:
-        found = measure(fit(world.features, gram, members, key, method, n), world)
-        return [float(x) for x in found]
+        measured = measure(fit(world.features, gram, members, key, method, n), world)
+        return [float(x) for x in measured]
 
     full = error(everyone)
     errors: dict[str, list[list[float]]] = {}
     for name, method in METHODS.items():
         if method.refresh == ONCE and name != "all":
             # A greedy set of n is the beginning of a larger one; so is a random one.
-            places = choose(gram, jnp.zeros(everyone.shape), key, method.criterion, largest)
+            order = choose(gram, jnp.zeros(everyone.shape), key, method.criterion, largest)
         errors[name] = []
         for n in sizes:
             if name == "all" or (n == NEGATIVES and method.criterion not in DRAWS):
                 errors[name].append(full)
             elif method.refresh == ONCE:
-                errors[name].append(error(places < n))
+                errors[name].append(error(order < n))
             else:
                 errors[name].append(error(everyone, method, n))
     return {name: np.array(values) for name, values in errors.items()}
@@ -260,18 +260,20 @@ def run(seeds: int) -> tuple[Results, Results]:
     by_size: Results = {}
     by_dimension: Results = {}
     for kind in WORLDS:
-        found: dict[int, list[dict[str, np.ndarray]]] = {d: [] for d in DIMENSIONS}
+        errors: dict[int, list[dict[str, np.ndarray]]] = {d: [] for d in DIMENSIONS}
         for seed in tqdm(range(seeds), desc=kind, disable=None):
             key = jax.random.key(seed)
             for d in DIMENSIONS:
                 sizes = SIZES if d == DIMENSION else (SIZE,)
                 world = draw_world(key, kind, d)
-                found[d].append(measure_all(world, sizes, jax.random.fold_in(key, 1)))
-        both = {d: {m: np.array([one[m] for one in found[d]]) for m in METHODS} for d in found}
-        by_size[kind] = both[DIMENSION]
-        place = {d: SIZES.index(SIZE) if d == DIMENSION else 0 for d in DIMENSIONS}
+                errors[d].append(measure_all(world, sizes, jax.random.fold_in(key, 1)))
+        stacked = {
+            d: {m: np.array([seed[m] for seed in errors[d]]) for m in METHODS} for d in errors
+        }
+        by_size[kind] = stacked[DIMENSION]
+        row = {d: SIZES.index(SIZE) if d == DIMENSION else 0 for d in DIMENSIONS}
         by_dimension[kind] = {
-            m: np.stack([both[d][m][:, place[d]] for d in DIMENSIONS], axis=1) for m in METHODS
+            m: np.stack([stacked[d][m][:, row[d]] for d in DIMENSIONS], axis=1) for m in METHODS
         }
     return by_size, by_dimension
 
@@ -297,13 +299,13 @@ def table(results: Mapping[str, np.ndarray], heads: Sequence[str], baseline: str
 
 def parts(results: Results, n: int) -> str:
     """Markdown: scale of the learnt logits and error once rescaled, per cent, for one n and d."""
-    place = SIZES.index(n)
+    row = SIZES.index(n)
     heads = [f"{kind}: {what}" for kind in results for what in ("scale", "rescaled")]
     lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for name in METHODS:
         cells = []
         for kind in results:
-            values = results[kind][name][:, place, 1:] * [1, 100]
+            values = results[kind][name][:, row, 1:] * [1, 100]
             mean, error = values.mean(axis=0), values.std(axis=0, ddof=1) / np.sqrt(len(values))
             cells += [f"{mean[0]:.2f} ± {error[0]:.2f}", f"{mean[1]:.1f} ± {error[1]:.1f}"]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")

@@ -40,6 +40,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 SHAPES_CHECKED = [
     "mass_dpo_jax.losses",
     "mass_dpo_jax.metrics",
+    "mass_dpo_jax.selection",
     "mass_dpo_jax.theory",
 ]
 jaxtyping.install_import_hook(SHAPES_CHECKED, "beartype.beartype")

@@ -162,16 +162,8 @@ def search_greedily(
 ) -> tuple[Selection, Int[Array, ""]]:
     """Selects n candidates; returns also how many sweeps it took (the first finds squared norms).
 
-    Args:
-        features: as `shard_rows` gives them, like scores and mask.
-        scores: of the candidates.
-        mask: which may be chosen.
-        chosen: any values for `pool_fisher`.
-        scale: 1 / ridge, which multiplies products of design vectors.
-        n: static, like all that follow.
-        criterion: one of `CRITERIA`.
-        feature_norm: as in `Settings`.
-        mesh: over which the candidates are split.
+    Arrays [N, ...] are as `shard_rows` gives them; `chosen` is not read for `pool_fisher`. `scale`,
+    1 / ridge, multiplies products of design vectors. All that follows it is static.
     """
     weights = criteria.pool_weights(scores, mask)
     axes = _axes(mesh)

@@ -515,6 +515,7 @@ def test_the_examples_in_docstrings_run(module):
     assert doctest.testmod(module).attempted > 0
 
 
+@pytest.mark.usefixtures("shapes_unchecked")
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
@@ -541,6 +542,7 @@ def test_settings_that_cannot_be_are_errors_in_one_line(field, value, message):
         Settings(**{field: value})
 
 
+@pytest.mark.usefixtures("shapes_unchecked")
 def test_numbers_of_any_library_are_settings_with_the_same_programs():
     ridge = np.float32(0.25)
     for number in (ridge, np.array(ridge), jnp.array(ridge)):
@@ -548,6 +550,7 @@ def test_numbers_of_any_library_are_settings_with_the_same_programs():
         assert found == Settings(ridge=0.25, fisher_scale=True) and type(found.ridge) is float
 
 
+@pytest.mark.usefixtures("shapes_unchecked")
 def test_what_is_no_whole_number_or_no_mask_is_refused():
     features = np.random.default_rng(0).normal(size=(2, 5, 3))
     for n in (2.0, "2", None, 2.5):

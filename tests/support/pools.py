@@ -6,6 +6,7 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mass_dpo_jax import selection
@@ -25,9 +26,10 @@ class Pool(NamedTuple):
 
 
 def to_select(pools, how):
-    gram = (
-        None if pools.features is None else selection.compute_grams(pools.features, pools.mask, how)
-    )
+    pools = jax.tree.map(jnp.asarray, pools)
+    gram = None
+    if pools.features is not None:
+        gram = selection.compute_grams(pools.features, pools.mask, how)
     return selection.Pool(gram, pools.scores, pools.mask, pools.key)
 
 
