@@ -22,6 +22,7 @@ Files:
     fields.py           typed access to a config.json
     weights.py          weights of a Hugging Face folder, read and written
     peft_format.py      adapters in PEFT's folders, read and written
+    hf_folder.py        whole models written as Hugging Face folders
     tensors.py          safetensors files
     folder.py           what a folder holds in place of what was expected
 """
