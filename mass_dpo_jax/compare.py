@@ -51,7 +51,7 @@ def plot(runs: Sequence[Path], output: Path) -> None:
 
 
 def main() -> None:
-    """The command: run folders in, a table to the terminal, and perhaps a picture."""
+    """Prints the table of the runs on the command line, and draws their curves if asked to."""
     parser = Parser(__doc__)
     parser.add_argument("run", nargs="+", type=expand_argument, help="folder of a run")
     parser.add_argument("--plot", type=png_path, help="a PNG to write the training curves to")

@@ -29,7 +29,7 @@ def evaluate(config: ConfigDict, workdir: Path | None, split: str | None) -> dic
     """Metrics of `metrics.evaluate_logps`, by name.
 
     Raises:
-      UserError: something in the configuration, the data or the model folder is wrong.
+        UserError: something in the configuration, the data or the model folder is wrong.
     """
     from mass_dpo_jax import metrics
     from mass_dpo_jax.training import scoring

@@ -44,19 +44,19 @@ def export(
     """Writes the policy of the run in `workdir` to the new folder `output`.
 
     Args:
-      workdir: a run folder.
-      output: does not exist yet, or is an empty folder.
-      step: of the checkpoint; None: the newest.
-      dtype: "float32" or "bfloat16", of the stored weights; None: `model.dtype` of the run.
-      max_shard_gb: of a file, in 10^9 bytes.
-      base_model: what the card, or the adapters' settings, call the model that training started
-        from; empty: the name of its folder.
-      adapters: of a run with LoRA, write the adapters alone, in PEFT's format.
-      base_path: of a run with LoRA, where its base lies now; empty: where it lay.
+        workdir: a run folder.
+        output: does not exist yet, or is an empty folder.
+        step: of the checkpoint; None: the newest.
+        dtype: "float32" or "bfloat16", of the stored weights; None: `model.dtype` of the run.
+        max_shard_gb: of a file, in 10^9 bytes.
+        base_model: what the card, or the adapters' settings, call the model that training started
+            from; empty: the name of its folder.
+        adapters: of a run with LoRA, write the adapters alone, in PEFT's format.
+        base_path: of a run with LoRA, where its base lies now; empty: where it lay.
 
     Raises:
-      UserError: there is no such run or checkpoint, `output` is taken or cannot be written, or
-        `dtype` or `max_shard_gb` is another.
+        UserError: there is no such run or checkpoint, `output` is taken or cannot be written, or
+            `dtype` or `max_shard_gb` is another.
     """
     from mass_dpo_jax.reports import model_card
     from mass_dpo_jax.training.export import export_run

@@ -23,10 +23,10 @@ def make_report(folders: Sequence[Path], output: Path, numbers: Path | None = No
     """Writes the report on all runs in and below the folders into the folder `output`.
 
     Args:
-      numbers: a CSV file with the paper's own numbers; None: the one of the package.
+        numbers: a CSV file with the paper's own numbers; None: the one of the package.
 
     Raises:
-      UserError: there are no runs, or `numbers` is not a table of the paper's numbers.
+        UserError: there are no runs, or `numbers` is not a table of the paper's numbers.
     """
     from mass_dpo_jax.reports.paper import report
 
@@ -38,7 +38,7 @@ def make_report(folders: Sequence[Path], output: Path, numbers: Path | None = No
 
 
 def main() -> None:
-    """The command: folders with runs in; a folder with the report out."""
+    """Writes the report on the folders that the command line names."""
     parser = Parser(__doc__)
     parser.add_argument(
         "folder", nargs="+", type=expand_argument, help="folder with runs in it, or a run"

@@ -13,6 +13,7 @@ LAYERS = (
     {"errors"},
     {"utils"},
     {"config"},
+    {"config_checks"},
     {"losses", "metrics", "theory", "selection", "models", "data"},
     {"runs"},
     {"training"},
