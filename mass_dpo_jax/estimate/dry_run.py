@@ -20,8 +20,8 @@ from ml_collections import ConfigDict
 
 from mass_dpo_jax.config import parse_refresh
 from mass_dpo_jax.data.batches import Shape
+from mass_dpo_jax.estimate import activations, memory
 from mass_dpo_jax.estimate import flops as flops_lib
-from mass_dpo_jax.estimate import memory
 from mass_dpo_jax.estimate.memory import MemoryEstimate, StepLayout
 from mass_dpo_jax.estimate.sizes import BatchLayout, DeviceModel
 from mass_dpo_jax.models.fused_attention import FusedAttention
@@ -211,7 +211,7 @@ def _evaluation_bytes(setup: Setup, mesh: Mesh) -> int:
     shapes = [shape for buckets in setup.buckets.values() for shape in buckets.shapes]
     pools = [layouts(setup, shape, batch)[0] for shape in shapes]
     model, chunk = device_model(setup, mesh), setup.program.scorer.chunk
-    return max(memory.scoring_bytes(model, pool, chunk) for pool in pools)
+    return max(activations.scoring_bytes(model, pool, chunk) for pool in pools)
 
 
 def _header(config: ConfigDict, mesh: Mesh, shape: Shape) -> str:

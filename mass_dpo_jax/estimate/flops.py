@@ -51,7 +51,7 @@ def scoring_flops(model: DeviceModel, layout: BatchLayout, chunk: int | None) ->
     Args:
         model: the model.
         layout: the pool.
-        chunk: as for `memory.scoring_bytes`.
+        chunk: as for `activations.scoring_bytes`.
     """
     if chunk is None or chunk >= layout.groups:
         return forward_flops(model, layout)

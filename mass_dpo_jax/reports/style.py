@@ -63,20 +63,22 @@ def show_percent(ax: Axes) -> None:
     ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
 
-def add_legend(place: Axes | Figure, lines: Iterable[tuple[str, str, Any]], **options: Any) -> None:
+def add_legend(
+    target: Axes | Figure, lines: Iterable[tuple[str, str, Any]], **options: Any
+) -> None:
     """Adds a legend of lines to axes or a figure.
 
     Args:
-        place: the axes or figure.
+        target: the axes or figure.
         lines: label, colour and dashes of each line.
         options: further ones of `legend`.
     """
-    width = 2.0 if isinstance(place, Figure) else 1.5
+    width = 2.0 if isinstance(target, Figure) else 1.5
     handles = [
         Line2D([], [], color=colour, linestyle=dashes, linewidth=width, label=label)
         for label, colour, dashes in lines
     ]
-    place.legend(handles=handles, frameon=False, **options)
+    target.legend(handles=handles, frameon=False, **options)
 
 
 def to_png(figure: Figure) -> bytes:

@@ -21,6 +21,7 @@ from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.data.batches import Batch
 from mass_dpo_jax.data.tokenizer import train_tokenizer
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.estimate import activations
 from mass_dpo_jax.estimate import dry_run as dry_run_lib
 from mass_dpo_jax.estimate import flops as flops_lib
 from mass_dpo_jax.estimate import memory as memory_lib
@@ -158,7 +159,7 @@ def test_kept_bytes_are_the_record_and_what_differentiation_saves(
 
     def kept(rows: int) -> int:
         pool, _, trained = layouts(layout, rows)
-        return memory_lib.kept_bytes(model, pool, trained)
+        return activations.kept_bytes(model, pool, trained)
 
     made = program(remat, layout, dtype)
     # What does not grow with the batch are weights.
@@ -181,7 +182,7 @@ def test_kept_bytes_of_a_fused_kernel(
 
     pool, _, trained = layouts(layout, 4)
     found = saved(made, 6, config) - saved(made, 2, config)
-    assert memory_lib.kept_bytes(model, pool, trained) == pytest.approx(found, rel=0.04)
+    assert activations.kept_bytes(model, pool, trained) == pytest.approx(found, rel=0.04)
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
@@ -191,9 +192,9 @@ def test_a_fused_kernel_holds_no_scores(remat: str) -> None:
     many = dataclasses.replace(one, heads=one.heads + 1)
     pool, chunk, trained = layouts("rectangle", 2)
     for layout in (trained, trained._replace(prompt=400)):
-        for count in (memory_lib.backward_bytes, memory_lib.forward_bytes):
+        for count in (activations.backward_bytes, activations.forward_bytes):
             assert count(many, layout) - count(one, layout) <= 4 * layout.tokens * one.layers
-    assert memory_lib.scoring_bytes(one, pool, chunk) < memory_lib.scoring_bytes(
+    assert activations.scoring_bytes(one, pool, chunk) < activations.scoring_bytes(
         dataclasses.replace(one, fused=False, heads=24), pool, chunk
     )
 

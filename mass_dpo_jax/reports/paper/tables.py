@@ -136,8 +136,8 @@ def _accuracy(cells: Sequence[Cell], paper: PaperNumbers) -> Table:
                 starts = [_start_accuracy(own, dataset) for dataset in datasets]
                 rows.append(["before training", "", "", *starts])
             for method in methods:
-                found = {c.dataset: c for c in own if (c.method, c.n, c.beta) == method}
-                entries = [_entry("1", found.get(d), metric, paper) for d in datasets]
+                row = {c.dataset: c for c in own if (c.method, c.n, c.beta) == method}
+                entries = [_entry("1", row.get(d), metric, paper) for d in datasets]
                 if any(entries):  # Supervised training has no rewards.
                     rows.append([*map(_plain, method), *entries])
             header = ["method", "n", "beta", *datasets]
