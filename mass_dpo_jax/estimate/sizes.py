@@ -1,7 +1,7 @@
 """Sizes that the memory and the arithmetic of a train step are computed from.
 
-The other modules take both from a `DeviceModel`, the decoder on one device, and a `BatchLayout`, the
-tokens of a micro-batch on it.
+The other modules take both from a `DeviceModel`, the decoder on one device, and a `BatchLayout`,
+the tokens of a micro-batch on it.
 """
 
 from __future__ import annotations
