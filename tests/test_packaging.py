@@ -29,7 +29,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def project() -> set[str]:
     """The files of the checkout, without what tools leave there."""
-    folders = ("benchmarks", "configs", "docs", "launch", "mass_dpo_jax", "tests")
+    folders = ("benchmarks", "configs", "docs", "examples", "launch", "mass_dpo_jax", "tests")
     paths = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
     paths += [
         path for kind in ("md", "cfg", "toml", "cff", "yml") for path in ROOT.glob(f"*.{kind}")
