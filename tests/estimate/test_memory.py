@@ -210,7 +210,7 @@ def test_flops_are_those_of_the_programs_products(remat: str, layout: str) -> No
     counted = cost.counted(jax.make_jaxpr(jax.grad(loss(made)))(params, batch, numbers(rows)).jaxpr)
     assert flops_lib.training_flops(model, trained) == pytest.approx(counted, rel=0.02)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    counted = cost.counted(jax.make_jaxpr(made.choose)(params, batch, key).jaxpr)
+    counted = cost.counted(jax.make_jaxpr(made.choose_batch)(params, batch, key).jaxpr)
     assert flops_lib.scoring_flops(model, pool, chunk) == pytest.approx(counted, rel=0.02)
 
 
