@@ -16,6 +16,7 @@ from mass_dpo_jax import config
 
 
 def get_config() -> ConfigDict:
+    """Returns the configuration."""
     c = config.paper()
     c.model.lora.rank = 16
     c.model.lora.alpha = 32.0

@@ -12,6 +12,7 @@ from mass_dpo_jax import config
 
 
 def get_config() -> ConfigDict:
+    """Returns the configuration."""
     c = config.default()
     c.model.remat = "dots"  # Memory is no constraint here.
     c.data.name = "synthetic"

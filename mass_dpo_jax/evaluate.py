@@ -48,6 +48,7 @@ def evaluate(config: ConfigDict, workdir: Path | None, split: str | None) -> dic
 
 
 def main() -> None:
+    """Prints the metrics that the flags ask for."""
     config = cli.read_config()
     from mass_dpo_jax.utils import distributed
 

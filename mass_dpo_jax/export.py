@@ -75,6 +75,7 @@ def export(
 
 
 def main() -> None:
+    """Writes the folder that the flags ask for."""
     if FLAGS.workdir is None:
         raise UserError("--workdir is missing: the run to export")
     if FLAGS.output is None:

@@ -69,6 +69,7 @@ def score(config: ConfigDict, workdir: Path | None, split: str | None) -> Iterat
 
 
 def main() -> None:
+    """Writes the scores that the flags ask for."""
     config = cli.read_config()
     output = cli.check_output(FLAGS.output, "JSON-lines", config.data.path)
     count = cli.write_lines(output, score(config, FLAGS.workdir, FLAGS.split))

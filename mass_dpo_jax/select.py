@@ -36,6 +36,7 @@ FLAGS = flags.FLAGS
 
 
 def main() -> None:
+    """Writes the negatives that the flags ask for."""
     config = config_checks.resolve(FLAGS.config or config_lib.default())
     inputs = (config.data.path, FLAGS.features or "")
     output = cli.check_output(FLAGS.output, "JSON-lines", *inputs)

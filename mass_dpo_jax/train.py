@@ -61,6 +61,7 @@ def _write_report(
 
 
 def main() -> None:
+    """Trains, or prints a dry run."""
     workdir = FLAGS.workdir
     if workdir is not None:
         check_new_run(workdir)

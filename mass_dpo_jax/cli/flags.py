@@ -38,9 +38,11 @@ class PathParser(flags.ArgumentParser[Path]):
     syntactic_help = "a path"
 
     def parse(self, argument: str | Path) -> Path:
+        """Returns the path that was typed."""
         return Path(argument)
 
     def flag_type(self) -> str:
+        """Returns the type that --help shows."""
         return "path"
 
 

@@ -45,6 +45,7 @@ class Parser(argparse.ArgumentParser):
         return f"--{name}: no such flag{suggestions.did_you_mean(meant)}"
 
     def error(self, message: str) -> NoReturn:
+        """Ends the command with one line."""
         exit_with_error(message, self.description)
 
     @contextlib.contextmanager

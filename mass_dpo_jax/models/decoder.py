@@ -117,7 +117,7 @@ class Decoder(nnx.Module):
         extra: Any = None,
         outputs: OutputTokens | None = None,
     ) -> tuple[Float[Array, "B O D"], Any, LayerRecord]:
-        """Does the same as `__call__`, and also returns what replay.py needs, by `remat`."""
+        """Computes what `__call__` does, and also returns what replay.py needs, by `remat`."""
         return self._run(tokens, positions, attend, extra, outputs, recording=True)
 
     def _run(

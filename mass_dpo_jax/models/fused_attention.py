@@ -80,7 +80,7 @@ class FusedAttention:
         extra: Any = None,
         /,
     ) -> tuple[Float[Array, "B T H d"], tuple[Array, Array]]:
-        """See attention.py."""
+        """Computes what attention.py does."""
         del extra
         length = query_BTHd.shape[1]
         # No real token comes after padding, so it needs no mask.
@@ -90,7 +90,7 @@ class FusedAttention:
     def make_response_attend(
         self, prompt_lengths_B: Int[Array, " B"], segments_BEW: Int[Array, "B E W"], /
     ) -> Attend:
-        """See attention.py."""
+        """Returns what attention.py does."""
         batch, groups, length = segments_BEW.shape
 
         def attend(

@@ -48,9 +48,11 @@ class Attention(Protocol):
 
     def attend_causally(
         self, query: Array, key: Array, value: Array, extra: Any = None, /
-    ) -> tuple[Array, tuple[Array, Array]]: ...
+    ) -> tuple[Array, tuple[Array, Array]]:
+        """Lets each token attend to itself and those before it; also returns keys and values."""
 
-    def make_response_attend(self, prompt_lengths: Array, segments: Array, /) -> Attend: ...
+    def make_response_attend(self, prompt_lengths: Array, segments: Array, /) -> Attend:
+        """Returns how tokens of responses attend: to their prompt, and within their response."""
 
 
 class OutputTokens(NamedTuple):

@@ -141,8 +141,9 @@ class Logs:
 
 
 class OptionalLog:
-    """A log beside metrics.jsonl, which has all figures: the run continues without it after its
-    first error, which is logged.
+    """A log beside metrics.jsonl, which has all figures.
+
+    The run continues without it after its first error, which is logged.
 
     Args:
         name: what to call it.

@@ -113,8 +113,10 @@ def digest_content(path: Path) -> dict[str, str]:
 
 
 def check_files(workdir: Path) -> None:
-    """Raises UserError if files in a run's `model/` or `adapters/` have changed or are missing, or
-    if there are new ones that would be read."""
+    """Raises UserError if files in a run's `model/` or `adapters/` are not those it began with.
+
+    They may have changed, be missing, or be new ones that would be read.
+    """
     originals = read(workdir)["files"]
     if not originals:
         return

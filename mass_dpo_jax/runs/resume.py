@@ -43,8 +43,7 @@ _log = logging.getLogger(__name__)
 
 
 def check_settings(workdir: Path, config: ConfigDict) -> None:
-    """Raises UserError if the folder holds something other than a run, or checkpoints of a run with
-    other settings, and names them.
+    """Raises UserError, naming the settings, if the folder holds a run with others, or no run.
 
     A run without a checkpoint has nothing to lose: its folder may be taken over. Files may have
     other names: whether they are the same shows when they are read.

@@ -126,8 +126,15 @@ def use_own_files(config: ConfigDict, workdir: Path) -> ConfigDict:
 
 
 def is_own_file(value: str, workdir: Path, name: str) -> bool:
-    """Whether a value of the setting `name`, one of `origin.COPIES` or a model, names the file or
-    folder that the run was started with, or one with the same content as the run's copy."""
+    """Whether a value of a setting names what the run was started with.
+
+    That is the same file or folder, or one with the same content as the run's copy.
+
+    Args:
+        value: of the setting.
+        workdir: the run folder.
+        name: of the setting, one of `origin.COPIES` or a model.
+    """
     if not value or (name == "data.chat_template" and value in ("tokenizer", "none")):
         return False
     path = Path(value)

@@ -42,8 +42,10 @@ class RunPath(NamedTuple):
 
 
 def find_run(path: Path) -> RunPath | None:
-    """Returns the run that a path names, itself or one of its checkpoints; None: it names no run
-    (but a Hugging Face folder)."""
+    """Returns the run that a path names, itself or by one of its checkpoints.
+
+    None if it names no run, but a Hugging Face folder.
+    """
     if has_description(path):
         return RunPath(path, None)
     if path.parent.name == CHECKPOINTS and path.name.isdecimal():
@@ -97,8 +99,10 @@ def read_finished_metrics(workdir: Path) -> dict[str, Any] | None:
 
 
 def check_writable(workdir: Path) -> None:
-    """Raises UserError if nothing can be written in the folder or, where it does not exist yet, in
-    the one it would be made in: before data and weights are read."""
+    """Raises UserError if nothing can be written in the folder, before data and weights are read.
+
+    Where it does not exist yet, the folder is tried that it would be made in.
+    """
     folder = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".mass_dpo_jax-"):

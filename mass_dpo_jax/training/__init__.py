@@ -1,0 +1,28 @@
+"""Training: from a configuration to a finished run.
+
+From the outside in:
+
+    loop.py               a run: what is checked, restored, updated, evaluated and saved, in order
+    prepare.py, setup.py  the configuration taken apart: data, policy, method (`Setup`)
+    updates.py            the batches of a run, and one update after another
+    step.py               the train step, one compiled program: score, choose, loss, average, update
+    methods.py            what `config.method` means: loss, criterion, reference
+    scorer.py             the decoder as a function of weights and a batch
+    negatives.py          negatives that are kept for more than a step (`selection.refresh`)
+    optimizer.py          AdamW, its schedule, and updates that are skipped
+
+Around it:
+
+    policy.py, open_policy.py, model_paths.py   a decoder with its tokenizer, and where it comes from
+    checkpoint.py, checkpoint_reading.py        the state of a run on disk
+    evaluator.py, step_log.py                   metrics of a run, and what it prints
+    interruption.py                             signals that end a run after the current step
+    mesh.py                                     devices, and how arrays are split over them
+    data_checks.py                              whether the data has what the method needs
+
+Without training:
+
+    scored_model.py, scoring.py              passes of a model over a whole split
+    offline_selection.py, feature_files.py   negatives selected by a model, or from given features
+    export.py                                a run as a Hugging Face folder
+"""

@@ -224,8 +224,7 @@ class Checkpoints:
 
 
 def _by_layer(params: Any) -> Any:
-    """Returns how to save weights: in pieces of one layer, so that `Reader` need not hold a whole
-    stack of layers."""
+    """Returns how to save weights: by layer, so that a reader need not hold all layers at once."""
 
     def save_args(path: Any, _: Any) -> ocp.SaveArgs:
         return ocp.SaveArgs(shard_axes=(0,) if path[0].key == "blocks" else ())

@@ -119,8 +119,7 @@ def _find_step(workdir: Path, step: int | None) -> int:
 def save_model(
     output: Path, policy: Policy, params: Any, path: str, data: ConfigDict, dtype: str
 ) -> None:
-    """Writes a policy with its weights as a Hugging Face folder; with LoRA, its base with the
-    adapters added.
+    """Writes a policy as a Hugging Face folder; with LoRA, its base with the adapters added.
 
     Args:
         output: the new folder.

@@ -19,11 +19,10 @@ from mass_dpo_jax.training.checkpoint_reading import Reader
 
 
 def find_description(path: Path, setting: str = "model.path") -> Path:
-    """Returns the folder with config.json and tokenizer of a run, a checkpoint or a Hugging Face
-    folder.
+    """Returns the folder with the config.json and the tokenizer that a path leads to.
 
     Args:
-        path: of one of these.
+        path: of a run, a checkpoint or a Hugging Face folder.
         setting: the setting that names it, for messages.
 
     Raises:
@@ -61,8 +60,9 @@ def uses_lora(settings: ConfigDict) -> bool:
 
 
 def read_lora(settings: ConfigDict) -> Lora | None:
-    """Returns the form of the adapters that `config.model.lora` asks for, or that the adapters it
-    starts from have; None: no LoRA.
+    """Returns the form of the adapters that `config.model.lora` asks for; None: no LoRA.
+
+    Adapters to start from decide it themselves.
 
     Raises:
         UserError: there are no adapters at its `path`.

@@ -123,8 +123,7 @@ class Policy:
         return Weights({**params, "adapters": self._read_adapters(adapters, seed)}, digest)
 
     def check_like(self, other: DecoderConfig, name: str) -> None:
-        """Raises UserError if another model does not compute as this one; `name` is what to call
-        it."""
+        """Raises UserError, calling it `name`, if another model does not compute as this one."""
         ours, theirs = self.config.computed(), other.computed()
         differ = [field for field in ours if ours[field] != theirs[field]]
         if differ:
@@ -208,8 +207,10 @@ def _make_random(kind: Any, abstract: Any, seed: int, *settings: Any) -> Any:
 def _initializer(
     kind: Any, settings: tuple[Any, ...], tree: Any, leaves: tuple[Any, ...]
 ) -> Callable[[jax.Array], Any]:
-    """Returns a function from a key to random weights, which are made in place, shard by shard: no
-    device ever holds all of them."""
+    """Returns a function from a key to random weights.
+
+    They are made in place, shard by shard: no device ever holds all of them.
+    """
 
     def init(key: jax.Array) -> Any:
         module = kind(*settings, rngs=nnx.Rngs(key))

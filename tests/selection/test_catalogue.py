@@ -133,7 +133,7 @@ def test_eight_devices_choose_what_one_does(criterion: str) -> None:
     for count in (SIZE, SIZE // 2, 3):
         mask = np.zeros(SIZE, bool)
         mask[np.random.default_rng(1).permutation(SIZE)[:count]] = True
-        how: dict[str, Any] = {"n": N, "chosen": chosen, "criterion": criterion, "ridge": 1e-4}
+        how: dict[str, Any] = {"n": N, "chosen": chosen, "criterion": criterion, "ridge": 1e-3}
         alone = one(features, scores, mask, **how)
         assert np.asarray(alone.valid).sum() == min(count, N)
         others = mixed if criterion == "contrast" else None
@@ -179,7 +179,7 @@ def test_of_equal_candidates_the_lowest_index_is_chosen() -> None:
     features, scores, chosen = make_pool(5, size=40)
     # Everybody 20 times: more copies than the shortlist has room for.
     many, weights = np.tile(features, (20, 1)), np.tile(scores, 20)
-    how: dict[str, Any] = {"chosen": chosen, "criterion": "contrast", "ridge": 1e-4}
+    how: dict[str, Any] = {"chosen": chosen, "criterion": "contrast", "ridge": 1e-3}
     got = one(many, weights, n=30, **how)
     indices = np.asarray(got.indices).tolist()
     assert len(set(indices)) == 30
