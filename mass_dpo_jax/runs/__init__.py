@@ -1,5 +1,7 @@
 """The folder of a run: what is in it, and with what the run may be resumed.
 
+Its modules:
+
 run_folder.py     its files and checkpoints by name, and its lock
 run_config.py     config.json, with paths that lead to the files from the current folder
 origin.py         origin.json: the files and weights that the run began from, by digest

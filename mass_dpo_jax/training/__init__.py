@@ -13,7 +13,7 @@ From the outside in:
 
 Around it:
 
-    policy.py, open_policy.py, model_paths.py   a decoder with its tokenizer, and where it comes from
+    policy.py, open_policy.py, model_paths.py   a decoder with its tokenizer, and its origin
     checkpoint.py, checkpoint_reading.py        the state of a run on disk
     evaluator.py, step_log.py                   metrics of a run, and what it prints
     interruption.py                             signals that end a run after the current step

@@ -1,6 +1,8 @@
 """What everything else may use: files, processes and messages, without models or training.
 
-files.py, file_kinds.py           reading with a location in errors; writing wholly or not at all
+Its modules:
+
+files.py, file_kinds.py           reading, with a location in errors; atomic writing
 run_paths.py                      whether a path is a run folder, and what to give instead
 suggestions.py                    what a misspelt name may have meant
 cache.py, fingerprint.py          the cache folder; hashes of weights
