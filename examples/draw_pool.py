@@ -21,7 +21,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -128,7 +128,8 @@ def select(pool: ScoredPool, criterion: str) -> list[int]:
 def _draw_points(
     ax: Axes, title: str, points: np.ndarray, sizes: np.ndarray, picks: list[int]
 ) -> None:
-    negatives, outline = points[1:], {"edgecolor": "white", "linewidth": 0.8}
+    negatives = points[1:]
+    outline: dict[str, Any] = {"edgecolor": "white", "linewidth": 0.8}
     ax.set_title(title, loc="left", fontsize=10.5, color=INK)
     for index in picks:
         ax.plot(*points[[0, 1 + index]].T, color=PICKED, linewidth=1.1, alpha=0.45, zorder=1)
