@@ -133,9 +133,11 @@ def _draw_points(
     ax.set_title(title, loc="left", fontsize=10.5, color=INK)
     for index in picks:
         ax.plot(*points[[0, 1 + index]].T, color=PICKED, linewidth=1.1, alpha=0.45, zorder=1)
-    ax.scatter(*negatives.T, s=sizes, color=REST, zorder=2, **outline)
-    ax.scatter(*negatives[picks].T, s=sizes[picks], color=PICKED, zorder=3, **outline)
-    ax.scatter(*points[0], s=210, marker="*", color=CHOSEN, zorder=4, **outline)
+    ax.scatter(negatives[:, 0], negatives[:, 1], s=sizes, color=REST, zorder=2, **outline)
+    ax.scatter(
+        negatives[picks, 0], negatives[picks, 1], s=sizes[picks], color=PICKED, zorder=3, **outline
+    )
+    ax.scatter(points[0, 0], points[0, 1], s=210, marker="*", color=CHOSEN, zorder=4, **outline)
     ax.set(xticks=[], yticks=[])
     ax.margins(x=0.2, y=0.13)
     ax.spines[:].set_color("#D8DBE0")
