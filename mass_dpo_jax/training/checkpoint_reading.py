@@ -1,8 +1,8 @@
-"""Reads checkpoints: into sharded arrays, or a piece at a time, with every array's digest checked.
+"""Reads checkpoints: into sharded arrays, or a piece at a time, with digests checked.
 
 Orbax checks only its own tables when it reads: a flipped bit in a weight is a weight. A checkpoint
-therefore has a digest of every array, computed on the devices before it is written and again after
-it is read.
+therefore has digests of its weights, moments and picks, computed before it is written and again
+after it is read.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class Responses(NamedTuple):
         log_ratios: the same minus those under the reference; 0 where `valid` is False.
         lengths: in tokens.
         valid: which of the responses exist.
-        grades: the data's scores or ranks; None where the method uses none.
+        grades: the data's scores or ranks; None where the data has none.
         weights: of negatives drawn from the policy's pool weights; else None.
         pool_loss: Plackett-Luce loss of the whole pool, with `weights`.
     """
