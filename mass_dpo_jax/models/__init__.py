@@ -4,10 +4,10 @@ Computation, from the outside in:
 
     shared_prefix.py    score: log-probabilities and features of all responses of a prompt
     replay.py           replay: the recorded scores of some of them, to be differentiated
-    response_layout.py  how responses lie behind their prompt; taking the picked ones out
+    response_layout.py  how responses are laid out after the prompt; taking picks out
     decoder.py          Decoder: token ids in, final hidden states out
     block.py            one layer
-    attention.py        attention in plain operations: causal, and responses behind a prompt
+    attention.py        attention in plain operations: causal, and responses after a prompt
     fused_attention.py  the same by cuDNN's kernel, and where it can be used
     rotary.py           rotary positions
     logprobs.py         log-probabilities of tokens without all logits

@@ -1,8 +1,12 @@
-"""Attention in plain operations: causal text, and many responses behind one prompt.
+"""Attention in plain operations: causal text, and many responses after one prompt.
 
 Scores and softmax are float32; the products run in the compute type. Keys and values are never
 repeated for grouped heads: queries are split into G key/value heads of Q queries each instead.
-Suffixes of names are shapes, in the letters of interfaces.py.
+Suffixes of names are shapes:
+
+    B  examples                 H  query heads                        P  tokens of a prompt
+    T  tokens in general        G  key/value heads                    E  groups of responses
+    d  size of a head           Q  query heads of each, H / G         W  tokens of a group
 """
 
 from __future__ import annotations
@@ -25,14 +29,14 @@ def attend_causally(
     query_BTHd: Float[Array, "B T H d"],
     key_BTGd: Float[Array, "B T G d"],
     value_BTGd: Float[Array, "B T G d"],
-    extra: Any = None,
+    layer_input: Any = None,
     /,
 ) -> tuple[Float[Array, "B T H d"], tuple[Array, Array]]:
     """Lets every token see itself and those before it; keeps (keys, values). An `Attend`.
 
     Right padding needs no mask: no real token comes after it.
     """
-    del extra
+    del layer_input
     batch, length = query_BTHd.shape[:2]
     query_BGEQWd, key_BGEWd, value_BGEWd = _put_heads_first(query_BTHd, key_BTGd, value_BTGd, 1)
     scores_BGEQWW = einsum_f32("bgeqwd,bgesd->bgeqws", query_BGEQWd, key_BGEWd)
@@ -45,39 +49,42 @@ def attend_causally(
 def make_response_attend(
     prompt_lengths_B: Int[Array, " B"], segments_BEW: Int[Array, "B E W"], /
 ) -> Attend:
-    """Makes an `Attend` of responses to prompts whose (keys, values) [B, P, G, d] are `extra`.
+    """Makes an `Attend` of responses to prompts.
 
-    One softmax runs over both the prompt's keys and the response's own. Nothing is kept.
+    Its `layer_input` is the prompts' (keys, values) [B, P, G, d]. One softmax runs over both the
+    prompt's keys and the response's own. Nothing is kept.
 
     Args:
-        prompt_lengths_B: Real tokens of each prompt.
-        segments_BEW: Which response a token belongs to. Tokens see the prompt and what precedes
-            them within their group *and* segment.
+        prompt_lengths_B: number of real tokens of each prompt.
+        segments_BEW: index of the response that a token belongs to. Tokens see the prompt and what
+            precedes them within their group *and* segment.
     """
 
     def attend(
-        query_BTHd: Array, key_BTGd: Array, value_BTGd: Array, extra: Any, /
+        query_BTHd: Array, key_BTGd: Array, value_BTGd: Array, layer_input: Any, /
     ) -> tuple[Array, None]:
         batch, length = query_BTHd.shape[:2]
         groups, group_length = segments_BEW.shape[1:]
-        prompt_key_BGPd, prompt_value_BGPd = (jnp.moveaxis(x, 2, 1) for x in extra)
+        prompt_key_BGPd, prompt_value_BGPd = (jnp.moveaxis(x, 2, 1) for x in layer_input)
         query_BGEQWd, key_BGEWd, value_BGEWd = _put_heads_first(
             query_BTHd, key_BTGd, value_BTGd, groups
         )
 
-        to_prompt_BGEQWP = einsum_f32("bgeqwd,bgpd->bgeqwp", query_BGEQWd, prompt_key_BGPd)
+        prompt_scores_BGEQWP = einsum_f32("bgeqwd,bgpd->bgeqwp", query_BGEQWd, prompt_key_BGPd)
         real_BP = jnp.arange(prompt_key_BGPd.shape[2])[None] < prompt_lengths_B[:, None]
-        to_prompt_BGEQWP = jnp.where(
-            real_BP[:, None, None, None, None, :], to_prompt_BGEQWP, MASKED
+        prompt_scores_BGEQWP = jnp.where(
+            real_BP[:, None, None, None, None, :], prompt_scores_BGEQWP, MASKED
         )
 
-        to_own_BGEQWW = einsum_f32("bgeqwd,bgesd->bgeqws", query_BGEQWd, key_BGEWd)
-        same_BEWW = segments_BEW[..., :, None] == segments_BEW[..., None, :]
-        same_BEWW &= jnp.tri(group_length, dtype=bool)[None, None]
-        to_own_BGEQWW = jnp.where(same_BEWW[:, None, :, None], to_own_BGEQWW, MASKED)
+        response_scores_BGEQWW = einsum_f32("bgeqwd,bgesd->bgeqws", query_BGEQWd, key_BGEWd)
+        visible_BEWW = segments_BEW[..., :, None] == segments_BEW[..., None, :]
+        visible_BEWW &= jnp.tri(group_length, dtype=bool)[None, None]
+        response_scores_BGEQWW = jnp.where(
+            visible_BEWW[:, None, :, None], response_scores_BGEQWW, MASKED
+        )
 
         attended = _weigh_values(
-            [to_prompt_BGEQWP, to_own_BGEQWW],
+            [prompt_scores_BGEQWP, response_scores_BGEQWW],
             [prompt_value_BGPd, value_BGEWd],
             ["bgeqwp,bgpd->bgeqwd", "bgeqws,bgesd->bgeqwd"],
         )
@@ -95,17 +102,17 @@ def make_shared_prefix_attend(
     """Makes an `Attend` of P + E * W tokens: a prompt, causal, and groups of responses to it.
 
     Args:
-        attention: The implementation.
+        attention: the implementation.
         prompt_size: P, static.
-        prompt_lengths_B: See `make_response_attend`.
-        segments_BEW: See `make_response_attend`.
+        prompt_lengths_B: see `make_response_attend`.
+        segments_BEW: see `make_response_attend`.
     """
     attend_responses = attention.make_response_attend(prompt_lengths_B, segments_BEW)
 
     def attend(
-        query_BTHd: Array, key_BTGd: Array, value_BTGd: Array, extra: Any, /
+        query_BTHd: Array, key_BTGd: Array, value_BTGd: Array, layer_input: Any, /
     ) -> tuple[Array, None]:
-        del extra
+        del layer_input
         arrays = query_BTHd, key_BTGd, value_BTGd
         query, key, value = (x[:, :prompt_size] for x in arrays)
         prompt_BPHd, keys_values = attention.attend_causally(query, key, value)

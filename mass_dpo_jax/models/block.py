@@ -83,13 +83,13 @@ class Block(nnx.Module):
         """Applies the layer.
 
         Args:
-            x: The stream.
-            cos: Of the rotary angles.
-            sin: Of the rotary angles.
-            attend: An `Attend` without `extra`.
-            recorded: Projections [B * T, ...] of an earlier pass, which are not computed again.
-            adapters: This layer's, by the names of the projections that they add to.
-            outputs: In the last layer, the only tokens to compute more than keys and values for.
+            x: the residual stream.
+            cos: cosines of the rotary angles.
+            sin: sines of the rotary angles.
+            attend: an `Attend` without `layer_input`.
+            recorded: projections [B * T, ...] of an earlier pass, which are not computed again.
+            adapters: this layer's adapters, by the names of the projections that they add to.
+            outputs: the only tokens for which the last layer computes more than keys and values.
 
         Returns:
             The stream [B * O, D], what `attend` keeps, and every projection but "down".

@@ -72,7 +72,7 @@ def parse_targets(text: str) -> tuple[str, ...]:
     """Translates "all" or "q_proj,v_proj" into our names, in the order of `PROJECTIONS`.
 
     Raises:
-        UserError: The text names something else.
+        UserError: the text names something else.
     """
     named = split_targets(text)
     return tuple(ours for theirs, ours in TARGETS.items() if theirs in named)
@@ -138,7 +138,10 @@ class DecoderConfig:
             "up": (embed, mlp),
             "down": (mlp, embed),
         }
-        return {name: ((into[0], out[0]), (into[1], out[1])) for name, (into, out) in pairs.items()}
+        return {
+            name: ((inputs[0], outputs[0]), (inputs[1], outputs[1]))
+            for name, (inputs, outputs) in pairs.items()
+        }
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], location: str) -> DecoderConfig:
@@ -148,7 +151,7 @@ class DecoderConfig:
         `rope_theta` with `rope_scaling` (before).
 
         Raises:
-            UserError: The decoder does not compute exactly this: better no model than a subtly
+            UserError: the decoder does not compute exactly this: better no model than a subtly
                 different one.
         """
         reader = FieldReader(config, location)
@@ -252,7 +255,7 @@ def load_config(folder: str | Path) -> DecoderConfig:
     """Reads `config.json` of a Hugging Face folder.
 
     Raises:
-        UserError: It is missing or malformed, or not supported.
+        UserError: it is missing or malformed, or not supported.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():

@@ -1,8 +1,8 @@
 """One decoder-only transformer for Llama 3, Qwen3 and SmolLM3, as a Flax NNX module.
 
 All layers are one `Block` whose parameters are stacked along a leading layer axis and which
-`jax.lax.scan` applies layer by layer: compile time does not grow with depth. What attends to what
-is up to the caller, whose `Attend` gets queries, keys and values of every layer. So the same layers
+`jax.lax.scan` applies layer by layer: compile time does not grow with depth. The caller supplies
+the attention pattern: its `Attend` gets queries, keys and values of every layer. So the same layers
 run plain causal text (`attention.attend_causally`) and prompts that many responses share.
 """
 
@@ -32,19 +32,21 @@ REMAT = ("dots", "full")
 class Decoder(nnx.Module):
     """Token ids in, final hidden states out; logprobs.py projects to the vocabulary.
 
-    Parameters are float32. `dtype` is the compute type: weights are cast where they are used, one
-    layer at a time, while norms, rotary angles and softmax stay in float32. `remat` is what
-    `record` keeps of a layer for the backward pass: "dots" (its input and its projections) or
-    "full" (its input only: the layer is computed again).
+    Parameters are float32. Every one names its dimensions in its metadata, e.g.
+    dims=("layer", "embed", "mlp").
 
-    Without `hidden_shardings` the compiler chooses how hidden states lie on several devices. Where
-    weights are split it tends to split hidden states in the same way, and then every device
-    computes on the tokens of the whole batch.
-
-    With `lora`, adapters are trained and all other parameters are frozen: they may have other types
-    than float32 (quantize.py).
-
-    Every parameter names its dimensions in its metadata, e.g. dims=("layer", "embed", "mlp").
+    Args:
+        config: the architecture.
+        rngs: the random state that parameters are drawn from.
+        dtype: the compute type: weights are cast where they are used, one layer at a time, while
+            norms, rotary angles and softmax stay in float32.
+        remat: what `record` keeps of a layer for the backward pass: "dots" (its input and its
+            projections) or "full" (its input only: the layer is computed again).
+        hidden_shardings: how hidden states are split over several devices; None lets the compiler
+            choose. Where weights are split it tends to split hidden states in the same way, and
+            then every device computes on the tokens of the whole batch.
+        lora: the form of the adapters, which are trained while all other parameters are frozen and
+            may have other types than float32 (quantize.py); None: no adapters.
     """
 
     def __init__(
@@ -88,7 +90,7 @@ class Decoder(nnx.Module):
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"],
         attend: Attend,
-        extra: Any = None,
+        layer_inputs: Any = None,
         outputs: OutputTokens | None = None,
     ) -> tuple[Float[Array, "B O D"], Any]:
         """Returns hidden states after the final norm, in the compute type.
@@ -97,35 +99,37 @@ class Decoder(nnx.Module):
         all activations of every layer and accumulate a full-size weight gradient per layer.
 
         Args:
-            tokens: Token ids.
-            positions: Each token's own position: any order, repeats allowed.
-            attend: What attends to what.
-            extra: A pytree of arrays [L, ...] or None; `attend` gets each layer's slice.
-            outputs: The tokens to return; None for all.
+            tokens: token ids.
+            positions: each token's own position: any order, repeats allowed.
+            attend: attention function of every layer, see `Attend`.
+            layer_inputs: a pytree of arrays [L, ...] or None; `attend` gets each layer's slice.
+            outputs: the tokens to return; None for all.
 
         Returns:
             The hidden states, and what `attend` kept, stacked over layers.
         """
-        hidden, kept, _ = self._run(tokens, positions, attend, extra, outputs, recording=False)
-        return hidden, kept
+        hidden, attend_outputs, _ = self._run(
+            tokens, positions, attend, layer_inputs, outputs, recording=False
+        )
+        return hidden, attend_outputs
 
     def record(
         self,
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"],
         attend: Attend,
-        extra: Any = None,
+        layer_inputs: Any = None,
         outputs: OutputTokens | None = None,
     ) -> tuple[Float[Array, "B O D"], Any, LayerRecord]:
         """Computes what `__call__` does, and also returns what replay.py needs, by `remat`."""
-        return self._run(tokens, positions, attend, extra, outputs, recording=True)
+        return self._run(tokens, positions, attend, layer_inputs, outputs, recording=True)
 
     def _run(
         self,
         tokens: Array,
         positions: Array,
         attend: Attend,
-        extra: Any,
+        layer_inputs: Any,
         outputs: OutputTokens | None,
         *,
         recording: bool,
@@ -133,7 +137,7 @@ class Decoder(nnx.Module):
         layers, last = self.get_layers(), self.config.num_layers - 1
         unflatten = functools.partial(unflatten_tokens, rows=len(tokens))
 
-        def keep(projections: dict[str, Array]) -> dict[str, Array]:
+        def select_projections(projections: dict[str, Array]) -> dict[str, Array]:
             if self.remat == "full":
                 return {}
             # Without this barrier XLA:GPU (jax 0.11) computes each projection twice, once for the
@@ -143,21 +147,38 @@ class Decoder(nnx.Module):
         apply_layer = self.make_layer(positions, attend)
 
         def step(x: Array, i: Array) -> tuple[Array, Any]:
-            y, kept, projections = apply_layer(slice_layer(layers, i), x, {}, slice_layer(extra, i))
-            return y, (kept, (unflatten(x), keep(projections)) if recording else None)
+            y, attend_outputs, projections = apply_layer(
+                slice_layer(layers, i),
+                x,
+                recorded_projections={},
+                layer_input=slice_layer(layer_inputs, i),
+            )
+            return y, (
+                attend_outputs,
+                (unflatten(x), select_projections(projections)) if recording else None,
+            )
 
-        x, (kept, recorded) = jax.lax.scan(step, self.embed_tokens(tokens), jnp.arange(last))
+        x, (attend_outputs, recorded) = jax.lax.scan(
+            step, self.embed_tokens(tokens), jnp.arange(last)
+        )
         # The last layer is outside of the loop, since it computes on other tokens.
         apply_layer = self.make_layer(positions, attend, outputs)
-        y, last_kept, projections = apply_layer(
-            slice_layer(layers, last), x, {}, slice_layer(extra, last)
+        y, last_attend_outputs, projections = apply_layer(
+            slice_layer(layers, last),
+            x,
+            recorded_projections={},
+            layer_input=slice_layer(layer_inputs, last),
         )
-        kept = jax.tree.map(lambda xs, x: jnp.concatenate([xs, x[None]]), kept, last_kept)
+        attend_outputs = jax.tree.map(
+            lambda xs, x: jnp.concatenate([xs, x[None]]), attend_outputs, last_attend_outputs
+        )
         y = unflatten(y)
         record = None
         if recorded is not None:
-            record = LayerRecord(recorded[0], recorded[1], unflatten(x), keep(projections), y)
-        return self.norm(y), kept, record
+            record = LayerRecord(
+                recorded[0], recorded[1], unflatten(x), select_projections(projections), y
+            )
+        return self.norm(y), attend_outputs, record
 
     @jax.named_scope("embed")
     def embed_tokens(self, tokens: Int[Array, "B T"]) -> Float[Array, "tokens D"]:
@@ -188,8 +209,8 @@ class Decoder(nnx.Module):
         """Makes the function of any layer; `outputs` is for the last.
 
         Returns:
-            From (a slice of `get_layers`, x [B * T, D], recorded projections, extra) to (x, what
-            `attend` keeps, projections).
+            From (a slice of `get_layers`, x [B * T, D], recorded projections, a slice of
+            `layer_inputs`) to (x, what `attend` keeps, projections).
         """
         if outputs is not None:
             attend = outputs.attend
@@ -198,20 +219,20 @@ class Decoder(nnx.Module):
         definition, _ = nnx.split(self.blocks)
 
         def apply_layer(
-            layer: tuple[Any, Array], x: Array, recorded: Any, extra: Any = None
+            layer: tuple[Any, Array], x: Array, recorded_projections: Any, layer_input: Any = None
         ) -> tuple[Array, Any, dict[str, Array]]:
             weights, has_positions = layer
             adapters = {} if self.lora is None else self.lora.scale_adapters(weights["adapters"])
-            x, kept, projections = nnx.merge(definition, weights["blocks"])(
+            x, attend_outputs, projections = nnx.merge(definition, weights["blocks"])(
                 x,
                 jnp.where(has_positions, cos, 1.0),
                 jnp.where(has_positions, sin, 0.0),
-                lambda query, key, value: attend(query, key, value, extra),
-                recorded,
+                lambda query, key, value: attend(query, key, value, layer_input),
+                recorded_projections,
                 adapters,
                 outputs,
             )
-            return self._constrain(x), kept, projections
+            return self._constrain(x), attend_outputs, projections
 
         return apply_layer
 

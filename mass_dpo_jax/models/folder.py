@@ -67,11 +67,11 @@ def check_folder(folder: Path, setting: str = "model.path") -> None:
     """Checks that a folder's small files are what their names say; only weights may be links.
 
     Args:
-        folder: A model's folder.
-        setting: The setting that names it, for messages.
+        folder: a model's folder.
+        setting: the setting that names it, for messages.
 
     Raises:
-        UserError: One of them is not, or there is no folder.
+        UserError: one of them is not, or there is no folder.
     """
     if folder.is_file():
         kind = "GGUF is not read; " if folder.suffix == ".gguf" else ""
@@ -84,8 +84,8 @@ def check_folder(folder: Path, setting: str = "model.path") -> None:
         )
     check_links(folder)
     for name in SMALL_FILES:
-        if (folder / name).is_file() and (what := describe_damage(folder / name)):
-            raise UserError(f"{folder / name}: {what}")
+        if (folder / name).is_file() and (damage := describe_damage(folder / name)):
+            raise UserError(f"{folder / name}: {damage}")
     generation = folder / GENERATION  # Read when a run is exported: too late.
     if generation.is_file() and not isinstance(read_json(generation), dict):
         raise UserError(f"{generation}: expected a JSON object")
@@ -140,31 +140,31 @@ def _describe_damaged_tensors(path: Path, start: bytes) -> str:
 
 def explain_missing_config(folder: Path) -> str:
     """Says what a folder without config.json seems to be, for a message after its name."""
-    if what := _describe_run_part(folder):
-        return what
-    if what := _describe_inner_folders(folder, "config.json"):
-        return what
+    if description := _describe_run_part(folder):
+        return description
+    if description := _describe_inner_folders(folder, "config.json"):
+        return description
     if (folder / ADAPTER_SETTINGS).is_file():
         return (
             f"adapters (adapter_config.json): give them as --config.model.lora.path={folder}, and "
             f"the model that they adapt{_name_base_model(folder)} as --config.model.path"
         )
-    if what := _find_other_weights(folder):
-        return what
+    if description := _find_other_weights(folder):
+        return description
     patterns = [path for name in DATASETS for path in (name, f"*/{name}")]
     data = [p.name for pattern in patterns for p in folder.glob(pattern)]
     if data:
         return f"a data set (found {_join_names(data)}): --config.data.path is for data"
-    found = sorted(p.name for p in folder.iterdir())
-    has = f"found {_join_names(found)}" if found else "the folder is empty"
+    names = sorted(p.name for p in folder.iterdir())
+    has = f"found {_join_names(names)}" if names else "the folder is empty"
     return f"no config.json: expected the folder of a Hugging Face model; {has}"
 
 
 def explain_missing_weights(folder: Path) -> str:
     """Says what a folder has instead of weights, for a message after its name."""
-    if what := _describe_run_part(folder):
-        return what
-    expected = f"no weights: expected {WEIGHTS} or {INDEX}"
+    if description := _describe_run_part(folder):
+        return description
+    problem = f"no weights: expected {WEIGHTS} or {INDEX}"
     for name in (WEIGHTS, INDEX):
         if (folder / name).is_symlink():
             return f"{name} is a link to {(folder / name).readlink()}, which is not there"
@@ -172,40 +172,40 @@ def explain_missing_weights(folder: Path) -> str:
         total = int(shards[0].rpartition("-of-")[2].partition(".")[0])
         if len(shards) < total:
             names = _join_names(shards)
-            return f"{expected}; found {len(shards)} of {total} files ({names}), {CUT_SHORT}"
-        return f"{expected}; found {_join_names(shards)}, so only the index is missing: fetch it"
+            return f"{problem}; found {len(shards)} of {total} files ({names}), {CUT_SHORT}"
+        return f"{problem}; found {_join_names(shards)}, so only the index is missing: fetch it"
     if (folder / ADAPTER_WEIGHTS).is_file():
         return (
-            f"{expected}; found adapters (adapter_model.safetensors): give them as "
+            f"{problem}; found adapters (adapter_model.safetensors): give them as "
             f"--config.model.lora.path={folder}, and the model that they adapt"
             f"{_name_base_model(folder)} as --config.model.path"
         )
-    if what := _find_other_weights(folder):
-        return f"{expected}; {what}"
+    if description := _find_other_weights(folder):
+        return f"{problem}; {description}"
     if tensors := sorted(p.name for p in folder.glob("*.safetensors")):
-        return f"{expected}; found {_join_names(tensors)}: is it the model under another name?"
-    return expected
+        return f"{problem}; found {_join_names(tensors)}: is it the model under another name?"
+    return problem
 
 
 def explain_missing_adapters(folder: Path) -> str:
     """Says what a folder has instead of PEFT's two files, for a message after its name."""
     missing = ADAPTER_WEIGHTS if (folder / ADAPTER_SETTINGS).is_file() else ADAPTER_SETTINGS
-    expected = f"no {missing}; expected adapters in PEFT's format, or a run"
+    problem = f"no {missing}; expected adapters in PEFT's format, or a run"
     if not folder.is_dir():
-        return f"no such folder ({expected})"
+        return f"no such folder ({problem})"
     if (link := folder / ADAPTER_WEIGHTS).is_symlink():
         return f"{ADAPTER_WEIGHTS} is a link to {link.readlink()}, which is not there"
     if (folder / "adapter_model.bin").is_file():
         return (
-            f"{expected}; found adapter_model.bin: pickles are not read; load it with PEFT, whose "
+            f"{problem}; found adapter_model.bin: pickles are not read; load it with PEFT, whose "
             "save_pretrained writes safetensors"
         )
-    if what := _describe_inner_folders(folder, ADAPTER_SETTINGS):
-        return what
+    if description := _describe_inner_folders(folder, ADAPTER_SETTINGS):
+        return description
     if (folder / "config.json").is_file():
-        return f"{expected}; found a whole model (config.json): that is for --config.model.path"
-    found = sorted(p.name for p in folder.iterdir() if p.name != ADAPTER_SETTINGS)
-    return f"{expected}; found {_join_names(found)}" if found else expected
+        return f"{problem}; found a whole model (config.json): that is for --config.model.path"
+    names = sorted(p.name for p in folder.iterdir() if p.name != ADAPTER_SETTINGS)
+    return f"{problem}; found {_join_names(names)}" if names else problem
 
 
 def _describe_inner_folders(folder: Path, name: str) -> str:
@@ -231,9 +231,9 @@ def _describe_run_part(folder: Path) -> str:
 
 def _find_other_weights(folder: Path) -> str:
     """Names weights of another format in a folder, and what to do; "" if there are none."""
-    for pattern, what in OTHER_WEIGHTS.items():
-        if found := sorted(p.name for p in folder.glob(pattern)):
-            return f"found {_join_names(found)}: {what}"
+    for pattern, advice in OTHER_WEIGHTS.items():
+        if names := sorted(p.name for p in folder.glob(pattern)):
+            return f"found {_join_names(names)}: {advice}"
     return ""
 
 

@@ -56,7 +56,8 @@ class FusedAttention:
 
     Attributes:
         implementation: `cudnn`; or `xla`, the same calls in plain operations, for tests.
-        mesh: The devices, prompts lying on `data` and `fsdp` and heads on `tensor`; None for one.
+        mesh: the devices, with prompts split over `data` and `fsdp` and heads over `tensor`; None
+            for one device.
     """
 
     implementation: Literal["cudnn", "xla"] = "cudnn"
@@ -64,7 +65,7 @@ class FusedAttention:
 
     @classmethod
     def for_mesh(cls, mesh: Mesh) -> FusedAttention:
-        """Returns cuDNN's on these devices."""
+        """Makes cuDNN attention for a mesh."""
         return cls(mesh=mesh if mesh.size > 1 else None)
 
     @property
@@ -77,11 +78,11 @@ class FusedAttention:
         query_BTHd: Float[Array, "B T H d"],
         key_BTGd: Float[Array, "B T G d"],
         value_BTGd: Float[Array, "B T G d"],
-        extra: Any = None,
+        layer_input: Any = None,
         /,
     ) -> tuple[Float[Array, "B T H d"], tuple[Array, Array]]:
         """Computes what attention.py does."""
-        del extra
+        del layer_input
         length = query_BTHd.shape[1]
         # No real token comes after padding, so it needs no mask.
         q, k, v = (_pad(x, -length % ALIGNMENT) for x in (query_BTHd, key_BTGd, value_BTGd))
@@ -94,9 +95,9 @@ class FusedAttention:
         batch, groups, length = segments_BEW.shape
 
         def attend(
-            query_BTHd: Array, key_BTGd: Array, value_BTGd: Array, extra: Any, /
+            query_BTHd: Array, key_BTGd: Array, value_BTGd: Array, layer_input: Any, /
         ) -> tuple[Array, None]:
-            prompt_key_BPGd, prompt_value_BPGd = extra
+            prompt_key_BPGd, prompt_value_BPGd = layer_input
             prompt_size = prompt_key_BPGd.shape[1]
             missing_queries = -length % ALIGNMENT
             missing_keys = -(prompt_size + length) % ALIGNMENT
@@ -128,9 +129,9 @@ class FusedAttention:
         """Attends with [rows, W, H, d] to [rows, keys, G, d].
 
         Args:
-            query: Scaled.
-            key: Of all heads.
-            value: Of all heads.
+            query: scaled queries.
+            key: keys of all heads.
+            value: values of all heads.
             visible: bool [rows, 1, W, keys]; None means causal, where the kernel leaves pairs out.
                 As a mask and not as a bias: newer versions of jax ask for no gradient of it.
         """
@@ -189,7 +190,7 @@ def choose_attention(
     on a small example on all of them. All processes have to call this, and get the same.
 
     Raises:
-        UserError: The setting is `fused`, and the kernel cannot run.
+        UserError: the setting is `fused`, and the kernel cannot run.
     """
     if setting == "plain":
         return plain

@@ -38,9 +38,9 @@ def write_folder(
         output: does not exist yet, or is an empty folder.
         decoder: the architecture.
         read: reads the weights.
-        tokenizer: with the chat template to use.
+        tokenizer: the tokenizer, with the chat template to use.
         generation: the content of generation_config.json.
-        dtype: of the stored weights.
+        dtype: type of the stored weights.
         max_shard_gb: size of a file of weights, in 10^9 bytes.
         finish: is given the folder before it appears under its name.
 

@@ -25,16 +25,18 @@ KEY_VALUE = ("key", "value")  # Projections that the last layer computes for all
 
 @runtime_checkable
 class Attend(Protocol):
-    """One layer's attention: what attends to what is up to the function."""
+    """One layer's attention. The caller supplies the attention pattern."""
 
-    def __call__(self, query: Array, key: Array, value: Array, extra: Any, /) -> tuple[Array, Any]:
+    def __call__(
+        self, query: Array, key: Array, value: Array, layer_input: Any, /
+    ) -> tuple[Array, Any]:
         """Attends with queries [B, O, H, d] to keys and values [B, T, G, d].
 
         Args:
-            query: Already scaled by 1 / sqrt(d); O = T unless there are `OutputTokens`.
-            key: Keys of all tokens.
-            value: Values of all tokens.
-            extra: This layer's slice of what was passed to `Decoder.__call__`, or None.
+            query: queries, already scaled by 1 / sqrt(d); O = T unless there are `OutputTokens`.
+            key: keys of all tokens.
+            value: values of all tokens.
+            layer_input: this layer's slice of what was passed to `Decoder.__call__`, or None.
 
         Returns:
             The attended values [B, O, H, d], and what to keep of this layer.
@@ -47,7 +49,7 @@ class Attention(Protocol):
     """An implementation: the module attention.py, or a `FusedAttention`."""
 
     def attend_causally(
-        self, query: Array, key: Array, value: Array, extra: Any = None, /
+        self, query: Array, key: Array, value: Array, layer_input: Any = None, /
     ) -> tuple[Array, tuple[Array, Array]]:
         """Lets each token attend to itself and those before it; also returns keys and values."""
 
@@ -61,9 +63,9 @@ class OutputTokens(NamedTuple):
     For all others the last layer computes only keys and values.
 
     Attributes:
-        first: int32 [B], the one.
-        start: Static.
-        attend: The last layer's, from these O = 1 + T - start queries to all T keys.
+        first: int32 [B], index of the one.
+        start: static, index of the first of the others.
+        attend: the last layer's attention, from these O = 1 + T - start queries to all T keys.
     """
 
     first: Array
@@ -80,11 +82,11 @@ class LayerRecord(NamedTuple):
     """What a forward pass through the layers leaves for replay.py.
 
     Attributes:
-        inputs: [L - 1, B, T, D], of each layer but the last.
+        inputs: [L - 1, B, T, D], inputs of all layers but the last.
         projections: [L - 1, B, T, ...] by name; none with remat "full".
-        last_input: [B, T, D], of the last layer.
-        last_projections: The last layer's [B, T, ...] of `KEY_VALUE`, [B, O, ...] of the others.
-        output: [B, O, D], of the last layer, before the final norm.
+        last_input: [B, T, D], input of the last layer.
+        last_projections: the last layer's [B, T, ...] of `KEY_VALUE`, [B, O, ...] of the others.
+        output: [B, O, D], output of the last layer, before the final norm.
     """
 
     inputs: Array
@@ -106,8 +108,8 @@ class ScoringRecord(NamedTuple):
     """What `shared_prefix.score` leaves for `replay.replay`.
 
     Attributes:
-        layers: The decoder's part.
-        logps: Of every response token, float32.
+        layers: the decoder's part.
+        logps: log-probability of every response token, float32.
     """
 
     layers: LayerRecord
@@ -118,8 +120,8 @@ class HiddenShardings(NamedTuple):
     """How hidden states [B * T, D] are split over devices.
 
     Attributes:
-        embedded: As they come out of the embedding table: along D, as the table is.
-        stream: Between layers: whole rows, as prompts are.
+        embedded: their sharding as they leave the embedding table: along D, like the table.
+        stream: their sharding between layers: whole rows, like prompts.
     """
 
     embedded: NamedSharding

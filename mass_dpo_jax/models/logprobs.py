@@ -39,11 +39,11 @@ def compute_token_logps(
     each chunk's logits.
 
     Args:
-        hidden: In the compute type.
-        weights: float32. Cast inside each chunk, so that their gradient adds up in float32.
-        targets: Token ids.
-        max_logits: Of each device.
-        sharding: How B is split over devices. Each then runs its own chunks: weights are gathered
+        hidden: hidden states, in the compute type.
+        weights: float32 weights, cast inside each chunk, so that their gradient adds up in float32.
+        targets: token ids.
+        max_logits: maximum number of logits held at once on each device.
+        sharding: split of B over devices. Each then runs its own chunks: weights are gathered
             before the first and their gradient is summed over devices after the last, not in
             every one.
     """

@@ -25,9 +25,9 @@ class Lora:
     """Settings of adapters.
 
     Attributes:
-        rank: The columns of A.
-        alpha: The scale of what adapters add, times `rank`.
-        targets: The adapted projections, by the names of `DecoderConfig.projections`.
+        rank: the columns of A.
+        alpha: the scale of what adapters add, times `rank`.
+        targets: the adapted projections, by the names of `DecoderConfig.projections`.
     """
 
     rank: int
@@ -80,9 +80,9 @@ def merge_adapters(params: Any, lora: Lora, shardings: Any = None) -> Any:
     """Adds adapters to their frozen weights: one decoder's float32 weights, without adapters.
 
     Args:
-        params: As `training.policy.Policy.weights` gives them with LoRA.
-        lora: The adapters' settings.
-        shardings: Of the result, a tree like it; None leaves them to the compiler.
+        params: the weights that `training.policy.Policy.weights` gives with LoRA.
+        lora: the adapters' settings.
+        shardings: shardings of the result, a tree like it; None leaves them to the compiler.
     """
     base = {name: tree for name, tree in params.items() if name != "adapters"}
     adapters = lora.scale_adapters(params["adapters"])

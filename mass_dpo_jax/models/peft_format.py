@@ -57,13 +57,13 @@ def save_peft(folder: Path, adapters: Any, lora: Lora, base: str) -> None:
     """Writes adapters as PEFT reads them, float32: `PeftModel.from_pretrained(model, folder)`.
 
     Args:
-        folder: Created if it is missing.
+        folder: the folder to write into, created if it is missing.
         adapters: `params["adapters"]`, on any devices.
-        lora: Their settings.
-        base: The name or folder of the model that they adapt.
+        lora: the adapters' settings.
+        base: the name or folder of the model that they adapt.
 
     Raises:
-        UserError: The file of tensors cannot be written.
+        UserError: the file of tensors cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
@@ -92,7 +92,7 @@ def load_peft_settings(folder: Path) -> Lora:
     """Reads rank, alpha and targets of a folder in PEFT's format.
 
     Raises:
-        UserError: There is none, or its adapters may compute something else than ours.
+        UserError: there is none, or its adapters may compute something else than ours.
     """
     path = folder / SETTINGS
     if not path.is_file():
@@ -184,48 +184,48 @@ def _find_weights(folder: Path) -> Path:
     return path
 
 
-def load_peft(folder: str | Path, config: DecoderConfig, like: Any) -> Any:
+def load_peft(folder: str | Path, config: DecoderConfig, abstract: Any) -> Any:
     """Reads the adapters of a folder in PEFT's format, float32.
 
     Args:
-        folder: The folder.
-        config: Of the decoder that they adapt.
-        like: Shapes with shardings, as `params["adapters"]`.
+        folder: the folder.
+        config: configuration of the decoder that they adapt.
+        abstract: shapes with shardings, as `params["adapters"]`.
 
     Raises:
-        UserError: As `check_peft`; or a tensor holds NaN or infinity.
+        UserError: as `check_peft`; or a tensor holds NaN or infinity.
     """
-    path, file, names = check_peft(folder, config, like)
+    path, file, names = check_peft(folder, config, abstract)
 
-    def read(at: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    def read(path_in_tree: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         layers = []
-        for name in _list_tensors(at, config):
+        for name in _list_tensors(path_in_tree, config):
             layers.append(file.get_tensor(names[name]).T.astype(np.float32))
             check_finite(layers[-1], path, name)
         return jax.device_put(np.stack(layers), leaf.sharding)
 
-    return jax.tree.map_with_path(read, like)
+    return jax.tree.map_with_path(read, abstract)
 
 
 def check_peft(
-    folder: str | Path, config: DecoderConfig, like: Any
+    folder: str | Path, config: DecoderConfig, abstract: Any
 ) -> tuple[Path, Any, dict[str, str]]:
-    """Opens a folder's adapters and checks them against `like`, reading headers only.
+    """Opens a folder's adapters and checks them against `abstract`, reading headers only.
 
     Returns:
         The path, the open file, and its own names of tensors by PEFT's.
 
     Raises:
-        UserError: A tensor is missing, unknown or of a wrong shape or type.
+        UserError: a tensor is missing, unknown or of a wrong shape or type.
     """
     path = _find_weights(Path(folder))
     file = open_tensors(path)
     present = sorted(file.keys())
     names = _map_names(path, present)
     unknown = set(names)
-    for at, leaf in jax.tree.leaves_with_path(like):
+    for path_in_tree, leaf in jax.tree.leaves_with_path(abstract):
         expected = list(leaf.shape[:0:-1])
-        for name in _list_tensors(at, config):
+        for name in _list_tensors(path_in_tree, config):
             if name not in names:
                 hint = suggest_tensor(name, present)
                 raise UserError(f"{path}: missing tensor {name}, shape {expected}{hint}")

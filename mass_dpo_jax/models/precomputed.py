@@ -19,9 +19,9 @@ def use_precomputed(function: Callable[..., Array], value: Array, *args: Any) ->
     differentiated by, and the compiler leaves out what of `function` they do not need.
 
     Args:
-        function: From arrays alone to an array; it closes over no array.
-        value: What an earlier call with the same `args` gave; taken for a constant.
-        args: Arrays, or pytrees of them.
+        function: a function from arrays alone to an array; it closes over no array.
+        value: result of an earlier call with the same `args`; treated as a constant.
+        args: arrays, or pytrees of them.
     """
     del function, args
     return value

@@ -26,9 +26,9 @@ def quantize(path: Sequence[str], weights: Float[Array, "*dims"], kind: str) -> 
     """Converts frozen weights to the type that they are kept in.
 
     Args:
-        path: Where they are in `nnx.state(model, nnx.Param)`.
-        weights: The float weights.
-        kind: A value of `config.model.lora.base`. Only projections are quantized; embedding and
+        path: their path in `nnx.state(model, nnx.Param)`.
+        weights: the float weights.
+        kind: a value of `config.model.lora.base`. Only projections are quantized; embedding and
             head are bfloat16 then. Norms stay float32, whatever the kind.
     """
     if kind == "float32" or path[-1] == "scale":

@@ -82,17 +82,11 @@ def replay(
     Their gradient equals that of scoring the picks alone.
 
     Args:
-        model: With the weights that were recorded.
-        record: Of `score` with the same batch, layout and max_response.
-        prompts: See `score`.
-        prompt_lengths: See `score`.
-        responses: Of all candidates, see `score`.
-        response_lengths: Of all candidates.
-        picks: Candidates of each example; None for all of them.
-        layout: See `score`.
-        max_response: See `score`.
-        max_logits: See `score`.
-        attention: See `score`.
+        model: the decoder, with the weights that were recorded.
+        record: the record of `score` with the same batch, layout and max_response.
+        picks: candidates of each example; None for all of them.
+
+    Other arguments: as passed to `score` when recording, with the responses of all candidates.
 
     Returns:
         float32, 0 where a pick is not valid.
@@ -144,11 +138,11 @@ def replay_layers(
     """Returns final hidden states of some recorded tokens, to be differentiated.
 
     Args:
-        model: With the weights that were recorded.
-        record: Its outputs have the same `first` and `start` as the sequence's.
-        indices_BT: Where the sequence's tokens are in the record; the prompt's, which come first,
-            as they are. None for all of the record.
-        sequence: The tokens. All that they attend to has to be among them.
+        model: the decoder, with the weights that were recorded.
+        record: the layers' record; its outputs have the same `first` and `start` as the sequence's.
+        indices_BT: indices of the sequence's tokens in the record; the prompt's come first and
+            are the recorded ones in order. None for all of the record.
+        sequence: the tokens. All that they attend to has to be among them.
     """
     output_indices_BO = None
     if indices_BT is not None:  # The recorded output before those from `start` on is the prompt's.
@@ -160,14 +154,14 @@ def replay_layers(
     frozen = layers if model.lora else {}
     passes = _Replay(model, record, indices_BT, output_indices_BO, sequence, frozen, has_positions)
 
-    def look_up(trained: Any, embedded: Array) -> Array:
+    def primal(trained: Any, embedded: Array) -> Array:
         del trained, embedded
         return passes.look_up_output()
 
     def forward(trained: Any, embedded: Array) -> tuple[Array, Any]:
-        return look_up(trained, embedded), trained
+        return primal(trained, embedded), trained
 
-    apply_layers = jax.custom_vjp(look_up)
+    apply_layers = jax.custom_vjp(primal)
     apply_layers.defvjp(forward, passes.differentiate)
     hidden = apply_layers(trained, model.embed_tokens(sequence.tokens))
     return model.norm(unflatten_tokens(hidden, len(sequence.tokens)))
@@ -178,13 +172,11 @@ class _Replay:
     """The two passes of `replay_layers` through the layers.
 
     Attributes:
-        model: See `replay_layers`.
-        record: See `replay_layers`.
-        indices_BT: See `replay_layers`.
-        output_indices_BO: Where the sequence's output tokens are among those of the record.
-        sequence: See `replay_layers`.
-        frozen: Stacked weights of the layers that are not trained.
-        has_positions: Of each layer.
+        output_indices_BO: indices of the sequence's output tokens among those of the record.
+        frozen: stacked weights of the layers that are not trained.
+        has_positions: whether each layer has rotary positions.
+
+    Other attributes: as passed to `replay_layers`.
     """
 
     model: Decoder
@@ -199,12 +191,12 @@ class _Replay:
         """Looks up what the last layer gave: [B * O, D]."""
         return _gather_tokens(self.record.output, self.output_indices_BO)
 
-    def differentiate(self, trained: Any, gradient: Array) -> tuple[Any, Array]:
+    def differentiate(self, trained: Any, output_grad: Array) -> tuple[Any, Array]:
         """Runs the layers backwards.
 
         Args:
-            trained: Stacked weights that are differentiated by.
-            gradient: Of the last layer's output, [B * O, D].
+            trained: stacked weights to differentiate with respect to.
+            output_grad: gradient of the last layer's output, [B * O, D].
 
         Returns:
             Gradients of the trained weights and of the first layer's input.
@@ -219,32 +211,32 @@ class _Replay:
             for name, x in record.last_projections.items()
         }
         apply_last = self.model.make_layer(positions, attend, outputs)
-        layer_grads, gradient = self._differentiate_layer(
-            apply_last, last, trained, gradient, record.last_input, projections
+        layer_grads, output_grad = self._differentiate_layer(
+            apply_last, last, trained, output_grad, record.last_input, projections
         )
-        grads = jax.tree.map(jnp.zeros_like, trained)
-        carry = gradient, jax.tree.map(_make_setter(last), grads, layer_grads)
+        weight_grads = jax.tree.map(jnp.zeros_like, trained)
+        carry = output_grad, jax.tree.map(_make_setter(last), weight_grads, layer_grads)
         apply_layer = self.model.make_layer(positions, attend)
 
         def step(carry: tuple[Array, Any], recorded: Any) -> tuple[Any, None]:
-            gradient, grads = carry
+            output_grad, weight_grads = carry
             i, inputs, projections = recorded
             projections = {name: _gather_tokens(x, indices) for name, x in projections.items()}
-            layer_grads, gradient = self._differentiate_layer(
-                apply_layer, i, trained, gradient, inputs, projections
+            layer_grads, output_grad = self._differentiate_layer(
+                apply_layer, i, trained, output_grad, inputs, projections
             )
-            return (gradient, jax.tree.map(_make_setter(i), grads, layer_grads)), None
+            return (output_grad, jax.tree.map(_make_setter(i), weight_grads, layer_grads)), None
 
         recorded = jnp.arange(last), record.inputs, record.projections
-        (gradient, grads), _ = jax.lax.scan(step, carry, recorded, reverse=True)
-        return grads, gradient
+        (output_grad, weight_grads), _ = jax.lax.scan(step, carry, recorded, reverse=True)
+        return weight_grads, output_grad
 
     def _differentiate_layer(
         self,
         apply_layer: Callable,
         i: Array | int,
         trained: Any,
-        gradient: Array,
+        output_grad: Array,
         inputs_BTD: Array,
         projections: dict[str, Array],
     ) -> tuple[Any, Array]:
@@ -256,7 +248,7 @@ class _Replay:
 
         weights = slice_layer(trained, i)
         _, vjp = jax.vjp(apply, weights, _gather_tokens(inputs_BTD, self.indices_BT))
-        return vjp(gradient)
+        return vjp(output_grad)
 
 
 def _gather_tokens(x: Array, indices: Array | None) -> Array:

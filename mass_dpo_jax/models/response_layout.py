@@ -1,4 +1,4 @@
-"""How the responses of an example lie behind its prompt: E groups of W tokens.
+"""How the responses of an example are laid out after the prompt: E groups of W tokens.
 
 Two layouts, one code path:
 
@@ -20,9 +20,9 @@ class Groups(NamedTuple):
     """Responses laid out in groups, all int32 [B, E, W].
 
     Attributes:
-        tokens: Token ids.
-        segments: The candidate that a token belongs to, 0..C-1; C for padding.
-        offsets: The token's index within its response, from 0.
+        tokens: token ids.
+        segments: index of the candidate that a token belongs to, 0..C-1; C for padding.
+        offsets: the token's index within its response, from 0.
     """
 
     tokens: Int[Array, "B E W"]
@@ -35,8 +35,8 @@ class Picks(NamedTuple):
 
     Attributes:
         candidate_ids: int32, 0..C-1.
-        valid: Candidates that are not valid count as absent.
-        packed_length: Static; room for the picked responses of any example.
+        valid: whether each candidate is valid; those that are not count as absent.
+        packed_length: static; room for the picked responses of any example.
     """
 
     candidate_ids: Int[Array, "B n"]
@@ -70,7 +70,7 @@ def lay_out(
     """Lays packed responses out in groups.
 
     Raises:
-        ValueError: An unknown layout, or a rectangle without its width `max_response`.
+        ValueError: an unknown layout, or a rectangle without its width `max_response`.
     """
     if layout == "packed":
         return lay_out_packed(responses, response_lengths)

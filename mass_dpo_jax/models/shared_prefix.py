@@ -1,8 +1,8 @@
 """Log-probabilities and features of all of a prompt's responses, the prompt encoded once.
 
-Responses lie behind their prompt in groups, see response_layout.py. Positions of every response
-continue from its prompt's own length, and the logit of a response's first token comes from the
-prompt's last token. Suffixes of names are shapes, in the letters of interfaces.py.
+Responses are laid out after the prompt in groups, see response_layout.py. Positions of every
+response continue from its prompt's own length, and the logit of a response's first token comes from
+the prompt's last token. Suffixes of names are shapes, in the letters of interfaces.py.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class CandidateScores(NamedTuple):
 
     Attributes:
         logps: log p(response | prompt), summed over tokens, float32.
-        features: Mean final hidden states, float32.
-        record: What `replay.replay` needs.
+        features: mean final hidden states, float32.
+        record: the record that `replay.replay` needs.
     """
 
     logps: Float[Array, "B C"]
@@ -45,13 +45,13 @@ class CandidateScores(NamedTuple):
 
 
 class TokenSequence(NamedTuple):
-    """The arguments of a `Decoder` for prompts with responses behind them.
+    """The arguments of a `Decoder` for prompts followed by responses.
 
     Attributes:
         tokens: int32 [B, P + E * W].
         positions: int32 [B, P + E * W].
-        attend: What attends to what.
-        outputs: The tokens that log-probabilities of responses are computed from.
+        attend: the attention function.
+        outputs: the tokens that log-probabilities of responses are computed from.
     """
 
     tokens: Int[Array, "B T"]
@@ -78,20 +78,23 @@ def score(
     """Scores C candidate responses of each prompt in one forward pass.
 
     Args:
-        model: The decoder.
-        prompts: Right-padded.
-        prompt_lengths: At least 1.
-        responses: Each row's responses end to end in candidate order, right-padded.
-        response_lengths: 0 means that there is no such candidate.
-        pooling: Features are the mean of the final hidden states (after the final norm) over the
-            "response" or over "all" of prompt and response, end-of-sequence included; None: none.
+        model: the decoder.
+        prompts: token ids, right-padded.
+        prompt_lengths: number of tokens of each prompt, at least 1.
+        responses: token ids of each row's responses, end to end in candidate order,
+            right-padded.
+        response_lengths: number of tokens of each response; 0 where there is no such candidate.
+        pooling: the tokens whose final hidden states (after the final norm) are averaged into
+            features: "response", or "all" of prompt and response, end-of-sequence included; None
+            for no features.
         layout: "packed" or "rectangle".
         max_response: R, static, at least the longest response. The rectangle needs it.
-        candidate_chunk: With the rectangle, the number of candidates to run at a time, against the
+        candidate_chunk: number of candidates to run at a time with the rectangle, against the
             prompt's keys and values computed once; bounds memory for long responses.
-        max_logits: Logits held at once on a device.
-        attention: The module attention.py, or a `FusedAttention`.
-        record: Also returns what `replay.replay` needs to train; not to be differentiated.
+        max_logits: maximum number of logits held at once on a device.
+        attention: the module attention.py, or a `FusedAttention`.
+        record: whether to also return the record that `replay.replay` needs to train; such a call
+            is not to be differentiated.
     """
     if pooling not in ("response", "all", None):
         raise ValueError(f"pooling: found {pooling!r}, expected 'response', 'all' or None")
@@ -121,12 +124,12 @@ def _score_at_once(
     Args:
         run: `Decoder.record`, or `Decoder.__call__` with None for the record.
         reduce: `score_candidates` with its settings.
-        prompts_BP: See `score`.
-        prompt_lengths_B: See `score`.
-        groups: The responses.
-        response_lengths_BC: See `score`.
-        attention: See `score`.
-        with_prompts: Whether features need hidden states of the whole prompt.
+        prompts_BP: see `score`.
+        prompt_lengths_B: see `score`.
+        groups: the responses.
+        response_lengths_BC: see `score`.
+        attention: see `score`.
+        with_prompts: whether features need hidden states of the whole prompt.
     """
     sequence = build_sequence(prompts_BP, prompt_lengths_B, groups, attention)
     outputs = None if with_prompts else sequence.outputs
@@ -184,8 +187,8 @@ def _score_in_chunks(
     chunks = -(-num_candidates // candidate_chunk)
 
     def split(x: Array, fill: int) -> Array:  # [B, C, ...] -> [chunks, B, chunk, ...]
-        missing = chunks * candidate_chunk - num_candidates
-        widths = [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)
+        num_padding = chunks * candidate_chunk - num_candidates
+        widths = [(0, 0), (0, num_padding)] + [(0, 0)] * (x.ndim - 2)
         x = jnp.pad(x, widths, constant_values=fill)
         return jnp.moveaxis(x.reshape(batch, chunks, candidate_chunk, *x.shape[2:]), 1, 0)
 
@@ -247,9 +250,9 @@ def _make_outputs(
     attend_last = attention.make_response_attend(last_B, jnp.zeros((len(last_B), 1, 1), jnp.int32))
 
     def attend(
-        query_BOHd: Array, key_BTGd: Array, value_BTGd: Array, extra: Any, /
+        query_BOHd: Array, key_BTGd: Array, value_BTGd: Array, layer_input: Any, /
     ) -> tuple[Array, Any]:
-        del extra
+        del layer_input
         keys_values = key_BTGd[:, :prompt_size], value_BTGd[:, :prompt_size]
         own_key, own_value = (
             jnp.take_along_axis(x, last_B[:, None, None, None], axis=1) for x in keys_values
@@ -274,8 +277,8 @@ class Prompt(NamedTuple):
     """Final hidden states of prompts.
 
     Attributes:
-        hidden: Of all tokens, or of the last one alone (P = 1).
-        lengths: Real tokens.
+        hidden: hidden states of all tokens, or of the last one alone (P = 1).
+        lengths: number of real tokens.
     """
 
     hidden: Float[Array, "B P D"]
@@ -306,15 +309,15 @@ def score_candidates(
         last = jnp.take_along_axis(last, (prompt.lengths - 1)[:, None, None], axis=1)
     last = last[:, None]  # [B, 1, 1, D]
     grouped_BEWD = hidden.reshape(*groups.tokens.shape, size)
-    before = jnp.pad(grouped_BEWD, ((0, 0), (0, 0), (1, 0), (0, 0)))[:, :, :-1]
-    before = jnp.where((groups.offsets == 0)[..., None], last, before)
+    previous = jnp.pad(grouped_BEWD, ((0, 0), (0, 0), (1, 0), (0, 0)))[:, :, :-1]
+    previous = jnp.where((groups.offsets == 0)[..., None], last, previous)
     sharding = None if model.hidden_shardings is None else model.hidden_shardings.stream
 
-    def compute(before: Array, weights: Array, targets: Array) -> Array:
-        return compute_token_logps(before, weights, targets, max_logits, sharding)
+    def compute(previous: Array, weights: Array, targets: Array) -> Array:
+        return compute_token_logps(previous, weights, targets, max_logits, sharding)
 
     args = (
-        before.reshape(batch, -1, size),
+        previous.reshape(batch, -1, size),
         model.vocabulary_weights(),
         groups.tokens.reshape(batch, -1),
     )

@@ -30,7 +30,7 @@ def open_tensors(path: Path) -> Any:
     """Opens a file, a context, whose tensors are NumPy arrays.
 
     Raises:
-        UserError: It is no safetensors file; the message says what it seems to be.
+        UserError: it is no safetensors file; the message says what it seems to be.
     """
     try:
         return safe_open(path, framework="numpy")
@@ -72,7 +72,7 @@ def write_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
     """Writes a file.
 
     Raises:
-        UserError: It cannot be written.
+        UserError: it cannot be written.
     """
     try:
         # transformers refuses a file without the name of a framework.

@@ -40,9 +40,9 @@ class Entry:
     """One of our parameters and the Hugging Face tensors it is made of.
 
     Attributes:
-        path: In `nnx.state(model, nnx.Param)`.
-        name: With "{layer}" where the parameter stacks one tensor per layer.
-        transposed: Hugging Face keeps [out, in], we keep [in, out].
+        path: the parameter's path in `nnx.state(model, nnx.Param)`.
+        name: the tensor's name, with "{layer}" where the parameter stacks one tensor per layer.
+        transposed: whether Hugging Face keeps [out, in] where we keep [in, out].
     """
 
     path: tuple[str, ...]
@@ -99,20 +99,22 @@ def load_hf(
     Tensors are read one at a time, and of each only the slices that this process's devices hold.
 
     Args:
-        folder: Holds `model.safetensors`, or several files and `model.safetensors.index.json`.
-        config: What the folder's `config.json` says.
-        shardings: A `jax.sharding.Sharding` for each parameter, under the keys of
+        folder: a folder with `model.safetensors`, or with several files and
+            `model.safetensors.index.json`.
+        config: the configuration in the folder's `config.json`.
+        shardings: a `jax.sharding.Sharding` for each parameter, under the keys of
             `nnx.state(model, nnx.Param)`, as a State or as nested dicts; None puts everything on
             the first device.
-        dtype: Of the arrays, whatever the files' own.
-        convert: From a parameter's path and array to what is kept of it, before the next is read.
-        progress: Draw a progress bar if standard error is a terminal.
+        dtype: type of the arrays, whatever the files' own.
+        convert: a function from a parameter's path and array to what is kept of it, called before
+            the next is read.
+        progress: whether to draw a progress bar if standard error is a terminal.
 
     Returns:
         The parameters: `nnx.update(model, state)` or `nnx.merge(graphdef, state)`.
 
     Raises:
-        UserError: A tensor is missing, unknown, of a wrong shape or type, or holds NaN or infinity.
+        UserError: a tensor is missing, unknown, of a wrong shape or type, or holds NaN or infinity.
     """
     files = check_hf(folder, config)
     entries = {entry.path: entry for entry in list_entries(config)}
@@ -150,16 +152,16 @@ def save_hf(
     Tensors are read one at a time, and no more than one file's are held.
 
     Args:
-        folder: Exists.
-        config: The decoder's.
-        read: Returns the parameter at a path of `nnx.state(model, nnx.Param)`; of one that stacks
-            layers, that layer's part.
-        dtype: Of the files' tensors.
-        max_bytes: Of a file, unless a single tensor is larger.
-        progress: Draw a progress bar if standard error is a terminal.
+        folder: an existing folder.
+        config: the decoder's configuration.
+        read: a function that returns the parameter at a path of `nnx.state(model, nnx.Param)`; for
+            one that stacks layers, that layer's part.
+        dtype: type of the files' tensors.
+        max_bytes: maximum size of a file, unless a single tensor is larger.
+        progress: whether to draw a progress bar if standard error is a terminal.
 
     Raises:
-        UserError: A file of tensors cannot be written.
+        UserError: a file of tensors cannot be written.
     """
     dtype = np.dtype(dtype)
     files: list[dict[str, tuple[Entry, int | None]]] = [{}]

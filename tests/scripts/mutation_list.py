@@ -351,14 +351,14 @@ MUTATIONS = (
     ),
     Mutation(
         "masks: within a response, a token sees the one after it",
-        "same_BEWW &= jnp.tri(group_length, dtype=bool)[None, None]",
-        "same_BEWW &= jnp.tri(group_length, k=1, dtype=bool)[None, None]",
+        "visible_BEWW &= jnp.tri(group_length, dtype=bool)[None, None]",
+        "visible_BEWW &= jnp.tri(group_length, k=1, dtype=bool)[None, None]",
         "models/test_shared_prefix.py::test_what_a_response_depends_on",
     ),
     Mutation(
         "masks: a response sees those before it",
-        "same_BEWW = segments_BEW[..., :, None] == segments_BEW[..., None, :]",
-        "same_BEWW = segments_BEW[..., :, None] >= segments_BEW[..., None, :]",
+        "visible_BEWW = segments_BEW[..., :, None] == segments_BEW[..., None, :]",
+        "visible_BEWW = segments_BEW[..., :, None] >= segments_BEW[..., None, :]",
         "models/test_shared_prefix.py::test_all_layouts_equal_one_row_per_response",
     ),
     Mutation(
@@ -417,8 +417,8 @@ MUTATIONS = (
     ),
     Mutation(
         "responses: the first token is predicted from the response before",
-        "before = jnp.where((groups.offsets == 0)[..., None], last, before)",
-        "before = jnp.where((groups.offsets == -1)[..., None], last, before)",
+        "previous = jnp.where((groups.offsets == 0)[..., None], last, previous)",
+        "previous = jnp.where((groups.offsets == -1)[..., None], last, previous)",
         "models/test_shared_prefix.py",
     ),
     Mutation(
@@ -447,8 +447,8 @@ MUTATIONS = (
     ),
     Mutation(
         "replay: the last layer's weights get no gradient",
-        "carry = gradient, jax.tree.map(_make_setter(last), grads, layer_grads)",
-        "carry = gradient, grads",
+        "carry = output_grad, jax.tree.map(_make_setter(last), weight_grads, layer_grads)",
+        "carry = output_grad, weight_grads",
         "models/test_replay.py::test_gradients_are_those_of_a_pass_of_its_own",
     ),
     Mutation(
