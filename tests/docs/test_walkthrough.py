@@ -16,33 +16,10 @@ from types import ModuleType
 
 import pytest
 
-from mass_dpo_jax.data.tokenizer import train_tokenizer
 from tests.support import processes
 from tests.support.packages import ROOT, build, install
 
 PAGE = ROOT / "docs" / "walkthrough.md"
-TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{{ m.role }}\n{{ m.content }}{{ eos_token }}"
-    "{% endfor %}{% if add_generation_prompt %}assistant\n{% endif %}"
-)
-
-
-def make_model(folder: Path) -> None:
-    """A random Llama as transformers saves it; its tokenizer has a chat template."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    train_tokenizer(["Can I have the lamp? One moment please, I will look for it."], 300, folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
 
 
 def perform(page: str, folder: Path, xla_flags: str = "") -> str:
@@ -51,7 +28,6 @@ def perform(page: str, folder: Path, xla_flags: str = "") -> str:
     for path in (here, site, folder / "built"):
         path.mkdir()
     install(build(folder / "built")[1], site)
-    make_model(here / "model")
     for name, program in re.findall(r"^`(\w+\.py)` .*?^```python\n(.*?)^```$", page, re.S | re.M):
         (here / name).write_text(program)
     env = {
