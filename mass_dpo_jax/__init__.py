@@ -52,11 +52,11 @@ if sys.argv[:1] == ["-m"] and "-m" in sys.orig_argv:
 
         signals.watch()
 
-# Of transformers only the tokenizers are used here: no advice to install PyTorch.
+# Only tokenizers are used, so silence transformers' advice to install PyTorch.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-# Where a name is, and what it is called there.
-_PLACES = {
+# The module that has a public name, and the name's own name in that module if they differ.
+_MODULES = {
     "Batches": "training.updates",
     "Example": "data.examples",
     "Model": "api",
@@ -78,12 +78,12 @@ _PLACES = {
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name not in _PLACES:
+    if name not in _MODULES:
         return importlib.import_module(f"{__name__}.{name}")
-    module, _, there = _PLACES[name].partition(":")
-    found = getattr(importlib.import_module(f"{__name__}.{module}"), there or name)
-    globals()[name] = found
-    return found
+    module, _, attribute = _MODULES[name].partition(":")
+    value = getattr(importlib.import_module(f"{__name__}.{module}"), attribute or name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

@@ -9,7 +9,7 @@ from mass_dpo_jax.cli.help import HELP, echo, exit_with_error
 
 # Each is a module, and the text is the first line of its docstring.
 COMMANDS = {
-    "data": "Shows what a data set looks like to a model: pools, lengths, cuts, first prompts.",
+    "data": "Shows what a dataset looks like to a model: pools, lengths, cuts, first prompts.",
     "train": "Trains a policy on preferences with several negatives.",
     "evaluate": "Measures how a model ranks and rewards the full candidate lists of a split.",
     "score": "Writes log-probabilities and rewards of every response, one JSON line per example.",
@@ -24,11 +24,9 @@ def main() -> None:
     """Prints the commands, or refuses words that are none."""
     if words := [word for word in sys.argv[1:] if word not in HELP]:
         (near,) = difflib.get_close_matches(words[0], COMMANDS, n=1, cutoff=0.0)
-        exit_with_error(
-            f"{words[0]}: expected a command behind a dot, as in python -m mass_dpo_jax.{near}", ""
-        )
+        exit_with_error(f"{words[0]}: use a dot: python -m mass_dpo_jax.{near}", "")
     lines = [f"  {name:12} {summary}" for name, summary in COMMANDS.items()]
-    echo("Commands, as in python -m mass_dpo_jax.train --help:\n\n" + "\n".join(lines))
+    echo("Commands (python -m mass_dpo_jax.COMMAND --help describes one):\n\n" + "\n".join(lines))
 
 
 if __name__ == "__main__":

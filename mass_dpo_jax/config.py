@@ -32,9 +32,9 @@ METHOD_SUMMARIES = {
 }
 # How each criterion chooses; `add_criterion` adds those that are registered elsewhere.
 CRITERION_SUMMARIES = {
-    "pool_fisher": "D-optimal design on the pool's Fisher information (Algorithm 1)",
+    "pool_fisher": "largest determinant of the pool's Fisher information (D-optimal, Algorithm 1)",
     "contrast": "the same around the chosen response instead of the pool's mean",
-    "set_fisher": "D-optimal design on the exact Hessian of the loss on the selected set",
+    "set_fisher": "largest determinant of the exact Hessian of the loss on the selected set",
     "hardest": "the largest scores",
     "random": "uniformly at random",
     "all": "the whole pool",
@@ -93,10 +93,10 @@ def default() -> ConfigDict:
     c.model.dtype = "float32"  # Type of the computation. The trained weights stay in float32.
     # What the backward pass recomputes: dots (only attention) | full (everything).
     c.model.remat = "full"
-    # Attention kernel. auto: a fused one on GPUs with bfloat16, where it agrees with plain | plain
+    # Attention kernel: auto (fused on GPUs with bfloat16, if its results agree with plain) | plain
     # | fused.
     c.model.attention = "auto"
-    # How responses lie behind their prompt: packed | rectangle (for long responses).
+    # How prompt and responses are arranged in a batch: packed | rectangle (for long responses).
     c.model.layout = "packed"
 
     # ---- LoRA: adapters trained beside frozen weights, those of model.path.
@@ -149,7 +149,7 @@ def default() -> ConfigDict:
     c.data.num_candidates = 20
     # For medmcqa: evaluate on a question's own 4 options instead of drawn candidates.
     c.data.native_eval = True
-    # Number of shapes that batches are padded to. Fewer compile sooner; more waste less on padding.
+    # Number of shapes that batches are padded to. Fewer shapes compile faster; more reduce padding.
     c.data.max_shapes = 4
     c.data.on_bad_row = "error"  # What to do with an unusable row: error | skip (and count it).
     # Share of the training rows to hold out where no other split is found; rows of a prompt stay
@@ -164,7 +164,9 @@ def default() -> ConfigDict:
     # ---- How negatives are chosen, and when.
     c.selection = Settings()
     c.selection.criterion = "pool_fisher"  # How mass_dpo chooses the negatives it trains on.
-    c.selection.ridge = 0.1  # The paper's gamma: H_0 = ridge * I.
+    # Added to the diagonal of the information matrix, which keeps it invertible: the paper's gamma,
+    # H_0 = gamma * I.
+    c.selection.ridge = 0.1
     # How often negatives are chosen: step (at every step) | epoch | once | a number of steps.
     c.selection.refresh = "step"
     c.selection.feature_norm = "none"  # How hidden states are normalized before centring.
@@ -172,7 +174,9 @@ def default() -> ConfigDict:
     c.selection.pooling = "response"
     # Model whose hidden states are used: policy (as it is now) | reference (computed once).
     c.selection.features = "policy"
-    c.selection.fisher_scale = False  # Multiply by the beta^2 (1 - sigma(Z)) of Eq. 11.
+    # Weight each pool's information by beta^2 (1 - sigma(Z)), which is small if the loss is small
+    # (the paper's Eq. 11).
+    c.selection.fisher_scale = False
     c.selection.replacement = False  # For pl_sampled: draw negatives with replacement.
 
     # ---- Margins of the method odpo.
@@ -213,9 +217,8 @@ def default() -> ConfigDict:
     c.log = Settings()
     c.log.tensorboard = True  # Write event files for TensorBoard to the run folder.
     c.log.report = True  # Write report.html and figures/ to the run folder when training ends.
-    c.log.wandb_project = (
-        ""  # Project of Weights & Biases, whose package must be installed; empty: none.
-    )
+    # Project of Weights & Biases, whose package must be installed; empty: none.
+    c.log.wandb_project = ""
 
     # ---- Devices along each axis of the mesh; -1 means all that remain.
     c.mesh = Settings()
@@ -274,7 +277,7 @@ def set_field(config: ConfigDict, name: str, value: Any) -> None:
 
 
 def parse_refresh(refresh: str, steps_per_epoch: int) -> int:
-    """Returns how many steps a choice of negatives lasts; 0: the whole run (`once`)."""
+    """Returns the refresh interval in steps; 0: the whole run (`once`)."""
     named = {"step": 1, "epoch": steps_per_epoch, "once": 0}
     if refresh in named:
         return named[refresh]
@@ -308,15 +311,15 @@ def add_criterion(name: str, summary: str) -> None:
 
 
 class Settings(ConfigDict):
-    """A ConfigDict that suggests a name where a setting does not exist.
+    """A ConfigDict that suggests a name if a setting does not exist.
 
     NumPy's numbers and pathlib's paths are stored as Python's own numbers and strings.
     """
 
     def __setitem__(self, key: str, value: Any) -> None:
-        kind = type(value)
-        if kind is not bool and issubclass(kind, numbers.Real):
-            value = int(value) if issubclass(kind, numbers.Integral) else float(value)
+        value_type = type(value)
+        if value_type is not bool and issubclass(value_type, numbers.Real):
+            value = int(value) if issubclass(value_type, numbers.Integral) else float(value)
         elif isinstance(value, os.PathLike):
             value = os.fspath(value)
         if self.is_locked and key not in self:

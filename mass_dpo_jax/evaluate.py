@@ -55,13 +55,13 @@ def main() -> None:
     output = None
     if FLAGS.output is not None:
         output = cli.check_output(FLAGS.output, "JSON", config.data.path)
-    found = evaluate(config, FLAGS.workdir, FLAGS.split)
-    for name, value in found.items():
+    measured = evaluate(config, FLAGS.workdir, FLAGS.split)
+    for name, value in measured.items():
         if not name.endswith("_se"):
-            error = found.get(f"{name}_se")
+            error = measured.get(f"{name}_se")
             print(f"{name:24} {value:9.4f}" + ("" if error is None else f" ± {error:.4f}"))
     if output is not None and distributed.is_primary():
-        write_whole(output, [json.dumps(found, indent=2) + "\n"])
+        write_whole(output, [json.dumps(measured, indent=2) + "\n"])
 
 
 if __name__ == "__main__":

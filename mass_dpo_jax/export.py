@@ -46,13 +46,13 @@ def export(
     Args:
         workdir: a run folder.
         output: does not exist yet, or is an empty folder.
-        step: of the checkpoint; None: the newest.
-        dtype: "float32" or "bfloat16", of the stored weights; None: `model.dtype` of the run.
-        max_shard_gb: of a file, in 10^9 bytes.
-        base_model: what the card, or the adapters' settings, call the model that training started
-            from; empty: the name of its folder.
-        adapters: of a run with LoRA, write the adapters alone, in PEFT's format.
-        base_path: of a run with LoRA, where its base lies now; empty: where it lay.
+        step: the checkpoint's step; None: the newest.
+        dtype: type of the stored weights, "float32" or "bfloat16"; None: `model.dtype` of the run.
+        max_shard_gb: maximum size of a weights file, in 10^9 bytes.
+        base_model: name of the model that training started from, for the card or the adapters'
+            settings; empty: the name of its folder.
+        adapters: True to write only the adapters of a run with LoRA, in PEFT's format.
+        base_path: new location of the base model of a run with LoRA; empty: unchanged.
 
     Raises:
         UserError: there is no such run or checkpoint, `output` is taken or cannot be written, or
@@ -95,19 +95,24 @@ def main() -> None:
 if __name__ == "__main__":
     cli.define_path("workdir", "A run's folder.")
     cli.define_path("output", "The folder to write; it must not exist.")
-    flags.DEFINE_integer("step", None, "Of which checkpoint. Left out: the newest.")
-    flags.DEFINE_enum("dtype", None, EXPORT_DTYPES, "Of the stored weights. Left out: the run's.")
-    flags.DEFINE_float("max_shard_gb", 5.0, "Of a file of weights, 10^9 bytes.")
+    flags.DEFINE_integer("step", None, "Step of the checkpoint to export. Default: the newest.")
+    flags.DEFINE_enum(
+        "dtype",
+        None,
+        EXPORT_DTYPES,
+        "Type of the stored weights. Default: config.model.dtype of the run.",
+    )
+    flags.DEFINE_float("max_shard_gb", 5.0, "Maximum size of a weights file, in GB.")
     flags.DEFINE_boolean(
-        "adapters", False, "Of a run with LoRA: its adapters alone, in PEFT's format."
+        "adapters", False, "Export only the adapters of a run with LoRA, in PEFT's format."
     )
     flags.DEFINE_string(
-        "base_path", "", "Of a run with LoRA: where its base lies now, if it has moved."
+        "base_path", "", "New location of the base model of a run with LoRA, if it has moved."
     )
     flags.DEFINE_string(
         "base_model",
         "",
         "The model training started from, as the hub calls it (meta-llama/Llama-3.2-3B-Instruct). "
-        "Left out: the name of its folder.",
+        "Default: the name of its folder.",
     )
     cli.run(main)

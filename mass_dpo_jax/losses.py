@@ -7,6 +7,14 @@ shape and says which entries count; the others may hold anything, NaN and infini
 reach neither the values nor the gradients. A row whose chosen response is not valid, or that has no
 valid negative, has loss 0 and gradient 0. Losses are computed in float32 unless the input is more
 precise.
+
+Examples:
+    One example, a chosen response and two negatives:
+
+    >>> log_ratios = jnp.array([[0.5, 0.0, -0.5]])
+    >>> valid = jnp.ones_like(log_ratios, bool)
+    >>> print(plackett_luce(log_ratios, valid, beta=1.0))
+    [0.68026966]
 """
 
 from __future__ import annotations
@@ -50,18 +58,18 @@ def plackett_luce(
 
     Args:
         log_ratios: nats; the chosen response in column 0.
-        valid: which responses count.
+        valid: True for the responses that count.
         beta: strength of the pull towards the reference, > 0.
 
     Source: Chen et al., "On Softmax Direct Preference Optimization for Recommendation", 2024;
     the form by log-sum-exp avoids the overflow of exponentiating log-ratios.
     """
-    scores, negatives = _scores(log_ratios, valid, beta)
+    scores, negatives = _scores_and_mask(log_ratios, valid, beta)
     # The largest score is taken out of the sum, and softplus keeps small losses exact. A row
     # without negatives counts zeros instead and is dropped at the end: log(0) never occurs.
     has_negatives = negatives.any(axis=-1)
-    counted = negatives | ~has_negatives[:, None]
-    loss = jax.nn.softplus(jax.nn.logsumexp(scores, axis=-1, where=counted))
+    included = negatives | ~has_negatives[:, None]
+    loss = jax.nn.softplus(jax.nn.logsumexp(scores, axis=-1, where=included))
     return jnp.where(has_negatives, loss, 0.0)
 
 
@@ -80,7 +88,7 @@ def dpo(
 
     Args:
         log_ratios: nats, [B, 2]; the chosen response in column 0.
-        valid: which responses count.
+        valid: True for the responses that count.
         beta: strength of the pull towards the reference, > 0.
 
     Raises:
@@ -91,7 +99,7 @@ def dpo(
     """
     if log_ratios.shape[-1] != 2:
         raise ValueError(f"dpo takes log_ratios of shape [B, 2], got {log_ratios.shape}")
-    scores, negatives = _scores(log_ratios, valid, beta)
+    scores, negatives = _scores_and_mask(log_ratios, valid, beta)
     return jnp.where(negatives[:, 0], jax.nn.softplus(scores[:, 0]), 0.0)
 
 
@@ -112,13 +120,13 @@ def dpo_k(
 
     Args:
         log_ratios: nats; the chosen response in column 0.
-        valid: which responses count.
+        valid: True for the responses that count.
         beta: strength of the pull towards the reference, > 0.
 
     Source: MASS-DPO names this baseline without defining it; the mean over pairs is the reading
     that leaves the step's size independent of n.
     """
-    scores, negatives = _scores(log_ratios, valid, beta)
+    scores, negatives = _scores_and_mask(log_ratios, valid, beta)
     return _mean(jax.nn.softplus(scores), negatives)
 
 
@@ -139,13 +147,13 @@ def dmpo(
 
     Args:
         log_ratios: nats; the chosen response in column 0.
-        valid: which responses count.
+        valid: True for the responses that count.
         beta: strength of the pull towards the reference, > 0.
 
     Source: Bai et al., "Finetuning Large Language Model for Personalized Ranking", 2024. (In the
     code released with it the reference cancels; here it does not.)
     """
-    scores, negatives = _scores(log_ratios, valid, beta)
+    scores, negatives = _scores_and_mask(log_ratios, valid, beta)
     loss = jax.nn.softplus(_mean(scores, negatives))
     return jnp.where(negatives.any(axis=-1), loss, 0.0)
 
@@ -172,14 +180,14 @@ def odpo(
 
     Args:
         log_ratios: nats; the chosen response in column 0.
-        valid: which responses count.
+        valid: True for the responses that count.
         beta: strength of the pull towards the reference, > 0.
         margins: Delta of each negative.
 
     Source: Amini, Vieira and Cotterell, "Direct Preference Optimization with an Offset", 2024, for
     pairs; the mean over an example's pairs is ours.
     """
-    scores, negatives = _scores(log_ratios, valid, beta)
+    scores, negatives = _scores_and_mask(log_ratios, valid, beta)
     margins = jnp.where(negatives, _at_least_float32(margins), 0.0)
     return _mean(jax.nn.softplus(scores + margins), negatives)
 
@@ -194,9 +202,9 @@ def mppo(
     p_i = \prod_{t=1}^{T_i} \pi(y_{i,t} \mid x, y_{i,<t})^{1 / T_i}
     $$
 
-    without reference and without beta. Its authors tried rewards by point, pair and list, and found
-    pairs best; of the pairwise forms this one, "Pair-MNM", which merges the pairs of a prompt in
-    one sigmoid (their Eq. 10).
+    without reference and without beta. Its authors tried pointwise, pairwise and listwise rewards
+    and found pairwise best; of the pairwise forms this one, "Pair-MNM", which merges the pairs of
+    a prompt in one sigmoid (their Eq. 10).
 
     Examples:
         >>> logps = jnp.log(jnp.array([[0.25, 0.25]]))
@@ -206,8 +214,8 @@ def mppo(
     Args:
         logps: nats, summed over each response's tokens, end-of-sequence included; the
             chosen response in column 0.
-        num_tokens: T of each response.
-        valid: which responses count.
+        num_tokens: T, the tokens of each response.
+        valid: True for the responses that count.
 
     Source: Xie et al., "MPPO: Multi Pair-wise Preference Optimization for LLMs with Arbitrary
     Negative Samples", 2024.
@@ -244,9 +252,9 @@ def sampled_plackett_luce(
 
     A pass over the pool without gradients gives p and $\ell_N$ exactly. The value returned is
     that $\ell_N$; the gradient replaces the sum over the pool by one over n drawn negatives,
-    $\sum_k w_k \nabla \beta (r_k - r_0)$, whose weights `selection.criteria.sampled` makes
-    such that its expectation is the sum over the pool. The estimate is unbiased where weights and
-    loss are those of the same policy.
+    $\sum_k w_k \nabla \beta (r_k - r_0)$, whose weights (`selection.criteria.sampled`)
+    are chosen so that its expectation is the sum over the pool. The estimate is unbiased if weights
+    and loss come from the same policy.
 
     Examples:
         >>> scores = jnp.array([[0.0, -1.0, 1.0]])
@@ -258,12 +266,12 @@ def sampled_plackett_luce(
 
     Args:
         log_ratios: nats; the chosen response in column 0.
-        valid: which responses count.
+        valid: True for the responses that count.
         beta: strength of the pull towards the reference, > 0.
         weights: w, taken as constants.
         pool_loss: l_N in nats, taken as a constant.
     """
-    scores, negatives = _scores(log_ratios, valid, beta)
+    scores, negatives = _scores_and_mask(log_ratios, valid, beta)
     weights = jnp.where(negatives, jax.lax.stop_gradient(_at_least_float32(weights)), 0.0)
     loss = jax.lax.stop_gradient(_at_least_float32(pool_loss))
     linear = -jnp.expm1(-loss) * jnp.sum(weights * scores, axis=-1)
@@ -287,12 +295,12 @@ def supervised(
     Returns:
         The loss in nats per token.
     """
-    present = num_tokens > 0
-    logps = jnp.where(present, _at_least_float32(logps_chosen), 0.0)
+    nonempty = num_tokens > 0
+    logps = jnp.where(nonempty, _at_least_float32(logps_chosen), 0.0)
     return -logps / jnp.maximum(num_tokens, 1)
 
 
-def _scores(
+def _scores_and_mask(
     log_ratios: Float[Array, "B C"], valid: Bool[Array, "B C"], beta: float
 ) -> tuple[Float[Array, "B C-1"], Bool[Array, "B C-1"]]:
     """Returns beta (r_i - r_0) of the negatives, 0 where they do not count, and which count."""

@@ -52,19 +52,21 @@ def score(config: ConfigDict, workdir: Path | None, split: str | None) -> Iterat
         return
     sizes = {example.id: 1 + len(example.rejected) for example in setup.examples[split]}
     for row, example_id in enumerate(tokens.ids):
-        there = tokens.response_lengths[row] > 0
-        found = {"logps": logps[row, there]}
+        mask = tokens.response_lengths[row] > 0
+        values_by_name = {"logps": logps[row, mask]}
         if refs is not None:
-            found["ref_logps"] = refs[row, there]
-            found["rewards"] = np.float32(config.beta) * (logps[row, there] - refs[row, there])
-        found["response_tokens"] = tokens.response_lengths[row, there]
+            values_by_name["ref_logps"] = refs[row, mask]
+            values_by_name["rewards"] = np.float32(config.beta) * (
+                logps[row, mask] - refs[row, mask]
+            )
+        values_by_name["response_tokens"] = tokens.response_lengths[row, mask]
         line: dict[str, Any] = {"id": example_id}
-        for name, values in found.items():
+        for name, values in values_by_name.items():
             line[name] = [None] * sizes[example_id]
-            for number, value in zip(
-                tokens.candidate_ids[row, there], values.tolist(), strict=True
+            for candidate_id, value in zip(
+                tokens.candidate_ids[row, mask], values.tolist(), strict=True
             ):
-                line[name][number] = value
+                line[name][candidate_id] = value
         yield line
 
 

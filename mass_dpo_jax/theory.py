@@ -106,8 +106,8 @@ def gradient(
     beta: float,
 ) -> Float[np.ndarray, " d"]:
     """Computes Eq. 9, beta (1 - sigma(Z)) phi_bar; arguments as in `quantities`."""
-    at = quantities(theta, phi, b, beta)
-    return beta * _sigmoid(-at.z) * at.mean
+    moments = quantities(theta, phi, b, beta)
+    return beta * _sigmoid(-moments.z) * moments.mean
 
 
 def hessian(
@@ -117,9 +117,9 @@ def hessian(
     beta: float,
 ) -> Float[np.ndarray, "d d"]:
     """Computes Eq. 10, the exact Hessian; arguments as in `quantities`."""
-    at = quantities(theta, phi, b, beta)
-    rank_one = _sigmoid(at.z) * np.outer(at.mean, at.mean)
-    return beta**2 * _sigmoid(-at.z) * (at.covariance + rank_one)
+    moments = quantities(theta, phi, b, beta)
+    rank_one = _sigmoid(moments.z) * np.outer(moments.mean, moments.mean)
+    return beta**2 * _sigmoid(-moments.z) * (moments.covariance + rank_one)
 
 
 def hessian_bound(
@@ -129,8 +129,8 @@ def hessian_bound(
     beta: float,
 ) -> Float[np.ndarray, "d d"]:
     """Computes Eq. 11, Lemma 4.2's lower bound on the Hessian; arguments as in `quantities`."""
-    at = quantities(theta, phi, b, beta)
-    return beta**2 * _sigmoid(-at.z) * at.covariance
+    moments = quantities(theta, phi, b, beta)
+    return beta**2 * _sigmoid(-moments.z) * moments.covariance
 
 
 def algorithm_1(
@@ -141,7 +141,7 @@ def algorithm_1(
     Args:
         phi: features; subtracting one vector from every row changes nothing.
         scores: s.
-        n: how many to select, at most N.
+        n: number of negatives to select, at most N.
         ridge: H starts as ridge times the identity.
 
     Returns:
@@ -210,7 +210,7 @@ def exhaustive(
     Args:
         gram: design vectors' products over the ridge.
         n: size of the set; all valid candidates where there are fewer.
-        mask: which candidates are valid.
+        mask: True for the valid candidates.
 
     Returns:
         The indices in increasing order, the first such set on ties; and log det(I + G_SS).
@@ -231,8 +231,8 @@ def set_information(
 
     Args:
         features: the chosen response first.
-        scores: of the negatives.
-        indices: which of the N negatives.
+        scores: the negatives' scores.
+        indices: indices of the set's members among the N negatives.
     """
     members = [0, *(1 + i for i in indices)]
     q = _softmax(np.append(0.0, scores)[members])
@@ -261,8 +261,8 @@ def set_fisher(
 
     Args:
         features: the chosen response first.
-        scores: of the negatives.
-        n: how many to select, at most N.
+        scores: the negatives' scores.
+        n: number of negatives to select, at most N.
         ridge: above 0.
 
     Returns:
@@ -299,7 +299,7 @@ def exchange(
     slot, then the lowest index.
 
     Args:
-        value: what to raise, a function of a list of indices.
+        value: function of a list of indices, to be maximized.
         chosen: the set to start from.
         candidates: all that may be in the set, members included.
 

@@ -83,15 +83,15 @@ def main() -> None:
         )
     try:
         with interruption.handle_signals():
-            done = loop.train(config, workdir, _write_report)
+            result = loop.train(config, workdir, _write_report)
     except interruption.Stopped as signal:
         step = run_folder.latest_step(workdir)
-        where = "before its first step" if step is None else f"and saved at step {step}"
-        print(f"stopped by {signal} {where}; run the same command again to go on")
+        progress = "before its first step" if step is None else f"and saved at step {step}"
+        print(f"stopped by {signal} {progress}; run the same command again to go on")
         return
     for name in ("start", "final"):
-        if done[name]:
-            print(f"{done['split']}, {name}: {evaluator.format_headline(done[name])}")
+        if result[name]:
+            print(f"{result['split']}, {name}: {evaluator.format_headline(result[name])}")
     print(f"written to {workdir}")
 
 

@@ -97,8 +97,8 @@ def _put_config_first(
         config = f"{run_config.__file__}:{workdir}"
     elif default is not None and pairs:
         config = default
-    others = [(name, value) for name, value in pairs if name != "config"]
-    return others if config is None else [("config", config), *others]
+    rest = [(name, value) for name, value in pairs if name != "config"]
+    return rest if config is None else [("config", config), *rest]
 
 
 def _check_workdir(workdir: Path) -> None:

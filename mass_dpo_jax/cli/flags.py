@@ -49,9 +49,9 @@ class PathParser(flags.ArgumentParser[Path]):
 def define_config() -> None:
     """Defines --config and, by way of ml_collections, --config.FIELD for every setting."""
     about = (
-        f"A file, or the name of one of ours: {', '.join(find_configurations())}. "
+        f"A file, or the name of a built-in configuration: {', '.join(find_configurations())}. "
         "--config.FIELD=VALUE changes a field; --config.print=True prints the resolved "
-        "configuration as flags and exits. Left out where --workdir names a run: that run's own "
+        "configuration as flags and exits. Default, if --workdir names a run: that run's own "
         "configuration."
     )
     try:
@@ -71,8 +71,8 @@ def define_split() -> None:
         "split",
         None,
         ["train", "validation", "test", "all"],
-        "Which rows. Left out: test or, of a single file, all. A run's own single file keeps its "
-        "held-out rows as test.",
+        "Rows to use. Default: test, or all if the data is a single file. For a run's own single "
+        "file, the held-out rows are test.",
     )
 
 
@@ -83,16 +83,20 @@ def define_processes() -> None:
         "distributed",
         False,
         "Whether this is one of several processes, on one host or many. Cloud TPU, SLURM, "
-        "Kubernetes or Open MPI tell who the others are.",
+        "Kubernetes and Open MPI provide the addresses of the others.",
     )
     flags.DEFINE_string(
         "coordinator_address",
         None,
-        "HOST:PORT of process 0, the same for all processes, where no cluster tells it.",
+        "HOST:PORT of process 0, the same for all processes, if the cluster does not provide it.",
     )
-    flags.DEFINE_integer("num_processes", None, "Number of processes, where no cluster tells it.")
     flags.DEFINE_integer(
-        "process_id", None, "Which process this is, from 0, where no cluster tells it."
+        "num_processes", None, "Number of processes, if the cluster does not provide it."
+    )
+    flags.DEFINE_integer(
+        "process_id",
+        None,
+        "Number of this process, from 0, if the cluster does not provide it.",
     )
     flags.DEFINE_integer(
         "start_timeout", defaults.start_timeout, "Seconds to wait for the others to start."
@@ -100,7 +104,7 @@ def define_processes() -> None:
     flags.DEFINE_integer(
         "peer_timeout",
         defaults.peer_timeout,
-        "Seconds without a sign of life after which a process counts as dead; all others end.",
+        "Seconds without a heartbeat after which a process counts as dead and all others end.",
     )
 
 
@@ -115,7 +119,7 @@ def find_configurations() -> dict[str, Path]:
 
 
 def find_own_flags() -> list[flags.Flag]:
-    """Returns the flags of this package and of the command itself; settings are none of them."""
+    """Returns the flags of this package and of the command itself; settings are not among them."""
     packages = ("mass_dpo_jax", (sys.modules["__main__"].__package__ or "mass_dpo_jax"))
     return [
         flag

@@ -36,7 +36,7 @@ HELP = ("-h", "-?", "--h", "-help", "--help", "--helpshort", "-helpshort")
 def comments() -> dict[str, str]:
     """Returns the comment of each group and setting by dotted name, `train` or `train.steps`.
 
-    It is what stands on the lines before it and at the end of its own.
+    A comment stands on the lines before its setting and at the end of the setting's own line.
     """
     source = inspect.getsource(config_lib.default)
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
@@ -47,26 +47,28 @@ def comments() -> dict[str, str]:
     }
     (function,) = ast.parse(source).body
     assert isinstance(function, ast.FunctionDef)
-    found, last = {}, 0
+    texts, last = {}, 0
     for node in function.body:
         end = node.end_lineno or node.lineno
         if isinstance(node, ast.Assign):
             name = ast.unparse(node.targets[0]).partition(".")[2]
-            found[name] = " ".join(lines[n] for n in range(last + 1, end + 1) if n in lines)
+            texts[name] = " ".join(lines[n] for n in range(last + 1, end + 1) if n in lines)
         last = end
-    return found
+    return texts
 
 
-def describe(doc: str, own: Iterable[flags.Flag], config: ConfigDict | None, source: str) -> str:
+def describe(
+    doc: str, command_flags: Iterable[flags.Flag], config: ConfigDict | None, source: str
+) -> str:
     """Returns a command's --help.
 
     Args:
         doc: the command's docstring.
-        own: its flags.
-        config: whose values are shown; None: the command takes no configuration.
-        source: where the values are from: "the defaults" or a file.
+        command_flags: the command's flags.
+        config: the settings to list, with their values; None: the command takes no configuration.
+        source: origin of the values: "the defaults" or a file.
     """
-    parts = [inspect.cleandoc(doc), "\n".join(["Flags:", *map(_describe_flag, own)])]
+    parts = [inspect.cleandoc(doc), "\n".join(["Flags:", *map(_describe_flag, command_flags)])]
     if config is not None:
         parts.append(f"Settings, with {source}:")
         parts += _describe_settings(config)
@@ -106,11 +108,11 @@ def _describe_settings(config: ConfigDict) -> Iterator[str]:
 def as_flags(config: ConfigDict) -> Iterator[str]:
     """Yields every setting as a shell takes it, those that differ from the defaults first."""
     values = dict(config_lib.flatten(config))
-    usual = dict(config_lib.flatten(config_lib.default()))
+    defaults = dict(config_lib.flatten(config_lib.default()))
     lines: dict[bool, list[str]] = {True: [], False: []}
     for name in filter(values.__contains__, comments()):
         line = f"--config.{name}={shlex.quote(str(values[name]))}"
-        lines[values[name] != usual[name]].append(line)
+        lines[values[name] != defaults[name]].append(line)
     yield f"# {len(lines[True])} settings differ from the defaults:"
     yield from lines[True]
     yield f"# {len(lines[False])} have their defaults:"

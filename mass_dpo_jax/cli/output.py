@@ -17,7 +17,7 @@ def check_output(path: Path | None, kind: str, *inputs: str | Path) -> Path:
 
     Args:
         path: the flag's value.
-        kind: of file, for messages.
+        kind: kind of file, for messages.
         inputs: files that the command reads, which it must not replace; empty ones are none.
 
     Raises:

@@ -29,19 +29,19 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parses as argparse does, but reports a flag that does not exist before anything else."""
-        own = [option.lstrip("-") for option in self._option_string_actions]
+        flag_names = [option.lstrip("-") for option in self._option_string_actions]
         for word in sys.argv[1:] if args is None else args:
             name = word.lstrip("-").partition("=")[0]
-            if word.startswith("--") and name and name not in own:
-                self.error(self._explain_unknown(name, [other for other in own if len(other) > 1]))
+            if word.startswith("--") and name and name not in flag_names:
+                self.error(self._explain_unknown(name, [n for n in flag_names if len(n) > 1]))
         return super().parse_args(args, namespace)
 
-    def _explain_unknown(self, name: str, own: Sequence[str]) -> str:
+    def _explain_unknown(self, name: str, flag_names: Sequence[str]) -> str:
         if name in ("workdir", "run", "runs", "folder", "folders"):
             return f"--{name}: no such flag; runs are given without one: {self.prog} RUN"
         if name.partition(".")[0] == "config":
             return f"--{name}: this command has no settings; it reads what runs wrote"
-        meant = [f"--{other}" for other in suggestions.suggest_names(name, (), own)]
+        meant = [f"--{flag}" for flag in suggestions.suggest_names(name, (), flag_names)]
         return f"--{name}: no such flag{suggestions.did_you_mean(meant)}"
 
     def error(self, message: str) -> NoReturn:

@@ -42,7 +42,7 @@ def run(
     """Parses the command line and runs a command.
 
     Args:
-        main: what the command does.
+        main: the command's work.
         resumes: the same command resumes what was interrupted; others write everything or nothing.
         default: the configuration where neither --config nor a run gives one.
         unread: beginnings of settings that the command does not read; it names those that are
@@ -100,9 +100,9 @@ def _join_processes() -> bool:
 
 
 def _find_shared_values() -> dict[str, Any]:
-    """Returns the values of own flags and settings that all processes must have in common."""
-    own = {flag.name for flag in find_own_flags()} - {*PROCESS_FLAGS, "config"}
-    values = {name: flags.FLAGS[name].value for name in own}
+    """Returns the values of the command's flags and settings that all processes must share."""
+    names = {flag.name for flag in find_own_flags()} - {*PROCESS_FLAGS, "config"}
+    values = {name: flags.FLAGS[name].value for name in names}
     values = {n: str(value) if isinstance(value, Path) else value for n, value in values.items()}
     config = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
     for name, value in config_lib.flatten(config or ConfigDict()):
@@ -115,7 +115,7 @@ def log_unread(reader: str, unread: Sequence[str]) -> None:
     """Logs which settings on the command line have no effect.
 
     Args:
-        reader: what they have no effect on.
+        reader: the part of the program that does not read them.
         unread: beginnings of the names of such settings.
     """
     names = [word.partition("=")[0] for word in sys.argv[1:]]
@@ -165,16 +165,16 @@ def run_within_limits(main: Callable[[], None]) -> None:
 
 def _explain_host_memory(error: BaseException, message: str) -> str:
     """Returns what needed more memory than the host or its batch system allows, and what helps."""
-    what, helps = "", "a host with more, or a higher limit (ulimit -v, --mem of SLURM)"
+    task, advice = "", "a host with more, or a higher limit (ulimit -v, --mem of SLURM)"
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if "mass_dpo_jax/data/" in Path(frame.filename).as_posix():
-            what, helps = " to read the data", f"fewer rows by config.data.max_train, {helps}"
+            task, advice = " to read the data", f"fewer rows by config.data.max_train, {advice}"
         elif Path(frame.filename).name in ("weights.py", "policy.py", "checkpoint_reading.py"):
-            what = " to load the weights"
-            helps = f"a smaller model, LoRA on config.model.lora.base=int8, {helps}"
-        if what:
+            task = " to load the weights"
+            advice = f"a smaller model, LoRA on config.model.lora.base=int8, {advice}"
+        if task:
             break
-    return f"not enough memory on the host{what}; what helps: {helps} ({message or 'MemoryError'})"
+    return f"not enough memory on the host{task}; what helps: {advice} ({message or 'MemoryError'})"
 
 
 def _set_up_logging() -> None:

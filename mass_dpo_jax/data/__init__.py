@@ -34,7 +34,7 @@ it was the chosen one or the last negative (`tokenization`). Responses are never
 counts all of this.
 
 Only `config.data` is read here, never another section; what a function reads of it, its docstring
-says. `python -m mass_dpo_jax.data` shows what a data set looks like.
+says. `python -m mass_dpo_jax.data` shows what a dataset looks like.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _log = logging.getLogger(__name__)
 
 
 def load_examples(data: ConfigDict, split: str, seed: int) -> list[Example]:
-    """Loads a split of the data set that `data.name` and `data.path` name.
+    """Loads a split of the dataset that `data.name` and `data.path` name.
 
     Args:
         data: The configuration's `data`. Reads `name`, `path`, `columns`, `num_candidates`, and

@@ -1,4 +1,4 @@
-r"""Shows what a data set looks like to a model: pools, lengths, cuts, first prompts.
+r"""Shows what a dataset looks like to a model: pools, lengths, cuts, first prompts.
 
     python -m mass_dpo_jax.data --config=llama3 --config.data.path=pairs.jsonl
     python -m mass_dpo_jax.data --config=llama3 --config.model.path=DIR \
@@ -20,7 +20,7 @@ FLAGS = flags.FLAGS
 
 
 def main() -> None:
-    """Prints the description of the data set that the flags name."""
+    """Prints the description of the dataset that the flags name."""
     if FLAGS.show < 0:
         raise UserError(f"--show={FLAGS.show}: expected 0 or more")
     config = cli.read_config()
@@ -32,5 +32,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     cli.define_config()
-    flags.DEFINE_integer("show", 2, "How many rows of the first split to show in full.")
+    flags.DEFINE_integer("show", 2, "Number of rows of the first split to show in full.")
     cli.run(main, unread=cli.TRAINING)

@@ -1,4 +1,4 @@
-"""What a data set consists of: `Example`, a prompt with its chosen and its rejected responses."""
+"""What a dataset consists of: `Example`, a prompt with its chosen and its rejected responses."""
 
 from __future__ import annotations
 

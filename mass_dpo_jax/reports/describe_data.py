@@ -1,4 +1,4 @@
-"""Describes a data set as a model sees it: pools, lengths, what was cut, and the first rows.
+"""Describes a dataset as a model sees it: pools, lengths, what was cut, and the first rows.
 
 The text that `python -m mass_dpo_jax.data` prints.
 """

@@ -43,7 +43,7 @@ def select(pools: Pool, n: int, settings: Settings) -> Selection:
     Args:
         pools: a `Pool` whose fields have a leading batch dimension B; `Settings` says whether gram
             and scores may be None.
-        n: how many to select, >= 1; static.
+        n: number of negatives to select, >= 1; static.
         settings: static.
 
     Returns:
@@ -75,10 +75,10 @@ def check_selection(
     """Raises UserError for the first example whose selection is meaningless.
 
     Args:
-        picks: with a leading batch dimension B.
+        picks: selections with a leading batch dimension B.
         excess: [B], from `float32_excess`.
-        settings: by which it was selected.
-        locations: what to call each example.
+        settings: settings of the selection.
+        locations: name of each example in messages.
     """
     excess = np.asarray(excess)
     bad = ~(excess <= 1)
@@ -125,13 +125,13 @@ def select_negatives(
         scores: [N] or [B, N], N = C - 1: beta (log-ratio of the negative - that of the chosen).
             None: all 0, as where the policy is the reference.
         mask: bool, like scores: which negatives exist. None: all.
-        n: how many to select.
+        n: number of negatives to select.
         criterion: a built-in name or one that was registered, see `selection.names()`.
-        ridge: gamma of the paper, H_0 = ridge * I.
+        ridge: the paper's gamma, H_0 = ridge * I.
         feature_norm: "none", or "l2" to divide each feature by its norm.
-        fisher_scale: whether to multiply by Eq. 11's factor beta^2 (1 - sigma(Z)).
+        fisher_scale: True to multiply by Eq. 11's factor beta^2 (1 - sigma(Z)).
         beta: that of the scores, for `fisher_scale`.
-        replacement: whether `sampled` draws with replacement.
+        replacement: True if `sampled` draws with replacement.
         seed: for criteria that draw.
         unknown: refused, with the setting that was meant.
 
@@ -195,16 +195,16 @@ def compute_grams(features: Array, mask: Array, settings: Settings) -> Float[Arr
     def gram(example: tuple[Array, Array]) -> Array:
         return compute_gram(*example, settings.feature_norm)
 
-    def at_once(features: Array, mask: Array) -> Array:
+    def vmap_grams(features: Array, mask: Array) -> Array:
         return jax.vmap(gram)((features, mask))
 
-    def in_turn(features: Array, mask: Array) -> Array:
+    def map_grams(features: Array, mask: Array) -> Array:
         return lax.map(gram, (features, mask))
 
     if jax.device_count() > 1:
-        return at_once(features, mask)
+        return vmap_grams(features, mask)
     # On a CPU, an example at a time stays in the cache from its centring to its product.
-    return lax.platform_dependent(features, mask, cpu=in_turn, default=at_once)
+    return lax.platform_dependent(features, mask, cpu=map_grams, default=vmap_grams)
 
 
 def diagnose(pools: Pool, picks: Selection, settings: Settings) -> dict[str, Array]:
@@ -226,7 +226,7 @@ def diagnose(pools: Pool, picks: Selection, settings: Settings) -> dict[str, Arr
     n, size = picks.indices.shape[1], pools.mask.shape[1]
 
     def overlap(pool: Pool, picks: Selection) -> Array:
-        # With noise of its own: a criterion that draws would meet itself.
+        # Uses a separate key, or a random criterion would be compared with its own draw.
         pool = pool._replace(key=jax.random.fold_in(pool.key, OVERLAP))
         random = criteria.random(pool, n, settings)
         is_random = jnp.zeros(size, bool).at[random.indices].max(random.valid)

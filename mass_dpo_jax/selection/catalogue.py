@@ -62,13 +62,13 @@ def select_from_catalogue(
         features: [N, D], pooled hidden states of the candidates, N >= 2.
         scores: [N], beta (log-ratio of the candidate - that of the chosen response). None: all 0.
         mask: bool [N], which candidates may be chosen, and count in the weights. None: all.
-        n: how many to select.
+        n: number of candidates to select.
         chosen: [D], feature of the chosen response; needed for `contrast`, which measures from it.
         mesh: candidates are split over its axes `data` and `fsdp`. None: over all devices.
         criterion: `pool_fisher` or `contrast`.
-        ridge: as for `select_negatives`. Weights are about 1 / N, so a ridge that suits 20
+        ridge: the same as in `select_negatives`. Weights are about 1 / N, so a ridge that suits 20
             candidates makes a design of the largest norms of 100,000.
-        feature_norm: as for `select_negatives`, like `fisher_scale` and `beta`.
+        feature_norm: the same as in `select_negatives`, like `fisher_scale` and `beta`.
         unknown: refused, with the setting that was meant.
 
     Returns:

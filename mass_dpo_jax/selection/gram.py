@@ -1,4 +1,4 @@
-"""Gram matrices of one pool: what criteria see of its features, and what designs are made of."""
+"""Gram matrices of one pool: the inner products of its features that criteria and designs use."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ MAX_SQUARED_NORM = 0.1 / float(np.finfo(np.float32).eps)
 MAX_SQUARED_NORM_ADDITIVE = float(np.finfo(np.float32).max) ** 0.5
 
 
-def read_features(features_RD: Float[Array, "*R D"], feature_norm: str) -> Float[Array, "*R D"]:
+def normalize_features(
+    features_RD: Float[Array, "*R D"], feature_norm: str
+) -> Float[Array, "*R D"]:
     """Casts features to float32 and, for "l2", divides each by its norm."""
     features_RD = features_RD.astype(jnp.float32)
     if feature_norm == "l2":
@@ -41,17 +43,17 @@ def compute_gram(
     No criterion depends on that vector, since all take differences of features. Hidden states share
     a component much larger than their differences, so it has to go before anything is multiplied:
     first one of the negatives (equal ones become exactly 0), then the mean of the remainders. The
-    chosen response has no say in either.
+    chosen response affects neither.
 
     Args:
         features_CD: h of the chosen response and of the N = C - 1 negatives.
-        mask_N: which negatives exist.
+        mask_N: True for the negatives that exist.
         feature_norm: "none", or "l2" to divide every h (not differences of them) by its norm.
 
     Returns:
         float32; 0 where masked.
     """
-    features_CD = read_features(features_CD, feature_norm)
+    features_CD = normalize_features(features_CD, feature_norm)
     present_C1 = jnp.pad(mask_N, (1, 0), constant_values=True)[:, None]
     origin_1D = features_CD[1 + jnp.argmax(mask_N)][None]
     features_CD = jnp.where(present_C1, features_CD - origin_1D, 0.0)

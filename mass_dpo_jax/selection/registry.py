@@ -34,7 +34,7 @@ class Settings:
     """How to select. Hashable: a static argument of `jit`. Fields as in the configuration.
 
     Attributes:
-        definition: what the criterion's name stood for when the settings were made. It is part of
+        definition: meaning of the criterion's name when the settings were made. It is part of
             their identity, so a name that is registered again has compiled programs of its own.
 
     Raises:
@@ -89,11 +89,11 @@ class Criterion:
     """A way to select n negatives of one example. Asked for n > N, it fills up with invalid ones.
 
     Attributes:
-        choose: from (pool, n, settings) to a `Selection`.
-        needs_scoring: whether it reads the pool's scores.
-        design: from (pool, settings) to what `choose` searches; None for criteria without.
-        weighted: whether its choice has weights, which only the loss of `pl_sampled` reads.
-        summary: what it selects, after "the negatives are"; for help and model cards.
+        choose: function from (pool, n, settings) to a `Selection`.
+        needs_scoring: True if it reads the pool's scores.
+        design: function from (pool, settings) to the `Design` that `choose` searches, or None.
+        weighted: True if its choice has weights, which only the loss of `pl_sampled` reads.
+        summary: description of the picks, after "the negatives are"; for help and model cards.
     """
 
     choose: Choose
@@ -131,11 +131,12 @@ def criterion(
         >>> del CRITERIA["first"]
 
     Args:
-        name: of the criterion.
-        needs_scoring: whether it reads the pool's scores, which cost a pass over the whole pool.
+        name: the criterion's name.
+        needs_scoring: True if it reads the pool's scores, which cost a pass over the whole pool.
             Features are only available to designs, see `design`.
-        weighted: whether its choice has weights, for the loss of `pl_sampled`.
-        summary: what it selects, for help and model cards, as in "those of the largest reward".
+        weighted: True if its choice has weights, for the loss of `pl_sampled`.
+        summary: description of the picks for help and model cards, as in "those of the largest
+            reward".
 
     Raises:
         UserError: the name is that of a built-in criterion.
@@ -182,8 +183,8 @@ def in_order(order: Int[Array, " N"], mask: Bool[Array, " N"], n: int) -> Select
 
     Args:
         order: indices of negatives, all valid ones before the others.
-        mask: which negatives are valid.
-        n: how many; static.
+        mask: True for the valid negatives.
+        n: number of negatives to select; static.
     """
     order = jnp.pad(order[:n], (0, max(0, n - order.shape[0])))
     valid = jnp.arange(n) < jnp.sum(mask)

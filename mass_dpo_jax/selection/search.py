@@ -1,9 +1,10 @@
-"""Which n of N candidates have a large determinant, for one pool.
+"""Searches one pool for the n candidates that maximise a log-determinant.
 
 A design gives every set S of candidates a value, log det(I + M_S), where M_S is made of inner
 products of the candidates' features over the ridge. It is *additive* if M_S is a block of one
-matrix, M_S = G_SS: then H = ridge I + sum over S of v v' has log det H = d log ridge + value, the
-value grows with S, each candidate adds the less the larger S is, and a greedy set reaches 1 - 1/e
+matrix, M_S = G_SS, with G_ij = v_i' v_j / ridge and v_i the design vector of candidate i, d numbers
+made of its features. Then H = ridge I + sum over S of v v' has log det H = d log ridge + value,
+the value grows with S, each candidate adds less the larger S is, and a greedy set reaches 1 - 1/e
 of the best one's value.
 
 Nothing here is d x d. Greedy choice for an additive design is the paper's Sherman-Morrison update
@@ -34,9 +35,9 @@ def search_greedily(design: Design, mask_N: Bool[Array, " N"], n: int) -> Select
     """Selects n candidates one by one, each time the one that raises the value most.
 
     Args:
-        design: of N candidates.
-        mask_N: which candidates may be chosen; each is chosen at most once.
-        n: how many; static.
+        design: design of N candidates.
+        mask_N: True for candidates that may be chosen, each at most once.
+        n: number of candidates to select; static.
 
     Returns:
         A `Selection`; ties go to the lowest index, and values that differ by rounding are ties.
@@ -71,25 +72,25 @@ def _search_values(value: Value, mask_N: Bool[Array, " N"], n: int) -> Selection
     candidates_N = jnp.arange(mask_N.shape[0], dtype=jnp.int32)
 
     def choose(k: Array, state: tuple) -> tuple:
-        free_N, picks, before = state
+        free_N, picks, best_value = state
         valid_n = picks.valid.at[k].set(True)
         values_N = jax.vmap(lambda j: value(picks.indices.at[k].set(j), valid_n))(candidates_N)
         values_N = _rank(values_N, free_N)
         best = _first_best(values_N)
         is_free = free_N[best]
-        picks = add_pick(picks, k, best, is_free, jnp.expm1(values_N[best] - before))
-        return free_N.at[best].set(False), picks, jnp.where(is_free, values_N[best], before)
+        picks = add_pick(picks, k, best, is_free, jnp.expm1(values_N[best] - best_value))
+        return free_N.at[best].set(False), picks, jnp.where(is_free, values_N[best], best_value)
 
     return lax.fori_loop(0, n, choose, (mask_N, empty_selection(n), jnp.float32(0)))[1]
 
 
 def search_exhaustively(design: Design, mask_N: Bool[Array, " N"], n: int) -> Selection:
     """Selects the best set of n by looking at every one; arguments as in `search_greedily`."""
-    size, room = mask_N.shape[0], min(n, mask_N.shape[0])
-    sets_Sn = jnp.asarray(np.array(list(itertools.combinations(range(size), room)), np.int32))
-    present_Sn = mask_N[sets_Sn]
-    # Where there are fewer than n candidates, the set that has them all.
-    full_S = present_Sn.sum(1) == jnp.minimum(room, mask_N.sum())
+    size, set_size = mask_N.shape[0], min(n, mask_N.shape[0])
+    sets_Sn = jnp.asarray(np.array(list(itertools.combinations(range(size), set_size)), np.int32))
+    valid_Sn = mask_N[sets_Sn]
+    # With fewer than n candidates, only the set that has them all counts.
+    full_S = valid_Sn.sum(1) == jnp.minimum(set_size, mask_N.sum())
 
     def value(indices_n: Array, valid_n: Array) -> Array:
         if design.value is not None:
@@ -97,11 +98,11 @@ def search_exhaustively(design: Design, mask_N: Bool[Array, " N"], n: int) -> Se
         block_nn = design.gram[indices_n[:, None], indices_n]
         return log_det(jnp.where(valid_n[:, None] & valid_n[None, :], block_nn, 0.0))
 
-    best = _first_best(_rank(jax.vmap(value)(sets_Sn, present_Sn), full_S))
-    order_n = jnp.argsort(~present_Sn[best], stable=True)
-    indices_n, valid_n = (jnp.pad(x[best][order_n], (0, n - room)) for x in (sets_Sn, present_Sn))
-    indices_n, places_n = jnp.where(valid_n, indices_n, 0), jnp.arange(n)
-    values_n = jax.vmap(lambda k: value(indices_n, valid_n & (places_n <= k)))(places_n)
+    best = _first_best(_rank(jax.vmap(value)(sets_Sn, valid_Sn), full_S))
+    order_n = jnp.argsort(~valid_Sn[best], stable=True)
+    indices_n, valid_n = (jnp.pad(x[best][order_n], (0, n - set_size)) for x in (sets_Sn, valid_Sn))
+    indices_n, steps_n = jnp.where(valid_n, indices_n, 0), jnp.arange(n)
+    values_n = jax.vmap(lambda k: value(indices_n, valid_n & (steps_n <= k)))(steps_n)
     gains_n = jnp.where(valid_n, jnp.expm1(jnp.diff(values_n, prepend=0.0)), 0.0)
     return empty_selection(n)._replace(indices=indices_n, valid=valid_n, gains=gains_n)
 

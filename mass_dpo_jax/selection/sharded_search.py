@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from mass_dpo_jax.selection.gram import multiply, read_features
+from mass_dpo_jax.selection.gram import multiply, normalize_features
 from mass_dpo_jax.selection.search import TIE, add_pick, empty_selection
 from mass_dpo_jax.selection.types import Selection
 
@@ -49,8 +49,8 @@ class Shard:
         roots: float32 [m], square roots of what multiplies v v': the weight over the ridge.
         origin: float32 [D], subtracted from every feature first.
         mean: float32 [D], subtracted from the remainder.
-        feature_norm: as in `Settings`.
-        axes: of the mesh.
+        feature_norm: the same as in `Settings`.
+        axes: axes of the mesh.
     """
 
     features: Float[Array, "m D"]
@@ -71,8 +71,8 @@ class Shard:
         return lax.axis_index(self.axes) * self.size
 
     def read(self, features: Array) -> Array:
-        """Returns features [..., D] as `gram.read_features` does."""
-        return read_features(features, self.feature_norm)
+        """Returns features [..., D] as `gram.normalize_features` does."""
+        return normalize_features(features, self.feature_norm)
 
     def design_vectors(self, features_rD: Array, roots_r: Array) -> Array:
         """Computes design vectors over the root of the ridge, [r, D]; 0 without weight."""
@@ -237,10 +237,10 @@ def _squared_norms(vectors: Array) -> Array:
 
 def _lower_gains(gains: Array, vectors: Array, w_D: Array) -> Array:
     """Returns gains after one more choice, which added w w' to I - H^-1."""
-    after = gains - multiply(vectors, w_D) ** 2
+    new_gains = gains - multiply(vectors, w_D) ** 2
     # Rounding can leave a small negative number where nothing is left to gain. A NaN, from a model
     # that has diverged, is no gain either.
-    return jnp.where(gains >= 0, jnp.where(after > 0, after, 0.0), EXCLUDED)
+    return jnp.where(gains >= 0, jnp.where(new_gains > 0, new_gains, 0.0), EXCLUDED)
 
 
 def shortlist_size(size: int) -> int:

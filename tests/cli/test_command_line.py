@@ -85,7 +85,7 @@ def test_a_mistake_is_one_line_with_what_to_type(line: str, message: str) -> Non
 
 @pytest.mark.parametrize("words", [["train", "--config=tiny"], ["trian"]])
 def test_a_command_is_named_behind_a_dot(words: list[str]) -> None:
-    assert "as in python -m mass_dpo_jax.train" in refused("mass_dpo_jax", *words)
+    assert "use a dot: python -m mass_dpo_jax.train" in refused("mass_dpo_jax", *words)
 
 
 def printed(*words: str) -> str:

@@ -98,7 +98,7 @@ def test_help_of_commands_without_one() -> None:
     done = command("export", "--help")
     assert (done.returncode, done.stderr) == (0, "")
     shown = entries(done.stdout)
-    assert shown["dtype"].startswith("bfloat16 | float32: Of the stored weights.")
+    assert shown["dtype"].startswith("bfloat16 | float32: Type of the stored weights.")
     assert shown["max_shard_gb"].startswith("float, 5.0: ")
     assert len(shown) == 8
     done = command("report", "--help")

@@ -57,7 +57,7 @@ MUTATIONS = (
     ),
     Mutation(
         "losses: masked negatives take part in Plackett-Luce's sum",
-        "jax.nn.logsumexp(scores, axis=-1, where=counted)",
+        "jax.nn.logsumexp(scores, axis=-1, where=included)",
         "jax.nn.logsumexp(scores, axis=-1)",
         "test_losses.py",
     ),
@@ -189,8 +189,8 @@ MUTATIONS = (
     ),
     Mutation(
         "selection: an exhaustive search may take fewer than there are",
-        "full_S = present_Sn.sum(1) == jnp.minimum(room, mask_N.sum())",
-        "full_S = present_Sn.sum(1) <= jnp.minimum(room, mask_N.sum())",
+        "full_S = valid_Sn.sum(1) == jnp.minimum(set_size, mask_N.sum())",
+        "full_S = valid_Sn.sum(1) <= jnp.minimum(set_size, mask_N.sum())",
         "selection/test_criteria.py::test_an_exhaustive_search_takes_n_where_fewer_have_a_larger_value",
     ),
     Mutation(
@@ -303,7 +303,7 @@ MUTATIONS = (
     ),
     Mutation(
         "config: NumPy's integers are refused",
-        "int(value) if issubclass(kind, numbers.Integral) else float(value)",
+        "int(value) if issubclass(value_type, numbers.Integral) else float(value)",
         "float(value)",
         "test_config.py::test_numbers_of_numpy_and_paths_are_python_s_own",
     ),

@@ -49,7 +49,7 @@ class Cell:
 
     Attributes:
         model: the model that training first started from.
-        dataset: the data set.
+        dataset: the dataset.
         method: the method's name, with the settings that tell its experiments apart.
         n: negatives of a prompt; None where the method has none.
         beta: the factor from log-ratios to rewards; None where the method has none.
@@ -107,7 +107,7 @@ def estimate(
 def gather(runs: Sequence[Run]) -> tuple[list[Cell], list[tuple[Run, Run]]]:
     """Groups all runs with a readable configuration into cells.
 
-    Where experiments of one model, data set and method differ in anything but n and beta, the
+    Where experiments of one model, dataset and method differ in anything but n and beta, the
     method's name says in what. Where experiments of different methods were tested on different
     examples, their names say so too.
 
@@ -171,5 +171,5 @@ def _order(cell: Cell) -> tuple[Any, ...]:
 
 
 def dataset_order(dataset: str) -> tuple[int, str]:
-    """Returns the key that sorts data sets in the paper's order."""
+    """Returns the key that sorts datasets in the paper's order."""
     return (DATASETS.index(dataset) if dataset in DATASETS else len(DATASETS), dataset)

@@ -46,7 +46,7 @@ def seconds_per_step(run: Run, log: Mapping[str, Series]) -> float | None:
 
 
 def draw(cells: Sequence[Cell], logs: Mapping[Path, Mapping[str, Series]]) -> bytes | None:
-    """Draws the curves of cells of one model and data set.
+    """Draws the curves of cells of one model and dataset.
 
     A line is the mean over seeds, the band around it goes from the smallest seed to the largest.
     Where no seed has finished, the unfinished ones are drawn as far as all of them got.

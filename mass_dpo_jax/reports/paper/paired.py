@@ -1,6 +1,6 @@
 """Differences between methods on the same test rows, with bootstrap intervals.
 
-Two runs are compared only where they share model, data set and seed and were tested on the same
+Two runs are compared only where they share model, dataset and seed and were tested on the same
 rows. Row by row, the difference of a metric is one number, which makes a table of seeds by M test
 rows.
 
@@ -63,7 +63,7 @@ class Difference:
 
 
 def compare_all(cells: Sequence[Cell]) -> tuple[Table, list[str]]:
-    """Compares all pairs of cells of one model and data set.
+    """Compares all pairs of cells of one model and dataset.
 
     Returns:
         The table, and sentences about what could not be compared.

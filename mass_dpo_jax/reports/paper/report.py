@@ -24,7 +24,7 @@ NOTES = [
 UNCHECKED = (
     "The paper's tables were not available when this program was written, and what is said about "
     "them here is second-hand. That Tables 2 and 4 are the ablations of beta and n, and how Tables "
-    "3 and 5 share the data sets, is our arrangement."
+    "3 and 5 share the datasets, is our arrangement."
 )
 NO_PAPER_NUMBERS = (
     "So none of the paper's own numbers is shown; none was made up. Rows added to "
@@ -98,7 +98,7 @@ def _dataset_notes(runs: Sequence[Run]) -> list[str]:
 def _draw_pictures(
     cells: Sequence[Cell], logs: Mapping[Path, Mapping[str, Series]]
 ) -> list[page.Picture]:
-    """Draws a picture for each model and data set with curves."""
+    """Draws a picture for each model and dataset with curves."""
     pictures = []
     for model, dataset in dict.fromkeys((cell.model, cell.dataset) for cell in cells):
         png = figures.draw([c for c in cells if (c.model, c.dataset) == (model, dataset)], logs)

@@ -37,7 +37,7 @@ class Run:
         settings: by name, such as "train.steps"; empty where config.json cannot be read.
         model: the name of the folder that training first started from, or "scratch".
         start: the method of the run whose weights this one started from; "" if they were no run's.
-        dataset: the data set.
+        dataset: the dataset.
         method: its name, with what tells its variants apart.
         n: negatives of a prompt; None where the method has none.
         beta: the factor from log-ratios to rewards; None where the method has none.

@@ -14,7 +14,7 @@ from mass_dpo_jax.reports.paper.cells import Cell, dataset_order, estimate, main
 from mass_dpo_jax.reports.paper.runs import Run
 
 NUMBERS = Path(__file__).with_name("numbers.csv")
-QUESTIONS = ("medmcqa", "qasc")  # Multiple choice; every other data set counts as recommendation.
+QUESTIONS = ("medmcqa", "qasc")  # Multiple choice; every other dataset counts as recommendation.
 RANKINGS = {"policy": "by log-probability", "reward": "by log-ratio to the reference"}
 FIELDS = (
     "model dataset method n beta metric percent se_seeds se_rows seeds_finished seeds state paper"
@@ -117,11 +117,11 @@ def paper_tables(cells: Sequence[Cell], paper: PaperNumbers) -> list[Table]:
 
 
 def _accuracy(cells: Sequence[Cell], paper: PaperNumbers) -> Table:
-    """Returns a row for each method, a column for each data set."""
+    """Returns a row for each method, a column for each dataset."""
     table = Table("table1", "Table 1: accuracy (%)")
     for model, own in _by_model(cells).items():
         datasets = sorted({cell.dataset for cell in own}, key=dataset_order)
-        # Methods in the order of the data set with the most of them.
+        # Methods in the order of the dataset with the most of them.
         count = {d: sum(cell.dataset == d for cell in own) for d in datasets}
         first = max(dict.fromkeys(cell.dataset for cell in own), key=lambda d: count[d])
         methods = dict.fromkeys(
