@@ -41,7 +41,7 @@ class Restored(NamedTuple):
     Attributes:
         state: the training state to resume from.
         negatives: int32 [M, n], the last picks of every example; None: it has none.
-        notes: what `Checkpoints.save` was told of the run, with versions and digests.
+        notes: the metadata given to `Checkpoints.save`, with versions and digests.
     """
 
     state: TrainState
@@ -94,7 +94,7 @@ class Checkpoints:
 
     Args:
         workdir: the run folder.
-        keep: how many of the newest to keep.
+        keep: number of the newest checkpoints to keep.
         values: the metric of each step, which the caller adds to while it evaluates; the best
             checkpoint by it is kept too.
     """
@@ -157,8 +157,8 @@ class Checkpoints:
         self._writing = step
         self._try(step, lambda: manager.save(step, args=ocp.args.Composite(**items)))
 
-    def restore(self, like: TrainState) -> Restored:
-        """Reads the newest state that can be read, with `like`'s types, shapes and shardings.
+    def restore(self, abstract: TrainState) -> Restored:
+        """Reads the newest state that can be read, with `abstract`'s types, shapes and shardings.
 
         Newer checkpoints that cannot be read are reported and renamed, since their steps run and
         are saved again.
@@ -168,10 +168,10 @@ class Checkpoints:
         """
 
         def read(step: int) -> Restored:
-            trees = {"params": like.params, "opt_state": like.opt_state}
+            trees = {"params": abstract.params, "opt_state": abstract.opt_state}
             content = read_checkpoint(self._folder / str(step), trees)
-            placed = jax.device_put(np.int32(step), like.step.sharding)
-            state = TrainState(placed, content["params"], content["opt_state"])
+            step_array = jax.device_put(np.int32(step), abstract.step.sharding)
+            state = TrainState(step_array, content["params"], content["opt_state"])
             return Restored(state, content["negatives"], content["run"])
 
         restored, damaged = read_newest(self._workdir, read)
@@ -194,9 +194,11 @@ class Checkpoints:
             self._manager.close()
         if self._failure is not None:
             newest = run_folder.latest_step(self._workdir)
-            left = "there is none" if newest is None else f"the newest is that of step {newest}"
+            remaining = (
+                "there is none" if newest is None else f"the newest is that of step {newest}"
+            )
             raise UserError(
-                f"{self._failure}; {left}. Make room, and run the same command again to go on"
+                f"{self._failure}; {remaining}. Make room, and run the same command again to go on"
             )
 
     def _settle(self) -> None:
@@ -219,8 +221,8 @@ class Checkpoints:
     def _remove_unfinished(self) -> None:
         """Removes what was being written when the disk was full or the process ended."""
         if distributed.is_primary() and self._folder.is_dir():
-            for left in self._folder.glob(TEMPORARY_PATTERN):
-                shutil.rmtree(left, ignore_errors=True)
+            for unfinished in self._folder.glob(TEMPORARY_PATTERN):
+                shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _by_layer(params: Any) -> Any:

@@ -40,13 +40,13 @@ class _Damaged(UserError):
     """A checkpoint cannot be read, or is not what was written."""
 
 
-def load_params(workdir: Path, like: Any, step: int | None = None) -> Any:
-    """Reads only the weights of a checkpoint in a run folder, into `like`'s shardings.
+def load_params(workdir: Path, abstract: Any, step: int | None = None) -> Any:
+    """Reads only the weights of a checkpoint in a run folder, into `abstract`'s shardings.
 
     Args:
         workdir: the run folder.
-        like: shapes, types and shardings.
-        step: of the checkpoint; None: the newest that can be read.
+        abstract: shapes, types and shardings.
+        step: the checkpoint's step; None: the newest that can be read.
 
     Raises:
         UserError: there is none, or none that can be read.
@@ -56,7 +56,7 @@ def load_params(workdir: Path, like: Any, step: int | None = None) -> Any:
 
     def read(step: int) -> Any:
         folder = (workdir / CHECKPOINTS / str(step)).absolute()
-        return read_checkpoint(folder, {"params": like})["params"]
+        return read_checkpoint(folder, {"params": abstract})["params"]
 
     return read_newest(workdir, read, step)[0]
 
@@ -87,10 +87,10 @@ def read_newest(
         except _Damaged as error:
             _log.warning(str(error))
             damaged.append(candidate)
-    shown = ", ".join(map(str, damaged))
+    damaged_steps = ", ".join(map(str, damaged))
     raise UserError(
-        f"{workdir / CHECKPOINTS}: none of its checkpoints can be read (step {shown}); restore the "
-        "folder from a copy, or choose another --workdir"
+        f"{workdir / CHECKPOINTS}: none of its checkpoints can be read (step {damaged_steps}); "
+        "restore the folder from a copy, or choose another --workdir"
     )
 
 
@@ -131,12 +131,12 @@ class Reader:
                 raise ValueError("params: not what was written")
 
 
-def read_checkpoint(folder: Path, like: Mapping[str, Any]) -> dict[str, Any]:
+def read_checkpoint(folder: Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
     """Reads trees of arrays, the negatives and the JSON of a checkpoint, and checks the digests.
 
     Args:
-        folder: of the checkpoint.
-        like: the trees to read, by name: shapes, types and shardings.
+        folder: the checkpoint's folder.
+        abstract: the trees to read, by name: shapes, types and shardings.
 
     Returns:
         The trees by name, `negatives` (None: it has none) and `run`, what it says of the run.
@@ -149,34 +149,34 @@ def read_checkpoint(folder: Path, like: Mapping[str, Any]) -> dict[str, Any]:
     problem = ""
     try:
         with refuse_unreadable(folder):
-            run, items = _restore_items(folder, like)
-            digests = {name: str(run["digests"][name]) for name in (*like, "negatives")}
+            run, items = _restore_items(folder, abstract)
+            digests = {name: str(run["digests"][name]) for name in (*abstract, "negatives")}
     except _Damaged as error:
         problem = str(error)
     _raise_on_all(folder, problem)
     negatives = items.get("negatives")
     negatives = None if negatives is None else np.asarray(negatives)
-    checks = {name: fingerprint.fingerprint(items[name]) for name in like}
+    checks = {name: fingerprint.fingerprint(items[name]) for name in abstract}
     for name, digest in {**checks, "negatives": digest_negatives(negatives)}.items():
         if digest != digests[name]:
             problem = f"{folder}: not a readable checkpoint: {name}: not what was written"
     _raise_on_all(folder, problem)
-    trees = {name: _convert(items[name], tree) for name, tree in like.items()}
+    trees = {name: _convert(items[name], tree) for name, tree in abstract.items()}
     return {**trees, "negatives": negatives, "run": run}
 
 
-def _restore_items(folder: Path, like: Mapping[str, Any]) -> tuple[Any, Any]:
+def _restore_items(folder: Path, abstract: Mapping[str, Any]) -> tuple[Any, Any]:
     """Reads the JSON of a checkpoint and, in the types it stores, `like` and the negatives."""
     handlers = {name: handler() for name, handler in ITEMS.items()}
     arrays = ocp.type_handlers.create_type_handler_registry((jax.Array, _ArrayHandler()))
-    for name in like:
+    for name in abstract:
         handlers[name] = ocp.PyTreeCheckpointHandler(type_handler_registry=arrays)
     checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers))
     with contextlib.closing(checkpointer):
         run = checkpointer.restore(folder, ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
         stored = checkpointer.metadata(folder).item_metadata
         items: dict[str, Any] = {}
-        for name, tree in like.items():
+        for name, tree in abstract.items():
             tree = _as_stored(folder, name, tree, stored[name])
             restore_args = ocp.checkpoint_utils.construct_restore_args(tree)
             items[name] = ocp.args.PyTreeRestore(tree, restore_args=restore_args)
@@ -224,13 +224,13 @@ def refuse_unreadable(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def _as_stored(folder: Path, name: str, like: Any, stored: Any) -> Any:
-    """Returns `like` with the types that a checkpoint stores: digests are of what was written.
+def _as_stored(folder: Path, name: str, abstract: Any, stored: Any) -> Any:
+    """Returns `abstract` with the types that a checkpoint stores: digests are of what was written.
 
     Raises:
         UserError: its arrays have other names or shapes.
     """
-    ours, theirs = _by_path(like), _by_path(stored)
+    ours, theirs = _by_path(abstract), _by_path(stored)
     if not theirs:
         raise ValueError(f"{name}: no arrays")
     location = f"{folder}: {name}"
@@ -249,21 +249,21 @@ def _as_stored(folder: Path, name: str, like: Any, stored: Any) -> Any:
         lambda path, x: jax.ShapeDtypeStruct(
             x.shape, theirs[_join(path)].dtype, sharding=x.sharding
         ),
-        like,
+        abstract,
     )
 
 
-def _convert(tree: Any, like: Any) -> Any:
-    """Converts arrays whose types differ from `like`'s, each on its own devices."""
+def _convert(tree: Any, abstract: Any) -> Any:
+    """Converts arrays whose types differ from `abstract`'s, each on its own devices."""
 
-    def convert(x: jax.Array, like: Any) -> jax.Array:
-        if x.dtype == like.dtype:
+    def convert(x: jax.Array, abstract: Any) -> jax.Array:
+        if x.dtype == abstract.dtype:
             return x
-        cast = jax.jit(lambda y: y.astype(like.dtype), out_shardings=like.sharding)
+        cast = jax.jit(lambda y: y.astype(abstract.dtype), out_shardings=abstract.sharding)
         converted: jax.Array = cast(x)
         return converted
 
-    return jax.tree.map(convert, tree, like)
+    return jax.tree.map(convert, tree, abstract)
 
 
 def _by_path(tree: Any) -> dict[str, Any]:

@@ -41,11 +41,11 @@ def check_best(train: ConfigDict, method: str, splits: Collection[str]) -> None:
         UserError: no evaluation gives it.
     """
     best = train.keep_best
-    known = metric_names(METHODS[method].uses_reference)
-    if best and best not in known:
+    names = metric_names(METHODS[method].uses_reference)
+    if best and best not in names:
         raise UserError(
             f"config.train.keep_best={best!r}: expected a metric of the evaluations of "
-            f"config.method={method}, one of {', '.join(known)}"
+            f"config.method={method}, one of {', '.join(names)}"
         )
     if best and not train.eval_every:
         raise UserError(
@@ -65,7 +65,8 @@ class EvaluatedSplit:
 
     Attributes:
         examples: the M examples.
-        candidate_ids: int [M, C], which response of its example a candidate is, 0 the chosen one.
+        candidate_ids: int [M, C], index of a candidate in its example's responses, 0 the chosen
+            one.
         valid: bool [M, C].
         before: float32 [M, C], log-probabilities at the start of the run.
         after: float32 [M, C], log-probabilities at its end.
@@ -95,12 +96,12 @@ class Evaluator:
     row, and another file says which candidates exist.
 
     Args:
-        setup: of the run.
+        setup: the run's setup.
         refs: the reference's log-probabilities, by split; empty where there is no reference.
         workdir: the run folder.
-        log: takes the metrics of the validation split.
-        write_report: writes the run's report from the final metrics and the rows that they were
-            measured on, if any; called on the primary process.
+        log: the logs that the validation split's metrics are written to.
+        write_report: a function that writes the run's report from the final metrics and the rows
+            that they were measured on, if any; called on the primary process.
     """
 
     def __init__(
@@ -155,14 +156,14 @@ class Evaluator:
         final = gain = evaluated = None
         if self._final:
             final, logps = self._evaluate(params, self._final)
-            before = distributed.broadcast_array(
+            start_logps = distributed.broadcast_array(
                 read_array(self._workdir / START_LOGPS) if distributed.is_primary() else None
             )
-            assert before is not None
-            gain = ranking_gains(logps, before, self._valid(self._final))
+            assert start_logps is not None
+            gain = ranking_gains(logps, start_logps, self._valid(self._final))
             self._keep(FINAL_LOGPS, self._final, logps)
             if self._write_report is not None:
-                evaluated = self._evaluated_split(self._final, params, before, logps)
+                evaluated = self._evaluated_split(self._final, params, start_logps, logps)
         content = self._metrics_json(
             finished=True, step=step, start=started.get("start"), final=final, gain=gain
         )

@@ -111,8 +111,8 @@ def _find_step(workdir: Path, step: int | None) -> int:
         raise UserError(f"{workdir}: {run_folder.NO_CHECKPOINT}")
     step = steps[-1] if step is None else step
     if step not in steps:
-        shown = ", ".join(map(str, steps))
-        raise UserError(f"--step={step}: {workdir} has checkpoints of steps {shown}")
+        listed = ", ".join(map(str, steps))
+        raise UserError(f"--step={step}: {workdir} has checkpoints of steps {listed}")
     return step
 
 
@@ -125,9 +125,9 @@ def save_model(
         output: the new folder.
         policy: decoder and tokenizer.
         params: the weights.
-        path: where the model was read from.
+        path: the path that the model was read from.
         data: the section `config.data`, with the chat template.
-        dtype: of the stored weights.
+        dtype: type of the stored weights.
 
     Raises:
         UserError: `output` is taken or cannot be written, or `dtype` is neither float32 nor
@@ -205,11 +205,11 @@ def _make_generation(
         ids = ids if isinstance(ids, list) else [ids]
         return [x for x in ids if type(x) is int and 0 <= x < decoder.vocab_size]
 
-    for field, own in (
+    for field, default in (
         ("bos_token_id", decoder.bos_token_id),
         ("pad_token_id", tokenizer.pad_token_id),
     ):
-        settings[field] = next(iter(keep_tokens(settings.get(field, own))), None)
+        settings[field] = next(iter(keep_tokens(settings.get(field, default))), None)
     ends = keep_tokens(settings.get("eos_token_id", list(decoder.eos_token_ids)))
     end = _find_end_of_response(tokenizer, data)
     settings["eos_token_id"] = ends if end in ends else [*ends, end]

@@ -60,9 +60,9 @@ def to_float32(
     Args:
         path: the file.
         start: the first row's index.
-        name: of the array.
+        name: the array's name.
         array: the rows.
-        mask: bool, where there is something.
+        mask: bool, True where there is a value.
 
     Raises:
         UserError: a value that is not masked is not finite.

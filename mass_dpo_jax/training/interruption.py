@@ -31,8 +31,8 @@ class _State:
 
     Attributes:
         requested_by: the signal that asked the run to stop; "" for none.
-        checks: calls of `raise_if_requested`.
-        previous_handlers: by signal, those before `handle_signals`; empty outside of it.
+        checks: number of calls of `raise_if_requested`.
+        previous_handlers: handlers before `handle_signals`, by signal; empty outside of it.
     """
 
     requested_by: str = ""

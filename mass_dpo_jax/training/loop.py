@@ -37,12 +37,12 @@ _log = logging.getLogger(__name__)
 def train(
     config: ConfigDict, workdir: Path, write_report: WriteReport | None = None
 ) -> dict[str, Any]:
-    """Trains as `mass_dpo_jax.train.train` says.
+    """Runs training to the end, resuming from the newest checkpoint.
 
     Args:
         config: the configuration, validated.
         workdir: the run folder.
-        write_report: writes the run's report, where `log.report` asks for one.
+        write_report: a function that writes the run's report, where `log.report` asks for one.
     """
     with contextlib.closing(run_folder.Lock(workdir)) as lock:
         metrics = _check_folder(config, workdir, lock)
@@ -61,8 +61,8 @@ class _Start:
 
     Attributes:
         config: the configuration that the run keeps, with paths as they were first typed.
-        located: the same with paths that lead to the files from here.
-        digests: of the data, by split.
+        resolved_config: the same with paths that lead to the files from here.
+        digests: digests of the data, by split.
         params: weights that were read or drawn, empty if the run's checkpoint has them all.
         reference_params: the reference's weights, if any. The two are set to None as soon as they
             are used: the arrays must not outlive that.
@@ -70,7 +70,7 @@ class _Start:
 
     workdir: Path
     config: ConfigDict
-    located: ConfigDict
+    resolved_config: ConfigDict
     setup: Setup
     digests: dict[str, str]
     params: Any
@@ -83,11 +83,11 @@ class _Run:
 
     Attributes:
         settings: the section `config.train`.
-        notes: what a checkpoint says of the run: its configuration, and digests of its data.
+        notes: metadata saved with each checkpoint: the run's configuration and digests of its data.
         state: the training state, which every update replaces.
         frozen: weights that are not trained.
-        values: by step, the metric that the best checkpoint is kept by; evaluations add to it.
-        evaluated: steps that were evaluated before this start.
+        best_metric_by_step: the metric that the best checkpoint is kept by; evaluations add to it.
+        evaluated_steps: steps that were evaluated before this start.
     """
 
     settings: ConfigDict
@@ -97,8 +97,8 @@ class _Run:
     state: TrainState
     frozen: Any
     checkpoints: checkpoint.Checkpoints
-    values: dict[int, float]
-    evaluated: list[int]
+    best_metric_by_step: dict[int, float]
+    evaluated_steps: list[int]
     log: loggers.Logs
     step_log: StepLog
     evaluator: Evaluator
@@ -114,7 +114,7 @@ class _Run:
         self.step_log.print_line(text)
         best = f"eval/{self.settings.keep_best}"
         if best in metrics:
-            self.values[step] = metrics[best]
+            self.best_metric_by_step[step] = metrics[best]
 
     def save(self) -> None:
         """Starts writing a checkpoint, unless no update has been made yet."""
@@ -123,7 +123,7 @@ class _Run:
             self.checkpoints.save(self.state, self.train_step.sets.state, notes)
 
     def close(self) -> None:
-        """Waits for everything that is being written, whatever of it fails."""
+        """Waits for everything that is being written, even if one of them fails."""
         with contextlib.ExitStack() as stack:
             for writer in (self.log, self.checkpoints, self.step_log):
                 stack.callback(writer.close)
@@ -155,8 +155,8 @@ def _prepare(config: ConfigDict, workdir: Path, lock: run_folder.Lock) -> _Start
     """Loads data and weights, checks that they are the run's, and writes what the run is."""
     step = distributed.run_on_primary(lambda: run_folder.latest_step(workdir))
     has_checkpoint = step is not None
-    located = run_config.use_own_files(config, workdir) if has_checkpoint else config
-    setup = prepare(located, workdir, SPLITS)
+    resolved_config = run_config.use_own_files(config, workdir) if has_checkpoint else config
+    setup = prepare(resolved_config, workdir, SPLITS)
     check_best(config.train, config.method, setup.tokens)
     digests = setup.digests()
     distributed.run_on_primary(lambda: resume.check_data(workdir, digests))
@@ -173,8 +173,8 @@ def _prepare(config: ConfigDict, workdir: Path, lock: run_folder.Lock) -> _Start
     if not has_checkpoint:
         save_description(setup.policy, config.model, config.data.chat_template, workdir)
     if distributed.is_primary():
-        origin.write(workdir, located, None if has_checkpoint else weights)
-    return _Start(workdir, config, located, setup, digests, params, reference_params)
+        origin.write(workdir, resolved_config, None if has_checkpoint else weights)
+    return _Start(workdir, config, resolved_config, setup, digests, params, reference_params)
 
 
 def _read_weights(setup: Setup, has_checkpoint: bool) -> tuple[Any, Any, dict[str, str]]:
@@ -217,7 +217,7 @@ def _restore_or_start(
     batches = Batches(setup, reference)
     total = len(batches)
     optimizer = make_optimizer(settings, total)
-    checkpoints, values = _open_checkpoints(workdir, settings)
+    checkpoints, best_metric_by_step = _open_checkpoints(workdir, settings)
 
     # Where weights come from. The order is important:
     # 1. The newest checkpoint of this run that can be read; frozen weights from 2 or 3.
@@ -229,13 +229,13 @@ def _restore_or_start(
     if step:
         _log.info(f"{workdir}: going on from step {step} of {total}")
 
-    evaluated = distributed.run_on_primary(
+    evaluated_steps = distributed.run_on_primary(
         lambda: sorted(metrics_files.read_evaluated_steps(workdir))
     )
     log = loggers.Logs(start.config.log, dict(config_lib.flatten(start.config)), workdir, step)
     report = None
     if write_report is not None and start.config.log.report:
-        report = functools.partial(write_report, workdir, start.located)
+        report = functools.partial(write_report, workdir, start.resolved_config)
     return _Run(
         settings=settings,
         notes={"config": start.config.to_dict(), "data": start.digests},
@@ -244,8 +244,8 @@ def _restore_or_start(
         state=state,
         frozen=frozen,
         checkpoints=checkpoints,
-        values=values,
-        evaluated=evaluated,
+        best_metric_by_step=best_metric_by_step,
+        evaluated_steps=evaluated_steps,
         log=log,
         step_log=StepLog(log, settings, setup.method.name, step, total),
         evaluator=Evaluator(setup, reference.logps, workdir, log, report),
@@ -255,14 +255,15 @@ def _restore_or_start(
 def _open_checkpoints(
     workdir: Path, settings: ConfigDict
 ) -> tuple[checkpoint.Checkpoints, dict[int, float]]:
-    """Opens a run's checkpoints; also returns the values that the best is kept by, by step."""
+    """Opens a run's checkpoints; also returns the metric that the best is kept by, by step."""
     figure = f"eval/{settings.keep_best}"
     # As pairs: what processes send each other is JSON, whose objects have strings for keys.
     pairs = distributed.run_on_primary(
         lambda: list(metrics_files.read_figure(workdir, figure).items())
     )
-    values = dict(pairs)
-    return checkpoint.Checkpoints(workdir, settings.keep_checkpoints, values), values
+    best_metric_by_step = dict(pairs)
+    checkpoints = checkpoint.Checkpoints(workdir, settings.keep_checkpoints, best_metric_by_step)
+    return checkpoints, best_metric_by_step
 
 
 def _restore_state(
@@ -271,29 +272,34 @@ def _restore_state(
     """Returns the training state, the frozen weights, and the negatives of a checkpoint, if any."""
     trained, frozen = start.setup.policy.split(start.params)
     start.params = None
-    like = abstract_state(start.setup, optimizer)
+    abstract = abstract_state(start.setup, optimizer)
     if checkpoints.latest() is None:
-        return first_state(like, optimizer, trained), frozen, None
+        return first_state(abstract, optimizer, trained), frozen, None
     del trained  # Before as many weights are read.
-    state, negatives, _ = checkpoints.restore(like)
+    state, negatives, _ = checkpoints.restore(abstract)
     return state, frozen, negatives
 
 
 def _run_steps(run: _Run) -> dict[str, Any]:
     """Makes the updates that are left, evaluates and saves when due; returns the final metrics."""
-    every, total, start = run.settings.eval_every, len(run.batches), int(run.state.step)
-    rate = learning_rate(run.settings, total)
+    eval_every, num_steps = run.settings.eval_every, len(run.batches)
+    first_step = int(run.state.step)
+    schedule = learning_rate(run.settings, num_steps)
     with contextlib.closing(run):
         try:
-            if start == 0:
+            if first_step == 0:
                 run.evaluator.evaluate_start(run.params)
-            elif every and (start % every == 0 or start == total) and start not in run.evaluated:
-                run.evaluate(start)  # An interruption came between saving and evaluating.
-            for step in range(start, total):
+            elif (
+                eval_every
+                and (first_step % eval_every == 0 or first_step == num_steps)
+                and first_step not in run.evaluated_steps
+            ):
+                run.evaluate(first_step)  # An interruption came between saving and evaluating.
+            for step in range(first_step, num_steps):
                 interruption.raise_if_requested()
-                _make_update(run, step, rate(step))
-                is_last = step + 1 == total
-                is_evaluated = every > 0 and (is_last or (step + 1) % every == 0)
+                _train_one_step(run, step, schedule(step))
+                is_last = step + 1 == num_steps
+                is_evaluated = eval_every > 0 and (is_last or (step + 1) % eval_every == 0)
                 is_saved = is_last or (step + 1) % run.settings.checkpoint_every == 0
                 if is_evaluated or is_saved:
                     run.step_log.flush()
@@ -305,10 +311,10 @@ def _run_steps(run: _Run) -> dict[str, Any]:
         except (interruption.Stopped, BadSteps):
             run.save()
             raise
-    return run.evaluator.evaluate_end(run.params, total)
+    return run.evaluator.evaluate_end(run.params, num_steps)
 
 
-def _make_update(run: _Run, step: int, rate: Any) -> None:
+def _train_one_step(run: _Run, step: int, rate: Any) -> None:
     """Makes one update; its figures are logged while the next one computes."""
     batch = run.batches[step]
     run.state, trained, figures = run.train_step.update(run.state, batch)

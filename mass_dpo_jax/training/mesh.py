@@ -52,11 +52,11 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
             different sizes.
     """
     devices = jax.devices() if devices is None else devices
-    sizes, shown = resolve_sizes(config, len(devices)), _show_sizes(config)
+    sizes, settings = resolve_sizes(config, len(devices)), _show_sizes(config)
     if math.prod(sizes.values()) != len(devices):
         raise UserError(
-            f"{shown}: does not fit the {len(devices)} device(s) of this run; the product of the "
-            "sizes is to be that number, and one of them can be -1: all that are left"
+            f"{settings}: does not fit the {len(devices)} device(s) of this run; the product of "
+            "the sizes is to be that number, and one of them can be -1: all that are left"
         )
     groups = group_devices(devices)
     kinds = (AxisType.Auto,) * 3
@@ -70,7 +70,7 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
     across, inside = split_sizes(len(groups), sizes)
     if across["tensor"] > 1:
         _log.warning(
-            f"{shown}: mesh.tensor goes over {across['tensor']} hosts or slices, so that every "
+            f"{settings}: mesh.tensor goes over {across['tensor']} hosts or slices, so that every "
             "layer waits for their network"
         )
     grid = mesh_utils.create_hybrid_device_mesh(
@@ -103,18 +103,20 @@ def resolve_sizes(config: ConfigDict, devices: int) -> dict[str, int]:
     Raises:
         UserError: more than one -1, or one where the other sizes do not divide the devices.
     """
-    sizes, shown = {axis: int(config[axis]) for axis in AXES}, _show_sizes(config)
+    sizes, settings = {axis: int(config[axis]) for axis in AXES}, _show_sizes(config)
     unknown = [axis for axis, size in sizes.items() if size == -1]
-    given = math.prod(size for size in sizes.values() if size != -1)
+    fixed_product = math.prod(size for size in sizes.values() if size != -1)
     if len(unknown) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise UserError(f"{shown}: expected sizes above 0 and at most one -1 (all that are left)")
-    if unknown and devices % given:
         raise UserError(
-            f"{shown}: -1 means what is left of the {devices} device(s) here, which are no "
-            f"multiple of {given}; expected sizes whose product is the number of devices (a dry "
-            "run for another machine needs all three)"
+            f"{settings}: expected sizes above 0 and at most one -1 (all that are left)"
         )
-    return {axis: devices // given if size == -1 else size for axis, size in sizes.items()}
+    if unknown and devices % fixed_product:
+        raise UserError(
+            f"{settings}: -1 means what is left of the {devices} device(s) here, which are no "
+            f"multiple of {fixed_product}; expected sizes whose product is the number of devices "
+            "(a dry run for another machine needs all three)"
+        )
+    return {axis: devices // fixed_product if size == -1 else size for axis, size in sizes.items()}
 
 
 def _show_sizes(config: ConfigDict) -> str:
@@ -202,8 +204,8 @@ def shard_rows(mesh: Mesh, rows: np.ndarray, make: Callable[[np.ndarray], Any]) 
     def shard(local: np.ndarray) -> jax.Array:
         def read(index: Any) -> np.ndarray:  # A slice for each dimension.
             indices = local_index[index[axis]]
-            own = slice(indices[0], indices[-1] + 1)
-            return local[(*index[:axis], own, *index[axis + 1 :])]
+            local_slice = slice(indices[0], indices[-1] + 1)
+            return local[(*index[:axis], local_slice, *index[axis + 1 :])]
 
         shape = (*rows.shape, *local.shape[rows.ndim :])
         return jax.make_array_from_callback(shape, sharding, read)
@@ -230,9 +232,9 @@ def param_shapes(
     """Returns shape, dtype and sharding of each parameter of a decoder, as nested dicts.
 
     Args:
-        config: of the decoder.
+        config: the decoder's configuration.
         mesh: the devices; only names and sizes of its axes are read.
-        lora: with it, all parameters but the adapters are frozen.
+        lora: the form of the adapters, if any; all other parameters are frozen then.
         stored: the type that frozen parameters are kept in, see models/quantize.py.
     """
     state = nnx.state(abstract_decoder(config, lora=lora), nnx.Param)

@@ -28,10 +28,10 @@ class Responses(NamedTuple):
     Attributes:
         logps: summed log-probabilities under the policy, float32, in nats.
         log_ratios: the same minus those under the reference; 0 where `valid` is False.
-        lengths: in tokens.
-        valid: which of the responses exist.
+        lengths: lengths in tokens.
+        valid: whether each of the responses exists.
         grades: the data's scores or ranks; None where the data has none.
-        weights: of negatives drawn from the policy's pool weights; else None.
+        weights: weights of negatives drawn from the policy's pool weights; else None.
         pool_loss: Plackett-Luce loss of the whole pool, with `weights`.
     """
 
@@ -145,7 +145,7 @@ class Method:
     Attributes:
         name: a key of `METHODS`.
         num_negatives: n, the negatives of each pool that the loss sees; 0 for sft.
-        selection: how they are chosen.
+        selection: the settings that they are chosen by.
         beta: factor from log-ratios to rewards.
         sft_weight: weight of a supervised term on the chosen response.
         uses_scores: whether the data's scores are the grades (odpo by score).
@@ -205,8 +205,8 @@ def make_method(config: ConfigDict, largest_pool: int) -> Method:
     """Returns the method of a configuration.
 
     Args:
-        config: of which `method`, `num_negatives`, `beta`, `sft_weight`, `selection` and `odpo` are
-            read.
+        config: the configuration; `method`, `num_negatives`, `beta`, `sft_weight`, `selection` and
+            `odpo` are read.
         largest_pool: the most negatives that any pool has.
 
     Raises:

@@ -22,7 +22,7 @@ def find_description(path: Path, setting: str = "model.path") -> Path:
     """Returns the folder with the config.json and the tokenizer that a path leads to.
 
     Args:
-        path: of a run, a checkpoint or a Hugging Face folder.
+        path: the path of a run, a checkpoint or a Hugging Face folder.
         setting: the setting that names it, for messages.
 
     Raises:
@@ -40,8 +40,8 @@ def check_model(path: Path, weights: bool = True, setting: str = "model.path") -
     """Checks a model, and returns its `find_description(path, setting)`.
 
     Args:
-        path: as for `find_description`.
-        weights: check the headers of the weights' files too; a dry run needs none.
+        path: the same as for `find_description`.
+        weights: whether to check the headers of the weights' files too; a dry run needs none.
         setting: the setting that names it, for messages.
 
     Raises:

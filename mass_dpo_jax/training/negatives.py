@@ -29,14 +29,14 @@ class NegativeSets:
     last negatives of every example are remembered, to measure how many of them change.
 
     Args:
-        setup: of the run.
-        order: from a step to its rows.
-        total_steps: updates of the run.
-        reference: what is kept of the reference's weights.
+        setup: the run's setup.
+        order: a function from a step to its rows.
+        total_steps: number of updates of the run.
+        reference: the scores and features kept from the reference.
         restored: int32 [M, n], the `state` at the step that training resumes from.
 
     Attributes:
-        window: how many steps a choice lasts.
+        window: the refresh interval in steps.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class NegativeSets:
         self._outlive_steps = self.window > 1 and self._scores_pools
         self._setup, self._order, self._total = setup, order, total_steps
         self._reference = reference
-        # The window that `_last` is of; None before the first, or of restored negatives.
+        # The window that `_last` belongs to; None before the first, or of restored negatives.
         self._window: int | None = None
         self._is_restored = restored is not None
         shape = (len(setup.tokens["train"]), setup.method.num_negatives)
@@ -63,7 +63,7 @@ class NegativeSets:
         self._fraction_changed: float | None = None
 
     def for_step(
-        self, step: int, params: Any, given: WindowNegatives | None = None
+        self, step: int, params: Any, state_sets: WindowNegatives | None = None
     ) -> WindowNegatives | None:
         """Returns the negatives to train on at a step; None: they are chosen inside of it.
 
@@ -72,30 +72,30 @@ class NegativeSets:
         Args:
             step: counted from 0.
             params: the policy before the step.
-            given: those of the last step's state; they override what is remembered here.
+            state_sets: the negatives of the last step's state; they override those remembered here.
 
         Raises:
-            UserError: the given ones are of other examples or another number of negatives.
+            UserError: those of the state are of other examples or another number of negatives.
         """
         self._fraction_changed = None
         if not self._outlive_steps:
             return None
-        window, since = divmod(step, self.window)
-        if given is not None:
-            self._take(given)
+        window, steps_into_window = divmod(step, self.window)
+        if state_sets is not None:
+            self._take(state_sets)
         elif self._is_restored and self._window is None:
             self._window = window
         rows = self._order(step)[0]
-        known = self._window == window and (self._last[rows] != NOT_CHOSEN).all()
-        if since and not known:
+        has_choices = self._window == window and (self._last[rows] != NOT_CHOSEN).all()
+        if steps_into_window and not has_choices:
             _log.warning(
                 f"step {step}: the state has no sets of negatives of its window, which began at "
-                f"step {step - since} (selection.refresh={self._setup.refresh}); "
+                f"step {step - steps_into_window} (selection.refresh={self._setup.refresh}); "
                 "they are chosen now, with the weights of this step. To continue with the earlier "
                 "ones, keep TrainState.sets with the other parts of the state"
             )
-        if not (since and known):
-            self._last = self._last.copy()  # A state holds the array of before.
+        if not (steps_into_window and has_choices):
+            self._last = self._last.copy()  # A state still holds the previous array.
             self._fraction_changed = self._remember(*self._choose(step, params))
             self._window = window
         return WindowNegatives(window, self._last)
@@ -121,15 +121,15 @@ class NegativeSets:
         """What a checkpoint has to hold: int32 [M, n], every example's last negatives, or None."""
         return self._last if self._scores_pools else None
 
-    def _take(self, given: WindowNegatives) -> None:
-        candidate_ids = np.asarray(distributed.gather(given.candidate_ids), np.int32)
+    def _take(self, state_sets: WindowNegatives) -> None:
+        candidate_ids = np.asarray(distributed.gather(state_sets.candidate_ids), np.int32)
         if candidate_ids.shape != self._last.shape:
             raise UserError(
                 f"the state's sets of negatives are {list(candidate_ids.shape)}, expected "
                 f"{list(self._last.shape)} for these batches (training examples, num_negatives): "
                 "a state of another run? state._replace(sets=None) chooses them anew"
             )
-        self._last, self._window = candidate_ids, int(given.window)
+        self._last, self._window = candidate_ids, int(state_sets.window)
 
     def _remember(self, rows: np.ndarray, candidate_ids: Any) -> float | None:
         new = distributed.gather(candidate_ids).reshape(len(rows), -1)

@@ -108,11 +108,11 @@ def _select_batch(
     """Selects from the pools of a batch; also returns what `check_selection` needs.
 
     Args:
-        program: scores the pools.
+        program: the program that scores the pools.
         params: the weights.
-        batch: on the devices.
-        key: of random choices.
-        at_reference: these weights are the reference, so that all scores are 0.
+        batch: a batch on the devices.
+        key: the key of random choices.
+        at_reference: whether these weights are the reference, so that all scores are 0.
     """
     pools, _ = program.score_pools(params, batch, key)
     if at_reference and pools.scores is not None:
@@ -131,7 +131,7 @@ def select_with_features(config: ConfigDict, path: Path, split: str | None) -> I
     Args:
         config: the configuration; it is not changed.
         path: a .npy or .safetensors file.
-        split: of the data, if there is any, as in `select_with_model`.
+        split: split of the data, if there is any, as in `select_with_model`.
 
     Raises:
         UserError: the file is not what it should be, or does not fit the data.
@@ -196,7 +196,7 @@ def split_into_pairs(rows: Iterator[Row], chat: bool) -> Iterator[Row]:
     """Yields a row for each selected negative, in TRL's pairwise columns and with its gain.
 
     Args:
-        rows: of `select_with_model` or `select_with_features`.
+        rows: rows of `select_with_model` or `select_with_features`.
         chat: texts were scored inside a chat template, so that strings become the messages they
             were rendered as. TRL applies a template only to messages, and takes no mixture of both.
     """

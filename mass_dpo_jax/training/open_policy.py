@@ -59,10 +59,10 @@ def open_policy(
         model: the section `config.model`.
         mesh: the devices.
         workdir: a run; None: there is none.
-        examples: of the training split: a tokenizer from scratch is trained on them, and written
-            into `workdir`.
+        examples: examples of the training split: a tokenizer from scratch is trained on them, and
+            written into `workdir`.
         max_length: tokens of a prompt with a response, for a model from scratch.
-        weights: check the headers of the weights' files too; a dry run needs none.
+        weights: whether to check the headers of the weights' files too; a dry run needs none.
 
     Raises:
         UserError: `model` names no model, or adapters that do not fit it.
@@ -111,12 +111,12 @@ def _check_added_once(path: str, adapters: str) -> None:
     run = find_run(Path(path))
     if not adapters or run is None:
         return
-    own = load_model_settings(run.folder).lora
-    if not uses_lora(own):
+    run_lora = load_model_settings(run.folder).lora
+    if not uses_lora(run_lora):
         return
     other = find_run(Path(adapters))
     is_run = other is not None and origin.is_same(other.folder, run.folder)
-    is_start = bool(own.path) and origin.is_same(Path(adapters), Path(own.path))
+    is_start = bool(run_lora.path) and origin.is_same(Path(adapters), Path(run_lora.path))
     if is_run or is_start or run_config.is_own_file(adapters, run.folder, "model.lora.path"):
         raise UserError(
             f"config.model.lora.path={adapters}: the model at config.model.path={path} has these "
@@ -173,7 +173,7 @@ def save_description(policy: Policy, model: ConfigDict, chat_template: str, work
     the model it starts from, and the adapters it starts from.
 
     Args:
-        policy: of the run.
+        policy: the run's policy.
         model: the section `config.model`.
         chat_template: `config.data.chat_template`.
         workdir: the run folder.
@@ -189,12 +189,12 @@ def save_description(policy: Policy, model: ConfigDict, chat_template: str, work
         generation = find_description(Path(model.path)) / GENERATION
         if generation.is_file():
             (folder / GENERATION).write_bytes(generation.read_bytes())
-    adapters, own = model.lora.path, workdir / origin.ADAPTERS
-    if adapters and origin.is_same(Path(adapters), own):
+    adapters, kept_adapters = model.lora.path, workdir / origin.ADAPTERS
+    if adapters and origin.is_same(Path(adapters), kept_adapters):
         return  # The run stopped before its first checkpoint, and starts again from its own files.
-    shutil.rmtree(own, ignore_errors=True)
+    shutil.rmtree(kept_adapters, ignore_errors=True)
     if adapters:
-        _copy_adapters(model, own)
+        _copy_adapters(model, kept_adapters)
 
 
 def _copy_adapters(model: ConfigDict, folder: Path) -> None:

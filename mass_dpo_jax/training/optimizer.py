@@ -62,7 +62,7 @@ def state_shapes(
     Adafactor) lies on every device.
 
     Args:
-        optimizer: of the run.
+        optimizer: the run's optimizer.
         params: the weights, as shapes with shardings.
         mesh: the devices.
         memory: the kind of memory of the moments; None for that of their weights.
@@ -231,9 +231,9 @@ def offload_to_host(adam: optax.GradientTransformation) -> optax.GradientTransfo
     """
     adam = optax.with_extra_args_support(adam)
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         near = _map_moments(state, lambda x: jax.device_put(x, jax.memory.Space.Device))
-        updates, new = adam.update(updates, near, params, **extra)
+        updates, new = adam.update(updates, near, params, **extra_args)
         return updates, _map_moments(new, lambda x: jax.device_put(x, jax.memory.Space.Host))
 
     return optax.GradientTransformationExtraArgs(adam.init, update)

@@ -39,9 +39,9 @@ class Weights(NamedTuple):
 
     Attributes:
         params: nested dicts; with LoRA, the frozen ones and `adapters`.
-        digest: of the model as its files store it, without new adapters, in float32: the same for
-            every type that frozen weights are kept in, and on every machine. Empty for random
-            weights.
+        digest: digest of the model as its files store it, without new adapters, in float32: the
+            same for every type that frozen weights are kept in, and on every machine. Empty for
+            random weights.
     """
 
     params: Any
@@ -58,7 +58,7 @@ class Policy:
         graphdef: the decoder's structure (`nnx.split`).
         mesh: the devices that weights are split over.
         lora: the form of its adapters; None: all weights are trained.
-        base_dtype: with LoRA, the type that the other weights are kept in (models/quantize.py).
+        base_dtype: type that the other weights are kept in with LoRA (models/quantize.py).
     """
 
     config: DecoderConfig
@@ -95,7 +95,7 @@ class Policy:
         Args:
             path: a Hugging Face folder, or a run or checkpoint; a run with LoRA is its base with
                 the adapters added. If it is empty, weights are random.
-            seed: of random weights and adapters.
+            seed: seed of random weights and adapters.
             adapters: a folder in PEFT's format, or a run with LoRA; if it is empty, adapters are
                 new, and add nothing yet.
 
@@ -127,8 +127,9 @@ class Policy:
         ours, theirs = self.config.computed(), other.computed()
         differ = [field for field in ours if ours[field] != theirs[field]]
         if differ:
-            shown = ", ".join(differ)
-            raise UserError(f"{name}: its architecture differs from the policy's: {shown}")
+            raise UserError(
+                f"{name}: its architecture differs from the policy's: {', '.join(differ)}"
+            )
 
     def _store(self, path: tuple[str, ...], array: jax.Array) -> Any:
         """Converts a frozen weight, in place, to the type it is kept in."""
@@ -142,11 +143,11 @@ class Policy:
         """Reads a Hugging Face folder; with LoRA, stores each weight before it reads the next."""
         sums: dict[tuple[str, ...], tuple[tuple[int, ...], Any]] = {}
 
-        def keep(at: tuple[str, ...], array: jax.Array) -> Any:
+        def keep(path_in_tree: tuple[str, ...], array: jax.Array) -> Any:
             if self.lora is None:
                 return array
-            sums[at] = array.shape, fingerprint.checksum_array(array)
-            return self._store(at, array)
+            sums[path_in_tree] = array.shape, fingerprint.checksum_array(array)
+            return self._store(path_in_tree, array)
 
         shardings = _shardings(abstract)
         state = load_hf(path, self.config, shardings=shardings, convert=keep, progress=True)
@@ -188,8 +189,8 @@ class Policy:
         if not path:
             return _make_random(Adapters, abstract, seed, self.config, self.lora)
         if run := find_run(Path(path)):
-            like = {"adapters": abstract}
-            return checkpoint_reading.load_params(run.folder, like, run.step)["adapters"]
+            tree = {"adapters": abstract}
+            return checkpoint_reading.load_params(run.folder, tree, run.step)["adapters"]
         return peft_format.load_peft(path, self.config, abstract)
 
 
@@ -197,15 +198,15 @@ def _shardings(abstract: Any) -> Any:
     return jax.tree.map(lambda x: x.sharding, abstract)
 
 
-def _make_random(kind: Any, abstract: Any, seed: int, *settings: Any) -> Any:
+def _make_random(module_type: Any, abstract: Any, seed: int, *settings: Any) -> Any:
     """Makes random parameters of a decoder or of adapters, with `abstract`'s shardings."""
     leaves, tree = jax.tree.flatten(_shardings(abstract))
-    return _initializer(kind, settings, tree, tuple(leaves))(jax.random.key(seed))
+    return _initializer(module_type, settings, tree, tuple(leaves))(jax.random.key(seed))
 
 
 @functools.cache
 def _initializer(
-    kind: Any, settings: tuple[Any, ...], tree: Any, leaves: tuple[Any, ...]
+    module_type: Any, settings: tuple[Any, ...], tree: Any, leaves: tuple[Any, ...]
 ) -> Callable[[jax.Array], Any]:
     """Returns a function from a key to random weights.
 
@@ -213,7 +214,7 @@ def _initializer(
     """
 
     def init(key: jax.Array) -> Any:
-        module = kind(*settings, rngs=nnx.Rngs(key))
+        module = module_type(*settings, rngs=nnx.Rngs(key))
         return nnx.to_pure_dict(nnx.state(module, nnx.Param))
 
     return jax.jit(init, out_shardings=jax.tree.unflatten(tree, leaves))

@@ -49,8 +49,8 @@ def prepare(
     Args:
         config: the configuration.
         workdir: a run that is started or, if it has a checkpoint, resumed or scored.
-        splits: those to load; the first must have rows.
-        training: the split "train" is trained on, and must have what the method needs.
+        splits: the splits to load; the first must have rows.
+        training: whether the split "train" is trained on, and must have what the method needs.
 
     Raises:
         UserError: the configuration, the data or the model folder is not what it should be.

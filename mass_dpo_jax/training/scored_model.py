@@ -24,10 +24,10 @@ class ScoredModel(NamedTuple):
     """A model with the split that it scores. Made by `prepare_scoring`.
 
     Attributes:
-        setup: has one split.
+        setup: the setup, with one split.
         split: its name.
         params: the model's weights.
-        reference: what is kept of its reference; empty where it has none.
+        reference: the scores kept from its reference; empty where it has none.
     """
 
     setup: Setup
@@ -48,7 +48,7 @@ def prepare_scoring(
         config: the configuration; it is not changed.
         workdir: the run; None: there is none.
         split: its name; None: the test split or, of a single file without splits, all of it.
-        selecting: negatives are selected from the split.
+        selecting: whether negatives are selected from the split.
 
     Raises:
         UserError: as `prepare`; both a run and another model are given; or what a run reads again
@@ -82,62 +82,62 @@ def _prepare_run(
     """
     if distributed.run_on_primary(lambda: run_folder.latest_step(workdir)) is None:
         raise UserError(f"{workdir}: {run_folder.NO_CHECKPOINT}")
-    own = run_config.get_config(str(workdir))
-    own_lora = uses_lora(own.model.lora)
-    uses_reference = METHODS[own.method].uses_reference
-    other_reference = config.model.reference_path or own.model.reference_path
+    run_settings = run_config.get_config(str(workdir))
+    run_uses_lora = uses_lora(run_settings.model.lora)
+    uses_reference = METHODS[run_settings.method].uses_reference
+    other_reference = config.model.reference_path or run_settings.model.reference_path
 
     # The base that the run started from: read again for LoRA, and as the reference.
-    base = own.model.path
-    reads_base = own_lora or (uses_reference and not other_reference)
+    base = run_settings.model.path
+    reads_base = run_uses_lora or (uses_reference and not other_reference)
     if reads_base and "model.path" in origin.read(workdir)["weights"]:
         if config.model.path and not origin.is_same(Path(config.model.path), workdir):
             base = config.model.path
     else:
-        _check_own("model.path", config, own, workdir)
-    _check_own("model.lora.path", config, own, workdir)
+        _check_own("model.path", config, run_settings, workdir)
+    _check_own("model.lora.path", config, run_settings, workdir)
 
     # The reference is another model, or the base with the adapters that the run started from.
     reference_path, adapters = other_reference, ""
     if not other_reference:
-        reference_path, adapters = base, own.model.lora.path
+        reference_path, adapters = base, run_settings.model.lora.path
     if run_config.is_own_file(config.data.chat_template, workdir, "data.chat_template"):
         config.data.chat_template = "tokenizer"
     config.model.path = base
-    config.model.lora.update(own.model.lora)
-    if own_lora:  # Adapters stay beside their base, as they were trained.
+    config.model.lora.update(run_settings.model.lora)
+    if run_uses_lora:  # Adapters stay beside their base, as they were trained.
         config.model.lora.path = str(workdir)
     setup = prepare(config, workdir, (split,), training=False)
     reference = Reference({})
     if uses_reference or config.model.reference_path:
-        params, digest = setup.policy.read(reference_path, own.seed, adapters)
-        _check_reference(config, own, workdir, reference_path, digest)
+        params, digest = setup.policy.read(reference_path, run_settings.seed, adapters)
+        _check_reference(config, run_settings, workdir, reference_path, digest)
         reference = setup.score_reference(params, select_from)
         del params  # Before as many weights are read.
-    path = base if own_lora else str(workdir)
-    params, digest = setup.policy.read(path, own.seed, config.model.lora.path)
-    if own_lora:
+    path = base if run_uses_lora else str(workdir)
+    params, digest = setup.policy.read(path, run_settings.seed, config.model.lora.path)
+    if run_uses_lora:
         origin.check_weights(workdir, {"model.path": digest})
     return ScoredModel(setup, split, params, reference)
 
 
 def _check_reference(
-    config: ConfigDict, own: ConfigDict, workdir: Path, reference: str, digest: str
+    config: ConfigDict, run_settings: ConfigDict, workdir: Path, reference: str, digest: str
 ) -> None:
     """Raises UserError if a run's reference has changed; logs if another one was asked for."""
-    name = "model.reference_path" if own.model.reference_path else "model.path"
+    name = "model.reference_path" if run_settings.model.reference_path else "model.path"
     try:
         origin.check_weights(workdir, {name: digest})
     except UserError:
-        if config.model.reference_path == own.model.reference_path:
+        if config.model.reference_path == run_settings.model.reference_path:
             raise
         _log.warning(f"rewards are against {reference}, which the run was not trained against")
 
 
-def _check_own(name: str, config: ConfigDict, own: ConfigDict, workdir: Path) -> None:
+def _check_own(name: str, config: ConfigDict, run_settings: ConfigDict, workdir: Path) -> None:
     """Raises UserError if a setting names weights other than the run's, which would be ignored."""
-    value, own_value = (dict(config_lib.flatten(c))[name] for c in (config, own))
-    is_same = any(origin.is_same(Path(value), Path(path)) for path in (own_value, workdir) if path)
+    value, run_value = (dict(config_lib.flatten(c))[name] for c in (config, run_settings))
+    is_same = any(origin.is_same(Path(value), Path(path)) for path in (run_value, workdir) if path)
     if value and not is_same and not run_config.is_own_file(value, workdir, name):
         raise UserError(
             f"config.{name}={value}: the model is that of the run in --workdir={workdir}; "

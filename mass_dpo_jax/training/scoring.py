@@ -39,11 +39,11 @@ def device_batches(
     """Yields every example, or each of `rows`, once: rows of a batch, and the batch on the devices.
 
     Args:
-        tokens: of the split.
-        buckets: of the split.
+        tokens: the split's tokens.
+        buckets: the split's buckets.
         batch_size: examples of a batch.
         mesh: the devices.
-        label: of the progress bar.
+        label: label of the progress bar.
         rows: int, rows of the split; None for all.
         ref_logps: float32 [M, C], the reference's, to put into the batches.
         ref_grams: float32 [M, C, C], of the reference's features, likewise.
@@ -101,9 +101,9 @@ def check_finite(logps: np.ndarray | None, tokens: Tokens, model: str) -> None:
     """Checks the log-probabilities [M, C] of a split, if there are any.
 
     Args:
-        logps: of the responses.
-        tokens: of the split.
-        model: what to call the model.
+        logps: log-probabilities of the responses.
+        tokens: the split's tokens.
+        model: the model's name in messages.
 
     Raises:
         UserError: some are not finite.

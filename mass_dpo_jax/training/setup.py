@@ -48,17 +48,17 @@ class Setup:
     Attributes:
         model: the section `config.model`.
         train: the section `config.train`.
-        seed: of all random choices.
+        seed: seed of all random choices.
         beta: factor from log-ratios to rewards.
-        refresh: `selection.refresh`, how long picks last.
+        refresh: `selection.refresh`, the time that picks last.
         eval_batch_size: prompts per scoring batch.
         cache: folder of what is computed once.
         policy: decoder and tokenizer.
         method: which negatives are trained on, and the loss.
         program: the jitted steps: its scorer scores responses, the rest selects and trains.
-        examples: by split, as text; empty on processes that are not primary.
-        tokens: by split.
-        buckets: by split, the shapes of batches and the rows that fit them.
+        examples: examples by split, as text; empty on processes that are not primary.
+        tokens: tokens by split.
+        buckets: shapes of batches and the rows that fit them, by split.
     """
 
     model: ConfigDict
@@ -98,7 +98,7 @@ class Setup:
         Args:
             params: the weights.
             split: its name.
-            label: of the progress bar.
+            label: label of the progress bar.
         """
         compute = functools.partial(self.program.scorer.logps, params)
         logps: np.ndarray = self.map_split(compute, split, label)
@@ -139,7 +139,7 @@ class Setup:
         lora = self.policy.lora
         if lora is None:
             digest = fingerprint(params)
-        else:  # Of what is added to the base: with another alpha the same A and B add more or less.
+        else:  # Fingerprint scaled adapters, since alpha changes their effect.
             added = {**params, "adapters": lora.scale_adapters(params["adapters"])}
             digest = fingerprint(zero_idle_adapters(added))
         key = f"{self.policy.config} {self.model.dtype} {digest}"

@@ -65,12 +65,12 @@ class Choice(NamedTuple):
         pool_loss: float32 [B], with `weights`.
     """
 
-    candidate_ids: Any
-    weights: Any = None
-    pool_loss: Any = None
+    candidate_ids: Array
+    weights: Array | None = None
+    pool_loss: Array | None = None
 
 
-class Trained(NamedTuple):
+class TrainedBatch(NamedTuple):
     """What a step has trained on, in A micro-batches of B examples.
 
     Attributes:
@@ -78,8 +78,8 @@ class Trained(NamedTuple):
         not_finite: bool [A, B], examples whose own loss is not finite.
     """
 
-    candidate_ids: Any
-    not_finite: Any
+    candidate_ids: Array
+    not_finite: Array
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -92,7 +92,7 @@ class Program:
     Attributes:
         scorer: the decoder.
         method: the loss, and the choice of negatives.
-        shardings: of the trained weights, a tree like them; gradients are held to it.
+        shardings: shardings of the trained weights, a tree like them; gradients are held to it.
         reuse: whether the pass that scores a pool is the forward pass of training, too.
     """
 
@@ -120,8 +120,8 @@ class Program:
         Args:
             params: the current policy.
             batch: [B, ...], with the whole pool of each prompt.
-            key: of this draw; every prompt folds its row of the split into it.
-            record: keep what `loss` can use of the scoring pass.
+            key: the key of this draw; every prompt folds its row of the split into it.
+            record: whether to keep what `loss` can use of the scoring pass.
 
         Returns:
             The pools, and the record; None where the criterion needs no scores.
@@ -152,7 +152,7 @@ class Program:
         pool_loss = jax.vmap(selection.pool_loss)(pools.scores, pools.mask)
         return Choice(candidate_ids, selected.weights, pool_loss), metrics
 
-    @functools.partial(jax.jit, static_argnums=0)
+    @functools.partial(jax.jit, static_argnames="self")
     def choose_batch(self, params: Params, batch: Batch, key: Array) -> tuple[Choice, Metrics]:
         """Scores pools and chooses, for negatives that outlive a step."""
         return self.choose(self.score_pools(params, batch, key)[0])
@@ -172,8 +172,8 @@ class Program:
             batch: [B, ...], with the whole pools.
             choice: the picks.
             packed_length: see `train_step`.
-            record: of these weights on the pools, which is the forward pass then; without it, the
-                picks alone are computed.
+            record: record of these weights on the pools, which is the forward pass then; without
+                it, the picks alone are computed.
 
         Returns:
             The loss; which examples' own losses are not finite, bool [B]; and metrics.
@@ -192,7 +192,7 @@ class Program:
             logps = self.scorer.replay(params, record, picked)
         else:
             logps = self.scorer.replay(params, record, batch, picks)
-        x = Responses(
+        scored = Responses(
             logps=logps,
             log_ratios=jnp.where(valid, logps - gather_picks(batch.ref_logps), 0.0),
             lengths=lengths,
@@ -201,14 +201,18 @@ class Program:
             weights=choice.weights,
             pool_loss=choice.pool_loss,
         )
-        losses = self.method.loss(x)
+        losses = self.method.loss(scored)
         if self.method.is_supervised:
             metrics = {"logps/chosen": logps[:, 0].mean()}
         else:
-            metrics = _describe_responses(logps, self.method.rewards(x), valid)
+            metrics = _describe_responses(logps, self.method.rewards(scored), valid)
         return losses.mean(), (~jnp.isfinite(losses), metrics)
 
-    @functools.partial(jax.jit, static_argnums=(0, 1, 6), donate_argnums=2)
+    @functools.partial(
+        jax.jit,
+        static_argnames=("self", "optimizer", "packed_length"),
+        donate_argnames="state",
+    )
     def train_step(
         self,
         optimizer: optax.GradientTransformationExtraArgs,
@@ -218,7 +222,7 @@ class Program:
         key: Array,
         packed_length: int,
         frozen: Params | None = None,
-    ) -> tuple[TrainState, Trained, Metrics]:
+    ) -> tuple[TrainState, TrainedBatch, Metrics]:
         """Makes one update, or none where the loss or the gradient is not finite.
 
         Without an update, weights and Adam's moments stay as they were, and the metric `skipped` is
@@ -231,7 +235,7 @@ class Program:
             negatives: int32 [A, B, n], candidate ids as in `Choice`; None to choose them here.
             key: see `score_pools`.
             packed_length: S after selection, room for the chosen response and any n negatives.
-            frozen: with LoRA, the weights that are not in the state.
+            frozen: the weights that are not in the state, with LoRA.
 
         Returns:
             The next state, what it was trained on, and the step's metrics, float32 scalars.
@@ -242,7 +246,7 @@ class Program:
             lambda trained, *args: self.loss({**frozen, **trained}, *args), has_aux=True
         )
 
-        def micro_step(micro_batch: Batch, candidate_ids: Array | None) -> tuple[Any, Trained]:
+        def micro_step(micro_batch: Batch, candidate_ids: Array | None) -> tuple[Any, TrainedBatch]:
             record: ScoringRecord | None = None
             selection_metrics: Metrics = {}
             if self.method.is_supervised:
@@ -262,7 +266,7 @@ class Program:
                     state.params, micro_batch, choice, packed_length, record
                 )
             metrics = {"loss": loss, **loss_metrics, **selection_metrics}
-            return (grads, metrics), Trained(choice.candidate_ids, not_finite)
+            return (grads, metrics), TrainedBatch(choice.candidate_ids, not_finite)
 
         # 4. Average gradients and metrics over the micro-batches.
         (grads, metrics), trained = average_micro_batches(micro_step, batch, negatives)
@@ -293,14 +297,15 @@ class Program:
             "update_ratio": jnp.where(finite, ratio, 0.0),
             "skipped": 1.0 - finite,
         }
-        return TrainState(state.step + 1, params, opt_state), metrics
+        state = state._replace(step=state.step + 1, params=params, opt_state=opt_state)
+        return state, metrics
 
 
 def average_micro_batches(micro_step: Callable[..., tuple[Any, Any]], *args: Any) -> Any:
     """Calls a function on one micro-batch after another and averages what it returns.
 
     Args:
-        micro_step: returns two pytrees; the first is averaged, the second one stacked.
+        micro_step: a function that returns two pytrees; the first is averaged, the second stacked.
         *args: its arguments, pytrees of arrays [A, ...].
 
     Returns:
@@ -313,8 +318,8 @@ def average_micro_batches(micro_step: Callable[..., tuple[Any, Any]], *args: Any
         rest = jax.tree.map(lambda x: x[None], rest)
     else:
 
-        def add(total: Any, args: Any) -> tuple[Any, Any]:
-            terms, rest = micro_step(*args)
+        def add(total: Any, micro_batch: Any) -> tuple[Any, Any]:
+            terms, rest = micro_step(*micro_batch)
             with jax.named_scope("average"):
                 return jax.tree.map(jnp.add, total, terms), rest
 

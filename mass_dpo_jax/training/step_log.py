@@ -37,11 +37,11 @@ class StepLog:
     """Writes each step's metrics while the next step computes, and counts skipped updates.
 
     Args:
-        log: where the metrics are written.
+        log: the logs that metrics are written to.
         train: the section `config.train`.
-        label: of the progress bar.
-        start: updates made so far.
-        total: updates of the whole run.
+        label: label of the progress bar.
+        start: number of updates made so far.
+        total: number of updates of the whole run.
     """
 
     def __init__(self, log: Log, train: ConfigDict, label: str, start: int, total: int):
@@ -112,12 +112,12 @@ class StepLog:
         values["examples_per_second"] = self._train.batch_size / (now - self._clock)
         self._clock = now
         self._log.write(started.step, values)
-        shown = {"loss": f"{values['loss']:.3f}"}
+        postfix = {"loss": f"{values['loss']:.3f}"}
         if "rewards/accuracies" in values:
-            shown["accuracy"] = f"{values['rewards/accuracies']:.2f}"
-            shown["margin"] = f"{values['rewards/margins']:.3f}"
-        shown["examples/s"] = f"{values['examples_per_second']:.1f}"
-        self._bar.set_postfix(shown, refresh=False)
+            postfix["accuracy"] = f"{values['rewards/accuracies']:.2f}"
+            postfix["margin"] = f"{values['rewards/margins']:.3f}"
+        postfix["examples/s"] = f"{values['examples_per_second']:.1f}"
+        self._bar.set_postfix(postfix, refresh=False)
         self._bar.update()
         self._started = None
         self._count_skipped(started, values)
@@ -134,9 +134,9 @@ class StepLog:
         is_idle = 0 in (values.get("grad_norm"), values.get("update_ratio"))
         self._idle = self._idle + 1 if is_idle and not self._skipped else 0
         if self._idle == MAX_IDLE_STEPS:
-            what = "the gradient" if values["grad_norm"] == 0 else "the update of the weights"
+            idle_part = "the gradient" if values["grad_norm"] == 0 else "the update of the weights"
             self.print_line(
-                f"step {step}: {what} has been 0 for {MAX_IDLE_STEPS} steps, so the model no "
+                f"step {step}: {idle_part} has been 0 for {MAX_IDLE_STEPS} steps, so the model no "
                 f"longer learns (loss {values['loss']:.3g}). If the model is no good, an update "
                 "has thrown it far off: start another run with a lower "
                 f"config.train.learning_rate (here {self._train.learning_rate:g})"
@@ -155,8 +155,8 @@ class StepLog:
 def _describe_skipped(step: int, ids: Sequence[str], not_finite: np.ndarray) -> str:
     """Names the examples whose loss is not finite or, where all are, the whole batch."""
     names = [name for name, bad in zip(ids, not_finite, strict=True) if bad] or list(ids)
-    shown = ", ".join(names[:MAX_NAMED_EXAMPLES])
+    listed = ", ".join(names[:MAX_NAMED_EXAMPLES])
     hidden = len(names) - MAX_NAMED_EXAMPLES
     more = f" and {hidden} more" if hidden > 0 else ""
-    what = "loss" if not_finite.any() else "gradient"
-    return f"step {step}: the {what} is not finite; example(s) {shown}{more}"
+    quantity = "loss" if not_finite.any() else "gradient"
+    return f"step {step}: the {quantity} is not finite; example(s) {listed}{more}"

@@ -18,7 +18,7 @@ from mass_dpo_jax.training.negatives import NegativeSets
 from mass_dpo_jax.training.optimizer import moments_memory, state_shapes
 from mass_dpo_jax.training.scorer import Params
 from mass_dpo_jax.training.setup import Reference, Setup
-from mass_dpo_jax.training.step import Metrics, Trained, TrainState
+from mass_dpo_jax.training.step import Metrics, TrainedBatch, TrainState
 
 
 class StepBatch(NamedTuple):
@@ -46,8 +46,8 @@ class Batches:
 
     Attributes:
         setup: method, decoder and tokens.
-        reference: its log-probabilities of every response.
-        order: from a step to its rows.
+        reference: the reference's log-probabilities of every response.
+        order: a function from a step to its rows.
     """
 
     def __init__(self, setup: Setup, reference: Reference):
@@ -126,7 +126,7 @@ class TrainStep:
         """Returns the state before the first update, with a copy of the trained weights.
 
         Args:
-            params: of the model, as `Model.params`.
+            params: the model's weights, as `Model.params`.
 
         Raises:
             UserError: they are something else.
@@ -138,15 +138,15 @@ class TrainStep:
                 "expected Model.params"
             )
         trained, _ = setup.policy.split(params)
-        like = abstract_state(setup, self.optimizer)
-        return first_state(like, self.optimizer, jax.tree.map(jnp.copy, trained))
+        abstract = abstract_state(setup, self.optimizer)
+        return first_state(abstract, self.optimizer, jax.tree.map(jnp.copy, trained))
 
     def __call__(self, state: TrainState, batch: StepBatch) -> tuple[TrainState, Metrics]:
         """Scores the pools, chooses negatives, and descends the loss on them.
 
         Args:
             state: donated: its arrays are gone afterwards.
-            batch: of the step that the state is at.
+            batch: the batch of the step that the state is at.
 
         Raises:
             UserError: an argument is something else, the criterion was registered again since the
@@ -160,7 +160,9 @@ class TrainStep:
         state, _, metrics = self.update(state, batch)
         return state, metrics
 
-    def update(self, state: TrainState, batch: StepBatch) -> tuple[TrainState, Trained, Metrics]:
+    def update(
+        self, state: TrainState, batch: StepBatch
+    ) -> tuple[TrainState, TrainedBatch, Metrics]:
         """Updates the state as a call does, and returns what it was trained on, too."""
         check_type(state, TrainState, "state", "that of init(model.params), or the last step's")
         check_type(batch, StepBatch, "batch", "one of those that the step was made for")
@@ -192,17 +194,19 @@ class TrainStep:
         return state._replace(sets=sets), trained, metrics
 
 
-def first_state(like: Any, optimizer: optax.GradientTransformation, trained: Params) -> TrainState:
-    """Returns the state before the first update, of which the weights become a part.
+def first_state(
+    abstract: Any, optimizer: optax.GradientTransformation, trained: Params
+) -> TrainState:
+    """Returns the state before the first update; it takes the weights over without a copy.
 
     Args:
-        like: its `abstract_state`.
-        optimizer: of the run.
+        abstract: the state's `abstract_state`.
+        optimizer: the run's optimizer.
         trained: the weights.
     """
-    shardings = jax.tree.map(lambda x: x.sharding, like.opt_state)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract.opt_state)
     return TrainState(
-        jax.device_put(np.int32(0), like.step.sharding),
+        jax.device_put(np.int32(0), abstract.step.sharding),
         trained,
         jax.jit(optimizer.init, out_shardings=shardings)(trained),
     )

@@ -723,7 +723,7 @@ MUTATIONS = (
     ),
     Mutation(
         "refresh: sets are chosen at every step",
-        "if not (since and known):",
+        "if not (steps_into_window and has_choices):",
         "if True:",
         "training/test_train.py::test_sets_are_kept_within_a_window",
     ),
@@ -747,8 +747,8 @@ MUTATIONS = (
     ),
     Mutation(
         "refresh: sets of another window are trained on",
-        "known = self._window == window and",
-        "known = self._window is not None and",
+        "has_choices = self._window == window and",
+        "has_choices = self._window is not None and",
         "training/test_train.py::test_sets_that_are_not_there_are_chosen_with_a_warning",
     ),
     Mutation(
@@ -898,7 +898,7 @@ MUTATIONS = (
     ),
     Mutation(
         "origin: a run's own adapters are removed before they are copied",
-        "if adapters and origin.is_same(Path(adapters), own):",
+        "if adapters and origin.is_same(Path(adapters), kept_adapters):",
         "if False:",
         "runs/test_run_config.py::test_a_run_without_a_checkpoint_begins_again_by_its_own_files",
     ),
@@ -934,7 +934,7 @@ MUTATIONS = (
     ),
     Mutation(
         "origin: the reference is drawn with another seed",
-        "setup.policy.read(reference_path, own.seed, adapters)",
+        "setup.policy.read(reference_path, run_settings.seed, adapters)",
         "setup.policy.read(reference_path, config.seed, adapters)",
         "runs/test_run_config.py::test_a_scratch_run_keeps_the_reference_that_was_drawn_for_it",
     ),
