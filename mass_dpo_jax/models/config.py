@@ -13,7 +13,7 @@ from mass_dpo_jax.models.fields import FieldReader
 from mass_dpo_jax.models.folder import explain_missing_config
 from mass_dpo_jax.utils.files import read_json
 
-EXPORT_DTYPES = ("bfloat16", "float32")  # Of written weights.
+EXPORT_DTYPES = ("bfloat16", "float32")  # Types of written weights.
 UNQUANTIZED = (
     "the unquantized original (to train adapters beside weights of 4 bits, --config=qlora "
     "quantizes it by itself)"
@@ -74,8 +74,8 @@ def parse_targets(text: str) -> tuple[str, ...]:
     Raises:
         UserError: the text names something else.
     """
-    named = split_targets(text)
-    return tuple(ours for theirs, ours in TARGETS.items() if theirs in named)
+    names = split_targets(text)
+    return tuple(ours for theirs, ours in TARGETS.items() if theirs in names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,9 +278,9 @@ def _check_supported(reader: FieldReader) -> None:
     # SmolLM3 ignore the number while use_sliding_window is false.
     if config["model_type"] == "llama" and config.get("sliding_window") is not None:
         raise reader.error("sliding_window", config["sliding_window"], "null")
-    for kind in reader.read_list("layer_types"):
-        if kind != "full_attention":
-            raise reader.error("layer_types", kind, "'full_attention'")
+    for layer_type in reader.read_list("layer_types"):
+        if layer_type != "full_attention":
+            raise reader.error("layer_types", layer_type, "'full_attention'")
     for field in ("quantization_config", "quantization", "compression_config"):
         if config.get(field) is not None:
             raise reader.error(field, f"{_name_quantization(config[field])} weights", UNQUANTIZED)
@@ -312,12 +312,12 @@ def _read_rope(
         raise reader.error(field, rope, "an object")
     default_theta = config.get("rope_theta", family.rope_theta)
     theta = reader.check_positive("rope_theta", rope.get("rope_theta", default_theta))
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise reader.error(f"{field}.rope_type", kind, "'default' or 'llama3'")
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ("default", "llama3"):
+        raise reader.error(f"{field}.rope_type", rope_type, "'default' or 'llama3'")
     if rope.get("partial_rotary_factor", 1.0) not in (None, 1, 1.0):
         raise reader.error(f"{field}.partial_rotary_factor", rope["partial_rotary_factor"], "1.0")
-    if kind == "default":
+    if rope_type == "default":
         return theta, None
 
     def read_number(name: str, default: Any = None) -> float:

@@ -40,9 +40,9 @@ class Decoder(nnx.Module):
         rngs: the random state that parameters are drawn from.
         dtype: the compute type: weights are cast where they are used, one layer at a time, while
             norms, rotary angles and softmax stay in float32.
-        remat: what `record` keeps of a layer for the backward pass: "dots" (its input and its
-            projections) or "full" (its input only: the layer is computed again).
-        hidden_shardings: how hidden states are split over several devices; None lets the compiler
+        remat: the part of a layer that `record` keeps for the backward pass: "dots" (its input and
+            its projections) or "full" (its input only: the layer is computed again).
+        hidden_shardings: the split of hidden states over several devices; None lets the compiler
             choose. Where weights are split it tends to split hidden states in the same way, and
             then every device computes on the tokens of the whole batch.
         lora: the form of the adapters, which are trained while all other parameters are frozen and

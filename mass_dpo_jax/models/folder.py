@@ -74,8 +74,8 @@ def check_folder(folder: Path, setting: str = "model.path") -> None:
         UserError: one of them is not, or there is no folder.
     """
     if folder.is_file():
-        kind = "GGUF is not read; " if folder.suffix == ".gguf" else ""
-        raise UserError(f"model folder {folder}: a file; {kind}expected the folder of a model")
+        hint = "GGUF is not read; " if folder.suffix == ".gguf" else ""
+        raise UserError(f"model folder {folder}: a file; {hint}expected the folder of a model")
     if not folder.is_dir():
         raise UserError(
             f"model folder {folder}: no such folder; expected a run, or what `hf download NAME "

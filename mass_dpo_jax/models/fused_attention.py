@@ -45,8 +45,8 @@ _log = logging.getLogger(__name__)
 # jax refuses a backward pass with an odd number of queries or keys. With multiples of 8 each row of
 # a 16-bit bias begins at a multiple of 16 bytes, the most a thread loads at once.
 ALIGNMENT = 8
-# Of outputs and gradients: two roundings to bfloat16 differ by some 0.005, a single key that one
-# query sees and should not by 0.03.
+# Bounds the error of outputs and gradients: two roundings to bfloat16 differ by some 0.005, a
+# single key that one query sees and should not by 0.03.
 MAX_RELATIVE_ERROR = 0.02
 
 
@@ -216,9 +216,9 @@ def find_obstacle(config: DecoderConfig, dtype: jnp.dtype, mesh: Mesh) -> str | 
     if config.num_kv_heads % tensor:
         return f"config.mesh.tensor={tensor} does not divide {config.num_kv_heads} key-value heads"
     if distributed.is_multiprocess():
-        # Each tries its own devices: where one fails, the others would wait for it for ever.
-        own = np.array(mesh.local_devices).reshape(-1, 1, 1)
-        mesh = Mesh(own, mesh.axis_names, axis_types=mesh.axis_types)
+        # Each process tries its own devices: where one fails, the others would wait forever.
+        local_devices = np.array(mesh.local_devices).reshape(-1, 1, 1)
+        mesh = Mesh(local_devices, mesh.axis_names, axis_types=mesh.axis_types)
         heads, keys = config.num_heads // tensor, config.num_kv_heads // tensor
         config = dataclasses.replace(config, num_heads=heads, num_kv_heads=keys)
     try:

@@ -42,7 +42,7 @@ def write_folder(
         generation: the content of generation_config.json.
         dtype: type of the stored weights.
         max_shard_gb: size of a file of weights, in 10^9 bytes.
-        finish: is given the folder before it appears under its name.
+        finish: a function called with the folder before it appears under its name.
 
     Raises:
         UserError: nothing can be written there.

@@ -74,8 +74,8 @@ class OutputTokens(NamedTuple):
 
     def gather(self, x: Array) -> Array:
         """Takes these tokens out of [B, T, size]: [B, O, size]."""
-        one = jnp.take_along_axis(x, self.first[:, None, None], axis=1, mode="clip")
-        return jnp.concatenate([one, x[:, self.start :]], axis=1)
+        first = jnp.take_along_axis(x, self.first[:, None, None], axis=1, mode="clip")
+        return jnp.concatenate([first, x[:, self.start :]], axis=1)
 
 
 class LayerRecord(NamedTuple):

@@ -104,9 +104,9 @@ def load_peft_settings(folder: Path) -> Lora:
     if not isinstance(settings, dict):
         raise UserError(f"{path}: found {type(settings).__name__}, expected a JSON object")
     if "peft_type" not in settings:
-        shown = ", ".join(sorted(settings)[:8]) or "nothing"
+        fields = ", ".join(sorted(settings)[:8]) or "nothing"
         raise UserError(
-            f"{path}: not PEFT's format, which has peft_type, r and lora_alpha (found {shown}); "
+            f"{path}: not PEFT's format, which has peft_type, r and lora_alpha (found {fields}); "
             "adapters of MLX and other programs have to be converted, or merged into their base"
         )
     for field, value in settings.items():
@@ -193,7 +193,7 @@ def load_peft(folder: str | Path, config: DecoderConfig, abstract: Any) -> Any:
         abstract: shapes with shardings, as `params["adapters"]`.
 
     Raises:
-        UserError: as `check_peft`; or a tensor holds NaN or infinity.
+        UserError: the same as for `check_peft`; or a tensor holds NaN or infinity.
     """
     path, file, names = check_peft(folder, config, abstract)
 

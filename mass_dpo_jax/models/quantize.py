@@ -22,39 +22,41 @@ from jaxtyping import Float
 TILE = 64  # Weights that share a scale; fewer where their number is no multiple of it.
 
 
-def quantize(path: Sequence[str], weights: Float[Array, "*dims"], kind: str) -> Any:
+def quantize(path: Sequence[str], weights: Float[Array, "*dims"], stored_type: str) -> Any:
     """Converts frozen weights to the type that they are kept in.
 
     Args:
         path: their path in `nnx.state(model, nnx.Param)`.
         weights: the float weights.
-        kind: a value of `config.model.lora.base`. Only projections are quantized; embedding and
-            head are bfloat16 then. Norms stay float32, whatever the kind.
+        stored_type: a value of `config.model.lora.base`. Only projections are quantized; embedding
+            and head are bfloat16 then. Norms stay float32, whatever the type.
     """
-    if kind == "float32" or path[-1] == "scale":
+    if stored_type == "float32" or path[-1] == "scale":
         return weights.astype(jnp.float32)
-    if kind == "bfloat16" or path[-1] != "kernel":
+    if stored_type == "bfloat16" or path[-1] != "kernel":
         return weights.astype(jnp.bfloat16)
     # One layer at a time: the search for the nearest of 16 values holds 16 numbers per weight.
-    return jax.lax.map(functools.partial(_quantize_matrix, kind=kind), weights.astype(jnp.float32))
+    return jax.lax.map(
+        functools.partial(_quantize_matrix, stored_type=stored_type), weights.astype(jnp.float32)
+    )
 
 
-def _quantize_matrix(weights: Float[Array, "inputs outputs"], kind: str) -> qwix.QArray:
-    if kind == "int8":
+def _quantize_matrix(weights: Float[Array, "inputs outputs"], stored_type: str) -> qwix.QArray:
+    if stored_type == "int8":
         return qwix.quantize(weights, jnp.int8, channelwise_axes=(1,))
     tile = math.gcd(weights.shape[0], TILE)
-    return qwix.quantize(weights, kind, channelwise_axes=(1,), tiled_axes={0: tile})
+    return qwix.quantize(weights, stored_type, channelwise_axes=(1,), tiled_axes={0: tile})
 
 
 def dequantize(weights: Any, dtype: DTypeLike) -> Float[Array, "*dims"]:
-    """Returns weights of any kind as an array."""
+    """Returns weights of any stored type as an array."""
     if isinstance(weights, qwix.QArray):
         weights = qwix.dequantize(weights)
     return weights.astype(dtype)
 
 
 def matmul(x: Float[Array, "tokens inputs"], weights: Any) -> Float[Array, "tokens outputs"]:
-    """Multiplies by weights [inputs, outputs] of any kind, in the type of x."""
+    """Multiplies by weights [inputs, outputs] of any stored type, in the type of x."""
 
     def compute(x: Array, weights: Any) -> Array:
         return x @ dequantize(weights, x.dtype)

@@ -192,9 +192,11 @@ def _score_in_chunks(
         x = jnp.pad(x, widths, constant_values=fill)
         return jnp.moveaxis(x.reshape(batch, chunks, candidate_chunk, *x.shape[2:]), 1, 0)
 
-    # Within a chunk candidates count from 0; padding is whatever is not below candidate_chunk.
-    first = jnp.arange(num_candidates)[None, :, None] // candidate_chunk * candidate_chunk
-    local = jnp.where(groups.segments < num_candidates, groups.segments - first, candidate_chunk)
+    # Within a chunk candidates count from 0; padding has numbers from candidate_chunk on.
+    first_candidate = jnp.arange(num_candidates)[None, :, None] // candidate_chunk * candidate_chunk
+    local = jnp.where(
+        groups.segments < num_candidates, groups.segments - first_candidate, candidate_chunk
+    )
     stacked = Groups(
         split(groups.tokens, 0), split(local, candidate_chunk), split(groups.offsets, 0)
     )
@@ -336,9 +338,9 @@ def score_candidates(
         real = jnp.arange(prompt.hidden.shape[1])[None] < prompt.lengths[:, None]
         features += _sum_hidden(real[..., None], prompt.hidden)
         count = count + prompt.lengths[:, None]
-    present = response_lengths > 0
+    exists = response_lengths > 0
     features = features / jnp.maximum(count, 1)[..., None]
-    return CandidateScores(logps, jnp.where(present[..., None], features, 0.0)), token_logps
+    return CandidateScores(logps, jnp.where(exists[..., None], features, 0.0)), token_logps
 
 
 def _sum_hidden(owner_BTC: Array, hidden_BTD: Array) -> Array:

@@ -14,7 +14,7 @@ from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models.folder import describe_damage
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
-# Of tensors that quantizers write beside weights or in place of them.
+# Parts of the names of tensors that quantizers write beside weights or in place of them.
 QUANTIZED_SUFFIXES = (
     ".qweight",
     ".qzeros",

@@ -231,12 +231,12 @@ def _read(
         key = str(index)
         if key not in shards:
             layers = names[index[0]] if entry.is_stacked else names
-            inner = index[1:] if entry.is_stacked else index
+            layer_index = index[1:] if entry.is_stacked else index
             lengths = [len(range(*s.indices(n))) for s, n in zip(index, shape, strict=True)]
             array = np.empty(lengths, dtype)
             for name, part in zip(layers, array if entry.is_stacked else [array], strict=True):
                 with np.errstate(over="ignore"):  # What is too large for `dtype` is infinite.
-                    part[...] = files.read(name, inner, entry.transposed)
+                    part[...] = files.read(name, layer_index, entry.transposed)
                 check_finite(part, files.paths[name], name)
             shards[key] = array
         return shards[key]
@@ -281,8 +281,8 @@ class _Files:
         """Raises UserError unless the files hold exactly the tensors of these parameters."""
         unknown = set(self.paths)
         for entry, shape in shapes.items():
-            inner = shape[1:] if entry.is_stacked else shape
-            expected = list(reversed(inner) if entry.transposed else inner)
+            layer_shape = shape[1:] if entry.is_stacked else shape
+            expected = list(reversed(layer_shape) if entry.transposed else layer_shape)
             for name in entry.list_names(config):
                 if name not in self.paths:
                     hint = suggest_tensor(name, sorted(self.paths))
@@ -290,9 +290,9 @@ class _Files:
                         f"{self.listing}: missing tensor {name}, shape {expected}{hint}"
                     )
                 tensor = self.open[self.paths[name]].get_slice(name)
-                if (present := list(tensor.get_shape())) != expected:
+                if (found_shape := list(tensor.get_shape())) != expected:
                     location = f"{self.paths[name]}: tensor {name}"
-                    raise UserError(f"{location}: found shape {present}, expected {expected}")
+                    raise UserError(f"{location}: found shape {found_shape}, expected {expected}")
                 check_type(self.open[self.paths[name]], self.paths[name], name)
                 unknown.discard(name)
         # Some writers store these although the config already determines them.

@@ -26,7 +26,7 @@ from mass_dpo_jax.runs import run_folder
 from mass_dpo_jax.runs.run_folder import CHECKPOINTS
 from mass_dpo_jax.utils import distributed, fingerprint
 
-MAX_REASON_CHARS = 300  # Of an error of orbax's, in a message.
+MAX_REASON_CHARS = 300  # Maximum length of an orbax error in a message.
 ITEMS = {
     "params": ocp.StandardCheckpointHandler,
     "opt_state": ocp.StandardCheckpointHandler,

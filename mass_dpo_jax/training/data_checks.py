@@ -39,11 +39,11 @@ def check_pools(method: Method, tokens: Tokens) -> None:
     sizes, n = (tokens.response_lengths[:, 1:] > 0).sum(1), method.num_negatives
     largest = int(sizes.max())
     if n > largest:
-        other = ", or config.method=dpo" if largest == 1 else " or fewer"
+        alternative = ", or config.method=dpo" if largest == 1 else " or fewer"
         raise UserError(
             f"config.num_negatives={n}: larger than every pool of the data (the largest has "
             f"{largest} rejected response{'s' * (largest > 1)}); set config.num_negatives={largest}"
-            f"{other}"
+            f"{alternative}"
         )
     if not method.uses_whole_pool:
         log_small_pools(n, sizes)

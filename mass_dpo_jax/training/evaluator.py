@@ -118,8 +118,8 @@ class Evaluator:
 
     def evaluate_start(self, params: Any) -> None:
         """Writes the policy's ranking before the first update into metrics.json."""
-        start = None
-        # In one order on every process: scoring is a computation of all of them.
+        start_metrics = None
+        # The same order on every process, since all of them score together.
         for split in dict.fromkeys(("validation", self._final)):
             if split is None or split not in self._setup.tokens:
                 continue
@@ -131,9 +131,9 @@ class Evaluator:
             if split == "validation":
                 self._log.write(0, {f"eval/{name}": value for name, value in values.items()})
             if split == self._final:
-                start = values
+                start_metrics = values
                 self._keep(START_LOGPS, split, logps)
-        content = self._metrics_json(finished=False, step=0, start=start)
+        content = self._metrics_json(finished=False, step=0, start=start_metrics)
         run_folder.write_json(self._workdir / metrics_files.SUMMARY, content)
 
     def evaluate_step(self, params: Any, step: int) -> tuple[str, dict[str, float]]:
@@ -152,7 +152,7 @@ class Evaluator:
     def evaluate_end(self, params: Any, step: int) -> dict[str, Any]:
         """Writes the final metrics into report.html and metrics.json, and returns the latter."""
         read = functools.partial(metrics_files.read_metrics_json, self._workdir)
-        started = distributed.run_on_primary(read) or {}
+        earlier_metrics = distributed.run_on_primary(read) or {}
         final = gain = evaluated = None
         if self._final:
             final, logps = self._evaluate(params, self._final)
@@ -165,7 +165,7 @@ class Evaluator:
             if self._write_report is not None:
                 evaluated = self._evaluated_split(self._final, params, start_logps, logps)
         content = self._metrics_json(
-            finished=True, step=step, start=started.get("start"), final=final, gain=gain
+            finished=True, step=step, start=earlier_metrics.get("start"), final=final, gain=gain
         )
         if self._write_report is not None and distributed.is_primary():
             self._write_report(content, evaluated)

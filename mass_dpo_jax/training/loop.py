@@ -61,7 +61,7 @@ class _Start:
 
     Attributes:
         config: the configuration that the run keeps, with paths as they were first typed.
-        resolved_config: the same with paths that lead to the files from here.
+        resolved_config: the same configuration with paths that lead to the files from here.
         digests: digests of the data, by split.
         params: weights that were read or drawn, empty if the run's checkpoint has them all.
         reference_params: the reference's weights, if any. The two are set to None as soon as they

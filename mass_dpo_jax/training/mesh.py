@@ -91,7 +91,7 @@ def abstract_mesh(config: ConfigDict, devices: int) -> Mesh:
         devices: the number of devices that a -1 refers to.
 
     Raises:
-        UserError: as `resolve_sizes`.
+        UserError: the same as for `resolve_sizes`.
     """
     sizes = tuple(resolve_sizes(config, devices).values())
     return cast(Mesh, AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3))
@@ -188,7 +188,8 @@ def shard_rows(mesh: Mesh, rows: np.ndarray, make: Callable[[np.ndarray], Any]) 
     Args:
         mesh: the devices.
         rows: int [..., B], the same on every process.
-        make: from int [..., b], some of the rows, to a pytree of NumPy arrays [..., b, *any].
+        make: a function from int [..., b], some of the rows, to a pytree of NumPy arrays
+            [..., b, *any].
 
     Returns:
         The same pytree of arrays [..., B, *any].

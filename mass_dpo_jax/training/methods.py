@@ -27,7 +27,7 @@ class Responses(NamedTuple):
 
     Attributes:
         logps: summed log-probabilities under the policy, float32, in nats.
-        log_ratios: the same minus those under the reference; 0 where `valid` is False.
+        log_ratios: log-probabilities minus those under the reference; 0 where `valid` is False.
         lengths: lengths in tokens.
         valid: whether each of the responses exists.
         grades: the data's scores or ranks; None where the data has none.

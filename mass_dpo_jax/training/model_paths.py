@@ -40,7 +40,7 @@ def check_model(path: Path, weights: bool = True, setting: str = "model.path") -
     """Checks a model, and returns its `find_description(path, setting)`.
 
     Args:
-        path: the same as for `find_description`.
+        path: a path as for `find_description`.
         weights: whether to check the headers of the weights' files too; a dry run needs none.
         setting: the setting that names it, for messages.
 

@@ -75,7 +75,7 @@ class NegativeSets:
             state_sets: the negatives of the last step's state; they override those remembered here.
 
         Raises:
-            UserError: those of the state are of other examples or another number of negatives.
+            UserError: the state's negatives belong to other examples or have another number.
         """
         self._fraction_changed = None
         if not self._outlive_steps:
@@ -132,10 +132,10 @@ class NegativeSets:
         self._last, self._window = candidate_ids, int(state_sets.window)
 
     def _remember(self, rows: np.ndarray, candidate_ids: Any) -> float | None:
-        new = distributed.gather(candidate_ids).reshape(len(rows), -1)
+        new_ids = distributed.gather(candidate_ids).reshape(len(rows), -1)
         had_choice = (self._last[rows] != NOT_CHOSEN).all(1)
-        differ = (np.sort(self._last[rows]) != np.sort(new)).any(1)
-        self._last[rows] = new
+        differ = (np.sort(self._last[rows]) != np.sort(new_ids)).any(1)
+        self._last[rows] = new_ids
         return float(differ[had_choice].mean()) if had_choice.any() else None
 
     def _choose(self, step: int, params: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -146,13 +146,15 @@ class NegativeSets:
         """
         end = (step // self.window + 1) * self.window
         steps = range(step, min(end, self._total))
-        needed = np.unique(np.concatenate([self._order(s)[0] for s in steps]))
+        window_rows = np.unique(np.concatenate([self._order(s)[0] for s in steps]))
         setup = self._setup
         key = setup.key(step // self.window)
         ref_logps, ref_grams = self._reference.logps.get("train"), self._reference.grams
-        batches = setup.scoring_batches("train", "choosing negatives", needed, ref_logps, ref_grams)
-        chosen = scoring.compute_each(
+        batches = setup.scoring_batches(
+            "train", "choosing negatives", window_rows, ref_logps, ref_grams
+        )
+        choices = scoring.compute_each(
             lambda batch: setup.program.choose_batch(params, batch, key)[0].candidate_ids, batches
         )
-        rows, candidate_ids = zip(*chosen, strict=True)
+        rows, candidate_ids = zip(*choices, strict=True)
         return np.concatenate(rows), np.concatenate(candidate_ids)

@@ -114,8 +114,8 @@ def _check_added_once(path: str, adapters: str) -> None:
     run_lora = load_model_settings(run.folder).lora
     if not uses_lora(run_lora):
         return
-    other = find_run(Path(adapters))
-    is_run = other is not None and origin.is_same(other.folder, run.folder)
+    adapters_run = find_run(Path(adapters))
+    is_run = adapters_run is not None and origin.is_same(adapters_run.folder, run.folder)
     is_start = bool(run_lora.path) and origin.is_same(Path(adapters), Path(run_lora.path))
     if is_run or is_start or run_config.is_own_file(adapters, run.folder, "model.lora.path"):
         raise UserError(

@@ -208,18 +208,18 @@ def store_in_bfloat16(adam: optax.GradientTransformation) -> optax.GradientTrans
         return _map_moments(adam.init(params), lambda x: x.astype(jnp.bfloat16))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        wide = _map_moments(state, lambda x: x.astype(jnp.float32))
-        updates, new = adam.update(updates, wide, params)
-        leaves, tree = jax.tree.flatten(new.mu)
-        key = jax.random.fold_in(jax.random.key(0), new.count)
+        float32_state = _map_moments(state, lambda x: x.astype(jnp.float32))
+        updates, new_state = adam.update(updates, float32_state, params)
+        leaves, tree = jax.tree.flatten(new_state.mu)
+        key = jax.random.fold_in(jax.random.key(0), new_state.count)
         bits = [
             jax.random.bits(jax.random.fold_in(key, i), leaf.shape, jnp.uint32)
             for i, leaf in enumerate(leaves)
         ]
         bits = jax.tree.unflatten(tree, bits)
-        mu = jax.tree.map(lambda x, b: _round(x, b & 0xFFFF), new.mu, bits)
-        nu = jax.tree.map(lambda x, b: _round(x, b >> 16), new.nu, bits)
-        return updates, new._replace(mu=mu, nu=nu)
+        mu = jax.tree.map(lambda x, b: _round(x, b & 0xFFFF), new_state.mu, bits)
+        nu = jax.tree.map(lambda x, b: _round(x, b >> 16), new_state.nu, bits)
+        return updates, new_state._replace(mu=mu, nu=nu)
 
     return optax.GradientTransformation(init, update)
 
@@ -232,9 +232,9 @@ def offload_to_host(adam: optax.GradientTransformation) -> optax.GradientTransfo
     adam = optax.with_extra_args_support(adam)
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
-        near = _map_moments(state, lambda x: jax.device_put(x, jax.memory.Space.Device))
-        updates, new = adam.update(updates, near, params, **extra_args)
-        return updates, _map_moments(new, lambda x: jax.device_put(x, jax.memory.Space.Host))
+        device_state = _map_moments(state, lambda x: jax.device_put(x, jax.memory.Space.Device))
+        updates, new_state = adam.update(updates, device_state, params, **extra_args)
+        return updates, _map_moments(new_state, lambda x: jax.device_put(x, jax.memory.Space.Host))
 
     return optax.GradientTransformationExtraArgs(adam.init, update)
 

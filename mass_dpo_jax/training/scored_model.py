@@ -51,8 +51,8 @@ def prepare_scoring(
         selecting: whether negatives are selected from the split.
 
     Raises:
-        UserError: as `prepare`; both a run and another model are given; or what a run reads again
-            has changed since its start.
+        UserError: as for `prepare`; both a run and another model are given; or what a run reads
+            again has changed since its start.
     """
     config = config.copy_and_resolve_references()
     if split is None:

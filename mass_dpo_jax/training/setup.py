@@ -54,7 +54,7 @@ class Setup:
         eval_batch_size: prompts per scoring batch.
         cache: folder of what is computed once.
         policy: decoder and tokenizer.
-        method: which negatives are trained on, and the loss.
+        method: the choice of negatives to train on, and the loss.
         program: the jitted steps: its scorer scores responses, the rest selects and trains.
         examples: examples by split, as text; empty on processes that are not primary.
         tokens: tokens by split.

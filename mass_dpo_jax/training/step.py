@@ -30,7 +30,7 @@ class WindowNegatives(NamedTuple):
     """The negatives of one refresh window, as NumPy arrays on the host.
 
     Attributes:
-        window: int, which window of the run, from 0.
+        window: int, index of the window in the run, from 0.
         candidate_ids: int32 [M, n] of every training example, as in `Choice`; -1 throughout where
             nothing has been chosen for an example yet.
     """
@@ -314,20 +314,20 @@ def average_micro_batches(micro_step: Callable[..., tuple[Any, Any]], *args: Any
     count = jax.tree.leaves(args)[0].shape[0]
     first = jax.tree.map(lambda x: x[0], args)
     if count == 1:
-        total, rest = micro_step(*first)
-        rest = jax.tree.map(lambda x: x[None], rest)
+        total, stacked = micro_step(*first)
+        stacked = jax.tree.map(lambda x: x[None], stacked)
     else:
 
         def add(total: Any, micro_batch: Any) -> tuple[Any, Any]:
-            terms, rest = micro_step(*micro_batch)
+            terms, stacked = micro_step(*micro_batch)
             with jax.named_scope("average"):
-                return jax.tree.map(jnp.add, total, terms), rest
+                return jax.tree.map(jnp.add, total, terms), stacked
 
         shapes, _ = jax.eval_shape(micro_step, *first)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        total, rest = jax.lax.scan(add, zeros, args)
+        total, stacked = jax.lax.scan(add, zeros, args)
     with jax.named_scope("average"):
-        return jax.tree.map(lambda x: x / count, total), rest
+        return jax.tree.map(lambda x: x / count, total), stacked
 
 
 def _describe_responses(logps: Array, rewards: Array, valid: Array) -> Metrics:

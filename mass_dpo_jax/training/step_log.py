@@ -81,7 +81,7 @@ class StepLog:
         """Waits for the last step and writes it.
 
         Raises:
-            BadSteps: as `add`.
+            BadSteps: the same as for `add`.
         """
         self._write()
         self._check()

@@ -25,7 +25,7 @@ class StepBatch(NamedTuple):
     """What one update trains on: B prompts in A micro-batches, each with its whole pool.
 
     Attributes:
-        step: which update, counted from 0.
+        step: the update's index, from 0.
         rows: int32 [B], the examples' rows of the training split.
         arrays: [A, B / A, ...] on the devices.
         packed_length: tokens that hold the chosen response and any n negatives of a prompt.

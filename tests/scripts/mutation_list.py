@@ -651,8 +651,8 @@ MUTATIONS = (
     ),
     Mutation(
         "lora: frozen norms are rounded",
-        'if kind == "float32" or path[-1] == "scale":',
-        'if kind == "float32":',
+        'if stored_type == "float32" or path[-1] == "scale":',
+        'if stored_type == "float32":',
         "models/test_lora.py::test_quantized_weights_are_near_and_small",
     ),
     Mutation(
@@ -820,8 +820,8 @@ MUTATIONS = (
     ),
     Mutation(
         "refresh: a set in another order counts as changed",
-        "differ = (np.sort(self._last[rows]) != np.sort(new)).any(1)",
-        "differ = (self._last[rows] != new).any(1)",
+        "differ = (np.sort(self._last[rows]) != np.sort(new_ids)).any(1)",
+        "differ = (self._last[rows] != new_ids).any(1)",
         "training/test_train.py::test_a_set_in_another_order_has_not_changed",
     ),
     Mutation(
