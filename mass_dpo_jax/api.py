@@ -136,7 +136,7 @@ class Model:
 
         Args:
             folder: a new folder.
-            dtype: of the stored weights, float32 or bfloat16.
+            dtype: type of the stored weights, float32 or bfloat16.
 
         Raises:
             UserError: the folder exists and is not empty, or cannot be written.

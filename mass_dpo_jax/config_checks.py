@@ -85,15 +85,15 @@ def check_types(fields: Mapping[str, Any]) -> None:
     Args:
         fields: the settings by dotted name.
     """
-    for name, usual in flatten(default()):
+    for name, default_value in flatten(default()):
         if name not in fields:
             raise UserError(
                 f"config.{name} is missing: take default_config(), and change a group by its "
                 "update(...), which keeps the other settings"
             )
-        value, kind = fields[name], type(usual)
-        if type(value) is not kind and not (kind is float and type(value) is int):
-            raise UserError(f"config.{name}={value!r}: expected {_TYPES[kind]}")
+        value, expected = fields[name], type(default_value)
+        if type(value) is not expected and not (expected is float and type(value) is int):
+            raise UserError(f"config.{name}={value!r}: expected {_TYPES[expected]}")
         if value != value:  # NaN.
             raise UserError(f"config.{name}={value!r}: expected a number")
         if isinstance(value, (int, float)) and not -LIMIT < value < LIMIT:

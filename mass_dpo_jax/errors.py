@@ -19,19 +19,21 @@ class UserError(ValueError):
         if len(message) > MAX_MESSAGE_CHARS:
             message = f"{message[: MAX_MESSAGE_CHARS - 200]} ... {message[-195:]}"
         if not message.isprintable():
-            shown = (c if c.isprintable() else repr(c)[1:-1] for c in message)
-            message = "".join(shown)
+            characters = (c if c.isprintable() else repr(c)[1:-1] for c in message)
+            message = "".join(characters)
         super().__init__(message)
 
 
-def check_type(value: Any, kind: type | tuple[type, ...], name: str, what: str) -> None:
+def check_type(
+    value: Any, expected_type: type | tuple[type, ...], name: str, description: str
+) -> None:
     """Raises UserError if an argument has another type than expected.
 
     Args:
         value: the argument.
-        kind: its type, or several.
-        name: of the argument, for the message.
-        what: a description of the type, for the message.
+        expected_type: the type it must have, or several.
+        name: the argument's name, for the message.
+        description: a description of the type, for the message.
     """
-    if not isinstance(value, kind):
-        raise UserError(f"{name}: found a {type(value).__name__}, expected {what}")
+    if not isinstance(value, expected_type):
+        raise UserError(f"{name}: found a {type(value).__name__}, expected {description}")

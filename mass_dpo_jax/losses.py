@@ -182,7 +182,7 @@ def odpo(
         log_ratios: nats; the chosen response in column 0.
         valid: True for the responses that count.
         beta: strength of the pull towards the reference, > 0.
-        margins: Delta of each negative.
+        margins: the margin Delta of each negative.
 
     Source: Amini, Vieira and Cotterell, "Direct Preference Optimization with an Offset", 2024, for
     pairs; the mean over an example's pairs is ours.

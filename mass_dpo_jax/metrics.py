@@ -65,9 +65,9 @@ def ranking(
     """Computes ranking metrics of a split.
 
     Args:
-        scores: what the candidates are ranked by: summed log-probabilities (`policy`) or log-ratios
+        scores: values that rank the candidates: summed log-probabilities (`policy`) or log-ratios
             to the reference (`reward`).
-        valid: which candidates exist.
+        valid: True for the candidates that exist.
         prefix: precedes every name, with a slash between.
         cutoffs: the k of Recall@k and NDCG@k.
 
@@ -93,7 +93,7 @@ def reward_metrics(
 
     Args:
         rewards: beta times the log-ratios.
-        valid: which candidates exist.
+        valid: True for the candidates that exist.
 
     Returns:
         `rewards/chosen` and `rewards/rejected`, means; `rewards/accuracies`, the share of negatives
@@ -164,7 +164,7 @@ def evaluate_logps(
         logps: the policy's summed log-probabilities in nats.
         ref_logps: the reference's, or None where there is none. Where the policy is the reference,
             pass None too: its log-ratios are rounding noise.
-        valid: which candidates exist.
+        valid: True for the candidates that exist.
         beta: factor from log-ratios to rewards.
 
     Returns:
@@ -195,7 +195,7 @@ def ranking_gains(
     Args:
         after: log-probabilities after training.
         before: log-probabilities before it.
-        valid: which candidates exist.
+        valid: True for the candidates that exist.
 
     Returns:
         The mean difference of every metric of `per_example_ranking`, under `policy/NAME`, and its

@@ -40,8 +40,8 @@ def check_output(path: Path | None, kind: str, *inputs: str | Path) -> Path:
     for read in (Path(name) for name in inputs if name):
         inside = read.is_dir() and path.resolve().is_relative_to(read.resolve())
         if path.exists() and read.exists() and (inside or path.samefile(read)):
-            what = f"a file in the folder of the data, {read}" if inside else f"the input {read}"
-            raise UserError(f"--output={path}: would replace {what}; name another file")
+            target = f"a file in the folder of the data, {read}" if inside else f"the input {read}"
+            raise UserError(f"--output={path}: would replace {target}; name another file")
     return path
 
 

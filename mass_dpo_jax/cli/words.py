@@ -108,7 +108,7 @@ def _convert(name: str, value: str, example: Any) -> str:
 
 def _convert_number(location: str, value: str, example: float) -> str:
     """Returns a number as absl takes it: whole ones may be written as 1e3 or 1000.0."""
-    kind = type(example)
+    number_type = type(example)
     try:
         return str(int(value))
     except ValueError:
@@ -117,24 +117,26 @@ def _convert_number(location: str, value: str, example: float) -> str:
         number = float(value)
     except ValueError:
         number = None
-    if number is not None and kind is float:
+    if number is not None and number_type is float:
         return value
     if number is not None and number.is_integer():
         return str(int(number))
-    what = "an integer" if kind is int else "a number"
-    raise UserError(f"{location}={value}: expected {what}" + (f", as {example}" if example else ""))
+    expected = "an integer" if number_type is int else "a number"
+    raise UserError(
+        f"{location}={value}: expected {expected}" + (f", as {example}" if example else "")
+    )
 
 
 def _explain_unknown(name: str, settings: Sequence[str]) -> str:
     """Returns what is wrong with a name that does not exist, and which may be meant."""
-    own = [flag.name for flag in find_own_flags()]
+    command_flags = [flag.name for flag in find_own_flags()]
     if name.startswith("config.") and not settings:
         return (
             f"--{name}: this command has no settings of its own, it takes the run's; its flags are "
-            + ", ".join(f"--{flag}" for flag in own)
+            + ", ".join(f"--{flag}" for flag in command_flags)
         )
     kind = "setting" if name.startswith("config.") else "flag"
-    meant = [f"--{other}=..." for other in suggestions.suggest_names(name, settings, own)]
+    meant = [f"--{other}=..." for other in suggestions.suggest_names(name, settings, command_flags)]
     advice = " --help lists all" if meant else "; --help lists all"
     return f"--{name}: no such {kind}{suggestions.did_you_mean(meant)}{advice}"
 

@@ -56,7 +56,7 @@ def load_examples(data: ConfigDict, split: str, seed: int) -> list[Example]:
     """Loads a split of the dataset that `data.name` and `data.path` name.
 
     Args:
-        data: The configuration's `data`. Reads `name`, `path`, `columns`, `num_candidates`, and
+        data: the configuration's `data`. Reads `name`, `path`, `columns`, `num_candidates`, and
             what the reader of that name reads. At most `data.max_train`, `data.max_validation` and
             `data.max_test` rows of the splits are used; the log says what that leaves out.
         split: "train", "validation", "test", or "all": every row of a single file (or dataset
@@ -65,13 +65,13 @@ def load_examples(data: ConfigDict, split: str, seed: int) -> list[Example]:
             (0: no validation); rows that share a prompt stay together. If there are no test rows,
             validation's stand in. MovieLens and the original LastFM have no splits: see
             `sequences`.
-        seed: Determines what is held out, drawn and shuffled.
+        seed: determines what is held out, drawn and shuffled.
 
     Returns:
         The examples; none where validation or test has no rows and none are held out.
 
     Raises:
-        UserError: Names the file, the row and the field, what was found and what is expected. With
+        UserError: names the file, the row and the field, what was found and what is expected. With
             `data.on_bad_row` = "skip" a wrong row is left out instead, and counted in the log.
     """
     from mass_dpo_jax.data import splits

@@ -64,7 +64,7 @@ class Buckets:
 
     Attributes:
         group: int32 [M].
-        shapes: By growing P + S; the last one holds every example.
+        shapes: by growing P + S; the last one holds every example.
     """
 
     group: np.ndarray
@@ -83,11 +83,11 @@ def make_buckets(
     four shapes, 0.88 of the tokens would be useful instead of 0.94.
 
     Args:
-        tokens: One split.
+        tokens: one split.
         num_negatives: n; `Shape.selected` has room for the chosen response and the n longest
             rejected ones of any row. None: for all of them.
-        max_buckets: The most shapes to make.
-        min_rows: Examples required for each shape, since each costs a compilation.
+        max_buckets: the most shapes to make.
+        min_rows: examples required for each shape, since each costs a compilation.
     """
     lengths = tokens.response_lengths.astype(np.int64)
     rejected = -np.sort(-lengths[:, 1:], axis=1)[:, :num_negatives]
@@ -100,12 +100,14 @@ def make_buckets(
     used = np.isin(np.arange(len(sizes)), group)
     used[-1] = True  # Left-over rows of the others end up there.
     sizes, group = sizes[used], (np.cumsum(used) - 1)[group]
-    most = np.zeros(len(sizes), np.int64)
-    np.maximum.at(most, group, selected)
+    max_selected = np.zeros(len(sizes), np.int64)
+    np.maximum.at(max_selected, group, selected)
     for g in range(len(sizes) - 1):  # Room for the left-over rows of a smaller bucket.
-        most[_next_larger(sizes, g)] = max(most[_next_larger(sizes, g)], most[g])
+        larger = _next_larger(sizes, g)
+        max_selected[larger] = max(max_selected[larger], max_selected[g])
     shapes = [
-        Shape(int(p), int(s), int(_round_up(n))) for (p, s), n in zip(sizes, most, strict=True)
+        Shape(int(p), int(s), int(_round_up(n)))
+        for (p, s), n in zip(sizes, max_selected, strict=True)
     ]
     return Buckets(group.astype(np.int32), tuple(shapes))
 
@@ -151,9 +153,9 @@ def _find_sizes(prompts: np.ndarray, responses: np.ndarray, max_shapes: int) -> 
     return sizes[np.lexsort((sizes[:, 0], sizes.sum(1)))]
 
 
-def _find_best(cost: np.ndarray, rows: np.ndarray, others: list[int]) -> int:
-    """Returns the option that saves most in addition to the others."""
-    return int((np.minimum(cost, cost[others].min(0)) * rows).sum(1).argmin())
+def _find_best(cost: np.ndarray, rows: np.ndarray, taken: list[int]) -> int:
+    """Returns the option that saves most in addition to the taken ones."""
+    return int((np.minimum(cost, cost[taken].min(0)) * rows).sum(1).argmin())
 
 
 def _next_larger(sizes: Any, g: int) -> int:
@@ -173,7 +175,7 @@ class Order:
     in random order. The last left-over batch is filled up with other examples of the split.
 
     Attributes:
-        steps_per_epoch: The number of updates in an epoch.
+        steps_per_epoch: the number of updates in an epoch.
     """
 
     def __init__(self, buckets: Buckets, batch_size: int, seed: int):
@@ -202,9 +204,9 @@ class Order:
         last, shape = batches[-1]
         missing = self._batch_size - len(last)
         if missing:
-            others = np.setdiff1d(rows, last)
-            # A split smaller than a batch has no others: its rows are repeated.
-            fill = rng.permutation(others if len(others) >= missing else rows)
+            other_rows = np.setdiff1d(rows, last)
+            # A split smaller than a batch has no other rows: its own are repeated.
+            fill = rng.permutation(other_rows if len(other_rows) >= missing else rows)
             batches[-1] = (np.concatenate([last, np.resize(fill, missing)]), shape)
         return [batches[i] for i in rng.permutation(len(batches))]
 
@@ -250,14 +252,14 @@ def make_batch(
     """Assembles the arrays of some rows of a split.
 
     Args:
-        tokens: The split.
+        tokens: the split.
         indices: int [B], rows of it; -1 makes a row of padding: one prompt token, no response.
-        shape: Sizes that hold every row.
+        shape: sizes that hold every row.
         ref_logps: float [M, C] of the whole split, or None.
         ref_grams: float [M, C, C] of the whole split, or None.
 
     Raises:
-        ValueError: A row does not fit into the shape.
+        ValueError: a row does not fit into the shape.
     """
     indices = np.asarray(indices, np.int32)
     real = indices >= 0

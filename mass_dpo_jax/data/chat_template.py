@@ -35,9 +35,9 @@ class PromptKind:
     """What the template writes for answers after one kind of prompt.
 
     Attributes:
-        end: The token that ends a response.
-        rule: Gives what is written for most answers, without rendering them.
-        texts: The texts of answers that were rendered.
+        end: the token that ends a response.
+        rule: gives what is written for most answers, without rendering them.
+        texts: the texts of answers that were rendered.
     """
 
     end: str
@@ -49,9 +49,9 @@ class ChatTemplate:
     """A renderer with a chat template; a prompt that is a string is the user's only message.
 
     Args:
-        tokenizer: A tokenizer of transformers.
-        template: The template's text.
-        arguments: What the template is given besides messages.
+        tokenizer: a tokenizer of transformers.
+        template: the template's text.
+        arguments: values that the template gets besides messages.
     """
 
     special_tokens = False  # The template writes all of them itself.
@@ -237,7 +237,7 @@ def remove_end_token(text: str, end: str, field: str, location: str) -> str:
     """Returns a response's text without the end token that may be at its end.
 
     Raises:
-        UserError: The text contains the token elsewhere.
+        UserError: the text contains the token elsewhere.
     """
     if end not in text:
         return text

@@ -20,10 +20,10 @@ class History:
     """A prompt that lists past items, oldest first; if it is too long, the oldest are removed.
 
     Attributes:
-        before: The text before the items.
-        items: The items' names.
-        after: The text after them.
-        separator: What stands between two items.
+        before: the text before the items.
+        items: the items' names.
+        after: the text after them.
+        separator: the text between two items.
     """
 
     before: str
@@ -49,12 +49,12 @@ class Example:
     """A prompt with one chosen and at least one rejected response.
 
     Attributes:
-        id: Unique within a split.
-        prompt: A text, chat messages, or a history of items.
-        chosen: The chosen response.
-        rejected: The rejected responses.
-        place: Where the row came from, for messages: "train.jsonl:17".
-        scores: Grades of the responses, the chosen one's first, where the data has them.
+        id: unique within a split.
+        prompt: a text, chat messages, or a history of items.
+        chosen: the chosen response.
+        rejected: the rejected responses.
+        place: origin of the row, for messages: "train.jsonl:17".
+        scores: grades of the responses, the chosen one's first, where the data has them.
     """
 
     id: str

@@ -75,8 +75,9 @@ def has_content(value: Any) -> bool:
 
 def make_type_error(location: str, field: str, expected: str, value: Any) -> UserError:
     """Returns the error that a field's value is not what it must be."""
-    found = describe_value(value)
-    return UserError(f"{location}: field {field!r} must be {expected}, found {found}")
+    return UserError(
+        f"{location}: field {field!r} must be {expected}, found {describe_value(value)}"
+    )
 
 
 def describe_value(value: Any) -> str:

@@ -27,9 +27,9 @@ class Prompts:
     """The prompts of some examples as the model sees them, in the examples' order.
 
     Attributes:
-        prompts: What is left of each.
-        texts: The same, rendered.
-        tokens: One list for each.
+        prompts: the shortened prompts.
+        texts: the same, rendered.
+        tokens: one list for each.
     """
 
     prompts: list[Prompt]
@@ -41,11 +41,11 @@ class PromptEncoder:
     """Turns prompts into token ids, with `prefix` once before each.
 
     Args:
-        renderer: Renders prompts as text.
-        encode: Tokenizes texts, without special tokens around them.
-        prefix: Token ids that the tokenizer adds before a text.
-        bos_id: The token id that begins a sequence, if there is one.
-        data: The configuration's `data`. Reads `max_prompt_length`, `long_prompt`.
+        renderer: renders prompts as text.
+        encode: tokenizes texts, without special tokens around them.
+        prefix: token ids that the tokenizer adds before a text.
+        bos_id: the token id that begins a sequence, if there is one.
+        data: the configuration's `data`. Reads `max_prompt_length`, `long_prompt`.
     """
 
     def __init__(
@@ -73,10 +73,10 @@ class PromptEncoder:
         """Returns the prompts of all examples; those of rows in `errors` or `dropped` are invalid.
 
         Args:
-            examples: The examples.
-            errors: Gets an entry for each prompt that cannot be used, by its index.
-            dropped: Gets the index of each prompt that `data.long_prompt` leaves out.
-            cut: Counts what was shortened or dropped.
+            examples: the examples.
+            errors: gets an entry for each prompt that cannot be used, by its index.
+            dropped: gets the index of each prompt that `data.long_prompt` leaves out.
+            cut: counts what was shortened or dropped.
         """
         texts = [""] * len(examples)
         for i, example in enumerate(examples):
@@ -124,7 +124,7 @@ class PromptEncoder:
 
         def render(i: int, amount: int) -> str:
             try:
-                return self._renderer.render_prompt(prompts[i].without(amount), examples[i].place)
+                return self._renderer.render_prompt(prompts[i].shorten(amount), examples[i].place)
             except UserError as error:
                 errors[i] = error
                 return ""
@@ -142,7 +142,7 @@ class PromptEncoder:
             cut["prompts_with_shorter_history"] += items > 0
             cut["history_items_dropped"] += items
             cut["prompts_truncated"] += not fit or amount > items
-            result.prompts[i] = prompts[i].without(amount)
+            result.prompts[i] = prompts[i].shorten(amount)
             result.texts[i] = render(i, amount)
         result.tokens = self._tokenize(result.texts)
         if not cut_text:
@@ -172,19 +172,19 @@ class _ShortenedPrompt:
     """A prompt from which any amount can be removed: first whole items, then characters.
 
     Attributes:
-        items: How many items, or turns, can be removed: all but the newest.
-        most: The largest amount: the items and, with `cut_text`, all but one character.
+        items: number of items, or turns, that can be removed: all but the newest.
+        max_amount: the largest amount: the items and, with `cut_text`, all but one character.
     """
 
     def __init__(self, prompt: Prompt, cut_text: bool):
-        self._whole = prompt
+        self._prompt = prompt
         self._turns = _split_turns(prompt) if isinstance(prompt, list) else []
         units = prompt.items if isinstance(prompt, History) else self._turns
         self.items = max(0, len(units) - 1)
-        shortest = self.without(self.items)
-        self.most = self.items + (len(last_content(as_text(shortest))) - 1 if cut_text else 0)
+        shortest = self.shorten(self.items)
+        self.max_amount = self.items + (len(last_content(as_text(shortest))) - 1 if cut_text else 0)
 
-    def without(self, amount: int) -> Prompt:
+    def shorten(self, amount: int) -> Prompt:
         """Returns the prompt without its first `amount` items and characters."""
         items = min(amount, self.items)
         rest = self._drop_items(items)
@@ -198,11 +198,11 @@ class _ShortenedPrompt:
 
     def _drop_items(self, items: int) -> Prompt:
         if not items:
-            return self._whole
-        if isinstance(self._whole, History):
-            return self._whole.without_oldest(items)
-        assert isinstance(self._whole, list)
-        system = [message for message in self._whole[:1] if message["role"] == "system"]
+            return self._prompt
+        if isinstance(self._prompt, History):
+            return self._prompt.without_oldest(items)
+        assert isinstance(self._prompt, list)
+        system = [message for message in self._prompt[:1] if message["role"] == "system"]
         return system + [message for turn in self._turns[items:] for message in turn]
 
 
@@ -220,7 +220,7 @@ def _split_turns(messages: Sequence[Message]) -> list[list[Message]]:
 
 def _find_least_cuts(
     rows: np.ndarray,
-    whole: np.ndarray,
+    lengths: np.ndarray,
     prompts: Mapping[int, _ShortenedPrompt],
     measure: Callable[[np.ndarray, np.ndarray], np.ndarray],
     limit: int,
@@ -232,41 +232,41 @@ def _find_least_cuts(
 
     Args:
         rows: int [m], which prompts.
-        whole: int [m], their lengths in tokens.
-        prompts: The prompts, by row.
-        measure: Returns the lengths in tokens of some rows without some amounts.
-        limit: The most tokens of a prompt.
+        lengths: int [m], the lengths in tokens of the whole prompts.
+        prompts: the prompts, by row.
+        measure: returns the lengths in tokens of some rows without some amounts.
+        limit: the most tokens of a prompt.
 
     Returns:
         The amounts, int [m], and whether they suffice, bool [m].
     """
     items = np.array([prompts[i].items for i in rows.tolist()])
-    most = np.array([prompts[i].most for i in rows.tolist()])
-    too_few, long = np.zeros_like(items), whole.copy()
-    enough, short = most.copy(), np.full_like(whole, -1)  # -1: not known to fit.
+    max_amounts = np.array([prompts[i].max_amount for i in rows.tolist()])
+    too_few, long = np.zeros_like(items), lengths.copy()
+    enough, short = max_amounts.copy(), np.full_like(lengths, -1)  # -1: not known to fit.
 
-    def try_amounts(at: np.ndarray, amounts: np.ndarray) -> None:
-        lengths = measure(rows[at], amounts)
-        fit = lengths <= limit
-        enough[at[fit]], short[at[fit]] = amounts[fit], lengths[fit]
-        too_few[at[~fit]], long[at[~fit]] = amounts[~fit], lengths[~fit]
+    def try_amounts(indices: np.ndarray, amounts: np.ndarray) -> None:
+        lengths = measure(rows[indices], amounts)
+        fit, unfit = lengths <= limit, lengths > limit
+        enough[indices[fit]], short[indices[fit]] = amounts[fit], lengths[fit]
+        too_few[indices[unfit]], long[indices[unfit]] = amounts[unfit], lengths[unfit]
 
     # Items and characters differ in length, so guesses are made within one kind.
-    for ends in (items, most):
-        unknown = np.flatnonzero((ends > too_few) & (short < 0))
-        if len(unknown):
-            try_amounts(unknown, ends[unknown])
+    for ends in (items, max_amounts):
+        unmeasured = np.flatnonzero((ends > too_few) & (short < 0))
+        if len(unmeasured):
+            try_amounts(unmeasured, ends[unmeasured])
     fits = short >= 0
     tries = 0
     while True:
-        unsettled = fits & (enough - too_few > 1) & ((enough <= items) | (short < limit))
-        at = np.flatnonzero(unsettled)
-        if not len(at):
+        is_open = fits & (enough - too_few > 1) & ((enough <= items) | (short < limit))
+        indices = np.flatnonzero(is_open)
+        if not len(indices):
             return enough, fits
-        gap = enough[at] - too_few[at]
+        gap = enough[indices] - too_few[indices]
         step = gap // 2
         if tries < MAX_GUESSES:
-            share = (long[at] - limit) / (long[at] - short[at])
+            share = (long[indices] - limit) / (long[indices] - short[indices])
             step = np.clip(np.ceil(share * gap).astype(int), 1, gap - 1)
         tries += 1
-        try_amounts(at, too_few[at] + step)
+        try_amounts(indices, too_few[indices] + step)

@@ -29,8 +29,8 @@ class Renderer(Protocol):
     """Turns examples into the texts that are tokenized.
 
     Attributes:
-        special_tokens: Whether the tokenizer adds its own special tokens to the prompt.
-        end_id: The token id that is appended to a response; None if its text contains the end.
+        special_tokens: whether the tokenizer adds its own special tokens to the prompt.
+        end_id: the token id that is appended to a response; None if its text contains the end.
     """
 
     special_tokens: bool
@@ -43,19 +43,19 @@ class Renderer(Protocol):
         """Returns the texts of the chosen response and of all rejected ones.
 
         Args:
-            example: An example with its prompt as the model sees it.
-            prompt: The text of that prompt.
+            example: an example with its prompt as the model sees it.
+            prompt: the text of that prompt.
         """
 
     def find_warnings(self, example: Example, prompt: Prompt) -> list[str]:
         """Returns what looks wrong with an example, as phrases by which prompts are counted.
 
         Args:
-            example: An example that was rendered.
-            prompt: What is left of its prompt.
+            example: an example that was rendered.
+            prompt: the shortened prompt.
 
         Raises:
-            UserError: The example cannot be meant as it is.
+            UserError: the example cannot be meant as it is.
         """
 
 
@@ -63,11 +63,11 @@ def make_renderer(tokenizer: Any, data: ConfigDict) -> Renderer:
     """Returns the renderer for `data.chat_template`: "tokenizer", "none" or a template file.
 
     Args:
-        tokenizer: A tokenizer of transformers.
-        data: The configuration's `data`. Reads `chat_template`, `chat_template_kwargs`, `date`.
+        tokenizer: a tokenizer of transformers.
+        data: the configuration's `data`. Reads `chat_template`, `chat_template_kwargs`, `date`.
 
     Raises:
-        UserError: There is no such template, or the tokenizer lacks what the renderer needs.
+        UserError: there is no such template, or the tokenizer lacks what the renderer needs.
     """
     name = data.chat_template
     if name == "none":
@@ -97,18 +97,18 @@ def read_template_arguments(data: ConfigDict) -> dict[str, Any]:
     """Returns what a chat template is given besides messages; `data.chat_template_kwargs` wins."""
     field = "config.data.chat_template_kwargs"
     try:
-        given = json.loads(data.chat_template_kwargs or "{}")
+        arguments = json.loads(data.chat_template_kwargs or "{}")
     except ValueError as error:
         raise UserError(f"{field}={data.chat_template_kwargs!r}: not JSON: {error}") from None
-    if not isinstance(given, dict):
+    if not isinstance(arguments, dict):
         raise UserError(
             f"{field}={data.chat_template_kwargs!r}: expected a JSON object, for example "
             '{"enable_thinking": true}'
         )
-    for name in given:
+    for name in arguments:
         if name in RESERVED_ARGUMENTS:
             raise UserError(f"{field}: {name!r} is not for a user to set")
-    return {"enable_thinking": False, "date_string": data.date, **given}
+    return {"enable_thinking": False, "date_string": data.date, **arguments}
 
 
 class PlainRenderer:

@@ -30,9 +30,9 @@ class Table(NamedTuple):
     """The rows from which a split is taken.
 
     Attributes:
-        name: For messages: the file, or the dataset and its split.
-        source: Which split's rows these are, and which part of them is wanted.
-        rows: Pairs (location, row); a row that could not even be parsed is its UserError.
+        name: for messages: the file, or the dataset and its split.
+        source: the split whose rows these are, and the part of them to take.
+        rows: pairs (location, row); a row that could not even be parsed is its UserError.
     """
 
     name: str
@@ -83,10 +83,10 @@ def collect(
     """Returns the items of the part of a table that its `source` names; see `splits`.
 
     Args:
-        table: The rows.
-        make: Turns (row, index from 0, location) into an item, or raises UserError.
-        data: The configuration's `data`. Reads `on_bad_row`, `validation_share`.
-        seed: Determines which rows are held out.
+        table: the rows.
+        make: turns (row, index from 0, location) into an item, or raises UserError.
+        data: the configuration's `data`. Reads `on_bad_row`, `validation_share`.
+        seed: determines which rows are held out.
 
     Raises:
         UserError: `make` raised it or an id occurs twice, unless `data.on_bad_row` is "skip"; or no
@@ -137,9 +137,9 @@ class Reasons:
 
     def add(self, message: str) -> None:
         """Counts one more row with this message."""
-        kind = _NUMBER.sub("#", _QUOTED.sub("'...'", message))
-        self._first.setdefault(kind, message)
-        self._counts[kind] += 1
+        pattern = _NUMBER.sub("#", _QUOTED.sub("'...'", message))
+        self._first.setdefault(pattern, message)
+        self._counts[pattern] += 1
 
     @property
     def count(self) -> int:
@@ -170,7 +170,7 @@ class BadRows:
     says so unless that is most of them.
 
     Attributes:
-        count: The number of rows so far, including bad ones and the one being read.
+        count: the number of rows so far, including bad ones and the one being read.
     """
 
     def __init__(self, name: str, on_bad_row: str):

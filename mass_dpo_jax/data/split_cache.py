@@ -40,7 +40,7 @@ class CachedExamples(Sequence[Example]):
     """A split's examples, read when one of them is first looked at.
 
     Attributes:
-        key: Equal for the same examples, across runs.
+        key: equal for the same examples, across runs.
     """
 
     def __init__(self, key: str, count: int, read: Callable[[], list[Example]]):
@@ -74,7 +74,7 @@ def open_splits(
     Warns of prompts that training shares with other splits.
 
     Raises:
-        UserError: As `load_examples`, here or when an example is looked at; or the file was changed
+        UserError: as `load_examples`, here or when an example is looked at; or the file was changed
             in between.
     """
 

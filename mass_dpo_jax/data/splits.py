@@ -43,11 +43,11 @@ def resolve(split: str, available: Collection[str], location: str) -> Source:
     validation stand in. A single, nameless set of rows counts as "train".
 
     Raises:
-        UserError: There are no rows for this split.
+        UserError: there are no rows for this split.
     """
     if split in available:
-        rest = split == "train" and "validation" not in available
-        return Source(split, "rest" if rest else "all")
+        is_rest = split == "train" and "validation" not in available
+        return Source(split, "rest" if is_rest else "all")
     if split == "test" and "validation" in available:
         return Source("validation", "all")
     if split in ("validation", "test") and "train" in available:
@@ -86,20 +86,26 @@ def take(
             location, len(rows),
         )  # fmt: skip
         chosen = set(order[:count])
-        out = [i in chosen for i in range(len(rows))]
+        is_held_out = [i in chosen for i in range(len(rows))]
     else:
-        held = _hold_out([prompts[i] for i in order], sizes, count)
-        out = [prompt in held for prompt in prompts]
+        held_prompts = _hold_out([prompts[i] for i in order], sizes, count)
+        is_held_out = [prompt in held_prompts for prompt in prompts]
     if part == "rest" and count:
-        of_prompts = f" ({len(held)} of {len(sizes)} prompts)" if 1 < len(sizes) < len(rows) else ""
+        prompt_counts = ""
+        if 1 < len(sizes) < len(rows):
+            prompt_counts = f" ({len(held_prompts)} of {len(sizes)} prompts)"
         _log.info(
             "%s: %d of %d rows%s are held out for evaluation",
             location,
-            sum(out),
+            sum(is_held_out),
             len(rows),
-            of_prompts,
+            prompt_counts,
         )
-    return [row for row, is_out in zip(rows, out, strict=True) if is_out == (part == "held_out")]
+    return [
+        row
+        for row, is_held in zip(rows, is_held_out, strict=True)
+        if is_held == (part == "held_out")
+    ]
 
 
 def _hold_out(
@@ -110,16 +116,16 @@ def _hold_out(
     A prompt is passed over if adding it would lead further away from `count`. If every prompt has
     one row, these are the first `count` ones.
     """
-    held: set[Hashable] = set()
-    missing, left = count, sum(sizes.values())
+    held_prompts: set[Hashable] = set()
+    rows_to_hold, free_rows = count, sum(sizes.values())
     for prompt in order:
-        if prompt not in held and sizes[prompt] < min(2 * missing, left):
-            held.add(prompt)
-            missing -= sizes[prompt]
-            left -= sizes[prompt]
-    if count and not held:
-        held.add(min(order, key=sizes.__getitem__))
-    return held
+        if prompt not in held_prompts and sizes[prompt] < min(2 * rows_to_hold, free_rows):
+            held_prompts.add(prompt)
+            rows_to_hold -= sizes[prompt]
+            free_rows -= sizes[prompt]
+    if count and not held_prompts:
+        held_prompts.add(min(order, key=sizes.__getitem__))
+    return held_prompts
 
 
 def limit(rows: list[Row], data: ConfigDict, split: str, seed: int) -> list[Row]:
@@ -127,11 +133,11 @@ def limit(rows: list[Row], data: ConfigDict, split: str, seed: int) -> list[Row]
 
     Logs how many that leaves out.
     """
-    most = 0 if split == "all" else data[f"max_{split}"]
-    if not most or len(rows) <= most:
+    max_rows = 0 if split == "all" else data[f"max_{split}"]
+    if not max_rows or len(rows) <= max_rows:
         return rows
-    _log.info("%s: %d of %d rows are used (config.data.max_%s)", split, most, len(rows), split)
-    chosen = np.random.default_rng([seed, 2]).permutation(len(rows))[:most]
+    _log.info("%s: %d of %d rows are used (config.data.max_%s)", split, max_rows, len(rows), split)
+    chosen = np.random.default_rng([seed, 2]).permutation(len(rows))[:max_rows]
     return [rows[i] for i in sorted(chosen)]
 
 
@@ -139,7 +145,7 @@ def match_splits(words: Mapping[str, str], location: str) -> dict[str, str]:
     """Returns which name stands for which split, given each name's word for one, such as "dev".
 
     Raises:
-        UserError: Two names stand for one split.
+        UserError: two names stand for one split.
     """
     matches: dict[str, str] = {}
     for split, aliases in NAMES.items():
@@ -161,13 +167,13 @@ def find_file(
     """Finds the file that has a split's rows, and the split's part of them.
 
     Args:
-        path: A file, which holds all rows, or a folder with one file for each split.
+        path: a file, which holds all rows, or a folder with one file for each split.
         split: "train", "validation", "test" or, for a file, "all".
-        patterns: Names of files in the folder, with {} for the split's name.
-        without: Splits of a folder to ignore.
+        patterns: names of files in the folder, with {} for the split's name.
+        without: splits of a folder to ignore.
 
     Raises:
-        UserError: Says what was looked for.
+        UserError: says what was looked for.
     """
     if path.is_file():
         if split == "all":

@@ -24,10 +24,10 @@ class PromptChecks:
     """Checks messages before a template renders them.
 
     Args:
-        render: Returns what the template writes for messages, with the generation prompt.
-        source: The template's text.
-        special: Matches special tokens.
-        bos: The token that begins a sequence, if there is one.
+        render: returns what the template writes for messages, with the generation prompt.
+        source: the template's text.
+        special: matches special tokens.
+        bos: the token that begins a sequence, if there is one.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class PromptChecks:
         """Returns what looks wrong with a prompt's messages, as a phrase to count by, or "".
 
         Raises:
-            UserError: The messages cannot be meant as they are.
+            UserError: the messages cannot be meant as they are.
         """
         warning = ""
         for message in messages:

@@ -35,8 +35,8 @@ class Uses:
     """What a template did with a probe.
 
     Attributes:
-        calls: Questions and their results: (method, arguments, result).
-        complete: Whether nothing else was done with it that could depend on its characters.
+        calls: questions and their results: (method, arguments, result).
+        complete: whether nothing else was done with it that could depend on its characters.
     """
 
     calls: list[tuple[str, tuple[Any, ...], Any]] = dataclasses.field(default_factory=list)
@@ -48,9 +48,9 @@ class Rule:
     """What a template writes around an answer for which the same calls have the same results.
 
     Attributes:
-        before: The text before the answer.
-        after: The text after it.
-        calls: As in `Uses`.
+        before: the text before the answer.
+        after: the text after it.
+        calls: the calls of `Uses`.
     """
 
     before: str
@@ -69,8 +69,8 @@ def find_rule(render: Callable[[str], str], template: nodes.Template) -> Rule | 
     """Finds the rule of a template; None if it may depend on an answer in other ways.
 
     Args:
-        render: Returns what the template writes for an answer, which it passes on unchanged.
-        template: The template's syntax tree.
+        render: returns what the template writes for an answer, which it passes on unchanged.
+        template: the template's syntax tree.
     """
     if _may_hide_probe(template):
         return None

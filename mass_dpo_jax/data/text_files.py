@@ -17,7 +17,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yields (line number from 1, line) of a file; `decode` turns a line into text.
 
     Raises:
-        UserError: The file cannot be read or is no text: compressed in another way, Parquet, ...
+        UserError: the file cannot be read or is no text: compressed in another way, Parquet, ...
     """
     number = 0
     try:
@@ -41,7 +41,7 @@ def decode(line: bytes, location: str, encoding: str = "utf-8") -> str:
     """Returns a line's text, without the byte-order mark that some Windows programs write first.
 
     Raises:
-        UserError: The line is not in this encoding.
+        UserError: the line is not in this encoding.
     """
     try:
         return line.decode("utf-8-sig" if encoding == "utf-8" else encoding)

@@ -133,13 +133,13 @@ def _write(path: Path, tokens: Tokens, log: Log) -> None:
     """Writes a folder beside `path` and renames it when complete, since another run may look."""
     fields = {field.name: getattr(tokens, field.name) for field in dataclasses.fields(tokens)}
     arrays = {name: value for name, value in fields.items() if isinstance(value, np.ndarray)}
-    rest = {name: value for name, value in fields.items() if name not in arrays}
+    fields_as_json = {name: value for name, value in fields.items() if name not in arrays}
     try:
         with whole_folder(path, shared=True) as folder:
             for name, value in arrays.items():
                 np.save(folder / f"{name}.npy", value)
             checksums = {name: _checksum(folder / f"{name}.npy") for name in arrays}
-            text = json.dumps({**rest, "arrays": checksums, "said": log})
+            text = json.dumps({**fields_as_json, "arrays": checksums, "said": log})
             (folder / "rest.json").write_text(add_checksum(text))
     except OSError as error:
         if not path.exists():  # Otherwise another run was faster.

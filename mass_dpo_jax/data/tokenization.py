@@ -51,16 +51,16 @@ def tokenize(
     rejected one is left. `Tokens.cut` counts all of this.
 
     Args:
-        examples: The examples of one split.
-        tokenizer: A tokenizer of transformers.
-        data: The configuration's `data`. Reads `chat_template`, `chat_template_kwargs`, `date`,
+        examples: the examples of one split.
+        tokenizer: a tokenizer of transformers.
+        data: the configuration's `data`. Reads `chat_template`, `chat_template_kwargs`, `date`,
             `max_prompt_length`, `max_response_length`, `long_prompt`, `long_response`,
             `on_bad_row`.
-        progress: Whether to show a progress bar on a terminal.
-        max_positions: The most tokens of a prompt with one response that the model can process.
+        progress: whether to show a progress bar on a terminal.
+        max_positions: the most tokens of a prompt with one response that the model can process.
 
     Raises:
-        UserError: A row cannot be rendered, has no tokens or too many, or its chosen response has
+        UserError: a row cannot be rendered, has no tokens or too many, or its chosen response has
             the tokens of a rejected one (templates trim). With `data.on_bad_row` = "skip" such rows
             are left out and counted in the log.
     """
@@ -94,9 +94,9 @@ class _Chunks:
     """Tokenizes examples chunk by chunk, and collects the chunks and what is wrong with rows.
 
     Attributes:
-        done: The chunks so far.
-        errors: Why a row cannot be used, by its index in the split.
-        cut: The counts of `Tokens.cut`.
+        done: the chunks so far.
+        errors: why a row cannot be used, by its index in the split.
+        cut: the counts of `Tokens.cut`.
     """
 
     def __init__(
@@ -221,8 +221,8 @@ def _find_errors(
         prompts: int [m], lengths, under the limit of prompts already.
         responses: int [m, C], lengths, the chosen one's first; 0 where there is no response.
         group: int [m, C], equal within a row where tokens are; -1 where there is no response.
-        data: The configuration's `data`.
-        max_positions: As in `tokenize`.
+        data: the configuration's `data`.
+        max_positions: the same as in `tokenize`.
     """
     same = (group[:, 1:] == group[:, :1]) & (group[:, 1:] >= 0)
     for k in np.flatnonzero(same.any(1)).tolist():

@@ -32,7 +32,7 @@ def load_tokenizer(folder: str | Path) -> Any:
     are taken from `config.json`; one that they name as null stays unset.
 
     Raises:
-        UserError: The folder or its tokenizer files are missing or cannot be read.
+        UserError: the folder or its tokenizer files are missing or cannot be read.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -177,7 +177,7 @@ def find_added_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Returns the token ids that the tokenizer adds before a text, and those after it.
 
     Raises:
-        UserError: It adds tokens in another way.
+        UserError: it adds tokens in another way.
     """
     text, bare = next(
         (text, ids)
@@ -185,13 +185,13 @@ def find_added_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
         if (ids := _encode(tokenizer, [text])[0]) or not text
     )
     with raise_user_errors(f"{tokenizer.name_or_path}: the tokenizer fails"):
-        whole = list(tokenizer(text, add_special_tokens=True)["input_ids"])
-    for start in range(len(whole) - len(bare) + 1):
-        if whole[start : start + len(bare)] == bare:
-            return whole[:start], whole[start + len(bare) :]
+        framed = list(tokenizer(text, add_special_tokens=True)["input_ids"])
+    for start in range(len(framed) - len(bare) + 1):
+        if framed[start : start + len(bare)] == bare:
+            return framed[:start], framed[start + len(bare) :]
     raise UserError(
         f"{tokenizer.name_or_path}: the tokenizer changes a text where it adds special tokens "
-        f"({bare} becomes {whole}); expected tokens before and after it"
+        f"({bare} becomes {framed}); expected tokens before and after it"
     )
 
 
@@ -214,7 +214,7 @@ def raise_user_errors(prefix: str) -> Iterator[None]:
     For a broken file they raise bare Exception, or panic in Rust, which is not even an Exception.
 
     Args:
-        prefix: The start of the error's message.
+        prefix: the start of the error's message.
     """
     try:
         yield

@@ -20,12 +20,12 @@ class Tokens:
     """One tokenized split of M examples with at most C candidates each, the chosen one first.
 
     Attributes:
-        ids: The examples' ids, M of them.
+        ids: the examples' ids, M of them.
         prompt_tokens: int32 [sum of prompt_lengths], example by example.
         prompt_lengths: int32 [M].
         response_tokens: int32 [sum of response_lengths], by example, then candidate.
         response_lengths: int32 [M, C], 0 where there is no such candidate.
-        cut: How often each length limit changed something, and the number of repeated negatives.
+        cut: counts of what each length limit changed, and of repeated negatives.
         candidate_ids: int32 [M, C], which of its example's responses a candidate is: 0 the chosen
             one, 1 + k the k-th rejected one.
         scores: float32 [M, C], the data's scores, 0 where there is no candidate; None without any.
@@ -63,7 +63,7 @@ class Tokens:
 
         Args:
             values: [M, C, ...], one for each candidate.
-            width: The number of columns, 1 + the most rejected responses of an example.
+            width: the number of columns, 1 + the most rejected responses of an example.
 
         Returns:
             [M, width, ...], 0 where a response was left out.
@@ -165,7 +165,7 @@ class RaggedTokens:
         """Keeps at most `limit` tokens of each list: its first `head` and the others from its end.
 
         Args:
-            limit: The most tokens of a list.
+            limit: the most tokens of a list.
             head: int [number of lists], each less than `limit`.
         """
         if not (self.lengths > limit).any():
@@ -182,9 +182,9 @@ class Chunk(NamedTuple):
 
     Attributes:
         rows: int [m], which examples of the split.
-        prompts: One list for each.
+        prompts: one list for each.
         counts: int [m], how many responses each has.
-        responses: Their lists, example by example.
+        responses: their lists, example by example.
         candidate_ids: int32 [sum of counts], as in `Tokens`.
     """
 
@@ -201,9 +201,9 @@ def join_chunks(
     """Joins the chunks of a split, at least one of which has rows.
 
     Args:
-        chunks: In the order of the split.
-        examples: All examples of the split.
-        cut: As in `Tokens`.
+        chunks: in the order of the split.
+        examples: all examples of the split.
+        cut: the counts of `Tokens.cut`.
     """
     counts = np.concatenate([chunk.counts for chunk in chunks])
     # The remaining candidates move up, so that a row's responses stay in one piece.

@@ -20,8 +20,8 @@ def kept_bytes(model: DeviceModel, recorded: BatchLayout, trained: BatchLayout) 
 
     Args:
         model: the model.
-        recorded: what the forward pass ran on: the pool, or what is trained on.
-        trained: what is trained on.
+        recorded: layout of the forward pass: the pool, or the same as `trained`.
+        trained: the chosen responses and picks that are trained on.
     """
     # The final norm saves two float32 arrays of hidden states, rotary positions their angles.
     saved = trained.last_layer_tokens * 2 * model.hidden + trained.tokens * model.head_dim
@@ -92,7 +92,7 @@ def backward_bytes(model: DeviceModel, layout: BatchLayout, last_layer: bool = F
 
     Args:
         model: the model.
-        layout: what is trained on.
+        layout: the chosen responses and picks that are trained on.
         last_layer: whether the layer is the last one, which has fewer tokens.
     """
     hidden, inner, query, key = model.hidden, model.inner, model.query_width, model.key_width

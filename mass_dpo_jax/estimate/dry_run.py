@@ -39,7 +39,7 @@ class StepFlops(NamedTuple):
     """Operations of a step, on all devices together, for average rows of the training split.
 
     Attributes:
-        processed: those of scoring, and those of the loss with its gradient.
+        processed: operations of scoring, and of the loss with its gradient.
         useful: the same without padding, masked pairs and recomputation.
     """
 
@@ -53,7 +53,7 @@ def dry_run(config: ConfigDict, workdir: Path | None, splits: Sequence[str]) -> 
     Args:
         config: the run's configuration.
         workdir: a run's folder, which may hold a tokenizer; or None.
-        splits: those that training reads.
+        splits: names of the splits that training reads.
 
     Raises:
         UserError: as training would.
@@ -115,14 +115,14 @@ def estimate_shape(setup: Setup, mesh: Mesh, shape: Shape) -> MemoryEstimate:
         pool, _ = layouts(setup, shape, setup.eval_batch_size // parts)
     tokens = setup.tokens["train"]
     candidates = tokens.response_lengths.shape[1]
-    extra = candidates if tokens.scores is not None else 0
-    extra += candidates**2 if method.frozen_features else 0
+    extra_values = candidates if tokens.scores is not None else 0
+    extra_values += candidates**2 if method.frozen_features else 0
     optimizer = make_optimizer(train, 1)
     return memory.estimate_step(
         device_model(setup, mesh),
         memory.state_bytes(policy.config, mesh, optimizer, policy.lora, policy.base_dtype),
         memory.batch_bytes(
-            train.batch_size // parts, shape.prompt, shape.responses, candidates, extra
+            train.batch_size // parts, shape.prompt, shape.responses, candidates, extra_values
         ),
         StepLayout(
             pool if method.scores_pools else None,

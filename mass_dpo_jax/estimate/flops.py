@@ -25,7 +25,7 @@ def product_flops(model: DeviceModel, layout: BatchLayout, weights: int, key_val
         model: the model.
         layout: the tokens.
         weights: a layer's weights.
-        key_value: those of keys and values among them, which every layer multiplies with all
+        key_value: the weights among them for keys and values, which every layer multiplies with all
             tokens. The last layer multiplies the others with its own tokens only.
     """
     other_tokens = (model.layers - 1) * layout.tokens + layout.last_layer_tokens
@@ -51,7 +51,7 @@ def scoring_flops(model: DeviceModel, layout: BatchLayout, chunk: int | None) ->
     Args:
         model: the model.
         layout: the pool.
-        chunk: as for `activations.scoring_bytes`.
+        chunk: groups scored at a time, see `activations.scoring_bytes`.
     """
     if chunk is None or chunk >= layout.groups:
         return forward_flops(model, layout)
@@ -66,7 +66,7 @@ def training_flops(model: DeviceModel, layout: BatchLayout, recorded: bool = Fal
 
     Args:
         model: the model.
-        layout: what is trained on.
+        layout: the chosen responses and picks that are trained on.
         recorded: whether scoring the pool was the forward pass, and is counted there.
     """
     # The backward pass computes logits and attention again, with remat=full also all products of

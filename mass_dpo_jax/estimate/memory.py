@@ -43,9 +43,9 @@ class StepLayout(NamedTuple):
     """What a train step computes with on one device.
 
     Attributes:
-        pool: what is scored; None where nothing is.
-        chunk: groups of the pool that are scored at a time, as for `activations.scoring_bytes`.
-        trained: what the loss sees.
+        pool: the responses that are scored; None if none are.
+        chunk: groups of the pool that are scored at a time, see `activations.scoring_bytes`.
+        trained: the responses in the loss.
         micro_batches: micro-batches of a step.
         reuse: whether training starts from the record of scoring the pool.
     """
@@ -68,7 +68,7 @@ class MemoryEstimate:
         batch: all micro-batches of a step.
         gradient_sums: the gradients of earlier micro-batches.
         weight_copies: copies of weights in the backward pass.
-        kept: what is kept for the backward pass.
+        kept: arrays kept for the backward pass.
         last_layer_kept: the part of `kept` that the last layer's backward pass uses up.
         pool_record: the part of `kept` that scoring the pool leaves behind.
         scoring: temporaries of scoring the pool.
@@ -134,7 +134,7 @@ def estimate_step(
         model: the model on one device.
         state: bytes of weights and optimizer state.
         batch: bytes of all micro-batches of a step.
-        step: what is scored and trained on.
+        step: the responses that are scored and trained on.
         offloaded: whether the optimizer's state lies on the host between updates.
     """
     recorded = step.pool if step.reuse and step.pool is not None else step.trained
@@ -180,7 +180,7 @@ def state_bytes(
         mesh: the devices; only names and sizes of its axes are read.
         optimizer: the optimizer of the trained weights.
         lora: the adapters; None where all weights are trained.
-        base_dtype: with adapters, the type that the other weights are stored in.
+        base_dtype: storage type of the frozen weights beside adapters.
     """
     trained, frozen = param_shapes(config, mesh, lora, base_dtype), {}
     if lora is not None:
@@ -190,7 +190,9 @@ def state_bytes(
     return StateBytes(tree_bytes(trained), tree_bytes(frozen), tree_bytes(state))
 
 
-def batch_bytes(rows: int, prompt: int, responses: int, candidates: int, extra: int = 0) -> int:
+def batch_bytes(
+    rows: int, prompt: int, responses: int, candidates: int, extra_values: int = 0
+) -> int:
     """Returns the bytes of the arrays of a `Batch` (data/batches.py).
 
     Args:
@@ -198,7 +200,8 @@ def batch_bytes(rows: int, prompt: int, responses: int, candidates: int, extra: 
         prompt: tokens of a prompt.
         responses: tokens of all its responses.
         candidates: responses of a prompt, of which a batch has lengths and reference log-probs.
-        extra: further values of a row, such as scores.
+        extra_values: further values of a row, such as scores.
     """
-    row = prompt + responses + 2 * candidates + 2 + extra  # 2: the prompt's length and its index.
+    # 2: the prompt's length and its index.
+    row = prompt + responses + 2 * candidates + 2 + extra_values
     return rows * row * FLOAT32

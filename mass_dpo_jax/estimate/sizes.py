@@ -26,8 +26,8 @@ class BatchLayout(NamedTuple):
         prompt: tokens of a prompt.
         groups: groups of a row.
         length: tokens of a group.
-        whole_prompt: whether the final hidden states of the whole prompt are wanted, since
-            features are pooled over it too, and not only those of its last token.
+        whole_prompt: whether the final hidden states of the whole prompt are needed, not only
+            those of its last token: features are pooled over it too.
     """
 
     batch: int

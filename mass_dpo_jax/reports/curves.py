@@ -56,7 +56,7 @@ def plot(
     """Writes a PNG of the runs' curves. Panels that no run has metrics for are left out.
 
     Args:
-        runs: what to call each run, and its `metrics.jsonl`.
+        runs: each run's name and `metrics.jsonl`.
         output: the PNG to write.
         in_sequence: whether the runs are stages that continue each other, to be drawn side by
             side on one axis of steps.
@@ -103,7 +103,7 @@ def draw_run(ax: Axes, panel: Panel, run: Mapping[str, Series], start: float, co
         panel: the metrics to draw.
         run: the run's metrics.
         start: steps to move the lines by.
-        colour: of all lines; they differ in their dashes.
+        colour: colour of all lines, which differ in their dashes.
     """
     for name, dashes in zip(panel.lines, DASHES):
         if name not in run:

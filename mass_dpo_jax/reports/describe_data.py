@@ -41,10 +41,10 @@ class SplitView(NamedTuple):
     """A split as a model sees it.
 
     Attributes:
-        unit: what lengths count: "tokens" or "words".
+        unit: unit of the lengths: "tokens" or "words".
         prompts: int [M], lengths.
         responses: int [M, C], lengths; 0 where there is no candidate.
-        cut: how often length limits changed something, and repeated negatives, by name.
+        cut: counts of applied length limits and of repeated negatives, by name.
         rows: the first rows.
     """
 

@@ -45,7 +45,7 @@ def write(
         decoder: the model's sizes.
         step: the update that the weights are from.
         dtype: the type of the stored weights.
-        base_model: what to call the model that training started from; "" to call it by its folder.
+        base_model: name of the model that training started from; "": the name of its folder.
     """
     config = config.copy_and_resolve_references()
     paths = origin.read(workdir)["paths"]

@@ -146,8 +146,8 @@ class OptionalLog:
     The run continues without it after its first error, which is logged.
 
     Args:
-        name: what to call it.
-        make: opens it.
+        name: the log's name in messages.
+        make: function that opens it.
     """
 
     def __init__(self, name: str, make: Callable[[], Log]):

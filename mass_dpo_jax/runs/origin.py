@@ -143,8 +143,8 @@ def check_weights(workdir: Path, digests: Mapping[str, str], advice: str = "") -
 
     Args:
         workdir: the run folder.
-        digests: of the weights that were read, by the setting that names them, as for `write`.
-        advice: how to name the original weights; empty: by the setting.
+        digests: digests of the weights that were read, by setting, see `write`.
+        advice: advice on naming the original weights; empty: to use the setting.
     """
     originals = read(workdir)["weights"]
     for name, digest in digests.items():

@@ -56,12 +56,12 @@ def check_settings(workdir: Path, config: ConfigDict) -> None:
             )
         return
     try:
-        own = run_config.load_config(workdir)
+        stored = run_config.load_config(workdir)
     except UserError as error:  # Not ours to overwrite.
         raise UserError(f"{error}. Choose another --workdir") from None
     if latest_step(workdir) is None:
         return
-    ours, theirs = dict(config_lib.flatten(config)), dict(config_lib.flatten(own))
+    ours, theirs = dict(config_lib.flatten(config)), dict(config_lib.flatten(stored))
     differ = [
         name
         for name in ours
@@ -70,11 +70,11 @@ def check_settings(workdir: Path, config: ConfigDict) -> None:
         and not _may_be_same_file(name, ours[name], theirs[name], workdir)
     ]
     if differ:
-        shown = ", ".join(f"{k} (there {theirs[k]!r}, here {ours[k]!r})" for k in differ[:5])
+        changes = ", ".join(f"{k} (there {theirs[k]!r}, here {ours[k]!r})" for k in differ[:5])
         raise UserError(
-            f"{workdir} belongs to a run with other settings: {shown}. To go on with it, give the "
-            f"same settings (--workdir={workdir} alone has them); to train its weights further, "
-            f"choose another --workdir with --config.model.path={workdir}"
+            f"{workdir} belongs to a run with other settings: {changes}. To go on with it, "
+            f"give the same settings (--workdir={workdir} alone has them); to train its weights "
+            f"further, choose another --workdir with --config.model.path={workdir}"
         )
 
 
@@ -94,8 +94,8 @@ def log_changed_settings(workdir: Path, config: ConfigDict) -> None:
     ours, theirs = (dict(config_lib.flatten(c)) for c in (config, run_config.load_config(workdir)))
     changed = [n for n in ours if ours[n] != theirs[n] and n.startswith(ROUNDING_ONLY)]
     if changed:
-        shown = ", ".join(f"{name}={ours[name]} (was {theirs[name]})" for name in changed)
-        _log.info(f"{workdir}: going on with {shown}: the same updates, whose sums round otherwise")
+        text = ", ".join(f"{name}={ours[name]} (was {theirs[name]})" for name in changed)
+        _log.info(f"{workdir}: going on with {text}: the same updates, whose sums round otherwise")
     if "data.max_shapes" in changed:
         _log.warning(
             "config.data.max_shapes: batches are put together otherwise, so that in the epoch at "
@@ -111,7 +111,7 @@ def check_data(workdir: Path, digests: Mapping[str, str]) -> None:
 
     Args:
         workdir: the run folder.
-        digests: of each split, see `Setup.digests`.
+        digests: digest of each split, see `Setup.digests`.
     """
     saved = read_checkpoint_notes(workdir).get("data")
     if not isinstance(saved, dict):

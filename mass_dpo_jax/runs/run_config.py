@@ -68,10 +68,10 @@ def locate_files(config: ConfigDict, workdir: Path) -> ConfigDict:
     `adapters/`.
 
     Args:
-        config: what `load_config` returns; it is not changed.
+        config: result of `load_config`, which is not changed.
         workdir: the run folder.
     """
-    located = config.copy_and_resolve_references()
+    resolved_config = config.copy_and_resolve_references()
     fields = dict(config_lib.flatten(config))
     for name, path in origin.read(workdir)["paths"].items():
         typed = fields.get(name)
@@ -80,9 +80,9 @@ def locate_files(config: ConfigDict, workdir: Path) -> ConfigDict:
         if not Path(path).exists() and Path(typed).exists() and name != "data.chat_template":
             warn_once(f"config.{name}: {path} is gone; taking {Path(typed).absolute()}")
             path = typed
-        config_lib.set_field(located, name, path)
-    _use_own_adapters(located, workdir)
-    return located
+        config_lib.set_field(resolved_config, name, path)
+    _use_own_adapters(resolved_config, workdir)
+    return resolved_config
 
 
 def restore_typed_paths(config: ConfigDict, workdir: Path) -> ConfigDict:
@@ -94,14 +94,14 @@ def restore_typed_paths(config: ConfigDict, workdir: Path) -> ConfigDict:
     typed = config.copy_and_resolve_references()
     paths = origin.read(workdir)["paths"]
     if paths:
-        fields, own = (dict(config_lib.flatten(c)) for c in (config, load_config(workdir)))
+        fields, stored = (dict(config_lib.flatten(c)) for c in (config, load_config(workdir)))
         for name in origin.PATHS:
             locations = [paths[name]] if name in paths else []
             if name == "model.lora.path":
                 locations.append(str(workdir / origin.ADAPTERS))
             path = fields[name]
             if path and any(origin.is_same(Path(path), Path(other)) for other in locations):
-                config_lib.set_field(typed, name, own[name])
+                config_lib.set_field(typed, name, stored[name])
     return typed
 
 
@@ -131,9 +131,9 @@ def is_own_file(value: str, workdir: Path, name: str) -> bool:
     That is the same file or folder, or one with the same content as the run's copy.
 
     Args:
-        value: of the setting.
+        value: the setting's value.
         workdir: the run folder.
-        name: of the setting, one of `origin.COPIES` or a model.
+        name: the setting's name, one of `origin.COPIES` or a model.
     """
     if not value or (name == "data.chat_template" and value in ("tokenizer", "none")):
         return False
@@ -149,6 +149,6 @@ def is_own_file(value: str, workdir: Path, name: str) -> bool:
 
 def _use_own_adapters(config: ConfigDict, workdir: Path) -> None:
     """Points `model.lora.path`, where it is set, to the run's copy of those adapters."""
-    own = workdir / origin.ADAPTERS
-    if config.model.lora.path and own.is_dir():
-        config.model.lora.path = str(own)
+    adapters = workdir / origin.ADAPTERS
+    if config.model.lora.path and adapters.is_dir():
+        config.model.lora.path = str(adapters)

@@ -34,7 +34,7 @@ class RunPath(NamedTuple):
 
     Attributes:
         folder: the run folder.
-        step: of the checkpoint; None: the path names the run.
+        step: step of the checkpoint; None: the path names the run.
     """
 
     folder: Path
@@ -76,8 +76,8 @@ def check_step(run: RunPath) -> None:
     """Raises UserError if a run has no checkpoint of the step, and says which it has."""
     steps = list_steps(run.folder)
     if run.step is not None and run.step not in steps:
-        shown = ", ".join(map(str, steps)) or "none"
-        raise UserError(f"{run.folder}: no checkpoint of step {run.step}; found {shown}")
+        steps_text = ", ".join(map(str, steps)) or "none"
+        raise UserError(f"{run.folder}: no checkpoint of step {run.step}; found {steps_text}")
 
 
 def read_checkpoint_notes(workdir: Path) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def write_config(workdir: Path, config: ConfigDict) -> None:
 
     Args:
         workdir: the run folder; it is made.
-        config: with paths as they were typed, see `run_config.restore_typed_paths`.
+        config: settings, with paths as typed, see `run_config.restore_typed_paths`.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(workdir / "config.json", config.to_dict())

@@ -150,7 +150,7 @@ def broadcast_array(array: np.ndarray | None) -> np.ndarray | None:
     It is sent in pieces, since each process holds one on its devices for every other.
 
     Args:
-        array: what the primary process has; not read on the others.
+        array: the primary process's array; not read on the others.
     """
     if not is_multiprocess():
         return array
@@ -172,17 +172,17 @@ def broadcast_array(array: np.ndarray | None) -> np.ndarray | None:
     return result
 
 
-def broadcast_dataclass(kind: type[Any], value: Any) -> Any:
+def broadcast_dataclass(cls: type[Any], value: Any) -> Any:
     """Returns the primary process's dataclass of arrays and JSON's types on every process.
 
     Args:
-        kind: the class.
+        cls: the dataclass.
         value: an instance on the primary process; not read on the others.
     """
     if not is_multiprocess():
         return value
     fields = {}
-    for name in [field.name for field in dataclasses.fields(kind)]:
+    for name in [field.name for field in dataclasses.fields(cls)]:
         part = getattr(value, name, None)
         text = None if isinstance(part, np.ndarray) else json.dumps(part).encode()
         # Both go as arrays: a list of a million names is too long for the coordinator.
@@ -193,7 +193,7 @@ def broadcast_dataclass(kind: type[Any], value: Any) -> Any:
             fields[name] = json.loads(array.tobytes())
         else:
             fields[name] = array
-    return value if is_primary() else kind(**fields)
+    return value if is_primary() else cls(**fields)
 
 
 def check_same_settings(settings: Mapping[str, Any]) -> None:
@@ -216,7 +216,7 @@ def check_shared_folder(folder: Path, flag: str) -> None:
     """Makes a folder, and raises UserError on a process that does not see what the primary writes.
 
     Args:
-        folder: what all processes read and write.
+        folder: the folder that all processes read and write.
         flag: the flag that names it.
     """
     if not is_multiprocess():
@@ -266,11 +266,11 @@ def fail(message: str, status: int) -> NoReturn:
 def describe_error(error: BaseException) -> str:
     """Returns a line on an unexpected error of this process, for the primary process's log."""
     state = distributed.global_state
-    where = f"process {state.process_id} of {state.num_processes} on {socket.gethostname()}"
+    process = f"process {state.process_id} of {state.num_processes} on {socket.gethostname()}"
     lines = str(error).strip().splitlines() or [""]
     if is_lost_peer(error):
-        return f"{where} lost another process, which has probably ended: see its log ({lines[0]})"
-    return f"{where} failed: see its log ({type(error).__name__}: {lines[0]})"
+        return f"{process} lost another process, which has probably ended: see its log ({lines[0]})"
+    return f"{process} failed: see its log ({type(error).__name__}: {lines[0]})"
 
 
 def is_lost_peer(error: BaseException) -> bool:
@@ -346,21 +346,21 @@ def _explain_missing(group: ProcessGroup) -> str:
     """Returns which processes are missing, as far as this one can tell."""
     state = distributed.global_state
     address = state.coordinator_address or group.coordinator
-    who = f"process {state.process_id} of {group.processes or 'the cluster'}"
-    after = f"after {group.start_timeout} s (--start_timeout)"
+    process = f"process {state.process_id} of {group.processes or 'the cluster'}"
+    waited = f"after {group.start_timeout} s (--start_timeout)"
     if address is None:
-        return f"--distributed: {after}, the cluster has not said who the coordinator is"
+        return f"--distributed: {waited}, the cluster has not said who the coordinator is"
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
     except OSError as error:
         return (
-            f"{who}: {after}, nobody answers at the coordinator's {address} ({error}); is process "
-            "0 running, and does that port of its host let others in?"
+            f"{process}: {waited}, nobody answers at the coordinator's {address} ({error}); is "
+            "process 0 running, and does that port of its host let others in?"
         )
     return (
-        f"{who}: {after}, not all processes have come to {address}; expected each to be started "
-        "with the same --num_processes and a --process_id of its own"
+        f"{process}: {waited}, not all processes have come to {address}; expected each to be "
+        "started with the same --num_processes and a --process_id of its own"
     )
 
 

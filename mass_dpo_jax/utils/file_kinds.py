@@ -109,9 +109,9 @@ def _describe_table(first: str, path: Path) -> str:
     for separator, name in (("\t", "TSV"), (",", "CSV"), (";", "CSV")):
         columns = [column.strip().strip('"') for column in first.split(separator)]
         if len(columns) > 1 and all(_COLUMNS.fullmatch(column) for column in columns):
-            how = {",": "", ";": ', sep=";"', "\t": r', sep="\t"'}[separator]
+            arguments = {",": "", ";": ', sep=";"', "\t": r', sep="\t"'}[separator]
             code = (
-                f'import pandas as pd; pd.read_csv("{path}"{how})'
+                f'import pandas as pd; pd.read_csv("{path}"{arguments})'
                 '.to_json("NEW.jsonl", orient="records", lines=True)'
             )
             return (

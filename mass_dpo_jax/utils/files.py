@@ -72,7 +72,7 @@ def write_whole(path: Path, parts: Iterable[str | bytes], *, shared: bool = Fals
     """Writes a file from its parts, whole or not at all; a link's target, not the link.
 
     Args:
-        path: of the file, in a folder that exists.
+        path: the file's path, in a folder that exists.
         parts: text, which is written in UTF-8, or bytes.
         shared: other processes may write the same file at the same time.
 
@@ -124,8 +124,8 @@ def parse_json(text: str, file: Path, line: int = 1, unique_keys: bool = False) 
 
     Args:
         text: JSON.
-        file: where it is from, for messages.
-        line: of the file, where the text starts.
+        file: origin of the text, for messages.
+        line: line of the file where the text starts.
         unique_keys: refuse an object that has a key twice; JSON itself takes the last one.
 
     Raises:
@@ -140,18 +140,18 @@ def parse_json(text: str, file: Path, line: int = 1, unique_keys: bool = False) 
             or _measure_depth(value) <= MAX_JSON_DEPTH
         ):
             return value
-        what = "nested too deeply"
+        problem = "nested too deeply"
     except json.JSONDecodeError as error:
         broken = text.split("\n")[error.lineno - 1].strip()
-        what = f"{error.msg} at column {error.colno}, in {shorten(broken)}"
+        problem = f"{error.msg} at column {error.colno}, in {shorten(broken)}"
         line += error.lineno - 1
     except _DuplicateKeyError as error:
-        what = f"the key {error.args[0]!r} is there twice in one object: leave one of them"
+        problem = f"the key {error.args[0]!r} is there twice in one object: leave one of them"
     except ValueError:
-        what = "a number has too many digits"
+        problem = "a number has too many digits"
     except RecursionError:
-        what = "nested too deeply"
-    raise UserError(f"{file}:{line}: invalid JSON: {what}")
+        problem = "nested too deeply"
+    raise UserError(f"{file}:{line}: invalid JSON: {problem}")
 
 
 class _DuplicateKeyError(Exception):

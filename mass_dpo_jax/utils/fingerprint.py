@@ -52,7 +52,7 @@ def checksum_part(part: np.ndarray, start: int) -> UInt32[np.ndarray, " 2"]:
 
     Args:
         part: values that follow each other in the array.
-        start: how many values of the array precede them.
+        start: number of values that precede them in the array.
     """
     bits = part.astype(np.float32).reshape(-1).view(np.uint32)
     index = np.arange(start, start + bits.size, dtype=np.uint64).astype(np.uint32)

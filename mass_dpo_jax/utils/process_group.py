@@ -12,11 +12,11 @@ class ProcessGroup:
     """The processes of one command, and which of them this one is; distributed.py joins them.
 
     Attributes:
-        coordinator: host:port of the primary process; None: the cluster tells.
-        processes: how many; None: the cluster tells.
-        process: which one this is, from 0; None: the cluster tells.
+        coordinator: host:port of the primary process; None: provided by the cluster.
+        processes: number of processes; None: provided by the cluster.
+        process: number of this process, from 0; None: provided by the cluster.
         start_timeout: seconds to wait for the others at the start.
-        peer_timeout: seconds without a sign of life after which a process counts as dead.
+        peer_timeout: seconds without a heartbeat after which a process counts as dead.
     """
 
     coordinator: str | None = None
@@ -27,16 +27,16 @@ class ProcessGroup:
 
     def check(self) -> None:
         """Raises UserError for flags that are incomplete or have impossible values."""
-        given = {
+        values = {
             "--coordinator_address": self.coordinator,
             "--num_processes": self.processes,
             "--process_id": self.process,
         }
-        missing = [name for name, value in given.items() if value is None]
-        if 0 < len(missing) < len(given):
-            there = ", ".join(name for name in given if name not in missing)
+        missing = [name for name, value in values.items() if value is None]
+        if 0 < len(missing) < len(values):
+            given = ", ".join(name for name in values if name not in missing)
             raise UserError(
-                f"{there} without {', '.join(missing)}: expected all three, or --distributed alone "
+                f"{given} without {', '.join(missing)}: expected all three, or --distributed alone "
                 "where the cluster says them (Cloud TPU, SLURM, Kubernetes, Open MPI)"
             )
         for name, value in (

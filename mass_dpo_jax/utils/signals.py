@@ -67,10 +67,10 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
 def _without_traceback(previous: Callable[..., Any]) -> Callable[..., Any]:
     """Returns an excepthook that ends without a traceback after an interruption."""
 
-    def hook(kind: type[BaseException], *rest: Any) -> None:
-        if ctrl_c.noticed or issubclass(kind, KeyboardInterrupt):
+    def hook(error_type: type[BaseException], *details: Any) -> None:
+        if ctrl_c.noticed or issubclass(error_type, KeyboardInterrupt):
             ctrl_c.end()
-        previous(kind, *rest)
+        previous(error_type, *details)
 
     return hook
 

@@ -79,12 +79,12 @@ _FOREIGN_CHOICES = {
 
 @functools.cache
 def _read_names() -> dict[str, tuple[str, ...]]:
-    found, ours = {}, ""
+    targets, ours = {}, ""
     for line in _FOREIGN_NAMES.strip().splitlines():
         if ":" in line:
             ours, _, line = line.partition(":")
-        found.update(dict.fromkeys(line.split(), tuple(ours.split(","))))
-    return found
+        targets.update(dict.fromkeys(line.split(), tuple(ours.split(","))))
+    return targets
 
 
 def suggest_names(name: str, settings: Sequence[str], flags: Collection[str] = ()) -> list[str]:
@@ -104,19 +104,19 @@ def suggest_names(name: str, settings: Sequence[str], flags: Collection[str] = (
     dotted = plain.removeprefix("config.")
     last = dotted.rpartition(".")[2]
     for key in (last, dotted.replace(".", "_")):
-        if found := _find_named(key, dotted, settings, flags):
-            return found
+        if matches := _find_named(key, dotted, settings, flags):
+            return matches
         if key in _read_names():
             return []
     by_end = [setting.rpartition(".")[2] for setting in settings]
-    others = () if name.startswith("config.") else flags
+    other_flags = () if name.startswith("config.") else flags
     for key in difflib.get_close_matches(
-        last, {*by_end, *_read_names(), *others}, n=3, cutoff=0.75
+        last, {*by_end, *_read_names(), *other_flags}, n=3, cutoff=0.75
     ):
-        if key in others:
+        if key in other_flags:
             return [key]
-        if found := _find_named(key, dotted, settings, flags):
-            return found
+        if matches := _find_named(key, dotted, settings, flags):
+            return matches
     near = difflib.get_close_matches(dotted, settings, n=1, cutoff=0.6)
     if near or name.startswith("config."):
         return [f"config.{setting}" for setting in near]
@@ -136,31 +136,31 @@ def _find_named(
         ending = [_nearest(dotted, ending)]
     if len(ending) != 1:
         targets = _read_names().get(key, ())
-        there = [target[2:] for target in targets if target[2:] in flags and target[:2] == "--"]
-        if found := [target for target in targets if target in settings]:
-            ending = found
-        if there:
-            return there[:1]
+        own_flags = [target[2:] for target in targets if target[2:] in flags and target[:2] == "--"]
+        if matches := [target for target in targets if target in settings]:
+            ending = matches
+        if own_flags:
+            return own_flags[:1]
     return [f"config.{setting}" for setting in ending]
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
-    return max(known, key=lambda other: difflib.SequenceMatcher(None, name, other).ratio())
+def _nearest(name: str, names: Iterable[str]) -> str:
+    return max(names, key=lambda other: difflib.SequenceMatcher(None, name, other).ratio())
 
 
 def did_you_mean(names: Iterable[str]) -> str:
     """Returns "; did you mean ...?" for the end of a message, or nothing without names."""
-    shown = " or ".join(names)
-    return f"; did you mean {shown}?" if shown else ""
+    alternatives = " or ".join(names)
+    return f"; did you mean {alternatives}?" if alternatives else ""
 
 
 def suggest_choice(value: str, choices: Sequence[str]) -> str:
     """Returns "; did you mean ...?" for a value that is none of the choices, or nothing."""
     plain = value.strip().lower().replace("-", "_").replace(" ", "_")
-    by_letters = {other.replace("_", ""): other for other in choices}
-    found = by_letters.get(plain.replace("_", ""))
-    if found is None and _FOREIGN_CHOICES.get(plain) in choices:
-        found = _FOREIGN_CHOICES[plain]
-    if found is not None:
-        return did_you_mean([found])
+    choices_by_letters = {other.replace("_", ""): other for other in choices}
+    choice = choices_by_letters.get(plain.replace("_", ""))
+    if choice is None and _FOREIGN_CHOICES.get(plain) in choices:
+        choice = _FOREIGN_CHOICES[plain]
+    if choice is not None:
+        return did_you_mean([choice])
     return did_you_mean(difflib.get_close_matches(plain, choices, n=1, cutoff=0.75))

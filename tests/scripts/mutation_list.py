@@ -880,7 +880,7 @@ MUTATIONS = (
     ),
     Mutation(
         "origin: adapters are read where they lay",
-        "_use_own_adapters(located, workdir)",
+        "_use_own_adapters(resolved_config, workdir)",
         "pass",
         "runs/test_origin.py::test_what_a_run_has_itself_may_change_outside",
     ),
@@ -892,7 +892,7 @@ MUTATIONS = (
     ),
     Mutation(
         "origin: a run remembers paths as they were typed only",
-        "config_lib.set_field(located, name, path)",
+        "config_lib.set_field(resolved_config, name, path)",
         "pass",
         "runs/test_origin.py::test_what_a_run_has_itself_may_change_outside",
     ),
@@ -994,8 +994,8 @@ MUTATIONS = (
     ),
     Mutation(
         "loaders: rows that are held out are trained on",
-        'if is_out == (part == "held_out")]',
-        'if is_out or part == "rest"]',
+        'if is_held == (part == "held_out")',
+        'if is_held or part == "rest"',
         "data/readers/test_jsonl.py",
     ),
     Mutation(
@@ -1042,8 +1042,8 @@ MUTATIONS = (
     ),
     Mutation(
         "loaders: strings beside each other are joined, as Python does",
-        "if token.type == last == tokenize.STRING:",
-        "if token.type == last == tokenize.NUMBER:",
+        "if token.type == last_type == tokenize.STRING:",
+        "if token.type == last_type == tokenize.NUMBER:",
         "data/readers/test_messages.py",
     ),
     Mutation(
@@ -1120,8 +1120,8 @@ MUTATIONS = (
     ),
     Mutation(
         "tokens: a user's template arguments are overruled",
-        '{"enable_thinking": False, "date_string": data.date, **given}',
-        '{**given, "enable_thinking": False, "date_string": data.date}',
+        '{"enable_thinking": False, "date_string": data.date, **arguments}',
+        '{**arguments, "enable_thinking": False, "date_string": data.date}',
         "data/test_render.py",
     ),
     Mutation(
@@ -1162,8 +1162,8 @@ MUTATIONS = (
     ),
     Mutation(
         "batches: left-over rows have no room",
-        "max(most[_next_larger(sizes, g)], most[g])",
-        "most[_next_larger(sizes, g)]",
+        "= max(max_selected[larger], max_selected[g])",
+        "= max_selected[larger]",
         "data/test_batches.py",
     ),
     Mutation(
@@ -1240,8 +1240,8 @@ MUTATIONS = (
     ),
     Mutation(
         "hosts: one flag of three is enough",
-        "if 0 < len(missing) < len(given):",
-        "if 0 < len(missing) < len(given) - 1:",
+        "if 0 < len(missing) < len(values):",
+        "if 0 < len(missing) < len(values) - 1:",
         "utils/test_distributed.py::test_flags_by_half",
     ),
     Mutation(
@@ -1270,8 +1270,8 @@ MUTATIONS = (
     ),
     Mutation(
         "signals: an interruption that became another error has a traceback",
-        "if ctrl_c.noticed or issubclass(kind, KeyboardInterrupt):",
-        "if issubclass(kind, KeyboardInterrupt):",
+        "if ctrl_c.noticed or issubclass(error_type, KeyboardInterrupt):",
+        "if issubclass(error_type, KeyboardInterrupt):",
         "utils/test_signals.py",
     ),
     Mutation(
@@ -1300,8 +1300,8 @@ MUTATIONS = (
     ),
     Mutation(
         "config: true is a number",
-        "if type(value) is not kind and not",
-        "if not isinstance(value, kind) and not",
+        "if type(value) is not expected and not",
+        "if not isinstance(value, expected) and not",
         "commands/test_bad_input.py::test_settings_of_a_run",
     ),
     Mutation(

@@ -35,7 +35,7 @@ def parse_columns(text: str) -> dict[str, str]:
         The data's name by our name, "" for a column not to be read (`id=` has rows numbered).
 
     Raises:
-        UserError: The text is something else.
+        UserError: the text is something else.
     """
     names = {}
     for part in text.split(",") if text else []:
@@ -61,12 +61,12 @@ def rename_columns(row: Any, names: Mapping[str, str], location: str) -> Any:
                 f"{location}: column {theirs!r} is missing (config.data.columns takes {ours!r} "
                 f"from it); found {', '.join(map(str, row)) or 'nothing'}"
             )
-    others = {
+    other_columns = {
         name: value
         for name, value in row.items()
         if name not in names.values() and names.get(name) != ""
     }
-    return others | {ours: row[theirs] for ours, theirs in names.items() if theirs}
+    return other_columns | {ours: row[theirs] for ours, theirs in names.items() if theirs}
 
 
 def describe_absent(row: Mapping[str, Any], field: str) -> str:
@@ -74,14 +74,14 @@ def describe_absent(row: Mapping[str, Any], field: str) -> str:
     if field in row and not _find_other_name(tuple(row), field):
         return f"field {field!r} is null"
     columns = ", ".join(map(str, row)) or "nothing"
-    others = {
+    renamings = {
         name: _find_other_name(tuple(row), name)
         for name in ("prompt", "chosen", "rejected")
         if to_json_value(row.get(name)) is None
     }
-    setting = ",".join(f"{name}={other}" for name, other in others.items() if other)
+    setting = ",".join(f"{name}={other}" for name, other in renamings.items() if other)
     advice = f"--config.data.columns={field}=NAME reads it from another column"
-    if others.get(field):
+    if renamings.get(field):
         advice = f"--config.data.columns={setting} reads these"
     return f"field {field!r} is missing; found {columns}; {advice}"
 

@@ -28,7 +28,7 @@ def load(data: ConfigDict, split: str, seed: int) -> list[Example]:
     Reads `path` of `data`, and what `preferences.read_split` reads.
 
     Raises:
-        UserError: The dataset cannot be read, or a row is wrong: names it and the field.
+        UserError: the dataset cannot be read, or a row is wrong: names it and the field.
     """
     return preferences.read_split(open_dataset(data.path, split), data, seed)
 

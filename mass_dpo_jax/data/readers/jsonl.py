@@ -19,6 +19,6 @@ def load(data: ConfigDict, split: str, seed: int) -> list[Example]:
     Reads `path` of `data`, and what `preferences.read_split` reads.
 
     Raises:
-        UserError: Names the file, the line and the field.
+        UserError: names the file, the line and the field.
     """
     return preferences.read_split(open_files(Path(data.path), split, PATTERNS), data, seed)

@@ -50,7 +50,7 @@ def load(data: ConfigDict, split: str, seed: int) -> list[Example]:
     `validation_share` of `data`; for HetRec, what `sequences.load` reads.
 
     Raises:
-        UserError: Names the file, the row (from 0) or line, and the field.
+        UserError: names the file, the row (from 0) or line, and the field.
     """
     path = Path(data.path)
     if any((path / name).is_file() for name in (HETREC.names[0], HETREC.log[0])):

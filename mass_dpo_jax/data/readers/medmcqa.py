@@ -51,7 +51,7 @@ def load(data: ConfigDict, split: str, seed: int) -> list[Example]:
     `validation_share` and `max_*` of `data`.
 
     Raises:
-        UserError: It is unclear where `cop` counts from; or names the file, the line and the field:
+        UserError: it is unclear where `cop` counts from; or names the file, the line and the field:
             something is missing, `cop` is no option, every option has the answer's text, or the
             subject has fewer than `data.num_candidates` different answers.
     """
@@ -109,11 +109,11 @@ def _enlarge(
     question: _SubjectQuestion, pool: Sequence[str], num_candidates: int, rng: np.random.Generator
 ) -> _SubjectQuestion:
     """Adds wrong answers of the subject, up to `num_candidates` candidates."""
-    own = (question.answer, *question.wrong)
-    missing = max(0, num_candidates - len(own))
-    sample = rng.choice(len(pool), min(len(pool), missing + len(own)), replace=False)
-    others = questions.find_distinct((pool[i] for i in sample), without=own)
-    return dataclasses.replace(question, wrong=(*question.wrong, *others[:missing]))
+    options = (question.answer, *question.wrong)
+    missing = max(0, num_candidates - len(options))
+    sample = rng.choice(len(pool), min(len(pool), missing + len(options)), replace=False)
+    drawn = questions.find_distinct((pool[i] for i in sample), without=options)
+    return dataclasses.replace(question, wrong=(*question.wrong, *drawn[:missing]))
 
 
 def _make_pools(table: Table) -> dict[str, tuple[str, ...]]:

@@ -55,7 +55,7 @@ def read_text(value: Any, field: str, location: str) -> Text:
     """Reads a string, or the messages of a list, of a single message, or of a text with those.
 
     Raises:
-        UserError: The value is empty or something else.
+        UserError: the value is empty or something else.
     """
     value = to_json_value(value)
     if isinstance(value, str):
@@ -84,8 +84,8 @@ def _read_message(value: Any, field: str, location: str) -> Message:
             f"{', '.join(map(str, value))}"
         )
     # Columns of a table hold every key in every row; only one with a value means something.
-    extra = [k for k, v in value.items() if k not in ("role", "content") and has_content(v)]
-    for key in extra:
+    other_keys = [k for k, v in value.items() if k not in ("role", "content") and has_content(v)]
+    for key in other_keys:
         if key in _UNSUPPORTED_KEYS:
             raise UserError(f"{start}: {key!r}: {_UNSUPPORTED_KEYS[key]}")
     content = _join_parts(to_json_value(value.get("content")), start)
@@ -95,8 +95,10 @@ def _read_message(value: Any, field: str, location: str) -> Message:
                 f"{start}: a chat message needs a string {key!r}, found {describe_value(text)}"
             )
     role = check_string(value["role"], f"{field}.role", location)
-    if extra:
-        raise UserError(f"{start}: a chat message has role and content only, found {extra[0]!r}")
+    if other_keys:
+        raise UserError(
+            f"{start}: a chat message has role and content only, found {other_keys[0]!r}"
+        )
     if role == "system" and not content.strip():
         return {"role": role, "content": ""}
     return {"role": role, "content": check_string(content, f"{field}.content", location)}
@@ -109,9 +111,9 @@ def _join_parts(content: Any, start: str) -> Any:
     texts = []
     for part in content:
         text = part.get("text") if isinstance(part, Mapping) else part
-        kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
-        if kind != "text":
-            raise UserError(f"{start}: content has a part of type {kind!r}; only text is read")
+        part_type = part.get("type", "text") if isinstance(part, Mapping) else "text"
+        if part_type != "text":
+            raise UserError(f"{start}: content has a part of type {part_type!r}; only text is read")
         if not isinstance(text, str):
             raise UserError(
                 f"{start}: a part of content needs a string 'text', found {describe_value(text)}"
@@ -124,7 +126,7 @@ def parse_messages(text: str, field: str, location: str) -> Any:
     """Returns the message or messages that a text stands for, or the text itself.
 
     Raises:
-        UserError: It starts like messages, but cannot be parsed.
+        UserError: it starts like messages, but cannot be parsed.
     """
     value = _parse(text)
     if is_messages(value) and (isinstance(value, list) or set(value) == {"role", "content"}):
@@ -147,7 +149,7 @@ def parse_responses(text: str, location: str) -> Any:
     """Returns the list of responses that the text of `rejected` stands for, or the text itself.
 
     Raises:
-        UserError: It looks like a list as NumPy prints it, without commas.
+        UserError: it looks like a list as NumPy prints it, without commas.
     """
     if text.lstrip()[:1] != "[":
         return text
@@ -216,12 +218,12 @@ def _parse(text: str) -> Any:
 def _has_adjacent_strings(text: str) -> bool:
     """Whether Python code has two strings with nothing in between, as NumPy prints arrays."""
     try:
-        last = 0
+        last_type = 0
         for token in tokenize.generate_tokens(io.StringIO(text.strip()).readline):
-            if token.type == last == tokenize.STRING:
+            if token.type == last_type == tokenize.STRING:
                 return True
             if token.type not in (tokenize.NL, tokenize.COMMENT):
-                last = token.type
+                last_type = token.type
     except (tokenize.TokenError, SyntaxError):
         pass
     return False

@@ -38,7 +38,7 @@ def load(data: ConfigDict, split: str, seed: int) -> list[Example]:
     """Loads a split of the users in the folder `data.path`; see `sequences.load`.
 
     Raises:
-        UserError: The folder has neither layout or both; or names the file and the line.
+        UserError: the folder has neither layout or both; or names the file and the line.
     """
     folder = Path(data.path)
     layouts = [layout for layout in (ML_100K, ML_1M) if layout.is_in(folder)]

@@ -58,13 +58,13 @@ def read_preferences(
     """Reads all examples of a table, and logs what looks wrong with its rows as a whole.
 
     Args:
-        table: The rows; those that are Examples already are taken as they are.
-        prefix: An example without an id is named by it and the row's index.
-        data: The configuration's `data`. Reads `columns`, `chat_template`, `on_bad_row`.
-        log_once: Whether not to repeat a warning for another split of the same rows.
+        table: the rows; those that are Examples already are taken as they are.
+        prefix: an example without an id is named by it and the row's index.
+        data: the configuration's `data`. Reads `columns`, `chat_template`, `on_bad_row`.
+        log_once: whether not to repeat a warning for another split of the same rows.
 
     Raises:
-        UserError: A row cannot be used or an id occurs twice, unless `data.on_bad_row` is "skip";
+        UserError: a row cannot be used or an id occurs twice, unless `data.on_bad_row` is "skip";
             or no row is left.
     """
     names = parse_columns(data.columns)
@@ -78,8 +78,8 @@ def read_preferences(
         warnings.add(row, example)
         return example
 
-    others = [f"{ours}={theirs}" for ours, theirs in names.items() if ours != "id"]
-    setting = ",".join(["id=", *others])
+    renamings = [f"{ours}={theirs}" for ours, theirs in names.items() if ours != "id"]
+    setting = ",".join(["id=", *renamings])
     advice = f"; several rows of one prompt? --config.data.columns={setting} numbers rows instead"
     examples = read_items(table, make, data.on_bad_row, advice)
     warnings.log(log_once)
@@ -106,14 +106,14 @@ def read_row(row: Any, default_id: str, location: str) -> Example:
     none. Other columns are ignored, see `RowWarnings`, except for UNSUPPORTED_COLUMNS.
 
     Raises:
-        UserError: A field is missing, empty or of the wrong type, the chosen response is also among
+        UserError: a field is missing, empty or of the wrong type, the chosen response is also among
             the rejected ones, or there is a wrong number of scores. Rejected responses may repeat
             (drawn twice from a model, say).
     """
     if not isinstance(row, Mapping):
-        found = describe_value(row)
         raise UserError(
-            f"{location}: expected an object with prompt, chosen, rejected; found {found}"
+            f"{location}: expected an object with prompt, chosen, rejected; found "
+            f"{describe_value(row)}"
         )
     for field in ("chosen", "rejected"):
         if to_json_value(row.get(field)) is None:

@@ -36,7 +36,7 @@ def load(data: ConfigDict, split: str, seed: int) -> list[Example]:
     `validation_share` and `max_*` of `data`.
 
     Raises:
-        UserError: Names the file, the line and the field: something is missing, the answer key is
+        UserError: names the file, the line and the field: something is missing, the answer key is
             no choice, or another choice has the answer's text.
     """
     table = questions.open_table(data.path, split, PATTERNS, lambda row: bool(row.get("answerKey")))

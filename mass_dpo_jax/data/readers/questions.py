@@ -31,12 +31,12 @@ class Question:
     """A question with its right answer and different wrong ones.
 
     Attributes:
-        id: Unique within a split.
-        index: Its row in the file, from 0.
-        text: The question.
-        answer: The right answer.
-        wrong: Wrong answers.
-        location: The file and the row, for messages.
+        id: unique within a split.
+        index: its row in the file, from 0.
+        text: the question.
+        answer: the right answer.
+        wrong: wrong answers.
+        location: the file and the row, for messages.
     """
 
     id: str

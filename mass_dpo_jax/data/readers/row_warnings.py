@@ -25,8 +25,8 @@ class RowWarnings:
     """Counts what looks wrong with rows: `add` takes each row and its example, `log` reports.
 
     Args:
-        name: The table's name, which begins every message.
-        has_template: Whether a chat template will render the examples.
+        name: the table's name, which begins every message.
+        has_template: whether a chat template will render the examples.
     """
 
     def __init__(self, name: str, has_template: bool):

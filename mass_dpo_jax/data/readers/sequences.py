@@ -40,14 +40,14 @@ class Format(NamedTuple):
     """Two files and the words of the prompt.
 
     Attributes:
-        log: The file with lines of user, item, something and time; and what separates these.
-        names: The file whose lines start with item and name; and what separates these.
-        encoding: The encoding of both files.
-        header: Whether each file starts with a line of column names.
-        item: What an item is called: "movie".
-        before: The prompt up to the items.
-        listed: The prompt after them, with {} for the candidates.
-        unlisted: The same where the candidates are not listed.
+        log: the file with lines of user, item, something and time; and what separates these.
+        names: the file whose lines start with item and name; and what separates these.
+        encoding: the encoding of both files.
+        header: whether each file starts with a line of column names.
+        item: the word for an item: "movie".
+        before: the prompt up to the items.
+        listed: the prompt after them, with {} for the candidates.
+        unlisted: the same where the candidates are not listed.
     """
 
     log: tuple[str, str]
@@ -65,19 +65,19 @@ class Format(NamedTuple):
 
     def make_prompt(self, items: Sequence[str], candidates: Sequence[str]) -> History:
         """Makes the prompt after these items; without candidates, it lists none."""
-        after = self.unlisted
+        ending = self.unlisted
         if candidates:
-            after = self.listed.format(SEPARATOR.join(candidates))
-        return History(self.before, tuple(items), after, SEPARATOR)
+            ending = self.listed.format(SEPARATOR.join(candidates))
+        return History(self.before, tuple(items), ending, SEPARATOR)
 
 
 class Event(NamedTuple):
     """A user took an item.
 
     Attributes:
-        time: When, as in the log.
-        line: The line of the log, from 1.
-        name: The item's name.
+        time: when, as in the log.
+        line: the line of the log, from 1.
+        name: the item's name.
     """
 
     time: int
@@ -92,7 +92,7 @@ def load(layout: Format, data: ConfigDict, split: str, seed: int) -> list[Exampl
     `num_candidates`, `list_candidates`, `on_bad_row` and `max_*` of `data`.
 
     Raises:
-        UserError: Names the file and the line: a field is missing or no number, an item has no
+        UserError: names the file and the line: a field is missing or no number, an item has no
             name, or there are fewer than `data.num_candidates` items to choose from. Or fewer than
             three users have more than three items.
     """
@@ -106,11 +106,11 @@ def load(layout: Format, data: ConfigDict, split: str, seed: int) -> list[Exampl
     for user in _select_users(sorted(events), split, log):
         for k in range(MIN_HISTORY, len(events[user])):
             with rows:
-                left = len(catalogue) - k
-                if left < data.num_candidates:
+                num_left = len(catalogue) - k
+                if num_left < data.num_candidates:
                     raise UserError(
-                        f"{log}:{events[user][k].line}: user {user} has {left} {layout.item}s left "
-                        f"to choose from, config.data.num_candidates={data.num_candidates}"
+                        f"{log}:{events[user][k].line}: user {user} has {num_left} {layout.item}s "
+                        f"left to choose from, config.data.num_candidates={data.num_candidates}"
                     )
                 choices.append((user, events[user], k))
     rows.done()
@@ -119,9 +119,9 @@ def load(layout: Format, data: ConfigDict, split: str, seed: int) -> list[Exampl
     for user, taken, k in splits.limit(choices, data, split, seed):
         rng = np.random.default_rng([seed, taken[k].line, 3])
         past = [index[event.name] for event in taken[: k + 1]]
-        others = _draw(rng, len(catalogue), past, data.num_candidates - 1)
+        negatives = _draw(rng, len(catalogue), past, data.num_candidates - 1)
         chosen = taken[k].name
-        candidates = [chosen, *(catalogue[i] for i in others)]
+        candidates = [chosen, *(catalogue[i] for i in negatives)]
         candidates = [candidates[i] for i in rng.permutation(len(candidates))]
         items = [event.name for event in taken[max(0, k - MAX_HISTORY) : k]]
         examples.append(

@@ -34,18 +34,18 @@ class Recipe:
     """What a world is made of.
 
     Attributes:
-        number: The world's number, which determines its random draws.
+        number: the world's number, which determines its random draws.
         items: I, the number of items.
         candidates: C, the chosen one and C - 1 negatives.
-        dimensions: Of the space that the sphere is in. 2 is a circle, which a small model learns
-            quickly.
-        taste: The weight of taste against popularity.
-        zipf: The popularity of the r-th most popular item is r ** -zipf.
-        history: The least and the largest number of items in a history.
-        centres: The number of points that items lie around, equally many around each; 0: items lie
+        dimensions: dimensions of the space that the sphere is in. 2 is a circle, which a small
+            model learns quickly.
+        taste: the weight of taste against popularity.
+        zipf: the popularity of the r-th most popular item is r ** -zipf.
+        history: the least and the largest number of items in a history.
+        centres: the number of points that items lie around, equally many around each; 0: items lie
             anywhere.
-        spread: The standard deviation of an item around its centre, in each dimension.
-        centres_per_prompt: The number of centres that a prompt's candidates come from.
+        spread: the standard deviation of an item around its centre, in each dimension.
+        centres_per_prompt: the number of centres that a prompt's candidates come from.
     """
 
     number: int
@@ -173,7 +173,7 @@ def load(data: ConfigDict, split: str, seed: int) -> list[Example]:
     prompt are in an order drawn by seed and row. Reads `path` and `list_candidates` of `data`.
 
     Raises:
-        UserError: There is no such world or split.
+        UserError: there is no such world or split.
     """
     name = data.path or "plain"
     if name not in RECIPES:
@@ -188,13 +188,13 @@ def load(data: ConfigDict, split: str, seed: int) -> list[Example]:
     examples = []
     for i, (history, candidates) in enumerate(zip(rows.histories, rows.candidates, strict=True)):
         order = np.random.default_rng([seed, i, 3]).permutation(candidates)
-        after = ". Next:"
+        ending = ". Next:"
         if data.list_candidates:
-            after = f". One of: {', '.join(names[item] for item in order)}{after}"
+            ending = f". One of: {', '.join(names[item] for item in order)}{ending}"
         examples.append(
             Example(
                 f"{prefix}-{i}",
-                History("Enjoyed: ", tuple(names[item] for item in history), after),
+                History("Enjoyed: ", tuple(names[item] for item in history), ending),
                 # The space belongs to the name's first token, as it does in the history.
                 f" {names[candidates[0]]}",
                 tuple(f" {names[item]}" for item in order if item != candidates[0]),

@@ -27,7 +27,7 @@ class Estimate:
         mean: the mean.
         se_seeds: its standard error from the spread over seeds; None for a single one.
         se_rows: the standard error over test rows that the runs report, averaged.
-        seeds: how many seeds have finished.
+        seeds: number of seeds that have finished.
     """
 
     mean: float

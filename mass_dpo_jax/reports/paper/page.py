@@ -22,7 +22,7 @@ class Picture:
     """A figure of the report.
 
     Attributes:
-        title: what it shows.
+        title: the picture's heading.
         name: its file's name.
         png: its bytes.
     """
@@ -44,7 +44,7 @@ class PageContent:
     Attributes:
         title: the title.
         warnings: runs that are not finished, or cannot be read.
-        notes: how to read the tables.
+        notes: hints for reading the tables.
         main: the paper's tables.
         pictures: the paper's figures.
         extra: tables that the paper does not have.

@@ -43,9 +43,9 @@ class Table:
     """A table for people and for programs.
 
     Attributes:
-        name: of its CSV file.
+        name: name of its CSV file.
         title: the heading.
-        blocks: what people read.
+        blocks: the formatted text for readers.
         records: the same figures, one a line.
         fields: the names of a record's values, in their order.
     """
