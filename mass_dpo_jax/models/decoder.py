@@ -268,7 +268,7 @@ def abstract_decoder(
     hidden_shardings: HiddenShardings | None = None,
     lora: Lora | None = None,
 ) -> Decoder:
-    """Makes a Decoder whose parameters are shapes only, to plan shardings of before any exists."""
+    """Makes a Decoder whose parameters are only shapes, to plan shardings before any exists."""
     settings: Any = {"remat": remat, "hidden_shardings": hidden_shardings, "lora": lora}
     return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype, **settings))
 

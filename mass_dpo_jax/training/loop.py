@@ -164,7 +164,7 @@ def _prepare(config: ConfigDict, workdir: Path, lock: run_folder.Lock) -> _Start
     if has_checkpoint:
         distributed.run_on_primary(lambda: origin.check_weights(workdir, weights))
     lock.take()
-    # Once more: another training may have come and gone meanwhile.
+    # Checked again, since another training may have run meanwhile.
     distributed.run_on_primary(lambda: resume.check_settings(workdir, config))
     if has_checkpoint:
         resume.log_changed_settings(workdir, config)

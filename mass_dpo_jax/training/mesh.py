@@ -45,7 +45,7 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
 
     Args:
         config: the sizes, the section `config.mesh`.
-        devices: to use; None for all.
+        devices: the devices to use; None for all.
 
     Raises:
         UserError: more than one -1, sizes whose product is not the number of devices, or groups of

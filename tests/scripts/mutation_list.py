@@ -869,7 +869,7 @@ MUTATIONS = (
     Mutation(
         "origin: a base is known by its weights as they are kept",
         "array.shape, fingerprint.checksum_array(array)",
-        "array.shape, fingerprint.checksum_array(array.astype(jnp.int8))",
+        'array.shape, fingerprint.checksum_array(array.astype("int8"))',
         "training/test_lora_runs.py::test_a_run_does_not_go_on_with_other_weights",
     ),
     Mutation(
