@@ -173,23 +173,23 @@ def test_losses_by_pairs_are_their_float64_formulas(name, seed, beta, scale, gar
     margins, tokens = rng.normal(0, 1, (5, 5)), rng.integers(1, 9, (5, 6))
     dirty = np.where(valid, logs, garbage).astype(np.float32)
     spoiled = jnp.asarray(np.where(valid[:, 1:], margins, garbage), jnp.float32)
-    counts = jnp.asarray(valid)
+    mask = jnp.asarray(valid)
     loss = {
-        "dpo_k": lambda x: losses.dpo_k(x, counts, beta),
-        "dmpo": lambda x: losses.dmpo(x, counts, beta),
-        "odpo": lambda x: losses.odpo(x, counts, beta, spoiled),
-        "mppo": lambda x: losses.mppo(x, jnp.asarray(tokens), counts),
+        "dpo_k": lambda x: losses.dpo_k(x, mask, beta),
+        "dmpo": lambda x: losses.dmpo(x, mask, beta),
+        "odpo": lambda x: losses.odpo(x, mask, beta, spoiled),
+        "mppo": lambda x: losses.mppo(x, jnp.asarray(tokens), mask),
     }[name]
     got, gradient = value_and_grad(loss, dirty)
     want, want_gradient = np.zeros(5), np.zeros((5, 6))
-    for b, here in enumerate(valid):
+    for b, row_valid in enumerate(valid):
         if name == "mppo":
             rewards = np.exp(logs[b] / tokens[b])
             chain = rewards / tokens[b]
         else:
             rewards, chain = beta * logs[b], np.full(6, beta)
-        want[b], slope = float64_of_pairs(name, rewards[here], margins[b][here[1:]])
-        want_gradient[b, here] = chain[here] * slope
+        want[b], slope = float64_of_pairs(name, rewards[row_valid], margins[b][row_valid[1:]])
+        want_gradient[b, row_valid] = chain[row_valid] * slope
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(gradient, want_gradient, rtol=1e-4, atol=1e-6)
 
@@ -206,7 +206,7 @@ def test_with_one_negative_the_losses_by_pairs_are_dpo(loss, difference):
         np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
-def test_without_margins_odpo_is_dpo_k_and_a_margin_asks_for_more():
+def test_margin_increases_odpo_loss():
     log_ratios, valid = jnp.array([[0.3, 1.0, -2.0]]), jnp.ones((1, 3), bool)
     plain = losses.dpo_k(log_ratios, valid, 0.5)
     np.testing.assert_allclose(losses.odpo(log_ratios, valid, 0.5, jnp.zeros((1, 2))), plain)
@@ -234,18 +234,18 @@ def test_the_least_likely_response_leaves_mppo_finite():
 def test_drawn_negatives_estimate_the_gradient_of_all_without_bias(replacement):
     rng = np.random.default_rng(0)
     log_ratios = rng.normal(0, 1.5, (1, 8)).astype(np.float32)
-    everyone, beta, n, draws = jnp.ones((1, 8), bool), 1.0, 3, 20_000
-    value, want = value_and_grad(losses.plackett_luce, log_ratios, everyone, beta)
+    all_valid, beta, n, draws = jnp.ones((1, 8), bool), 1.0, 3, 20_000
+    value, want = value_and_grad(losses.plackett_luce, log_ratios, all_valid, beta)
     scores = beta * jnp.asarray(log_ratios[0, 1:] - log_ratios[0, 0])
-    how = selection.Settings(criterion="sampled", replacement=replacement)
+    criterion_settings = selection.Settings(criterion="sampled", replacement=replacement)
     pools = selection.Pool(
         gram=None,
         scores=jnp.broadcast_to(scores, (draws, 7)),
         mask=jnp.ones((draws, 7), bool),
         key=jax.random.split(jax.random.key(1), draws),
     )
-    drawn = jax.jit(selection.select, static_argnums=(1, 2))(pools, n, how)
-    pool_loss = selection.pool_loss(scores, everyone[0, 1:])
+    drawn = jax.jit(selection.select, static_argnums=(1, 2))(pools, n, criterion_settings)
+    pool_loss = selection.pool_loss(scores, all_valid[0, 1:])
     np.testing.assert_allclose(pool_loss, value[0], rtol=1e-6)
 
     def loss(r, indices, valid, weights):
@@ -253,8 +253,10 @@ def test_drawn_negatives_estimate_the_gradient_of_all_without_bias(replacement):
         arguments = [x[None] for x in (weights, pool_loss)]
         return losses.sampled_plackett_luce(row[None], valid[None], beta, *arguments)[0]
 
-    each = jax.vmap(jax.value_and_grad(loss), (None, 0, 0, 0))
-    values, gradients = jax.jit(each)(log_ratios, drawn.indices, drawn.valid, drawn.weights)
+    per_draw_grad = jax.vmap(jax.value_and_grad(loss), (None, 0, 0, 0))
+    values, gradients = jax.jit(per_draw_grad)(
+        log_ratios, drawn.indices, drawn.valid, drawn.weights
+    )
     np.testing.assert_allclose(values, value[0], rtol=1e-6)
     mean, spread = gradients[:, 0].mean(0), gradients[:, 0].std(0)
     assert (np.abs(mean - want[0]) < 5 * spread / np.sqrt(draws) + 1e-6).all()
@@ -283,7 +285,7 @@ def test_no_nan_or_infinity_arises_on_the_way():
         value_and_grad(losses.plackett_luce, np.full((3, 3), 1e4, np.float32), valid, 1.0)
 
 
-def test_a_negative_that_is_masked_is_as_one_that_is_not_there():
+def test_masked_negative_equals_removed_negative():
     log_ratios = jnp.array([[0.3, 1.0, -2.0, 0.5]])
     valid = jnp.array([[True, True, False, True]])
     got = losses.plackett_luce(log_ratios, valid, 0.5)

@@ -38,10 +38,10 @@ def compare(runs: Sequence[Path]) -> str:
     lines += [_line(name, _cells(row)) for name, row in rows.items()]
     lines += ["", "difference in accuracy by policy, same examples, points:"]
     for i, run in enumerate(runs[1:], 1):
-        others = {"its start": run / START_LOGPS}
+        earlier_logps = {"its start": run / START_LOGPS}
         if i > 1:
-            others[names[i - 1]] = runs[i - 1] / FINAL_LOGPS
-        for name, path in others.items():
+            earlier_logps[names[i - 1]] = runs[i - 1] / FINAL_LOGPS
+        for name, path in earlier_logps.items():
             label = f"{names[i]} - {name}"
             lines.append(f"{label:40}{_difference(run / FINAL_LOGPS, path)}")
     return "\n".join(lines)

@@ -34,7 +34,7 @@ class Run:
 
     Attributes:
         folder: its path.
-        settings: by name, such as "train.steps"; empty where config.json cannot be read.
+        settings: settings by name, such as "train.steps"; empty where config.json cannot be read.
         model: the name of the folder that training first started from, or "scratch".
         start: the method of the run whose weights this one started from; "" if they were no run's.
         dataset: the dataset.

@@ -119,30 +119,30 @@ def paper_tables(cells: Sequence[Cell], paper: PaperNumbers) -> list[Table]:
 def _accuracy(cells: Sequence[Cell], paper: PaperNumbers) -> Table:
     """Returns a row for each method, a column for each dataset."""
     table = Table("table1", "Table 1: accuracy (%)")
-    for model, own in _by_model(cells).items():
-        datasets = sorted({cell.dataset for cell in own}, key=dataset_order)
+    for model, model_cells in _by_model(cells).items():
+        datasets = sorted({cell.dataset for cell in model_cells}, key=dataset_order)
         # Methods in the order of the dataset with the most of them.
-        count = {d: sum(cell.dataset == d for cell in own) for d in datasets}
-        first = max(dict.fromkeys(cell.dataset for cell in own), key=lambda d: count[d])
+        count = {d: sum(cell.dataset == d for cell in model_cells) for d in datasets}
+        first = max(dict.fromkeys(cell.dataset for cell in model_cells), key=lambda d: count[d])
         methods = dict.fromkeys(
-            (c.method, c.n, c.beta) for c in sorted(own, key=lambda c: c.dataset != first)
+            (c.method, c.n, c.beta) for c in sorted(model_cells, key=lambda c: c.dataset != first)
         )
         for ranking, words in RANKINGS.items():
             metric = f"{ranking}/accuracy"
-            if ranking == "reward" and not any(cell.estimate(metric) for cell in own):
+            if ranking == "reward" and not any(cell.estimate(metric) for cell in model_cells):
                 continue
             rows = []
             if ranking == "policy":
-                starts = [_start_accuracy(own, dataset) for dataset in datasets]
+                starts = [_start_accuracy(model_cells, dataset) for dataset in datasets]
                 rows.append(["before training", "", "", *starts])
             for method in methods:
-                row = {c.dataset: c for c in own if (c.method, c.n, c.beta) == method}
+                row = {c.dataset: c for c in model_cells if (c.method, c.n, c.beta) == method}
                 entries = [_entry("1", row.get(d), metric, paper) for d in datasets]
                 if any(entries):  # Supervised training has no rewards.
                     rows.append([*map(_plain, method), *entries])
             header = ["method", "n", "beta", *datasets]
             table.blocks.append(Block(f"{model}, {words}", header, rows, labels=3))
-            for cell in own:
+            for cell in model_cells:
                 _add_record(table, "1", cell, metric, paper)
     return table
 
@@ -160,13 +160,13 @@ def _ablation(
             groups.setdefault(key, {})[_plain(getattr(cell, varied))] = cell
     groups = {key: group for key, group in groups.items() if len(group) > 1}
     for model in dict.fromkeys(key[0] for key in groups):
-        own = {key: group for key, group in groups.items() if key[0] == model}
-        values = sorted({value for group in own.values() for value in group}, key=float)
+        model_groups = {key: group for key, group in groups.items() if key[0] == model}
+        values = sorted({value for group in model_groups.values() for value in group}, key=float)
         header = ["data", "method", other, *(f"{varied} = {value}" for value in values)]
         for ranking, words in RANKINGS.items():
             metric = f"{ranking}/accuracy"
             rows = []
-            for (_, dataset, method, fixed), group in own.items():
+            for (_, dataset, method, fixed), group in model_groups.items():
                 entries = [_entry(number, group.get(v), metric, paper) for v in values]
                 rows.append([dataset, method, _plain(fixed), *entries])
                 for value in values:
@@ -181,15 +181,17 @@ def _ranking(number: str, title: str, cells: Sequence[Cell], paper: PaperNumbers
     table = Table(f"table{number}", f"Table {number}: {title} (%)")
     columns = {"recall@1": "R@1", "recall@3": "R@3", "ndcg@3": "N@3", "mrr": "MRR"}
     header = ["data", "method", "n", "beta", *columns.values()]
-    for model, own in _by_model(cells).items():
+    for model, model_cells in _by_model(cells).items():
         for ranking, words in RANKINGS.items():
-            shown = own
+            selected = model_cells
             if ranking == "reward":
-                shown = [c for c in own if not c.finished or c.estimate("reward/accuracy")]
-                if not any(cell.finished for cell in shown):
+                selected = [
+                    c for c in model_cells if not c.finished or c.estimate("reward/accuracy")
+                ]
+                if not any(cell.finished for cell in selected):
                     continue
             rows = []
-            for cell in shown:
+            for cell in selected:
                 metrics = [f"{ranking}/{name}" for name in columns]
                 rows.append(
                     [*_names(cell), *(_entry(number, cell, metric, paper) for metric in metrics)]
@@ -205,9 +207,9 @@ def seconds_table(cells: Sequence[Cell], seconds: Mapping[Path, float]) -> Table
     fields = "model dataset method n beta seconds_per_step runs".split()
     table = Table("seconds", "Seconds per training step", fields=fields)
     header = ["data", "method", "n", "beta", "seconds", "runs"]
-    for model, own in _by_model(cells).items():
+    for model, model_cells in _by_model(cells).items():
         rows = []
-        for cell in own:
+        for cell in model_cells:
             times = [seconds[run.folder] for run in cell.runs if run.folder in seconds]
             if times:
                 mean = sum(times) / len(times)
