@@ -126,7 +126,7 @@ def flags(workdir: Path, data: Path, cache: Path) -> list[str]:
     config = workdir.with_suffix(".py")
     config.write_text(
         "import sys; sys.path.append('tests')\n"
-        "from pathlib import Path\nfrom helpers import tiny_config\n"
+        "from pathlib import Path\nfrom tests.support.helpers import tiny_config\n"
         f"def get_config():\n    return tiny_config(Path({str(data)!r}), **{RUN!r})\n"
     )
     return [f"--config={config}", f"--workdir={workdir}", f"--config.cache_dir={cache}"]
