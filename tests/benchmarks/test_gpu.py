@@ -239,7 +239,7 @@ def test_a_step_that_does_not_fit_or_run_is_tried_otherwise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ours.fused_attention, "choose_attention", lambda *args: FusedAttention())
-    monkeypatch.setattr(ours.fused_attention, "difference", lambda *args: 0.005)
+    monkeypatch.setattr(ours.fused_attention, "measure_error", lambda *args: 0.005)
     tried: list[tuple[int, bool]] = []
 
     def attempt(some: Job, how: ours.Plan, attention: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 r"""Coverage-guided fuzzing of everything that reads files, by atheris. No pytest.
 
     pip install ".[fuzz]"
-    python tests/scripts/fuzz.py --seconds=600 jsonl lastfm    # no name: all targets
+    python -m tests.scripts.fuzz --seconds=600 jsonl lastfm    # no name: all targets
 
 An input is a file of a target's folder, how it is spoilt, and its new content; `corruptions` makes
 new ones from those that reached code no other did. Anything but success or a `UserError` that says
@@ -93,7 +93,8 @@ def main() -> int:
     arguments = parser.parse_args()
     status = 0
     for name in arguments.target or fuzz_targets.TARGETS:
-        words = [sys.executable, __file__, "--one", name, arguments.seconds, arguments.seed]
+        fuzz_one = ["-m", "tests.scripts.fuzz", "--one", name]
+        words = [sys.executable, *fuzz_one, arguments.seconds, arguments.seed]
         status |= subprocess.run([str(word) for word in words], check=False).returncode != 0
     return status
 

@@ -1,8 +1,8 @@
 """Runs the tests on deliberate faults of the package: do they notice each? No pytest.
 
-    python tests/scripts/mutations.py
-    python tests/scripts/mutations.py --only=losses --jobs=2
-    python tests/scripts/mutations.py --tree=../before --quick --output=results.json
+    python -m tests.scripts.mutations
+    python -m tests.scripts.mutations --only=losses --jobs=2
+    python -m tests.scripts.mutations --tree=../before --quick --output=results.json
 
 Each fault of `mutation_list` is put into a copy of the tree, and the tests that it names run there.
 It is caught if one of them fails; any other end of pytest than success or failures (tests that are

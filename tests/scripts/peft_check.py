@@ -1,7 +1,7 @@
 """PEFT reads the adapters that we write, and computes the same log-probabilities.
 
     pip install peft
-    PYTHONPATH=.:tests python tests/scripts/peft_check.py
+    python -m tests.scripts.peft_check
 
 No test of the suite, since nothing else needs PEFT and accelerate, which it brings. What PEFT
 writes again is read by us, and is what was written.

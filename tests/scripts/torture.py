@@ -1,8 +1,8 @@
 r"""Kills a training run at random moments, again and again, and compares it with one left alone.
 
-    python tests/scripts/torture.py --kills=50
-    python tests/scripts/torture.py --kills=20 --processes=2
-    python tests/scripts/torture.py --kills=20 --steps=200 --meshes
+    python -m tests.scripts.torture --kills=50
+    python -m tests.scripts.torture --kills=20 --processes=2
+    python -m tests.scripts.torture --kills=20 --steps=200 --meshes
 
 A run is started on a small model, killed by SIGKILL, started again by the same command, and so on.
 A third of the kills come while a checkpoint is being written, a third at some moment of training or

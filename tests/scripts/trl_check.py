@@ -1,7 +1,7 @@
 r"""Checks DPO's loss, the rewards and `select --format=pairs` against TRL's DPOTrainer. No pytest.
 
     pip install torch trl    # beside what this package needs
-    PYTHONPATH=. python tests/scripts/trl_check.py
+    python -m tests.scripts.trl_check
 
 Last passed with trl 1.16.0, transformers 5.24.0, torch 2.13.0, datasets 5.2.0, jax 0.10.2,
 Python 3.11, on a CPU.
