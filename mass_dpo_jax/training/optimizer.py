@@ -183,8 +183,9 @@ def skip_if_not_finite(
         constrain = jax.lax.with_sharding_constraint
 
         def constrain_like_weight(leaf: Any, weight: Any, sharding: Any) -> Any:
-            everywhere = replicated_sharding(sharding.mesh)
-            return constrain(leaf, sharding if leaf.shape == weight.shape else everywhere)
+            if leaf.shape == weight.shape:
+                return constrain(leaf, sharding)
+            return constrain(leaf, replicated_sharding(sharding.mesh))
 
         state = optax.tree_utils.tree_map_params(
             inner, constrain_like_weight, state, updates, shardings

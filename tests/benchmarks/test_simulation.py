@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import simulation_worlds
-from benchmarks import simulation_worlds as command
+from benchmarks import simulation, simulation_worlds
 from mass_dpo_jax import losses, selection
 
 KEY = jax.random.key(0)
@@ -135,7 +134,7 @@ def test_the_command(monkeypatch, tmp_path, capsys):
         few = {k: v for k, v in getattr(simulation_worlds, name).items() if k in FEW}
         monkeypatch.setattr(simulation_worlds, name, few)
     output = tmp_path / "a" / "picture.png"
-    command.main(["--seeds=2", f"--output={output}"])
+    simulation.main(["--seeds=2", f"--output={output}"])
     assert output.read_bytes().startswith(b"\x89PNG")
     lines = capsys.readouterr().out.splitlines()
     for name in FEW:
@@ -147,5 +146,5 @@ def test_the_command(monkeypatch, tmp_path, capsys):
 @pytest.mark.slow(reason="the whole simulation, small")
 def test_one_seed_has_no_error(capsys):
     with pytest.raises(SystemExit):
-        command.main(["--seeds=1", "--output=x.png"])
+        simulation.main(["--seeds=1", "--output=x.png"])
     assert "at least 2" in capsys.readouterr().err
