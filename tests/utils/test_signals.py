@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pkgutil
 from pathlib import Path
 
 import pytest
@@ -61,9 +62,9 @@ MOMENTS = {
     "ml_collections:turned": EARLY,
     "jax.numpy:once": LINE,
     "transformers:turned": LINE,
-    "mass_dpo_jax.training.setup.open_splits:once": LINE,
-    "mass_dpo_jax.training.setup.open_splits:deaf": LINE,
-    "mass_dpo_jax.training.setup.open_policy:twice": LINE,
+    "mass_dpo_jax.training.prepare.open_splits:once": LINE,
+    "mass_dpo_jax.training.prepare.open_splits:deaf": LINE,
+    "mass_dpo_jax.training.prepare.open_policy:twice": LINE,
     "mass_dpo_jax.training.loop._read_weights:once": LINE,
 }
 
@@ -76,6 +77,8 @@ def test_ctrl_c_at_any_moment(tmp_path: Path, half: int) -> None:
     train = ["-m", "mass_dpo_jax.train", "--config=tiny", f"--config.data.path={data}"]
     train += ["--config.data.name=jsonl", f"--config.cache_dir={tmp_path}/cache"]
     moments = list(MOMENTS)[half::2]
+    for moment in moments:
+        pkgutil.resolve_name(moment.partition(":")[0])  # A moment that never comes tests nothing.
     started = [
         spawn(
             [*train, f"--workdir={tmp_path}/run{number}"],
