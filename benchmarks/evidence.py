@@ -28,6 +28,7 @@ from benchmarks.evidence_runs import (
     ALL,
     METHODS,
     RANDOM,
+    RETIRED,
     START_STEPS,
     WORLDS,
     Bench,
@@ -117,7 +118,7 @@ class Table:
         cells: dict[str, dict[int, Mapping[str, Any]]] = {}
         for row in rows:
             cells.setdefault(row["method"], {})[row["seed"]] = row
-        self.runs = {name: Runs(cells[name]) for name in METHODS if name in cells}
+        self.runs = {name: Runs(cells[name]) for name in (*METHODS, *RETIRED) if name in cells}
         self._between = {
             by: pooled([self._difference(m, RANDOM, by) for m in self.runs if m != RANDOM])
             if RANDOM in self.runs
@@ -189,12 +190,12 @@ PREDICTIONS = (
     (1, "Algorithm 1 at every step loses to random", "pool_fisher-step", RANDOM, "below"),
     (2, "chosen once, `contrast` beats random", "contrast-once", "random-once", "above"),
     (2, "chosen once, `set_fisher` beats random", "set_fisher-once", "random-once", "above"),
-    (3, "drawing from the pool weights beats random", "sampled", RANDOM, "above"),
-    (3, "... and `contrast` at every step", "sampled", "contrast-step", "above"),
-    (3, "... and `set_fisher` at every step", "sampled", "set_fisher-step", "above"),
-    (3, "drawing with replacement beats random", "sampled-replacement", RANDOM, "above"),
-    (3, "... and `contrast` at every step", "sampled-replacement", "contrast-step", "above"),
-    (3, "... and `set_fisher` at every step", "sampled-replacement", "set_fisher-step", "above"),
+    (3, "drawing from the pool weights beats random", "sampled-gumbel", RANDOM, "above"),
+    (3, "... and `contrast` at every step", "sampled-gumbel", "contrast-step", "above"),
+    (3, "... and `set_fisher` at every step", "sampled-gumbel", "set_fisher-step", "above"),
+    (3, "drawing with replacement beats random", "sampled-independent", RANDOM, "above"),
+    (3, "... and `contrast` at every step", "sampled-independent", "contrast-step", "above"),
+    (3, "... and `set_fisher` at every step", "sampled-independent", "set_fisher-step", "above"),
     (4, "redrawn random negatives beat fixed ones", RANDOM, "random-once", "above"),
     (4, "all negatives beat redrawn random ones", ALL, RANDOM, "above"),
 )  # fmt: skip

@@ -47,11 +47,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "set_fisher-step": _mass("set_fisher", "step"),
     "hardest-step": _mass("hardest", "step"),
     "sampled": {"method": "pl_sampled"},
-    "sampled-replacement": {"method": "pl_sampled", "selection.replacement": True},
+    "sampled-independent": {"method": "pl_sampled", "selection.draw": "independent"},
     "dpo": {"method": "dpo"},
     "dpo_k": {"method": "dpo_k"},
     "dmpo": {"method": "dmpo"},
 }
+# In the results, but no longer offered: the n negatives with the largest log p + Gumbel noise.
+RETIRED = ("sampled-gumbel",)
 
 # So few rows that a run sees each several times: else once and at every step would be the same.
 SETTINGS: dict[str, Any] = {

@@ -49,11 +49,11 @@ METHODS = {
     "set_fisher, every 20": Method("set_fisher", 20),
     "hardest, every 20": Method("hardest", 20),
     "random, each step": Method("random", 1),
-    "pl_sampled, each step": Method("with replacement", 1),
-    "pl_sampled, distinct, each step": Method("without replacement", 1),
+    "pl_sampled (independent), each step": Method("independent", 1),
+    "pl_sampled (pivotal), each step": Method("pivotal", 1),
     "all": Method("all"),
 }
-DRAWS = ("with replacement", "without replacement")  # These give weights, the others sets.
+DRAWS = ("independent", "pivotal")  # These give weights, the others sets.
 
 
 class World(NamedTuple):
@@ -112,11 +112,7 @@ def choose(gram: jax.Array, scores: jax.Array, key: jax.Array, criterion: str, n
 
 
 def draw(scores: jax.Array, key: jax.Array, criterion: str, n: int) -> jax.Array:
-    """Draws n negatives from the pool weights p = softmax(scores); one of `DRAWS`.
-
-    With replacement, each draw has weight 1/n. Without, they are the n largest of log p + Gumbel
-    noise, and given kappa, the largest of the others, a negative is drawn with probability
-    1 - exp(-exp(log p - kappa)): its weight is p over that.
+    """Draws n negatives by the pool weights p = softmax(scores); one of `DRAWS`.
 
     Args:
         scores: [M, N].
@@ -127,17 +123,12 @@ def draw(scores: jax.Array, key: jax.Array, criterion: str, n: int) -> jax.Array
     Returns:
         float32 [M, N], weights w whose expectation is p; 0 for those not drawn.
     """
-    logs = jax.nn.log_softmax(scores)
-    if criterion == "with replacement":
-        # How many of n uniform numbers are below each step of the cumulative sum.
-        numbers = jax.random.uniform(key, (scores.shape[0], n, 1))
-        steps = jnp.cumsum(jnp.exp(logs), axis=1).at[:, -1].set(1.0)
-        return jnp.diff(jnp.mean(numbers <= steps[:, None], axis=1), axis=1, prepend=0.0)
-    if n == NEGATIVES:
-        return jnp.exp(logs)
-    perturbed = logs + jax.random.gumbel(key, scores.shape)
-    kappa = lax.top_k(perturbed, n + 1)[0][:, -1:]
-    return jnp.where(perturbed > kappa, jnp.exp(logs) / -jnp.expm1(-jnp.exp(logs - kappa)), 0.0)
+    keys = jax.random.split(key, scores.shape[0])
+    settings = selection.Settings(criterion="sampled", draw=criterion)
+    pools = selection.Pool(None, scores, jnp.ones(scores.shape, bool), keys)
+    picks = selection.select(pools, n, settings)
+    rows = jnp.arange(scores.shape[0])[:, None]
+    return jnp.zeros_like(scores).at[rows, picks.indices].add(picks.weights)
 
 
 def gradient(

@@ -120,7 +120,6 @@ def select(pool: ScoredPool, criterion: str) -> list[int]:
         n=NUM_PICKS,
         seed=SEED,
         criterion=criterion,
-        replacement=True,
     )
     return np.asarray(picks.indices)[np.asarray(picks.valid)].tolist()
 

@@ -9,7 +9,7 @@
 # them; SYNTHETIC=1 needs none. What to run, with its default (all of these may be environment variables):
 #   METHODS   "mass_dpo sdpo sdpo+selection.refresh=once pl_all dpo dpo_k dmpo mppo"
 #             a method, with +FIELD=VALUE for settings of its own, such as
-#             pl_sampled+selection.replacement=True
+#             pl_sampled+selection.draw=local
 #   ABLATED   "mass_dpo sdpo"   the methods of the ablations
 #   BETAS     "0.1 0.5 1.0"     NEGATIVES "1 3 5"     "" leaves an ablation out
 #   SEEDS     "0 1 2"

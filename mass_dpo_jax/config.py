@@ -56,6 +56,7 @@ CHOICES = {
     "data.long_prompt": ("cut", "drop", "error"),
     "data.long_response": ("error", "drop"),
     "selection.criterion": tuple(CRITERION_SUMMARIES),
+    "selection.draw": ("pivotal", "local", "independent"),
     "selection.features": ("policy", "reference"),
     "selection.feature_norm": ("none", "l2"),
     "selection.pooling": ("response", "all"),
@@ -177,7 +178,9 @@ def default() -> ConfigDict:
     # Weight each pool's information by beta^2 (1 - sigma(Z)), which is small if the loss is small
     # (the paper's Eq. 11).
     c.selection.fisher_scale = False
-    c.selection.replacement = False  # For pl_sampled: draw negatives with replacement.
+    # How pl_sampled draws its negatives: pivotal (all different, the large weights always) | local
+    # (likewise, neighbours in feature space seldom together) | independent (with replacement).
+    c.selection.draw = "pivotal"
 
     # ---- Margins of the method odpo.
     c.odpo = Settings()

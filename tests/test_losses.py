@@ -230,14 +230,14 @@ def test_the_least_likely_response_leaves_mppo_finite():
     assert np.isfinite(gradient).all()
 
 
-@pytest.mark.parametrize("replacement", [False, True])
-def test_drawn_negatives_estimate_the_gradient_of_all_without_bias(replacement):
+@pytest.mark.parametrize("draw", ["pivotal", "independent"])
+def test_drawn_negatives_estimate_the_gradient_of_all_without_bias(draw):
     rng = np.random.default_rng(0)
     log_ratios = rng.normal(0, 1.5, (1, 8)).astype(np.float32)
     all_valid, beta, n, draws = jnp.ones((1, 8), bool), 1.0, 3, 20_000
     value, want = value_and_grad(losses.plackett_luce, log_ratios, all_valid, beta)
     scores = beta * jnp.asarray(log_ratios[0, 1:] - log_ratios[0, 0])
-    criterion_settings = selection.Settings(criterion="sampled", replacement=replacement)
+    criterion_settings = selection.Settings(criterion="sampled", draw=draw)
     pools = selection.Pool(
         gram=None,
         scores=jnp.broadcast_to(scores, (draws, 7)),
@@ -260,7 +260,7 @@ def test_drawn_negatives_estimate_the_gradient_of_all_without_bias(replacement):
     np.testing.assert_allclose(values, value[0], rtol=1e-6)
     mean, spread = gradients[:, 0].mean(0), gradients[:, 0].std(0)
     assert (np.abs(mean - want[0]) < 5 * spread / np.sqrt(draws) + 1e-6).all()
-    assert (spread[1:] > 0.05).all()  # it is an estimate
+    assert (spread[1:] > 0.05).sum() >= 6  # It is an estimate; one candidate is always drawn.
 
 
 def test_when_the_whole_pool_is_drawn_the_estimate_is_exact():

@@ -111,7 +111,7 @@ def select_negatives(
     feature_norm: str = "none",
     fisher_scale: bool = False,
     beta: float = 0.1,
-    replacement: bool = False,
+    draw: str = "pivotal",
     seed: int = 0,
     **unknown: Any,
 ) -> Selection:
@@ -131,7 +131,7 @@ def select_negatives(
         feature_norm: "none", or "l2" to divide each feature by its norm.
         fisher_scale: True to multiply by Eq. 11's factor beta^2 (1 - sigma(Z)).
         beta: that of the scores, for `fisher_scale`.
-        replacement: True if `sampled` draws with replacement.
+        draw: how `sampled` draws: pivotal, local or independent.
         seed: for criteria that draw.
         unknown: refused, with the setting that was meant.
 
@@ -163,7 +163,7 @@ def select_negatives(
         )
     if is_single := features.ndim == 2:
         features, scores, mask = features[None], scores[None], mask[None]
-    settings = Settings(criterion, ridge, feature_norm, fisher_scale, beta, replacement)
+    settings = Settings(criterion, ridge, feature_norm, fisher_scale, beta, draw)
     picks, excess = select_features(features, scores, mask, jax.random.key(seed), n, settings)
     locations = ["features"] if is_single else [f"features[{row}]" for row in range(len(mask))]
     check_selection(picks, excess, settings, locations)

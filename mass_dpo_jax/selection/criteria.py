@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from mass_dpo_jax.selection.draws import DRAWS
 from mass_dpo_jax.selection.gram import from_origin, log_det, weighted_gram
 from mass_dpo_jax.selection.registry import Settings, criterion, design, in_order
 from mass_dpo_jax.selection.types import Design, Pool, Selection
@@ -94,42 +95,11 @@ def hardest(pool: Pool, n: int, settings: Settings) -> Selection:
 
 @criterion("sampled", needs_scoring=True, weighted=True)
 def sampled(pool: Pool, n: int, settings: Settings) -> Selection:
-    """Draws n from the pool weights p, weighted for an unbiased estimate of sum_i p_i f(i).
-
-    With `replacement`: n independent draws, each with weight 1/n; a candidate drawn k times comes
-    once, with weight k/n. Without: the n largest of log p_i + Gumbel noise. With kappa the largest
-    of the others, candidate i is drawn with probability 1 - exp(-exp(log p_i - kappa)) given kappa,
-    and its weight is p_i over that: see Kool, van Hoof and Welling, "Stochastic Beams and Where to
-    Find Them", 2019. A pool of n or fewer then gives the sum itself.
-    """
-    assert pool.scores is not None
-    size = pool.mask.shape[0]
-    logs = jax.nn.log_softmax(jnp.where(pool.mask, pool.scores.astype(jnp.float32), -jnp.inf))
-    logs = jnp.where(pool.mask, logs, -jnp.inf)
-    # As in `random`: a candidate's noise depends on the key and its index only.
-    noise = jax.vmap(
-        lambda i: jax.random.gumbel(jax.random.fold_in(pool.key, i), (n,), jnp.float32)
-    )(jnp.arange(size))
-    if settings.replacement:
-        drawn = jnp.argmax(logs[:, None] + noise, axis=0)
-        counts = jnp.zeros(size, jnp.int32).at[drawn].add(pool.mask[drawn])
-        order = jnp.argsort(-counts, stable=True)
-        weights = counts / n
-        count = jnp.sum(counts > 0)
-    else:
-        perturbed = logs + noise[:, 0]
-        values, order = lax.top_k(jnp.pad(perturbed, (0, 1), constant_values=-jnp.inf), size + 1)
-        order = order[:size]
-        kappa = values[min(n, size)]
-        # p / (1 - exp(-exp(x))) with x = log p - kappa is exp(kappa) where exp(x) vanishes, but
-        # with kappa = -inf, where all candidates are drawn, it is p.
-        exponential = jnp.exp(jnp.minimum(logs - kappa, 80.0))
-        included = -jnp.expm1(-exponential)
-        weights = jnp.where(exponential > 1e-30, jnp.exp(logs) / included, jnp.exp(kappa))
-        weights = jnp.where(jnp.isneginf(kappa), jnp.exp(logs), weights)
-        count = jnp.sum(pool.mask)
-    picks = in_order(order, jnp.arange(size) < count, n)
-    return picks._replace(weights=jnp.where(picks.valid, weights[picks.indices], 0.0))
+    """Draws n by the pool weights p, weighted for an unbiased estimate of sum_i p_i f(i)."""
+    draw = DRAWS[settings.draw](pool, n)
+    order = jnp.argsort(~draw.drawn, stable=True)
+    picks = in_order(order, jnp.arange(order.shape[0]) < draw.drawn.sum(), n)
+    return picks._replace(weights=jnp.where(picks.valid, draw.weights[picks.indices], 0.0))
 
 
 @criterion("random", needs_scoring=False, summary="at random")

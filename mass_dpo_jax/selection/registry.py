@@ -46,17 +46,17 @@ class Settings:
     feature_norm: str = "none"
     fisher_scale: bool = False
     beta: float = 0.1
-    replacement: bool = False
+    draw: str = "pivotal"
     definition: Criterion = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_name("selection.criterion", self.criterion, tuple(CRITERIA))
         object.__setattr__(self, "definition", CRITERIA[self.criterion])
         check_name("selection.feature_norm", self.feature_norm, FEATURE_NORMS)
+        check_name("selection.draw", self.draw, config.CHOICES["selection.draw"])
         for field in ("ridge", "beta"):
             object.__setattr__(self, field, _as_positive(field, getattr(self, field)))
-        for field in ("fisher_scale", "replacement"):
-            object.__setattr__(self, field, _as_bool(field, getattr(self, field)))
+        object.__setattr__(self, "fisher_scale", _as_bool("fisher_scale", self.fisher_scale))
         if self.criterion not in BUILT_IN and self.definition not in _tried:
             _try_criterion(self)
             _tried.add(self.definition)
@@ -69,7 +69,8 @@ class Settings:
     @property
     def needs_features(self) -> bool:
         """Whether the criterion reads features too."""
-        return self.definition.design is not None
+        draws_locally = self.definition.weighted and self.draw == "local"
+        return self.definition.design is not None or draws_locally
 
     def check_current(self) -> None:
         """Raises UserError if the criterion was registered again since the settings were made."""

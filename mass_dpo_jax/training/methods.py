@@ -225,7 +225,7 @@ def make_method(config: ConfigDict, largest_pool: int) -> Method:
         feature_norm=config.selection.feature_norm,
         fisher_scale=config.selection.fisher_scale,
         beta=config.beta,
-        replacement=config.selection.replacement,
+        draw=config.selection.draw,
     )
     bounds = [config.num_negatives, spec.max_negatives]
     n = min(bound for bound in bounds if bound is not None)
@@ -250,14 +250,13 @@ def find_unread(config: ConfigDict) -> list[str]:
     criterion = CRITERIA[spec.criterion or config.selection.criterion]
     selects = criterion is not CRITERIA["all"] and spec.max_negatives != 0
     uses_lora = bool(config.model.lora.rank or config.model.lora.path)
-    design_settings = (
-        "selection.ridge selection.feature_norm selection.fisher_scale selection.features "
-        "selection.pooling"
-    )
+    is_design = criterion.design is not None and spec.max_negatives != 0
+    draws_locally = criterion.weighted and config.selection.draw == "local"
     is_read = {
         "selection.criterion": not spec.criterion,
-        design_settings: criterion.design is not None and spec.max_negatives != 0,
-        "selection.replacement": criterion.weighted,
+        "selection.ridge selection.fisher_scale": is_design,
+        "selection.feature_norm selection.features selection.pooling": is_design or draws_locally,
+        "selection.draw": criterion.weighted,
         "selection.refresh": selects,
         "num_negatives": selects and spec.max_negatives is None,
         "odpo.offset odpo.alpha": config.method == "odpo",

@@ -156,7 +156,7 @@ def test_use_precomputed_computes_nothing_forward() -> None:
     "changes",
     [
         slow({"selection.criterion": "contrast"}),
-        slow({"method": "pl_sampled", "selection.replacement": True, "model.layout": "rectangle"}),
+        slow({"method": "pl_sampled", "selection.draw": "local", "model.layout": "rectangle"}),
         {"train.batch_size": 8, "train.micro_batch_size": 4, "model.remat": "dots"},
     ],
 )

@@ -323,8 +323,8 @@ def test_draws_do_not_meet_themselves_in_the_overlap_with_random():
         jnp.ones((rows, SIZE), bool),
         jax.random.split(jax.random.key(5), rows),
     )
-    for replacement in (False, True):
-        how = Settings(criterion="sampled", replacement=replacement)
+    for draw in ("pivotal", "independent"):
+        how = Settings(criterion="sampled", draw=draw)
         chosen = selection.select(pools, n, how)
         overlap = float(selection.diagnose(pools, chosen, how)["selection/random_overlap"])
         assert overlap == pytest.approx(n / SIZE, abs=0.06)  # Four standard errors.
@@ -534,7 +534,8 @@ def test_the_examples_in_docstrings_run(module):
         ("beta", -1.0, "^beta=-1.0: expected a finite number above 0"),
         ("beta", True, "^beta=True: expected a finite number above 0"),
         ("fisher_scale", "False", "^fisher_scale='False': expected True or False"),
-        ("replacement", 0, "^replacement=0: expected True or False"),
+        ("fisher_scale", 0, "^fisher_scale=0: expected True or False"),
+        ("draw", "local2", "^selection.draw='local2': .* did you mean local"),
     ],
 )
 def test_settings_that_cannot_be_are_errors_in_one_line(field, value, message):

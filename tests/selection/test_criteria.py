@@ -224,34 +224,6 @@ def test_hardest_takes_the_largest_scores():
     assert len(picks(pool, 6, Settings(criterion="hardest"))[0]) == 6
 
 
-@pytest.mark.parametrize("replacement", [False, True])
-@pytest.mark.parametrize("spread", [0.0, 2.0, 60.0])
-def test_drawn_weights_estimate_any_sum_over_the_pool(replacement, spread):
-    pool = make_pool(1, valid=9, spread=spread)
-    draws, n = 20_000, 3
-    how = Settings(criterion="sampled", replacement=replacement)
-    many = selection.Pool(
-        None,
-        jnp.broadcast_to(pool.scores[0], (draws, SIZE)),
-        jnp.broadcast_to(pool.mask[0], (draws, SIZE)),
-        jax.random.split(jax.random.key(0), draws),
-    )
-    got = jax.jit(selection.select, static_argnums=(1, 2))(many, n, how)
-    got = jax.tree.map(np.asarray, got)
-    assert pool.mask[0][got.indices[got.valid]].all()
-    assert (got.weights[~got.valid] == 0).all()
-    scores = np.where(pool.mask[0], pool.scores[0].astype(np.float64), -np.inf)
-    p = np.exp(scores - np.logaddexp.reduce(scores))
-    estimate = np.zeros((draws, SIZE))
-    np.add.at(estimate, (np.arange(draws)[:, None], got.indices), got.weights)
-    error = estimate.std(0) / np.sqrt(draws)
-    assert (np.abs(estimate.mean(0) - p) < 5 * error + 1e-4).all()
-    if replacement:
-        np.testing.assert_allclose(got.weights.sum(1), 1.0, rtol=1e-6)
-    else:
-        assert (got.valid.sum(1) == n).all()
-
-
 @pytest.mark.usefixtures("own_criteria")
 def test_a_criterion_is_one_function():
     @selection.criterion("easiest", needs_scoring=True)

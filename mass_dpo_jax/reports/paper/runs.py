@@ -214,11 +214,11 @@ def experiment_settings(run: Run) -> dict[str, Any]:
     # Those that the label has, and those that this method does not read.
     unused = ["method", "num_negatives", "beta", "data.name", *SAME_EXPERIMENT]
     if method == "mass_dpo":
-        unused += ["selection.criterion", "selection.refresh", "selection.replacement"]
+        unused += ["selection.criterion", "selection.refresh", "selection.draw"]
     elif method == "sdpo":
         unused.append("selection.")
     else:
-        read = {"pl_sampled": ("refresh", "replacement"), "sft": ()}.get(method, ("refresh",))
+        read = {"pl_sampled": ("refresh", "draw"), "sft": ()}.get(method, ("refresh",))
         unused += [
             name
             for name in run.settings
