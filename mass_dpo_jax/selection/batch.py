@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Key
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.selection import criteria
 from mass_dpo_jax.selection.arrays import as_array, as_integer, as_mask
+from mass_dpo_jax.selection.draws import effective_pool, share_certain
 from mass_dpo_jax.selection.gram import compute_gram, norm_excess
 from mass_dpo_jax.selection.registry import Settings, check_name
 from mass_dpo_jax.selection.search import search_exhaustively
@@ -212,6 +213,10 @@ def diagnose(pools: Pool, picks: Selection, settings: Settings) -> dict[str, Arr
 
     - `selection/random_overlap`: the share of picks that `random` would have made; n / N is what
       chance gives.
+    - `selection/effective_pool`: exp(entropy of p), how many candidates the pool weights p are
+      spread over. With n or more of them drawing is nearly exact.
+    - `selection/certain`: the share of the n drawn candidates that `pl_sampled` is certain to draw,
+      because their weights are so large; 1 where the estimate is exact.
 
     And for designs:
 
@@ -233,7 +238,14 @@ def diagnose(pools: Pool, picks: Selection, settings: Settings) -> dict[str, Arr
         hits = jnp.sum(picks.valid & is_random[picks.indices])
         return hits / jnp.maximum(jnp.sum(picks.valid), 1)
 
-    figures = {"selection/random_overlap": jax.vmap(overlap)(pools, picks).mean()}
+    assert pools.scores is not None
+    figures = {
+        "selection/random_overlap": jax.vmap(overlap)(pools, picks).mean(),
+        "selection/effective_pool": jax.vmap(effective_pool)(pools.scores, pools.mask).mean(),
+        "selection/certain": jax.vmap(share_certain, (0, 0, None))(
+            pools.scores, pools.mask, n
+        ).mean(),
+    }
     make = settings.definition.design
     if make is None:
         return figures

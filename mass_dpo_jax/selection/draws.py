@@ -54,7 +54,7 @@ class Inclusion(NamedTuple):
 
 def draw_pivotal(pool: Pool, n: int) -> Draw:
     """Draws n different candidates by duels in random order, as a knockout tournament."""
-    inclusion = inclusion_probabilities(_log_weights(pool), n)
+    inclusion = inclusion_probabilities(_log_weights(pool.scores, pool.mask), n)
     size = pool.mask.shape[0]
     # A shuffle with masked candidates last: the others meet as if those were not there.
     order = jnp.lexsort((_deal_uniforms(pool.key, 0, size), ~pool.mask))
@@ -79,7 +79,7 @@ def draw_local(pool: Pool, n: int) -> Draw:
     balanced sampling through the pivotal method", 2012). Needs the pool's Gram matrix.
     """
     assert pool.gram is not None
-    inclusion = inclusion_probabilities(_log_weights(pool), n)
+    inclusion = inclusion_probabilities(_log_weights(pool.scores, pool.mask), n)
     size = pool.mask.shape[0]
     gram = pool.gram[1:, 1:]
     norms = jnp.diagonal(gram)
@@ -111,7 +111,7 @@ def draw_local(pool: Pool, n: int) -> Draw:
 
 def draw_independent(pool: Pool, n: int) -> Draw:
     """Draws n times, each time from all; one that comes k times has the weight k / n."""
-    log_p = _log_weights(pool)
+    log_p = _log_weights(pool.scores, pool.mask)
     size = log_p.shape[0]
     noise = jax.vmap(
         lambda i: jax.random.gumbel(jax.random.fold_in(pool.key, i), (n,), jnp.float32)
@@ -153,6 +153,23 @@ def inclusion_probabilities(log_p: Float[Array, " N"], n: int) -> Inclusion:
     return Inclusion(pi[back], weights[back])
 
 
+def effective_pool(scores: Float[Array, " N"], mask: Bool[Array, " N"]) -> Float[Array, ""]:
+    """Computes exp(entropy of p): N where all weights are equal, 1 where one has all.
+
+    With no more than n, a draw of n is nearly exact, and more negatives would not help.
+    """
+    log_p = _log_weights(scores, mask)
+    p = jnp.exp(log_p)
+    return jnp.exp(-jnp.sum(jnp.where(p > 0, p * log_p, 0.0)))
+
+
+def share_certain(scores: Float[Array, " N"], mask: Bool[Array, " N"], n: int) -> Float[Array, ""]:
+    """Computes the share of a pivotal draw's n candidates that every draw has."""
+    probabilities = inclusion_probabilities(_log_weights(scores, mask), n).probabilities
+    certain = jnp.sum(mask & (probabilities >= CERTAIN))
+    return certain / jnp.maximum(jnp.minimum(n, mask.sum()), 1)
+
+
 def duel(
     a: Float[Array, "*K"], b: Float[Array, "*K"], noise: Float[Array, "*K"]
 ) -> tuple[Bool[Array, "*K"], Bool[Array, "*K"], Bool[Array, "*K"], Float[Array, "*K"]]:
@@ -178,10 +195,10 @@ def duel(
     return ~loses & ~stays, ~loses & stays, stays, jnp.where(loses, total, total - 1)
 
 
-def _log_weights(pool: Pool) -> Float[Array, " N"]:
-    assert pool.scores is not None
-    scores = jnp.where(pool.mask, pool.scores.astype(jnp.float32), -jnp.inf)
-    return jnp.where(pool.mask, jax.nn.log_softmax(scores), -jnp.inf)
+def _log_weights(scores: Array | None, mask: Array) -> Float[Array, " N"]:
+    assert scores is not None
+    scores = jnp.where(mask, scores.astype(jnp.float32), -jnp.inf)
+    return jnp.where(mask, jax.nn.log_softmax(scores), -jnp.inf)
 
 
 def _deal_uniforms(key: Array, purpose: int, size: int) -> Float[Array, " size"]:

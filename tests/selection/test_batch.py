@@ -296,8 +296,9 @@ def test_diagnostics():
     batch = [make_pool(s, valid=v, dimension=40) for s, v in enumerate([SIZE, 5])]
     many = jax.tree.map(lambda *x: jnp.concatenate(x), *batch)
     got = diagnose_run(many, 3, Settings())
-    names = "random_overlap logdet max_norm_ridge effective_rank optimality".split()
-    assert set(got) == {f"selection/{name}" for name in names}
+    scores = "selection/random_overlap", "selection/effective_pool", "selection/certain"
+    names = "logdet max_norm_ridge effective_rank optimality".split()
+    assert set(got) == {*scores, *(f"selection/{name}" for name in names)}
     assert 0 <= got["selection/random_overlap"] <= 1
     assert 1 - 1 / np.e <= got["selection/optimality"] <= 1 + 1e-6
     assert got["selection/max_norm_ridge"] > 0 and 1 < got["selection/effective_rank"] < SIZE
@@ -306,7 +307,7 @@ def test_diagnostics():
     assert got["selection/optimality"] == pytest.approx(1.0)
     hard = Settings(criterion="hardest")
     got = diagnose_run(many, 3, hard)
-    assert set(got) == {"selection/random_overlap"}
+    assert set(got) == set(scores)
     # Of 60 negatives there are 34,220 sets of 3: too many to look for the best.
     assert "selection/optimality" not in diagnose_run(make_pool(0, size=60), 3, Settings())
     # All of a pool is what random takes too.

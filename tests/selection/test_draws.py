@@ -166,6 +166,23 @@ def test_padding_changes_no_draw(draw: str) -> None:
         np.testing.assert_allclose(plain.weights, padded.weights, rtol=1e-5)
 
 
+def test_effective_pool_and_certain_candidates() -> None:
+    """exp(entropy) in float64, and candidates of inclusion probability 1 by their definition."""
+    for scores in SCORES.values():
+        for padding in (0, 3):
+            padded = jnp.asarray(np.r_[scores, np.full(padding, np.nan)], jnp.float32)
+            mask = jnp.arange(len(padded)) < len(scores)
+            p = softmax(scores)
+            entropy = -(p[p > 0] * np.log(p[p > 0])).sum()
+            got = draws.effective_pool(padded, mask)
+            assert got == pytest.approx(np.exp(entropy), rel=1e-4)
+            for n in (1, 3, 25):
+                certain = (include(p, n) >= 1 - 1e-6).sum() / min(n, len(scores))
+                assert draws.share_certain(padded, mask, n) == pytest.approx(certain)
+    nothing = jnp.zeros(3), jnp.zeros(3, bool)
+    assert draws.effective_pool(*nothing) == 1 and draws.share_certain(*nothing, 2) == 0
+
+
 def test_an_empty_pool_gives_nothing() -> None:
     pool = selection.Pool(
         jnp.zeros((1, 4, 4)), jnp.zeros((1, 3)), jnp.zeros((1, 3), bool), jax.random.key(0)[None]
