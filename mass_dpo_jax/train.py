@@ -68,7 +68,7 @@ def main() -> None:
     config = cli.read_config()
     from mass_dpo_jax.estimate.dry_run import dry_run
     from mass_dpo_jax.runs import run_folder
-    from mass_dpo_jax.training import evaluator, interruption, loop, methods
+    from mass_dpo_jax.training import advice, evaluator, interruption, loop, methods
     from mass_dpo_jax.utils import distributed
 
     cli.log_unread("this training", methods.find_unread(config))
@@ -92,6 +92,8 @@ def main() -> None:
     for name in ("start", "final"):
         if result[name]:
             print(f"{result['split']}, {name}: {evaluator.format_headline(result[name])}")
+    if advised := advice.advise(config, workdir):
+        print(advised)
     print(f"written to {workdir}")
 
 

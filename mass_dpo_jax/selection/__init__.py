@@ -21,6 +21,7 @@ from mass_dpo_jax.selection.batch import (
     select_negatives,
 )
 from mass_dpo_jax.selection.criteria import pool_loss, pool_weights
+from mass_dpo_jax.selection.draws import effective_pool
 from mass_dpo_jax.selection.gram import from_origin
 from mass_dpo_jax.selection.registry import Settings, criterion, design, in_order, names
 from mass_dpo_jax.selection.types import Design, Pool, Selection
@@ -35,6 +36,7 @@ __all__ = [
     "criterion",
     "design",
     "diagnose",
+    "effective_pool",
     "float32_excess",
     "from_origin",
     "in_order",

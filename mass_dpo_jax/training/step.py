@@ -205,7 +205,11 @@ class Program:
         if self.method.is_supervised:
             metrics = {"logps/chosen": logps[:, 0].mean()}
         else:
-            metrics = _describe_responses(logps, self.method.rewards(scored), valid)
+            rewards = self.method.rewards(scored)
+            metrics = _describe_responses(logps, rewards, valid)
+            if self.method.uses_whole_pool:
+                spread = jax.vmap(selection.effective_pool)(rewards[:, 1:], valid[:, 1:])
+                metrics["selection/effective_pool"] = spread.mean()
         return losses.mean(), (~jnp.isfinite(losses), metrics)
 
     @functools.partial(
