@@ -220,6 +220,9 @@ def default() -> ConfigDict:
     c.log = Settings()
     c.log.tensorboard = True  # Write event files for TensorBoard to the run folder.
     c.log.report = True  # Write report.html and figures/ to the run folder when training ends.
+    # Steps between two measurements of the share of the gradient's noise that the draw of negatives
+    # makes (selection/draw_noise); each takes three gradients of a micro-batch. 0: none.
+    c.log.draw_noise_every = 0
     # Project of Weights & Biases, whose package must be installed; empty: none.
     c.log.wandb_project = ""
 

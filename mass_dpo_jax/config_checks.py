@@ -29,7 +29,7 @@ POSITIVE = (
     "data.max_prompt_length data.max_response_length data.max_shapes odpo.alpha model.lora.alpha"
 ).split()
 NOT_NEGATIVE = (
-    "seed train.steps train.epochs train.weight_decay train.eval_every "
+    "seed train.steps train.epochs train.weight_decay train.eval_every log.draw_noise_every "
     "data.max_train data.max_validation data.max_test sft_weight device_memory_gb "
     "model.lora.rank"
 ).split()

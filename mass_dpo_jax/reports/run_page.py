@@ -39,6 +39,7 @@ SELECTION = (
     Panel("Share of picks that random would have made", {"selection/random_overlap": ""}),
     Panel("Candidates that a pool's weights are spread over", {"selection/effective_pool": ""}),
     Panel("Share of drawn negatives that are certain", {"selection/certain": ""}),
+    Panel("Share of the gradient's noise from the draw", {"selection/draw_noise": ""}),
     Panel("Directions in a pool: effective rank", {"selection/effective_rank": ""}),
     Panel("Largest squared norm over ridge", {"selection/max_norm_ridge": ""}),
     Panel("Value over that of the best set", {"selection/optimality": ""}),

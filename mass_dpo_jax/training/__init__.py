@@ -16,6 +16,7 @@ Around it:
     policy.py, open_policy.py, model_paths.py   a decoder with its tokenizer, and its origin
     checkpoint.py, checkpoint_reading.py        the state of a run on disk
     evaluator.py, step_log.py, advice.py        metrics of a run, and what it prints
+    draw_noise.py                               how much of a gradient's noise the draw makes
     interruption.py                             signals that end a run after the current step
     mesh.py                                     devices, and how arrays are split over them
     data_checks.py                              whether the data has what the method needs

@@ -18,6 +18,7 @@ from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.runs import loggers, metrics_files, origin, resume, run_config, run_folder
 from mass_dpo_jax.training import checkpoint, interruption, scoring
 from mass_dpo_jax.training.evaluator import EvaluatedSplit, Evaluator, check_best
+from mass_dpo_jax.training.methods import find_unread
 from mass_dpo_jax.training.open_policy import save_description
 from mass_dpo_jax.training.optimizer import learning_rate, make_optimizer
 from mass_dpo_jax.training.prepare import list_models_read, prepare
@@ -83,6 +84,7 @@ class _Run:
 
     Attributes:
         settings: the section `config.train`.
+        draw_noise_every: steps between two measurements of the draw's noise; 0 for none.
         notes: metadata saved with each checkpoint: the run's configuration and digests of its data.
         state: the training state, which every update replaces.
         frozen: weights that are not trained.
@@ -91,6 +93,7 @@ class _Run:
     """
 
     settings: ConfigDict
+    draw_noise_every: int
     notes: dict[str, Any]
     batches: Batches
     train_step: TrainStep
@@ -238,6 +241,7 @@ def _restore_or_start(
         report = functools.partial(write_report, workdir, start.resolved_config)
     return _Run(
         settings=settings,
+        draw_noise_every=_draw_noise_every(start.config),
         notes={"config": start.config.to_dict(), "data": start.digests},
         batches=batches,
         train_step=TrainStep(batches, optimizer, frozen, negatives),
@@ -250,6 +254,12 @@ def _restore_or_start(
         step_log=StepLog(log, settings, setup.method.name, step, total),
         evaluator=Evaluator(setup, reference.logps, workdir, log, report),
     )
+
+
+def _draw_noise_every(config: ConfigDict) -> int:
+    """Returns 0 where no negatives are drawn at a step, whose noise could be measured."""
+    is_read = "log.draw_noise_every" not in find_unread(config)
+    return config.log.draw_noise_every if is_read else 0
 
 
 def _open_checkpoints(
@@ -317,10 +327,15 @@ def _run_steps(run: _Run) -> dict[str, Any]:
 def _train_one_step(run: _Run, step: int, rate: Any) -> None:
     """Makes one update; its figures are logged while the next one computes."""
     batch = run.batches[step]
+    draw_noise: dict[str, Any] = {}
+    if run.draw_noise_every and (step + 1) % run.draw_noise_every == 0 and len(run.batches) > 1:
+        other = run.batches[step + 1 if step + 1 < len(run.batches) else step - 1]
+        share = run.train_step.measure_draw_noise(run.state, batch, other)
+        draw_noise = {"selection/draw_noise": share}
     run.state, trained, figures = run.train_step.update(run.state, batch)
     interruption.defer_signals()
     changed = run.train_step.sets.fraction_changed(batch.rows, trained.candidate_ids)
     ids = run.batches.setup.tokens["train"].ids
-    figures = {**figures, "learning_rate": rate}
+    figures = {**figures, **draw_noise, "learning_rate": rate}
     names = [ids[row] for row in batch.rows]
     run.step_log.add(step + 1, figures, names, trained.not_finite, changed)

@@ -259,6 +259,10 @@ def find_unread(config: ConfigDict) -> list[str]:
         "selection.draw": criterion.weighted,
         "selection.refresh": selects,
         "num_negatives": selects and spec.max_negatives is None,
+        # Other negatives are the same whenever they are chosen with the same weights.
+        "log.draw_noise_every": criterion in (CRITERIA["random"], CRITERIA["sampled"])
+        and config.selection.refresh == "step"
+        and spec.max_negatives != 0,
         "odpo.offset odpo.alpha": config.method == "odpo",
         "beta model.reference_path": spec.uses_reference,
         "model.lora.alpha model.lora.targets model.lora.base": uses_lora,

@@ -212,6 +212,50 @@ class Program:
                 metrics["selection/effective_pool"] = spread.mean()
         return losses.mean(), (~jnp.isfinite(losses), metrics)
 
+    def gradient(
+        self,
+        trained: Params,
+        frozen: Params,
+        batch: Batch,
+        candidate_ids: Array | None,
+        key: Array,
+        packed_length: int,
+    ) -> tuple[Params, Metrics, TrainedBatch]:
+        """Computes the gradient of a micro-batch's mean loss; `train_step` has the first steps.
+
+        Args:
+            trained: the weights to differentiate with respect to.
+            frozen: the others.
+            batch: [B, ...], one micro-batch.
+            candidate_ids: int32 [B, n], negatives as in `Choice`; None to choose them here.
+            key: see `score_pools`.
+            packed_length: see `train_step`.
+        """
+        policy = {**frozen, **trained}
+        value_and_grad = jax.value_and_grad(
+            lambda trained, *args: self.loss({**frozen, **trained}, *args), has_aux=True
+        )
+        record: ScoringRecord | None = None
+        selection_metrics: Metrics = {}
+        if self.method.is_supervised:
+            choice = Choice(jnp.zeros((len(batch.index), 0), jnp.int32))
+        elif candidate_ids is not None:
+            choice = Choice(candidate_ids)
+        else:
+            # 1. Score the pools, with the policy before the update.
+            with jax.named_scope("score"):
+                pools, record = self.score_pools(policy, batch, key, self.reuse)
+            # 2. Choose n negatives of each pool.
+            with jax.named_scope("choose"):
+                choice, selection_metrics = self.choose(pools)
+        # 3. Loss and gradient on the picks. Where there is a record, it is the forward pass.
+        with jax.named_scope("loss"):
+            (loss, (not_finite, loss_metrics)), grads = value_and_grad(
+                trained, batch, choice, packed_length, record
+            )
+        metrics = {"loss": loss, **loss_metrics, **selection_metrics}
+        return grads, metrics, TrainedBatch(choice.candidate_ids, not_finite)
+
     @functools.partial(
         jax.jit,
         static_argnames=("self", "optimizer", "packed_length"),
@@ -244,33 +288,13 @@ class Program:
         Returns:
             The next state, what it was trained on, and the step's metrics, float32 scalars.
         """
-        frozen = frozen or {}
-        policy = {**frozen, **state.params}  # Before the update.
-        value_and_grad = jax.value_and_grad(
-            lambda trained, *args: self.loss({**frozen, **trained}, *args), has_aux=True
-        )
 
         def micro_step(micro_batch: Batch, candidate_ids: Array | None) -> tuple[Any, TrainedBatch]:
-            record: ScoringRecord | None = None
-            selection_metrics: Metrics = {}
-            if self.method.is_supervised:
-                choice = Choice(jnp.zeros((len(micro_batch.index), 0), jnp.int32))
-            elif candidate_ids is not None:
-                choice = Choice(candidate_ids)
-            else:
-                # 1. Score the pools, with the policy before the update.
-                with jax.named_scope("score"):
-                    pools, record = self.score_pools(policy, micro_batch, key, self.reuse)
-                # 2. Choose n negatives of each pool.
-                with jax.named_scope("choose"):
-                    choice, selection_metrics = self.choose(pools)
-            # 3. Loss and gradient on the picks. Where there is a record, it is the forward pass.
-            with jax.named_scope("loss"):
-                (loss, (not_finite, loss_metrics)), grads = value_and_grad(
-                    state.params, micro_batch, choice, packed_length, record
-                )
-            metrics = {"loss": loss, **loss_metrics, **selection_metrics}
-            return (grads, metrics), TrainedBatch(choice.candidate_ids, not_finite)
+            # 1 to 3. Score the pools, choose negatives, and differentiate the loss on them.
+            grads, metrics, trained = self.gradient(
+                state.params, frozen or {}, micro_batch, candidate_ids, key, packed_length
+            )
+            return (grads, metrics), trained
 
         # 4. Average gradients and metrics over the micro-batches.
         (grads, metrics), trained = average_micro_batches(micro_step, batch, negatives)

@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import Array
 
 from mass_dpo_jax.data.batches import Batch, Order, make_batch
 from mass_dpo_jax.errors import UserError, check_type
+from mass_dpo_jax.training import draw_noise
 from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training.negatives import NegativeSets
 from mass_dpo_jax.training.optimizer import moments_memory, state_shapes
@@ -192,6 +194,27 @@ class TrainStep:
             self._frozen,
         )
         return state._replace(sets=sets), trained, metrics
+
+    def measure_draw_noise(self, state: TrainState, batch: StepBatch, other: StepBatch) -> Array:
+        """Measures which share of a gradient's noise the draw of negatives makes.
+
+        Args:
+            state: the state before the batch's step; it is left as it is.
+            batch: the batch of a step.
+            other: that of another step, with other prompts.
+
+        Returns:
+            A float32 scalar on the devices, see draw_noise.py; 0 where nothing is drawn at a step.
+        """
+        setup = self._batches.setup
+        return draw_noise.measure(
+            setup.program,
+            state.params,
+            self._frozen,
+            (batch.arrays, batch.packed_length),
+            (other.arrays, other.packed_length),
+            setup.key(batch.step // self.sets.window),
+        )
 
 
 def first_state(
