@@ -189,7 +189,7 @@ class TrainStep:
             state._replace(sets=None),
             batch.arrays,
             negatives,
-            setup.key(batch.step // self.sets.window),
+            self._draw_key(batch),
             batch.packed_length,
             self._frozen,
         )
@@ -213,8 +213,12 @@ class TrainStep:
             self._frozen,
             (batch.arrays, batch.packed_length),
             (other.arrays, other.packed_length),
-            setup.key(batch.step // self.sets.window),
+            self._draw_key(batch),
         )
+
+    def _draw_key(self, batch: StepBatch) -> Array:
+        """Returns the key that negatives are drawn with, the same throughout a refresh window."""
+        return self._batches.setup.key(batch.step // self.sets.window)
 
 
 def first_state(

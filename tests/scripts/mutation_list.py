@@ -765,8 +765,8 @@ MUTATIONS = (
     ),
     Mutation(
         "refresh: random sets change within a window",
-        "setup.key(batch.step // self.sets.window)",
-        "setup.key(batch.step)",
+        "self._batches.setup.key(batch.step // self.sets.window)",
+        "self._batches.setup.key(batch.step)",
         "training/test_train.py::test_random_sets_are_each_prompts_own_and_last_a_window",
     ),
     Mutation(
