@@ -15,7 +15,7 @@ from mass_dpo_jax.training.loop import train
 from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.prepare import prepare
 from mass_dpo_jax.training.updates import Batches, TrainStep
-from tests.support.helpers import log_lines, tiny_config, write_jsonl
+from tests.support.helpers import log_lines, slow, tiny_config, write_jsonl
 
 
 def open_run(tmp_path: Path, **changes: Any) -> tuple[Batches, Any]:
@@ -59,6 +59,28 @@ def test_two_draws_differ_by_twice_the_variance_of_one(tmp_path: Path) -> None:
     error = np.std(distances) / np.sqrt(len(keys))
     assert np.mean(distances) == pytest.approx(2 * variance, abs=4 * error)
     assert 4 * error < variance  # The test could notice a factor of two.
+
+
+@pytest.mark.parametrize("draw", ["pivotal", slow("local"), slow("independent")])
+def test_gradients_of_a_batch_average_to_that_of_all_negatives(tmp_path: Path, draw: str) -> None:
+    drawn = {"method": "pl_sampled", "num_negatives": 2, "selection.draw": draw}
+    batches, params = open_run(tmp_path, **drawn)
+    # Away from the reference, where pool weights differ.
+    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), params)
+
+    def gradient(batches: Batches) -> Any:
+        micro_batch = jax.tree.map(lambda x: x[0], batches[0].arrays)
+        program, length = batches.setup.program, batches[0].packed_length
+        return jax.jit(lambda key: program.gradient(params, {}, micro_batch, None, key, length)[0])
+
+    everything, _ = open_run(tmp_path, method="pl_all")
+    expected = flatten(gradient(everything)(jax.random.key(0)))
+    compute = gradient(batches)
+    gradients = np.stack([flatten(compute(key)) for key in jax.random.split(jax.random.key(2), 80)])
+    error = ((gradients.mean(0) - expected) ** 2).sum()
+    variance = gradients.var(0, ddof=1).sum()
+    assert error < 3 * variance / len(gradients)  # Its expectation is a third of this.
+    assert variance > 1e-3 * (expected**2).sum()
 
 
 def test_all_of_the_noise_is_the_draws_where_the_prompts_are_the_same(tmp_path: Path) -> None:
