@@ -1,6 +1,7 @@
 r"""Which selection of negatives is better than random? Many small equal runs, and tables of them.
 
     python -m benchmarks.evidence --output=runs/evidence --world=clusters --starts=cold
+    python -m benchmarks.evidence --output=runs/evidence --world=qasc --data=DIR --model=DIR
     python -m benchmarks.evidence --report
 
 A cell is one run: world x start x method x seed. All cells of a world and start have the same
@@ -9,9 +10,12 @@ same start on the same examples in the same order, and all cells of a world are 
 rows. A seed draws the start's weights, the training rows, their order and the negatives.
 
 Starts: `cold` has learnt to write names after any history and ranks at chance; `warm` has had a
-short supervised training on the task itself. A finished cell is a line in RESULTS/<world>.jsonl
-and is not run again, so the results alone are enough to go on; starts are made again (they come
-out the same) where their run folders are gone. --report reads nothing but the results.
+short supervised training on the task itself. Worlds that start from a pretrained model (--model)
+train LoRA adapters of it; their starts are `instruct`, the model as it is, and `warm`.
+
+A finished cell is a line in RESULTS/<world>.jsonl and is not run again, so the results alone are
+enough to go on; starts are made again (they come out the same) where their run folders are gone.
+--report reads nothing but the results.
 """
 
 from __future__ import annotations
@@ -29,13 +33,12 @@ from benchmarks.evidence_runs import (
     METHODS,
     RANDOM,
     RETIRED,
-    START_STEPS,
-    WORLDS,
     Bench,
     cells_of,
     read_results,
     unpack,
 )
+from benchmarks.evidence_worlds import PRETRAINED, WORLDS, starts_of
 from mass_dpo_jax import cli
 from mass_dpo_jax.data import batches
 from mass_dpo_jax.errors import UserError
@@ -242,7 +245,7 @@ def report(folder: Path) -> str:
         groups.setdefault((row["world"], row["start"]), []).append(row)
     parts = []
     for world in WORLDS:
-        for start in START_STEPS:
+        for start in starts_of(world):
             rows = groups.get((world, start))
             if rows:
                 parts.append(f"### {world}, {start} start\n\n{_before(rows)}")
@@ -270,14 +273,23 @@ def main() -> None:
         return
     if not _OUTPUT.value:
         raise UserError("--output is missing: a folder for the runs")
-    if _WORLD.value == "lastfm" and not _DATA.value:
-        raise UserError("--data is missing: the folder with LastFM's files")
-    changes = {"train.steps": _STEPS.value} if _STEPS.value else {}
+    world = _WORLD.value
+    for needs, flag, what in (
+        (world == "lastfm" or world in PRETRAINED, _DATA, "the folder with the data's files"),
+        (world in PRETRAINED, _MODEL, "the folder of the model to start from"),
+    ):
+        if needs and not flag.value:
+            raise UserError(f"--{flag.name} is missing: {what}")
+    given = {"train.steps": _STEPS.value, "train.learning_rate": _RATE.value}
+    changes = {name: value for name, value in given.items() if value}
     seeds = [_number(word) for word in _SEEDS.value]
-    cells = cells_of(_WORLD.value, _STARTS.value, _METHODS.value or list(METHODS), seeds)
+    cells = cells_of(
+        world, _STARTS.value or [*starts_of(world)], _METHODS.value or list(METHODS), seeds
+    )
     # One shape of batches: models this small compile for longer than padding costs.
     batches.MIN_GAIN = 1.0
-    Bench(Path(_OUTPUT.value), Path(_RESULTS.value), _DATA.value, changes).run(cells)
+    bench = Bench(Path(_OUTPUT.value), Path(_RESULTS.value), _DATA.value, _MODEL.value, changes)
+    bench.run(cells)
 
 
 def _number(word: str) -> int:
@@ -290,10 +302,12 @@ if __name__ == "__main__":
     _OUTPUT = flags.DEFINE_string("output", "", "Folder for runs, starts and cached references.")
     _RESULTS = flags.DEFINE_string("results", "docs/results", "Folder of the results files.")
     _WORLD = flags.DEFINE_enum("world", "clusters", WORLDS, "Data.")
-    _DATA = flags.DEFINE_string("data", "", "Folder with LastFM's files, for --world=lastfm.")
-    _STARTS = flags.DEFINE_list("starts", "cold,warm", "Starts, in the order they run.")
+    _DATA = flags.DEFINE_string("data", "", "Folder with the data's files, for real data.")
+    _MODEL = flags.DEFINE_string("model", "", f"Model's folder, for {', '.join(PRETRAINED)}.")
+    _STARTS = flags.DEFINE_list("starts", [], "Starts, in the order they run; empty: all.")
     _METHODS = flags.DEFINE_list("methods", [], f"Of {', '.join(METHODS)}; empty: all.")
     _SEEDS = flags.DEFINE_list("seeds", "0,1,2", "Seeds, in the order they run.")
     _STEPS = flags.DEFINE_integer("steps", 0, "Updates of a cell; 0: as many as they have here.")
+    _RATE = flags.DEFINE_float("learning_rate", 0.0, "Of the updates; 0: the world's own.")
     _REPORT = flags.DEFINE_bool("report", False, "Print the tables of --results and run nothing.")
     cli.run(main)

@@ -13,17 +13,25 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from configs import tiny
+from benchmarks.evidence_worlds import (
+    PRETRAINED,
+    PRETRAINED_RATE,
+    START_RATE,
+    base_config,
+    cold_rows,
+    starts_of,
+    write_rows,
+)
 from mass_dpo_jax import cli, metrics
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.data import load_examples
-from mass_dpo_jax.data.examples import Example, as_text
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.export import export
 from mass_dpo_jax.reports.comparison import read_logps
 from mass_dpo_jax.train import train
 from mass_dpo_jax.training.evaluator import FINAL_LOGPS, START_LOGPS
 
-WORLDS = ("plain", "clusters", "long", "lastfm")
+WARM_SEED = 1000  # Added to the seed of a pretrained world's supervised start.
 RANDOM, ALL = "random-step", "all"  # The baselines that the tables compare with.
 
 
@@ -55,28 +63,6 @@ METHODS: dict[str, dict[str, Any]] = {
 # In the results, but no longer offered: the n negatives with the largest log p + Gumbel noise.
 RETIRED = ("sampled-gumbel",)
 
-# So few rows that a run sees each several times: else once and at every step would be the same.
-SETTINGS: dict[str, Any] = {
-    "beta": 1.0,
-    "num_negatives": 3,
-    "model.scratch.hidden_size": 64,
-    "model.scratch.intermediate_size": 192,
-    "model.scratch.num_layers": 2,
-    "data.max_train": 2000,
-    "data.max_validation": 32,  # Not used.
-    "data.max_test": 0,
-    "train.steps": 300,
-    "train.learning_rate": 3e-3,
-    "train.eval_every": 0,
-    "train.keep_checkpoints": 1,
-    "eval.batch_size": 128,
-}
-WORLD_SETTINGS: dict[str, dict[str, Any]] = {
-    "lastfm": {"data.name": "lastfm", "model.scratch.vocab_size": 4096, "data.max_train": 4000}
-}
-START_STEPS = {"cold": 300, "warm": 100}
-START_RATE = 3e-3
-
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
@@ -95,13 +81,15 @@ class Bench:
     Attributes:
       output: folder of runs, starts and the reference's cache.
       results: folder of results files.
-      data: folder of LastFM's files.
-      changes: settings by name, on top of `SETTINGS`.
+      data: folder of the world's files, where it is of real data.
+      model: folder of the model that pretrained worlds start from.
+      changes: settings by name, on top of the world's.
     """
 
     output: Path
     results: Path
     data: str = ""
+    model: str = ""
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def run(self, cells: Sequence[Cell]) -> None:
@@ -160,21 +148,27 @@ class Bench:
 
     def config(self, world: str, seed: int) -> ConfigDict:
         """What all cells of a world and seed share."""
-        config = tiny.get_config()
-        own = WORLD_SETTINGS.get(world, {})
-        path = self.data if world == "lastfm" else world
-        config.update_from_flattened_dict({**SETTINGS, "data.path": path, **own, **self.changes})
+        config = base_config(world, self.data)
+        if world in PRETRAINED:
+            config.data.path = str(self.output / f"{world}-data")
+        config.update_from_flattened_dict(self.changes)
         config.seed = seed
         config.cache_dir = str(self.output / "cache")
         config.train.checkpoint_every = config.train.steps
         return config
 
     def start(self, cell: Cell) -> Path:
-        """The run folder that all methods of the cell's world, start and seed train from."""
+        """The folder that all methods of the cell's world, start and seed train from."""
+        is_pretrained = cell.world in PRETRAINED
+        if is_pretrained:
+            write_rows(self.output / f"{cell.world}-data", cell.world, self.data)
+        steps = starts_of(cell.world)[cell.start]
+        if not steps:
+            return Path(self.model)
         config = self.config(cell.world, cell.seed)
-        steps = START_STEPS[cell.start]
+        rate = PRETRAINED_RATE if is_pretrained else START_RATE
         config.update(method="sft")
-        config.train.update(steps=steps, checkpoint_every=steps, learning_rate=START_RATE)
+        config.train.update(steps=steps, checkpoint_every=steps, learning_rate=rate)
         name = f"{cell.world}-start-{cell.start}-{cell.seed}"
         if cell.start == "cold":
             data = self.output / f"{name}-data"
@@ -183,8 +177,16 @@ class Bench:
                 examples = load_examples(config.data, "train", cell.seed)
                 cli.write_lines(data / "train.jsonl", cold_rows(examples, cell.seed))
             config.data.update(name="jsonl", path=str(data), validation_share=0.0)
-        train(config, self.output / name)
-        return self.output / name
+        if not is_pretrained:
+            train(config, self.output / name)
+            return self.output / name
+        # Other rows than the cells train on, and adapters that are merged.
+        merged = self.output / f"{name}-model"
+        if not merged.exists():
+            config.model.path, config.seed = self.model, cell.seed + WARM_SEED
+            train(config, self.output / name)
+            export(self.output / name, merged, dtype="float32")
+        return merged
 
     def _same_settings(self, cell: Cell, row: Mapping[str, Any]) -> None:
         config = self.config(cell.world, cell.seed)
@@ -203,17 +205,6 @@ class Bench:
             )
 
 
-def cold_rows(examples: Sequence[Example], seed: int) -> list[dict[str, Any]]:
-    """Preferences without a preference: of each example's candidates, any may be the chosen one."""
-    rows = []
-    for i, example in enumerate(examples):
-        candidates = sorted(str(text) for text in (example.chosen, *example.rejected))
-        chosen = candidates.pop(np.random.default_rng([seed, i, 5]).integers(len(candidates)))
-        prompt = as_text(example.prompt)
-        rows.append({"id": example.id, "prompt": prompt, "chosen": chosen, "rejected": candidates})
-    return rows
-
-
 def settings_of(config: ConfigDict) -> dict[str, Any]:
     """By name, those that are not the default, without places of files."""
     default = dict(config_lib.flatten(config_lib.default()))
@@ -225,7 +216,10 @@ def cells_of(
     world: str, starts: Sequence[str], methods: Sequence[str], seeds: Sequence[int]
 ) -> list[Cell]:
     """In the order they run: start by start, all methods of a seed before the next seed."""
-    for kind, names, known in (("start", starts, START_STEPS), ("method", methods, METHODS)):
+    for kind, names, known in (
+        ("start", starts, starts_of(world)),
+        ("method", methods, METHODS),
+    ):
         for name in names:
             if name not in known:
                 raise UserError(f"--{kind}s: no {kind} {name!r}; expected {', '.join(known)}")

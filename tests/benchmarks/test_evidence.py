@@ -8,12 +8,16 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from benchmarks import evidence, evidence_runs
+from benchmarks import evidence, evidence_runs, evidence_worlds
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax import config_checks, metrics
 from mass_dpo_jax.data import load_examples
 from mass_dpo_jax.data.readers import synthetic
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.training.evaluator import START_LOGPS
+from tests.benchmarks.questions import TEMPLATE, write_questions
+from tests.support.run_homes import write_base
+from tests.support.runs import on_one_device
 
 ROWS = 400
 
@@ -201,19 +205,23 @@ def test_unknown_names_are_errors():
         evidence_runs.cells_of("plain", ["cold"], ["best"], [0])
     with pytest.raises(UserError, match="no start 'hot'; expected cold, warm"):
         evidence_runs.cells_of("plain", ["hot"], ["all"], [0])
+    with pytest.raises(UserError, match="no start 'cold'; expected instruct, warm"):
+        evidence_runs.cells_of("qasc", ["cold"], ["all"], [0])
 
 
-def test_methods_are_valid_different_and_differ_in_nothing_else(tmp_path):
-    bench = evidence_runs.Bench(tmp_path, tmp_path)
-    shared = dict(config_lib.flatten(bench.config("clusters", 3)))
+@pytest.mark.parametrize("world", ["clusters", "qasc"])
+def test_methods_are_valid_different_and_differ_in_nothing_else(tmp_path, world):
+    bench = evidence_runs.Bench(tmp_path, tmp_path, model=str(tmp_path))
+    shared = dict(config_lib.flatten(bench.config(world, 3)))
     free = {"method", "selection.criterion", "selection.refresh", "selection.draw"}
     seen = set()
     for changes in evidence_runs.METHODS.values():
-        config = bench.config("clusters", 3)
+        config = bench.config(world, 3)
         config.update_from_flattened_dict(changes)
+        config.model.path = "model"
         config_checks.check(config)
         found = dict(config_lib.flatten(config))
-        assert {name for name in found if found[name] != shared[name]} <= free
+        assert {name for name in found if found[name] != shared[name]} <= {*free, "model.path"}
         # What is published names no place of a file.
         assert str(tmp_path) not in json.dumps(evidence_runs.settings_of(config))
         seen.add(tuple(found[name] for name in sorted(free)))
@@ -233,7 +241,7 @@ class TestColdStart:
             }
         )
         examples = load_examples(data, "train", seed)
-        return examples, evidence_runs.cold_rows(examples, seed)
+        return examples, evidence_worlds.cold_rows(examples, seed)
 
     def test_rows_keep_prompts_and_candidates(self):
         examples, rows = self.rows()
@@ -264,3 +272,39 @@ class TestColdStart:
         assert (
             np.mean([a["chosen"] == b["chosen"] for a, b in zip(first, other, strict=True)]) < 0.1
         )
+
+
+@pytest.mark.slow(reason="three trainings; a plain cell's pieces have tests of their own")
+def test_a_cell_of_a_pretrained_model(tmp_path, monkeypatch):
+    """From the model as it is, and from a supervised start that trains on other rows."""
+    base = write_base(tmp_path / "base")
+    (base / "chat_template.jinja").write_text(TEMPLATE)
+    data = write_questions(tmp_path / "data")
+    few = {"data.max_train": 8, "train.steps": 2, "train.batch_size": 4}
+    few |= {"train.micro_batch_size": 4, "eval.batch_size": 4, "train.learning_rate": 0.01}
+    bench = evidence_runs.Bench(tmp_path / "runs", tmp_path, str(data), str(base), few)
+    monkeypatch.setattr(evidence_worlds, "PRETRAINED_STEPS", {"instruct": 0, "warm": 1})
+    cells = [evidence_runs.Cell("qasc", start, "all", 0) for start in ("instruct", "warm")]
+    with on_one_device():
+        bench.run(cells)
+    instruct, warm = evidence_runs.read_results(tmp_path)
+    assert instruct["settings"] == warm["settings"]
+    before, after = (
+        np.load(tmp_path / f"runs/qasc-{start}-all-0" / START_LOGPS)
+        for start in ("instruct", "warm")
+    )
+    assert not np.allclose(before, after, atol=1e-3)
+    rows = {
+        split: [
+            json.loads(x) for x in (tmp_path / "runs/qasc-data" / file).read_text().split("\n")[:-1]
+        ]
+        for split, file in (("train", "train.jsonl"), ("test", "test.jsonl"))
+    }
+    assert {row["id"] for row in rows["test"]} == {"dev0", "dev1", "dev2"}
+    assert len(rows["train"]) == 40
+    # No list of candidates: a prompt names none of them.
+    assert all("One of these" not in row["prompt"] for row in rows["train"])
+    assert len(evidence_runs.unpack(warm["policy_ranks"])) == 3
+    text = evidence.report(tmp_path)
+    assert "### qasc, instruct start" in text
+    assert "### qasc, warm start" in text

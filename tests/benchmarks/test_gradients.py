@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,15 +16,11 @@ import mass_dpo_jax
 from benchmarks import estimators, gradient_tables, gradients
 from mass_dpo_jax import losses
 from mass_dpo_jax.errors import UserError
-from tests.support.helpers import WORDS
+from tests.benchmarks.questions import TEMPLATE, write_questions
 from tests.support.run_homes import write_base
 from tests.support.runs import on_one_device
 
 BETA = 0.7
-TEMPLATE = (
-    "{% for m in messages %}{{ m.content }}{% endfor %}"
-    "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
-)
 
 
 class World:
@@ -263,22 +258,6 @@ class TestSketch:
         assert abs(found.mean()) < 0.04
         assert abs((found[1:] * found[:-1]).mean()) < 0.04
         np.testing.assert_array_equal(gradients.signs(7, 50, 1), found[7:57])
-
-
-def write_questions(folder: Path) -> Path:
-    rng = np.random.default_rng(0)
-    folder.mkdir()
-    for split, count in (("train", 40), ("dev", 3)):
-        rows = []
-        for i in range(count):
-            words = [" ".join(rng.choice(WORDS, 2, replace=False)) for _ in range(9)]
-            texts = list(dict.fromkeys(words))[:4]
-            choices = [{"text": t, "label": "ABCD"[k]} for k, t in enumerate(texts)]
-            stem = f"what is {split} {WORDS[i % len(WORDS)]} {i}?"
-            question = {"stem": stem, "choices": choices}
-            rows.append({"id": f"{split}{i}", "question": question, "answerKey": "B"})
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return folder
 
 
 def test_a_model(tmp_path: Path, torch: ModuleType, monkeypatch: pytest.MonkeyPatch):
