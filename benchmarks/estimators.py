@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mass_dpo_jax import selection
 from mass_dpo_jax.selection import Pool, Settings
 from mass_dpo_jax.selection.criteria import sampled
 
@@ -154,13 +153,14 @@ def _draw(
 
 def chosen(criterion: str, scores: np.ndarray, features: np.ndarray, n: int) -> np.ndarray:
     """The n negatives that a criterion of the package chooses, at its default settings."""
-    pools = Pool(
-        jnp.asarray(features, jnp.float32)[None],
-        jnp.asarray(scores, jnp.float32)[None],
-        jnp.ones((1, len(scores)), bool),
-        jax.random.split(jax.random.key(n), 1),
-    )
-    return np.asarray(selection.select(pools, n, Settings(criterion=criterion)).indices[0])
+    pool = jnp.asarray(scores, jnp.float32), jnp.asarray(features, jnp.float32)
+    return np.asarray(_choose(n, Settings(criterion=criterion), *pool))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _choose(n: int, settings: Settings, scores: jax.Array, features: jax.Array) -> jax.Array:
+    pool = Pool(features, scores, jnp.ones(len(scores), bool), jax.random.key(0))
+    return settings.definition.choose(pool, n, settings).indices
 
 
 def subsets(size: int, n: int) -> Iterator[np.ndarray]:

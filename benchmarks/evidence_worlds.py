@@ -37,15 +37,16 @@ SETTINGS: dict[str, Any] = {
 WORLD_SETTINGS: dict[str, dict[str, Any]] = {
     "lastfm": {"data.name": "lastfm", "model.scratch.vocab_size": 4096, "data.max_train": 4000}
 }
-# Every row once: on a CPU, a minute is some 60 prompts.
+# Every row once, and few: on a CPU, a minute is some 60 prompts.
 PRETRAINED_SETTINGS: dict[str, Any] = {
     "num_negatives": 3,
     "model.lora.rank": 16,
     "model.lora.base": "float32",
     "data.validation_share": 0.0,
-    "data.max_train": 320,
+    "data.max_train": 192,
     "data.max_test": 0,
-    "train.steps": 40,
+    "data.max_shapes": 2,  # Compiling takes as long as some hundred prompts.
+    "train.steps": 24,
     "train.batch_size": 8,
     "train.micro_batch_size": 8,
     "train.learning_rate": 1e-3,
@@ -53,10 +54,10 @@ PRETRAINED_SETTINGS: dict[str, Any] = {
     "train.eval_every": 0,
     "train.keep_checkpoints": 1,
 }
-TEST_ROWS = 400  # Of a pretrained world, drawn once: the same for all of its cells.
+TEST_ROWS = 300  # Of a pretrained world, drawn once: the same for all of its cells.
 # `instruct` is the pretrained model as it is.
 START_STEPS = {"cold": 300, "warm": 100}
-PRETRAINED_STEPS = {"instruct": 0, "warm": 40}
+PRETRAINED_STEPS = {"instruct": 0, "warm": 24}
 START_RATE, PRETRAINED_RATE = 3e-3, 5e-4
 
 

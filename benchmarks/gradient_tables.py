@@ -85,7 +85,8 @@ def tables(path: Path, beta: float) -> str:
     prompts = [as_prompt(line) for line in lines]
     errors = {n: [measure(x, beta, n, seed=i) for i, x in enumerate(prompts)] for n in SIZES}
     parts = [f"{len(lines)} prompts, beta {beta:g}", _facts(prompts, lines, beta)]
-    return "\n\n".join([*parts, _variances(errors), _biases(errors), _noise(errors)])
+    biases = [_biases(found, n) for n, found in errors.items()]
+    return "\n\n".join([*parts, _variances(errors), *biases, _noise(errors)])
 
 
 def _facts(prompts: Sequence[Prompt], lines: Sequence[dict[str, Any]], beta: float) -> str:
@@ -121,25 +122,31 @@ def _variances(errors: dict[int, list[dict[str, Error]]]) -> str:
     return machine.table(["variance / that of independent draws", *head], rows)
 
 
-def _biases(errors: dict[int, list[dict[str, Error]]]) -> str:
-    """What is biased, in the same unit; and what a common factor for all prompts cannot mend."""
+def _biases(found: list[dict[str, Error]], n: int) -> str:
+    """Of what is biased: variance and bias, and both after a factor common to all prompts.
+
+    A learning rate is such a factor; the one here makes the mean estimates as right as it can.
+    """
+    unit, full = (_pick(found, "independent", field) for field in ("variance", "length"))
     rows = []
     for name in LABELS:
         if name in UNBIASED:
             continue
-        cells = []
-        for found in errors.values():
-            unit = _pick(found, "independent", "variance")
-            variance, bias, overlap, length = (
-                _pick(found, name, field) for field in ("variance", "bias", "overlap", "length")
-            )
-            full = _pick(found, "independent", "length")
-            factor = overlap.sum() / length.sum()
-            left = full - 2 * factor * overlap + factor**2 * length
-            cells += [ratio(variance, unit), ratio(bias, unit), ratio(left, unit)]
-        rows.append([LABELS[name], *cells])
-    head = [f"{what}, n = {n}" for n in errors for what in ("variance", "bias²", "rescaled bias²")]
-    return machine.table(["in units of the variance of independent draws", *head], rows)
+        variance, bias, overlap, length = (
+            _pick(found, name, field) for field in ("variance", "bias", "overlap", "length")
+        )
+        factor = overlap.sum() / length.sum()
+        left = np.maximum(full - 2 * factor * overlap + factor**2 * length, 0.0)
+        columns = (variance, bias, factor**2 * variance, left)
+        rows.append([LABELS[name], *(ratio(column, unit) for column in columns)])
+    head = [
+        f"n = {n}, in the same unit",
+        "variance",
+        "bias²",
+        "rescaled variance",
+        "rescaled bias²",
+    ]
+    return machine.table(head, rows)
 
 
 def _noise(errors: dict[int, list[dict[str, Error]]]) -> str:

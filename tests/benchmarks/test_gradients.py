@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from pathlib import Path
 from types import ModuleType
@@ -313,3 +314,19 @@ def test_errors_by_leaving_out_are_those_of_a_mean():
     values = np.array([1.0, 4.0, 2.0, 9.0])
     found, error = gradient_tables.with_error(lambda i: float(values[i].mean()), 4)
     assert (found, error) == (4.0, pytest.approx(values.std(ddof=1) / 2))
+
+
+def test_at_equal_weights_uniform_sets_are_right_but_for_a_factor():
+    """Rescaled they are simple random sampling; as they are, n / (n + 1) stands for N / (N + 1)."""
+    found = []
+    for seed in range(3):
+        world = World(6, seed)
+        even = dataclasses.replace(world.prompt, ref_logps=world.prompt.logps)
+        found.append(estimators.measure(even, BETA, 2, count=10))
+    [row] = [x for x in gradient_tables._biases(found, 2).splitlines() if "S-DPO" in x]
+    values = [float(cell.split(" ± ")[0]) for cell in row.strip("| ").split(" | ")[1:]]
+    size = sum(one["independent"].length for one in found)
+    unit = sum(one["independent"].variance for one in found)
+    factor = (2 / 3) / (6 / 7)
+    expected = [0.8 * factor**2, (1 - factor) ** 2 * size / unit, 0.8, 0.0]
+    assert values == pytest.approx(expected, abs=0.0051)
