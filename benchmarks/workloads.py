@@ -225,9 +225,16 @@ class Case:
             max_logits,
         )
 
-    def program(self, method: str, remat: str, shared: bool = True, reuse: bool = True) -> Program:
+    def program(
+        self,
+        method: str,
+        remat: str,
+        shared: bool = True,
+        reuse: bool = True,
+        at_a_time: int = 0,
+    ) -> Program:
         """The package's computations by a method of its; without `shared`, prompts are repeated,
-        and nothing is reused."""
+        and nothing is reused. `at_a_time` is `train.responses_at_a_time`."""
         config = self.config.copy_and_resolve_references()
         config.method = method
         lengths = self.tokens.response_lengths
@@ -242,14 +249,14 @@ class Case:
             graphdef=graphdef,
             layout=self.workload.layout if shared else "packed",
             max_response=self.max_response,
-            chunk=1 + made.num_negatives if chunked else None,
+            chunk=at_a_time or (1 + made.num_negatives if chunked else None),
             pooling=config.selection.pooling,
             attention=self.attention,
             max_logits=self.max_logits,
         )
         shapes = mesh_lib.param_shapes(self.model, self.mesh)
         shardings = jax.tree.map(lambda x: x.sharding, shapes)
-        return Program(scorer, made, shardings, reuse and shared)
+        return Program(scorer, made, shardings, reuse and shared, at_a_time)
 
     @property
     def max_response(self) -> int:

@@ -201,6 +201,10 @@ def default() -> ConfigDict:
     # Where a step scores pools, use that pass as the forward pass of training. False: train with a
     # pass of its own, slower but with less memory if pools are much longer than the picks.
     c.train.reuse_scoring = True
+    # Responses of a prompt that are scored and differentiated at a time, so that memory does not
+    # grow with their number: the gradient stays that of all. 0: all at once. Takes one more forward
+    # pass over the responses of a loss whose pool is not scored; scoring is not reused.
+    c.train.responses_at_a_time = 0
     c.train.moments_dtype = "float32"  # Type in which Adam's moments are stored.
     c.train.offload_moments = False  # Keep Adam's moments in the host's memory between updates.
     c.train.eval_every = 100  # Steps between evaluations on the validation split; 0: never.

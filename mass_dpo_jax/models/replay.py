@@ -38,6 +38,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from mass_dpo_jax.models import attention as plain_attention
+from mass_dpo_jax.models.candidate_scores import Prompt, score_candidates
 from mass_dpo_jax.models.decoder import Decoder, slice_layer, unflatten_tokens
 from mass_dpo_jax.models.interfaces import (
     KEY_VALUE,
@@ -50,16 +51,11 @@ from mass_dpo_jax.models.response_layout import (
     Groups,
     Picks,
     find_starts,
-    gather_candidates,
     gather_per_token,
     lay_out,
+    lay_out_picks,
 )
-from mass_dpo_jax.models.shared_prefix import (
-    Prompt,
-    TokenSequence,
-    build_sequence,
-    score_candidates,
-)
+from mass_dpo_jax.models.token_sequence import TokenSequence, build_sequence
 
 
 @jax.named_scope("replay")
@@ -95,8 +91,7 @@ def replay(
         lengths, indices_BT, token_logps = response_lengths, None, record.logps
         groups = lay_out(layout, responses, lengths, max_response)
     else:
-        picked, lengths = gather_candidates(responses, response_lengths, picks)
-        groups = lay_out(layout, picked, lengths, max_response)
+        groups, lengths = lay_out_picks(layout, responses, response_lengths, picks, max_response)
         sources = _find_sources(layout, response_lengths, picks, groups, max_response)
         token_logps = jnp.take_along_axis(record.logps, sources, axis=1, mode="clip")
         indices_BP = jnp.broadcast_to(jnp.arange(prompts.shape[1]), prompts.shape)
@@ -144,15 +139,8 @@ def replay_layers(
             are the recorded ones in order. None for all of the record.
         sequence: the tokens. All that they attend to has to be among them.
     """
-    output_indices_BO = None
-    if indices_BT is not None:  # The recorded output before those from `start` on is the prompt's.
-        start = sequence.outputs.start
-        output_indices_BO = jnp.pad(indices_BT[:, start:] - start + 1, ((0, 0), (1, 0)))
-    layers, has_positions = model.get_layers()
-    # What is not trained stays out of the function that is differentiated.
-    trained = {"adapters": layers.pop("adapters")} if model.lora else layers
-    frozen = layers if model.lora else {}
-    passes = _Replay(model, record, indices_BT, output_indices_BO, sequence, frozen, has_positions)
+    trained, frozen = split_layers(model)
+    passes = LayerReplay(model, frozen, record, sequence, indices_BT)
 
     def primal(trained: Any, embedded: Array) -> Array:
         del trained, embedded
@@ -161,50 +149,83 @@ def replay_layers(
     def forward(trained: Any, embedded: Array) -> tuple[Array, Any]:
         return primal(trained, embedded), trained
 
+    def backward(trained: Any, output_grad: Array) -> tuple[Any, Array]:
+        (weight_grads, _), input_grad = passes.differentiate(trained, output_grad)
+        return weight_grads, input_grad
+
     apply_layers = jax.custom_vjp(primal)
-    apply_layers.defvjp(forward, passes.differentiate)
+    apply_layers.defvjp(forward, backward)
     hidden = apply_layers(trained, model.embed_tokens(sequence.tokens))
     return model.norm(unflatten_tokens(hidden, len(sequence.tokens)))
 
 
+def split_layers(model: Decoder) -> tuple[Any, tuple[Any, Array]]:
+    """Returns the layers' stacked weights: the trained; and the others, with `has_positions`.
+
+    What is not trained stays out of the function that is differentiated.
+    """
+    layers, has_positions = model.get_layers()
+    if model.lora is None:
+        return layers, ({}, has_positions)
+    return {"adapters": layers.pop("adapters")}, (layers, has_positions)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Replay:
-    """The two passes of `replay_layers` through the layers.
+class LayerReplay:
+    """The two passes through recorded layers: forward, looked up, and backward.
 
     Attributes:
-        output_indices_BO: indices of the sequence's output tokens among those of the record.
-        frozen: stacked weights of the layers that are not trained.
-        has_positions: whether each layer has rotary positions.
-
-    Other attributes: as passed to `replay_layers`.
+        model: the decoder, with the weights that were recorded.
+        frozen: what `split_layers` gives beside the trained weights.
+        record: the layers' record.
+        sequence: the tokens. All that they attend to is among them, or in `layer_inputs`.
+        indices_BT: see `replay_layers`.
+        layer_inputs: what the decoder was called with.
     """
 
     model: Decoder
+    frozen: tuple[Any, Array]
     record: LayerRecord
-    indices_BT: Array | None
-    output_indices_BO: Array | None
     sequence: TokenSequence
-    frozen: dict[str, Any]
-    has_positions: Array
+    indices_BT: Array | None = None
+    layer_inputs: Any = None
+
+    @property
+    def _output_indices_BO(self) -> Array | None:
+        """Indices of the sequence's output tokens among those of the record."""
+        if self.indices_BT is None:
+            return None
+        assert self.sequence.outputs is not None
+        # The recorded output before those from `start` on is the prompt's.
+        start = self.sequence.outputs.start
+        return jnp.pad(self.indices_BT[:, start:] - start + 1, ((0, 0), (1, 0)))
 
     def look_up_output(self) -> Array:
         """Looks up what the last layer gave: [B * O, D]."""
-        return _gather_tokens(self.record.output, self.output_indices_BO)
+        return _gather_tokens(self.record.output, self._output_indices_BO)
 
-    def differentiate(self, trained: Any, output_grad: Array) -> tuple[Any, Array]:
+    def differentiate(
+        self, trained: Any, output_grad: Array, kept_grads: Any = None, sums: Any = None
+    ) -> tuple[tuple[Any, Any], Array]:
         """Runs the layers backwards.
 
         Args:
             trained: stacked weights to differentiate with respect to.
             output_grad: gradient of the last layer's output, [B * O, D].
+            kept_grads: gradients of what `attend` keeps of every layer, [L, ...].
+            sums: gradients of the trained weights and of `layer_inputs` to add to; None: none.
 
         Returns:
-            Gradients of the trained weights and of the first layer's input.
+            Gradients of the trained weights and of `layer_inputs`, in the types of `sums`; and of
+            the first layer's input.
         """
         record, (_, positions, attend, outputs) = self.record, self.sequence
-        indices, output_indices = self.indices_BT, self.output_indices_BO
+        indices, output_indices = self.indices_BT, self._output_indices_BO
+        put = _make_setter if sums is None else _make_adder
+        if sums is None:
+            sums = jax.tree.map(jnp.zeros_like, (trained, self.layer_inputs))
 
-        # The last layer, which computes on other tokens than the rest.
+        # The last layer, which may compute on other tokens than the rest.
         last = self.model.config.num_layers - 1
         projections = {
             name: _gather_tokens(x, indices if name in KEY_VALUE else output_indices)
@@ -212,43 +233,59 @@ class _Replay:
         }
         apply_last = self.model.make_layer(positions, attend, outputs)
         layer_grads, output_grad = self._differentiate_layer(
-            apply_last, last, trained, output_grad, record.last_input, projections
+            apply_last, last, trained, (output_grad, kept_grads), record.last_input, projections
         )
-        weight_grads = jax.tree.map(jnp.zeros_like, trained)
-        carry = output_grad, jax.tree.map(_make_setter(last), weight_grads, layer_grads)
+        carry = output_grad, jax.tree.map(put(last), sums, layer_grads)
         apply_layer = self.model.make_layer(positions, attend)
 
         def step(carry: tuple[Array, Any], recorded: Any) -> tuple[Any, None]:
-            output_grad, weight_grads = carry
+            output_grad, sums = carry
             i, inputs, projections = recorded
             projections = {name: _gather_tokens(x, indices) for name, x in projections.items()}
             layer_grads, output_grad = self._differentiate_layer(
-                apply_layer, i, trained, output_grad, inputs, projections
+                apply_layer, i, trained, (output_grad, kept_grads), inputs, projections
             )
-            return (output_grad, jax.tree.map(_make_setter(i), weight_grads, layer_grads)), None
+            return (output_grad, jax.tree.map(put(i), sums, layer_grads)), None
 
         recorded = jnp.arange(last), record.inputs, record.projections
-        (output_grad, weight_grads), _ = jax.lax.scan(step, carry, recorded, reverse=True)
-        return weight_grads, output_grad
+        (output_grad, sums), _ = jax.lax.scan(step, carry, recorded, reverse=True)
+        return sums, output_grad
 
     def _differentiate_layer(
         self,
         apply_layer: Callable,
         i: Array | int,
         trained: Any,
-        output_grad: Array,
+        grads: tuple[Array, Any],
         inputs_BTD: Array,
         projections: dict[str, Array],
-    ) -> tuple[Any, Array]:
-        """Returns gradients of layer i's trained weights and of its input."""
-        frozen, has_positions = slice_layer((self.frozen, self.has_positions), i)
+    ) -> tuple[tuple[Any, Any], Array]:
+        """Differentiates layer i.
 
-        def apply(weights: Any, x: Array) -> Array:
-            return apply_layer((weights | frozen, has_positions), x, projections)[0]
+        Args:
+            apply_layer: see `Decoder.make_layer`.
+            i: index of the layer.
+            trained: see `differentiate`.
+            grads: gradient of its output, and of what is kept of all layers.
+            inputs_BTD: its recorded input.
+            projections: its recorded projections.
 
-        weights = slice_layer(trained, i)
-        _, vjp = jax.vjp(apply, weights, _gather_tokens(inputs_BTD, self.indices_BT))
-        return vjp(output_grad)
+        Returns:
+            Gradients of its trained weights and its slice of `layer_inputs`; and of its input.
+        """
+        frozen, has_positions = slice_layer(self.frozen, i)
+
+        def apply(weights: Any, layer_input: Any, x: Array) -> tuple[Array, Any]:
+            layer = weights | frozen, has_positions
+            return apply_layer(layer, x, projections, layer_input)[:2]
+
+        weights, layer_input, kept_grad = (
+            slice_layer(x, i) for x in (trained, self.layer_inputs, grads[1])
+        )
+        x = _gather_tokens(inputs_BTD, self.indices_BT)
+        _, vjp = jax.vjp(apply, weights, layer_input, x)
+        weight_grads, layer_input_grad, input_grad = vjp((grads[0], kept_grad))
+        return (weight_grads, layer_input_grad), input_grad
 
 
 def _gather_tokens(x: Array, indices: Array | None) -> Array:
@@ -260,3 +297,7 @@ def _gather_tokens(x: Array, indices: Array | None) -> Array:
 
 def _make_setter(i: Array | int) -> Callable[[Array, Array], Array]:
     return lambda stack, x: jax.lax.dynamic_update_index_in_dim(stack, x, i, 0)
+
+
+def _make_adder(i: Array | int) -> Callable[[Array, Array], Array]:
+    return lambda stack, x: stack.at[i].add(x.astype(stack.dtype))

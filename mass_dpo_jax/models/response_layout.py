@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Shaped
 
 
 class Groups(NamedTuple):
@@ -44,6 +45,90 @@ class Picks(NamedTuple):
     packed_length: int
 
 
+class Chunks(NamedTuple):
+    """Which of C candidates are computed together: m chunks of K.
+
+    Attributes:
+        columns: int32, numbers of candidates, 0..C-1; C where a chunk has no more.
+        packed_length: static; room for the responses of any chunk.
+    """
+
+    columns: Int[Array, "m B K"]
+    packed_length: int
+
+    def split(self, x: Shaped[Array, "B C"]) -> Shaped[Array, "m B K"]:
+        """Deals a table's columns out; zeros fill up chunks."""
+        padded = jnp.pad(x, ((0, 0), (0, 1)))
+        return jax.vmap(lambda columns: jnp.take_along_axis(padded, columns, axis=1))(self.columns)
+
+    def join(self, x: Shaped[Array, "m B K *rest"], count: int) -> Shaped[Array, "B C *rest"]:
+        """Puts what was computed for each chunk back in order; `count` is C, static."""
+        batch = x.shape[1]
+        columns = jnp.moveaxis(self.columns, 0, 1).reshape(batch, -1)
+        places = jnp.argsort(columns, axis=1)[:, :count]
+        x = jnp.moveaxis(x, 0, 1).reshape(batch, -1, *x.shape[3:])
+        return jnp.take_along_axis(x, places.reshape(*places.shape, *(1,) * (x.ndim - 2)), axis=1)
+
+
+def deal(
+    layout: str,
+    lengths: Int[Array, "B C"],
+    at_a_time: int,
+    max_response: int | None,
+    packed_length: int,
+) -> Chunks:
+    """Divides candidates into chunks of nearly `at_a_time`, as few as possible.
+
+    A rectangle's are dealt in order. Packed ones are dealt out by length, the longest first, like
+    cards: m chunks of a row with S tokens then have at most S / m + R tokens each, since a chunk's
+    share of every round but the first is at most the mean of the round before.
+
+    Args:
+        layout: "packed" or "rectangle".
+        lengths: lengths of the candidates; 0 where there is none.
+        at_a_time: the most candidates of a chunk.
+        max_response: R, static, at least the longest response.
+        packed_length: S, static, at least the sum of any row's lengths.
+
+    Raises:
+        ValueError: no `max_response`.
+    """
+    if max_response is None:
+        raise ValueError("candidates in chunks need max_response")
+    batch, count = lengths.shape
+    num_chunks = -(-count // at_a_time)
+    size = -(-count // num_chunks)
+    is_rectangle = layout == "rectangle"
+    in_order = jnp.broadcast_to(jnp.arange(count), lengths.shape)
+    order = in_order if is_rectangle else jnp.argsort(-lengths, axis=1)
+    order = jnp.pad(order, ((0, 0), (0, num_chunks * size - count)), constant_values=count)
+    room = size * max_response
+    if is_rectangle:
+        columns = order.reshape(batch, num_chunks, size).transpose(1, 0, 2)
+    else:
+        columns = order.reshape(batch, size, num_chunks).transpose(2, 0, 1)
+        room = min(room, packed_length // num_chunks + max_response)
+    return Chunks(columns, room)
+
+
+def lay_out_picks(
+    layout: str,
+    responses: Int[Array, "B S"],
+    response_lengths: Int[Array, "B C"],
+    picks: Picks,
+    max_response: int | None,
+) -> tuple[Groups, Int[Array, "B n"]]:
+    """Takes picked responses out of packed ones and lays them out; also returns their lengths."""
+    picked, lengths = gather_candidates(responses, response_lengths, picks)
+    return lay_out(layout, picked, lengths, max_response), lengths
+
+
+def gather_lengths(response_lengths: Int[Array, "B C"], picks: Picks) -> Int[Array, "B n"]:
+    """Looks up the lengths of picked responses; 0 where a pick is not valid."""
+    lengths = jnp.take_along_axis(response_lengths, picks.candidate_ids, axis=1)
+    return jnp.where(picks.valid, lengths, 0)
+
+
 def gather_candidates(
     responses: Int[Array, "B S"], response_lengths: Int[Array, "B C"], picks: Picks
 ) -> tuple[Int[Array, "B packed_length"], Int[Array, "B n"]]:
@@ -52,8 +137,7 @@ def gather_candidates(
     Returns:
         The packed responses, and their lengths.
     """
-    lengths = jnp.take_along_axis(response_lengths, picks.candidate_ids, axis=1)
-    lengths = jnp.where(picks.valid, lengths, 0)
+    lengths = gather_lengths(response_lengths, picks)
     starts = jnp.take_along_axis(find_starts(response_lengths), picks.candidate_ids, axis=1)
     segments, offsets = _find_segments(lengths, picks.packed_length)
     sources = gather_per_token(starts, segments) + offsets

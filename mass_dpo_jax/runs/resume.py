@@ -34,6 +34,7 @@ ROUNDING_ONLY = (
     "eval.batch_size",
     "train.micro_batch_size",
     "train.reuse_scoring",
+    "train.responses_at_a_time",
     "model.remat",
     "model.attention",
     "model.layout",

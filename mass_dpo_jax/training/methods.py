@@ -267,6 +267,7 @@ def find_unread(config: ConfigDict) -> list[str]:
         "beta model.reference_path": spec.uses_reference,
         "model.lora.alpha model.lora.targets model.lora.base": uses_lora,
         "model.scratch.": not config.model.path,
+        "train.reuse_scoring": not config.train.responses_at_a_time,
         "train.epochs": not config.train.steps,
         "device_memory_gb": config.dry_run,
     }

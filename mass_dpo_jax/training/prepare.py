@@ -189,7 +189,13 @@ def build_setup(
         cache=cache_folder(config.cache_dir),
         policy=policy,
         method=method,
-        program=Program(scorer, method, trained, config.train.reuse_scoring),
+        program=Program(
+            scorer,
+            method,
+            trained,
+            config.train.reuse_scoring,
+            config.train.responses_at_a_time,
+        ),
         examples=examples,
         tokens=tokens,
         buckets={s: make_buckets(t, method.num_negatives, max_shapes) for s, t in tokens.items()},
@@ -199,13 +205,15 @@ def build_setup(
 def _build_scorer(config: ConfigDict, policy: Policy, method: Method, longest: int) -> Scorer:
     """Builds the scorer of responses with at most `longest` tokens."""
     model, mesh = config.model, policy.mesh
-    is_rectangle = model.layout == "rectangle"
+    chunk = config.train.responses_at_a_time or None
+    if chunk is None and model.layout == "rectangle":
+        # As many candidates at a time as training has to hold anyway.
+        chunk = max(1 + method.num_negatives, MIN_CHUNK)
     return Scorer(
         graphdef=policy.graphdef,
         layout=model.layout,
         max_response=-(-longest // 8) * 8,
-        # As many candidates at a time as training has to hold anyway.
-        chunk=max(1 + method.num_negatives, MIN_CHUNK) if is_rectangle else None,
+        chunk=chunk,
         pooling=config.selection.pooling,
         attention=fused_attention.choose_attention(
             model.attention, policy.config, model.dtype, mesh

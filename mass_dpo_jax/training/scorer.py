@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from jax import Array
 
 from mass_dpo_jax import selection
 from mass_dpo_jax.data.batches import Batch
-from mass_dpo_jax.models import attention, replay, shared_prefix
+from mass_dpo_jax.models import attention, chunked_replay, replay, shared_prefix
 from mass_dpo_jax.models.interfaces import Attention, ScoringRecord
 from mass_dpo_jax.models.logprobs import MAX_LOGITS
 from mass_dpo_jax.models.response_layout import Picks
@@ -28,7 +29,7 @@ class Scorer:
         graphdef: the decoder without its weights (`nnx.split`).
         layout: `packed` or `rectangle`.
         max_response: R, the longest response of any batch, the width of a rectangle.
-        chunk: candidates of a rectangle that are computed at a time; None for all.
+        chunk: the most candidates that are scored at a time; None for all.
         pooling: `response` or `all`, the tokens whose hidden states make a feature.
         attention: plain, or a fused kernel.
         max_logits: logits that a device holds at a time.
@@ -87,6 +88,47 @@ class Scorer:
             batch.responses,
             batch.response_lengths,
             picks,
+            layout=self.layout,
+            max_response=self.max_response,
+            attention=self.attention,
+            max_logits=self.max_logits,
+        )
+
+    def differentiate(
+        self,
+        loss: Callable[[Array], tuple[Array, Any]],
+        trained: Params,
+        frozen: Params,
+        batch: Batch,
+        picks: Picks,
+        at_a_time: int,
+        logps: Array | None = None,
+    ) -> tuple[tuple[Array, Any], Params]:
+        """Computes a loss of log-probabilities and its gradient, a few responses at a time.
+
+        Args:
+            loss: see `chunked_replay.value_and_grad`.
+            trained: the weights to differentiate with respect to.
+            frozen: the others.
+            batch: [B, ...], with the whole pools.
+            picks: the candidates in the loss.
+            at_a_time: the most responses of a prompt that are differentiated together.
+            logps: the picks' log-probabilities [B, n] by these weights, where they are known.
+
+        Returns:
+            What `loss` returns, and the gradient.
+        """
+        return chunked_replay.value_and_grad(
+            loss,
+            lambda trained: nnx.merge(self.graphdef, {**frozen, **trained}),
+            trained,
+            batch.prompts,
+            batch.prompt_lengths,
+            batch.responses,
+            batch.response_lengths,
+            picks,
+            at_a_time,
+            logps,
             layout=self.layout,
             max_response=self.max_response,
             attention=self.attention,

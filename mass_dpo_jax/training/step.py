@@ -18,8 +18,9 @@ from jax import Array
 
 from mass_dpo_jax import selection
 from mass_dpo_jax.data.batches import Batch
+from mass_dpo_jax.models.candidate_scores import CandidateScores
 from mass_dpo_jax.models.interfaces import ScoringRecord
-from mass_dpo_jax.models.response_layout import Picks, gather_candidates
+from mass_dpo_jax.models.response_layout import Picks, gather_candidates, gather_lengths
 from mass_dpo_jax.training.methods import Method, Responses
 from mass_dpo_jax.training.scorer import Params, Scorer
 
@@ -94,17 +95,19 @@ class Program:
         method: the loss, and the choice of negatives.
         shardings: shardings of the trained weights, a tree like them; gradients are held to it.
         reuse: whether the pass that scores a pool is the forward pass of training, too.
+        at_a_time: responses of a prompt that are differentiated together; 0: all.
     """
 
     scorer: Scorer
     method: Method
     shardings: Any
     reuse: bool = True
+    at_a_time: int = 0
 
     @functools.cached_property
     def _key(self) -> tuple[Any, ...]:
         leaves, tree = jax.tree.flatten(self.shardings)
-        return (self.scorer, self.method, tuple(leaves), tree, self.reuse)
+        return (self.scorer, self.method, tuple(leaves), tree, self.reuse, self.at_a_time)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Program) and self._key == other._key
@@ -114,7 +117,7 @@ class Program:
 
     def score_pools(
         self, params: Params, batch: Batch, key: Array, record: bool = False
-    ) -> tuple[selection.Pool, ScoringRecord | None]:
+    ) -> tuple[selection.Pool, CandidateScores | None]:
         """Computes what the method's criterion chooses from.
 
         Args:
@@ -124,7 +127,7 @@ class Program:
             record: whether to keep what `loss` can use of the scoring pass.
 
         Returns:
-            The pools, and the record; None where the criterion needs no scores.
+            The pools, and their scores; None where the criterion needs none.
         """
         settings = self.method.selection
         mask = batch.response_lengths[:, 1:] > 0
@@ -138,7 +141,7 @@ class Program:
         if features:
             gram = selection.compute_grams(scored.features, mask, settings)
         pools = selection.Pool(gram, rewards[:, 1:] - rewards[:, :1], mask, keys)
-        return pools, scored.record
+        return pools, scored
 
     def choose(self, pools: selection.Pool) -> tuple[Choice, Metrics]:
         """Chooses negatives by the method's criterion, and describes the choice."""
@@ -178,24 +181,30 @@ class Program:
         Returns:
             The loss; which examples' own losses are not finite, bool [B]; and metrics.
         """
-        candidates = jnp.pad(choice.candidate_ids, ((0, 0), (1, 0)))
-        valid = jnp.pad(choice.candidate_ids > 0, ((0, 0), (1, 0)), constant_values=True)
-        picks = Picks(candidates, valid, packed_length)
-        responses, lengths = gather_candidates(batch.responses, batch.response_lengths, picks)
-
-        def gather_picks(table: Array) -> Array:
-            return jnp.take_along_axis(table, candidates, axis=1)
-
+        picks = _make_picks(choice, packed_length)
         if record is None:
+            responses, lengths = gather_candidates(batch.responses, batch.response_lengths, picks)
             picked = batch._replace(responses=responses, response_lengths=lengths)
             record = self.scorer(jax.lax.stop_gradient(params), picked, record=True).record
             logps = self.scorer.replay(params, record, picked)
         else:
             logps = self.scorer.replay(params, record, batch, picks)
+        return self.loss_of_logps(logps, batch, choice)
+
+    def loss_of_logps(
+        self, logps: Array, batch: Batch, choice: Choice
+    ) -> tuple[Array, tuple[Array, Metrics]]:
+        """Computes what `loss` returns, from log-probabilities [B, 1 + n]."""
+        picks = _make_picks(choice, 0)
+        valid = picks.valid
+
+        def gather_picks(table: Array) -> Array:
+            return jnp.take_along_axis(table, picks.candidate_ids, axis=1)
+
         scored = Responses(
             logps=logps,
             log_ratios=jnp.where(valid, logps - gather_picks(batch.ref_logps), 0.0),
-            lengths=lengths,
+            lengths=gather_lengths(batch.response_lengths, picks),
             valid=valid,
             grades=None if batch.grades is None else gather_picks(batch.grades),
             weights=choice.weights,
@@ -211,6 +220,43 @@ class Program:
                 spread = jax.vmap(selection.effective_pool)(rewards[:, 1:], valid[:, 1:])
                 metrics["selection/effective_pool"] = spread.mean()
         return losses.mean(), (~jnp.isfinite(losses), metrics)
+
+    def value_and_grad(
+        self,
+        trained: Params,
+        frozen: Params,
+        batch: Batch,
+        choice: Choice,
+        packed_length: int,
+        scores: CandidateScores | None,
+    ) -> tuple[tuple[Array, tuple[Array, Metrics]], Params]:
+        """Computes what `loss` returns, and its gradient with respect to the trained weights.
+
+        Args:
+            trained: see `gradient`.
+            frozen: see `gradient`.
+            batch: see `loss`.
+            choice: see `loss`.
+            packed_length: see `loss`.
+            scores: scores of the pools by these weights, with or without a record; None if there
+                are none.
+        """
+        picks = _make_picks(choice, packed_length)
+        if 0 < self.at_a_time < picks.valid.shape[1]:
+            logps = None
+            if scores is not None:
+                logps = jnp.take_along_axis(scores.logps, picks.candidate_ids, axis=1)
+                logps = jnp.where(picks.valid, logps, 0.0)
+            loss = functools.partial(self.loss_of_logps, batch=batch, choice=choice)
+            return self.scorer.differentiate(
+                loss, trained, frozen, batch, picks, self.at_a_time, logps
+            )
+
+        def loss_of_weights(trained: Params) -> tuple[Array, Any]:
+            record = None if scores is None else scores.record
+            return self.loss({**frozen, **trained}, batch, choice, packed_length, record)
+
+        return jax.value_and_grad(loss_of_weights, has_aux=True)(trained)
 
     def gradient(
         self,
@@ -231,11 +277,7 @@ class Program:
             key: see `score_pools`.
             packed_length: see `train_step`.
         """
-        policy = {**frozen, **trained}
-        value_and_grad = jax.value_and_grad(
-            lambda trained, *args: self.loss({**frozen, **trained}, *args), has_aux=True
-        )
-        record: ScoringRecord | None = None
+        scores: CandidateScores | None = None
         selection_metrics: Metrics = {}
         if self.method.is_supervised:
             choice = Choice(jnp.zeros((len(batch.index), 0), jnp.int32))
@@ -244,14 +286,15 @@ class Program:
         else:
             # 1. Score the pools, with the policy before the update.
             with jax.named_scope("score"):
-                pools, record = self.score_pools(policy, batch, key, self.reuse)
+                record = self.reuse and not self.at_a_time
+                pools, scores = self.score_pools({**frozen, **trained}, batch, key, record)
             # 2. Choose n negatives of each pool.
             with jax.named_scope("choose"):
                 choice, selection_metrics = self.choose(pools)
         # 3. Loss and gradient on the picks. Where there is a record, it is the forward pass.
         with jax.named_scope("loss"):
-            (loss, (not_finite, loss_metrics)), grads = value_and_grad(
-                trained, batch, choice, packed_length, record
+            (loss, (not_finite, loss_metrics)), grads = self.value_and_grad(
+                trained, frozen, batch, choice, packed_length, scores
             )
         metrics = {"loss": loss, **loss_metrics, **selection_metrics}
         return grads, metrics, TrainedBatch(choice.candidate_ids, not_finite)
@@ -356,6 +399,13 @@ def average_micro_batches(micro_step: Callable[..., tuple[Any, Any]], *args: Any
         total, stacked = jax.lax.scan(add, zeros, args)
     with jax.named_scope("average"):
         return jax.tree.map(lambda x: x / count, total), stacked
+
+
+def _make_picks(choice: Choice, packed_length: int) -> Picks:
+    """Returns the chosen response and the picks, [B, 1 + n]."""
+    ids = choice.candidate_ids
+    valid = jnp.pad(ids > 0, ((0, 0), (1, 0)), constant_values=True)
+    return Picks(jnp.pad(ids, ((0, 0), (1, 0))), valid, packed_length)
 
 
 def _describe_responses(logps: Array, rewards: Array, valid: Array) -> Metrics:

@@ -47,6 +47,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "candidate_chunk": 2,
     },
     "packed, few logits": {"layout": "packed", "max_logits": 4 * VOCABULARY},
+    "packed, 2 at a time": {"layout": "packed", "max_response": RESPONSE, "candidate_chunk": 2},
 }
 
 
@@ -328,7 +329,8 @@ def test_sharded_weights_and_rows(layout: str) -> None:
         ({"pooling": "mean"}, "pooling: found 'mean'"),
         ({"pooling": None, "layout": "square"}, "layout: found 'square'"),
         ({"pooling": None, "layout": "rectangle"}, "max_response"),
-        ({"pooling": None, "candidate_chunk": 2}, "rectangle"),
+        ({"pooling": None, "candidate_chunk": 2}, "chunks need max_response"),
+        ({"pooling": None, "candidate_chunk": 2, "max_response": 7, "record": True}, "rectangle"),
     ],
 )
 def test_settings_that_do_not_exist(settings: dict[str, Any], words: str) -> None:

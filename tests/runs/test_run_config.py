@@ -132,6 +132,7 @@ def test_settings_that_only_split_an_update_may_change(
     changes = {
         "train.micro_batch_size": 2,
         "train.reuse_scoring": False,
+        "train.responses_at_a_time": 2,
         "model.remat": "dots",
         "model.layout": "rectangle",
         "eval.batch_size": 4,

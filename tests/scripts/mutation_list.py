@@ -441,14 +441,14 @@ MUTATIONS = (
     ),
     Mutation(
         "responses: picks that are not valid keep their tokens",
-        "lengths = jnp.where(picks.valid, lengths, 0)",
-        "lengths = lengths * 1",
+        "return jnp.where(picks.valid, lengths, 0)",
+        "return lengths * 1",
         "models/test_shared_prefix.py models/test_replay.py",
     ),
     Mutation(
-        "responses: candidates are not counted from 0 in later chunks",
-        "// candidate_chunk * candidate_chunk",
-        "// candidate_chunk",
+        "responses: those of chunks come back in the order that they were dealt in",
+        "places = jnp.argsort(columns, axis=1)[:, :count]",
+        "places = columns[:, :count]",
         "models/test_shared_prefix.py",
     ),
     Mutation(
@@ -459,8 +459,8 @@ MUTATIONS = (
     ),
     Mutation(
         "replay: the last layer's weights get no gradient",
-        "carry = output_grad, jax.tree.map(_make_setter(last), weight_grads, layer_grads)",
-        "carry = output_grad, weight_grads",
+        "carry = output_grad, jax.tree.map(put(last), sums, layer_grads)",
+        "carry = output_grad, sums",
         "models/test_replay.py::test_gradients_are_those_of_a_pass_of_its_own",
     ),
     Mutation(
@@ -471,8 +471,8 @@ MUTATIONS = (
     ),
     Mutation(
         "replay: indices of outputs are off by one",
-        "jnp.pad(indices_BT[:, start:] - start + 1, ((0, 0), (1, 0)))",
-        "jnp.pad(indices_BT[:, start:] - start, ((0, 0), (1, 0)))",
+        "jnp.pad(self.indices_BT[:, start:] - start + 1, ((0, 0), (1, 0)))",
+        "jnp.pad(self.indices_BT[:, start:] - start, ((0, 0), (1, 0)))",
         "models/test_replay.py::test_gradients_are_those_of_a_pass_of_its_own",
     ),
     Mutation(
@@ -486,6 +486,24 @@ MUTATIONS = (
         "    del function, args\n    return value",
         "    return function(*args)",
         "models/test_replay.py::test_use_precomputed_computes_nothing_forward",
+    ),
+    Mutation(
+        "chunks: the prompt hears of the last chunk only",
+        "return lambda stack, x: stack.at[i].add(x.astype(stack.dtype))",
+        "return lambda stack, x: stack.at[i].set(x.astype(stack.dtype))",
+        "models/test_chunked_replay.py::test_the_gradient_is_that_of_all_at_once",
+    ),
+    Mutation(
+        "chunks: first tokens send no gradient to the prompt",
+        "outer_grads, output_grad = vjp(sums.last.astype(self.last.dtype))",
+        "outer_grads, output_grad = vjp(0 * sums.last.astype(self.last.dtype))",
+        "models/test_chunked_replay.py::test_the_gradient_is_that_of_all_at_once",
+    ),
+    Mutation(
+        "chunks: what is known of the logps is not used",
+        "    if logps is None:\n        scored",
+        "    if True:\n        scored",
+        "models/test_chunked_replay.py::test_known_logps_are_not_computed_again",
     ),
     Mutation(
         "log-probs: of several rows in chunks, they come in another order",
