@@ -206,10 +206,10 @@ class Bench:
 
 
 def settings_of(config: ConfigDict) -> dict[str, Any]:
-    """By name, those that are not the default, without places of files."""
+    """By name, those that are not the default, without places of files and logs."""
     default = dict(config_lib.flatten(config_lib.default()))
-    places = ("cache_dir", "model.path", "data.path", "seed")
-    return {k: v for k, v in config_lib.flatten(config) if v != default[k] and k not in places}
+    others = ("cache_dir", "model.path", "data.path", "seed", "log.report")
+    return {k: v for k, v in config_lib.flatten(config) if v != default[k] and k not in others}
 
 
 def cells_of(

@@ -53,6 +53,7 @@ PRETRAINED_SETTINGS: dict[str, Any] = {
     "train.clip": 1.0,
     "train.eval_every": 0,
     "train.keep_checkpoints": 1,
+    "log.report": False,  # It selects negatives of test rows, which takes as long as to test.
 }
 TEST_ROWS = 300  # Of a pretrained world, drawn once: the same for all of its cells.
 # `instruct` is the pretrained model as it is.
