@@ -20,6 +20,7 @@ The second table is the estimate alone, for Llama 3.2 3B's sizes on one card and
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.estimate import memory as memory_lib
 from mass_dpo_jax.estimate.memory import MemoryEstimate, StepLayout
-from mass_dpo_jax.estimate.sizes import BatchLayout, DeviceModel
+from mass_dpo_jax.estimate.sizes import BatchLayout, Chunks, DeviceModel
 from mass_dpo_jax.models.config import DecoderConfig
 from mass_dpo_jax.models.decoder import REMAT
 from mass_dpo_jax.models.fused_attention import FusedAttention
@@ -61,9 +62,17 @@ def compiled_bytes(case: Case, program: Program) -> int:
 
 
 def estimate_case(
-    case: Case, remat: str, shared: bool = True, reuse: bool = True
+    case: Case,
+    remat: str,
+    shared: bool = True,
+    reuse: bool = True,
+    method: str = "mass_dpo",
+    at_a_time: int = 0,
 ) -> MemoryEstimate:
-    """Returns our estimate of the same step, on one device of the case's mesh."""
+    """Returns our estimate of the same step, on one device of the case's mesh.
+
+    `method` is mass_dpo or pl_all, `at_a_time` is `train.responses_at_a_time`.
+    """
     w, shape, sizes = case.workload, case.shapes[0], case.mesh.shape
     batch = w.batch // (sizes["data"] * sizes["fsdp"])
     model = DeviceModel.from_decoder(
@@ -76,7 +85,7 @@ def estimate_case(
         max_logits=case.max_logits,
     )
     optimizer = make_optimizer(case.config.train, 1)
-    chunk = None
+    chunks = trained_chunks = None
     if not shared:
         pool, trained = (
             BatchLayout(batch * count, shape.prompt, 1, case.max_response)
@@ -86,14 +95,25 @@ def estimate_case(
         pool = BatchLayout(batch, shape.prompt, 1, shape.responses)
         trained = pool._replace(length=shape.selected)
     else:
-        chunk = 1 + w.negatives
         pool = BatchLayout(batch, shape.prompt, 1 + w.pool, case.max_response)
-        trained = pool._replace(groups=chunk)
+        trained = pool._replace(groups=1 + w.negatives)
+    if shared:
+        divide = functools.partial(Chunks.divide, w.layout, max_response=case.max_response)
+        at_once = at_a_time or (1 + w.negatives if w.layout == "rectangle" else 0)
+        chunks = divide(1 + w.pool, at_once, packed_length=shape.responses)
+        trained_chunks = divide(1 + w.negatives, at_a_time, packed_length=shape.selected)
+    scores = method == "mass_dpo"
     return memory_lib.estimate_step(
         model,
         memory_lib.state_bytes(case.model, case.mesh, optimizer),
         memory_lib.batch_bytes(batch, shape.prompt, shape.responses, 1 + w.pool),
-        StepLayout(pool, chunk, trained, reuse=shared and reuse),
+        StepLayout(
+            pool if scores else None,
+            chunks,
+            trained,
+            reuse=scores and shared and reuse and not at_a_time,
+            trained_chunks=trained_chunks,
+        ),
     )
 
 

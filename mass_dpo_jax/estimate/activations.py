@@ -8,7 +8,7 @@ counts below were read off XLA's programs for CPUs in float32, and are up to 20%
 
 from __future__ import annotations
 
-from mass_dpo_jax.estimate.sizes import BatchLayout, DeviceModel, logits_chunk
+from mass_dpo_jax.estimate.sizes import BatchLayout, Chunks, DeviceModel, logits_chunk
 
 FLOAT32 = 4  # Bytes.
 MASK = FLOAT32 + 1  # Bytes of a score's mask, and of the zero that its masked gradient becomes.
@@ -169,36 +169,44 @@ def logits_bytes(model: DeviceModel, layout: BatchLayout, backward: bool) -> int
     return (3 if backward else 1) * logits + model.vocabulary * model.hidden * head
 
 
-def scoring_bytes(model: DeviceModel, layout: BatchLayout, chunk: int | None) -> int:
+def scoring_bytes(model: DeviceModel, layout: BatchLayout, chunks: Chunks | None) -> int:
     """Returns the temporaries of scoring a pool, without a record.
 
     Args:
         model: the model.
         layout: the pool.
-        chunk: groups computed at a time after the prompt, from its keys and values; None where
-            all are computed together with the prompt.
+        chunks: how it is divided; None where all is computed together with the prompt.
     """
     weights = weight_copy_bytes(model, backward=False)
-    if chunk is None or chunk >= layout.groups:
+    if chunks is None:
         hidden = 2 * layout.last_layer_tokens * model.hidden * model.itemsize
         return max(
             forward_bytes(model, layout) + weights,
             hidden + logits_bytes(model, layout, backward=False),
         )
-    prompt, groups = layout._replace(groups=0), layout._replace(groups=chunk)
-    responses = groups._replace(prompt=0)
-    # The prompt's keys and values of all layers, and its last hidden states.
-    prompt_values = prompt.tokens * 2 * model.layers * model.key_width
-    prompt_values += prompt.last_layer_tokens * model.hidden
-    kept = prompt_values * model.itemsize
-    if model.fused:
-        scores = fused_bytes(model, groups)  # Its keys include the prompt's.
-    else:
-        scores = 2 * model.heads * FLOAT32 * sum(groups.pairs[1:])
-    layer = max(_mlp_bytes(model, responses), _attention_bytes(model, responses) + scores)
+    kept = prompt_bytes(model, layout)
+    return max(
+        forward_bytes(model, layout.prompt_alone) + weights,
+        kept + chunk_scoring_bytes(model, layout, chunks),
+    )
+
+
+def prompt_bytes(model: DeviceModel, layout: BatchLayout) -> int:
+    """Returns what responses in chunks read of their prompt, once it is computed.
+
+    That is its keys and values of all layers, and its last hidden states.
+    """
+    prompt = layout.prompt_alone
+    values = prompt.tokens * 2 * model.layers * model.key_width
+    return (values + prompt.last_layer_tokens * model.hidden) * model.itemsize
+
+
+def chunk_scoring_bytes(model: DeviceModel, layout: BatchLayout, chunks: Chunks) -> int:
+    """Returns the temporaries of scoring a chunk; its prompt's are not among them."""
+    responses = layout.take(chunks)
+    weights = weight_copy_bytes(model, backward=False)
     hidden = 2 * responses.tokens * model.hidden * model.itemsize
     return max(
-        forward_bytes(model, prompt) + weights,
-        layer + weights + kept,
-        hidden + logits_bytes(model, responses, backward=False) + kept,
+        forward_bytes(model, responses) + weights,
+        hidden + logits_bytes(model, responses, backward=False),
     )

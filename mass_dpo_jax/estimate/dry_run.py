@@ -23,7 +23,7 @@ from mass_dpo_jax.data.batches import Shape
 from mass_dpo_jax.estimate import activations, memory
 from mass_dpo_jax.estimate import flops as flops_lib
 from mass_dpo_jax.estimate.memory import MemoryEstimate, StepLayout
-from mass_dpo_jax.estimate.sizes import BatchLayout, DeviceModel
+from mass_dpo_jax.estimate.sizes import BatchLayout, Chunks, DeviceModel
 from mass_dpo_jax.models.fused_attention import FusedAttention
 from mass_dpo_jax.models.logprobs import choose_max_logits
 from mass_dpo_jax.runs.run_folder import latest_step
@@ -107,7 +107,6 @@ def _prepare(config: ConfigDict, workdir: Path | None, splits: Sequence[str]) ->
 def estimate_shape(setup: Setup, mesh: Mesh, shape: Shape) -> MemoryEstimate:
     """Estimates the memory of a train step on batches of a shape."""
     train, method, policy = setup.train, setup.method, setup.policy
-    scorer = setup.program.scorer
     parts = _batch_parts(mesh)
     pool, trained = layouts(setup, shape, train.micro_batch_size // parts)
     in_step = parse_refresh(setup.refresh, 0) == 1
@@ -118,6 +117,7 @@ def estimate_shape(setup: Setup, mesh: Mesh, shape: Shape) -> MemoryEstimate:
     extra_values = candidates if tokens.scores is not None else 0
     extra_values += candidates**2 if method.frozen_features else 0
     optimizer = make_optimizer(train, 1)
+    chunks, trained_chunks = divide(setup, shape)
     return memory.estimate_step(
         device_model(setup, mesh),
         memory.state_bytes(policy.config, mesh, optimizer, policy.lora, policy.base_dtype),
@@ -126,10 +126,11 @@ def estimate_shape(setup: Setup, mesh: Mesh, shape: Shape) -> MemoryEstimate:
         ),
         StepLayout(
             pool if method.scores_pools else None,
-            scorer.chunk,
+            chunks,
             trained,
             train.batch_size // train.micro_batch_size,
-            reuse=method.scores_pools and in_step and setup.program.reuse,
+            reuse=method.scores_pools and in_step and setup.program.reuses_scoring,
+            trained_chunks=trained_chunks,
         ),
         train.offload_moments,
     )
@@ -166,6 +167,18 @@ def layouts(setup: Setup, shape: Shape, batch: int) -> tuple[BatchLayout, BatchL
     )
 
 
+def divide(setup: Setup, shape: Shape) -> tuple[Chunks | None, Chunks | None]:
+    """Returns the chunks that the pool and what is trained on are computed in; None: at once."""
+    program, scorer = setup.program, setup.program.scorer
+    candidates = setup.tokens["train"].response_lengths.shape[1]
+    trained = 1 + setup.method.num_negatives
+    longest = scorer.max_response
+    return (
+        Chunks.divide(scorer.layout, candidates, scorer.chunk, longest, shape.responses),
+        Chunks.divide(scorer.layout, trained, program.at_a_time, longest, shape.selected),
+    )
+
+
 def count_flops(setup: Setup) -> StepFlops:
     """Returns the operations of a step: of an average row, times the rows of a step."""
     train, buckets = setup.train, setup.buckets["train"]
@@ -178,10 +191,17 @@ def count_flops(setup: Setup) -> StepFlops:
     processed = np.zeros(2)
     for share, shape in zip(shares, buckets.shapes, strict=True):
         pool, trained = layouts(setup, shape, micro)
-        recorded = scores_pools and setup.program.reuse
-        flops = [0, flops_lib.training_flops(model, trained, recorded)]
+        chunks, trained_chunks = divide(setup, shape)
+        if trained_chunks is None:
+            recorded = scores_pools and setup.program.reuses_scoring
+            training = flops_lib.training_flops(model, trained, recorded)
+        else:
+            training = flops_lib.chunked_training_flops(
+                model, trained, trained_chunks, scores_pools
+            )
+        flops = [0, training]
         if scores_pools:
-            flops[0] = flops_lib.scoring_flops(model, pool, setup.program.scorer.chunk)
+            flops[0] = flops_lib.scoring_flops(model, pool, chunks)
         processed += share * np.array(flops) / micro
 
     # Real tokens only: row by row, with the average negatives of a pool.
@@ -209,9 +229,11 @@ def _evaluation_bytes(setup: Setup, mesh: Mesh) -> int:
     """Temporaries of scoring with eval.batch_size, for the largest shape of any split."""
     batch = setup.eval_batch_size // _batch_parts(mesh)
     shapes = [shape for buckets in setup.buckets.values() for shape in buckets.shapes]
-    pools = [layouts(setup, shape, batch)[0] for shape in shapes]
-    model, chunk = device_model(setup, mesh), setup.program.scorer.chunk
-    return max(activations.scoring_bytes(model, pool, chunk) for pool in pools)
+    model = device_model(setup, mesh)
+    return max(
+        activations.scoring_bytes(model, layouts(setup, shape, batch)[0], divide(setup, shape)[0])
+        for shape in shapes
+    )
 
 
 def _header(config: ConfigDict, mesh: Mesh, shape: Shape) -> str:

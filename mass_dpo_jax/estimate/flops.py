@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mass_dpo_jax.estimate.sizes import BatchLayout, DeviceModel, logits_chunk
+from mass_dpo_jax.estimate.sizes import BatchLayout, Chunks, DeviceModel, logits_chunk
 
 
 def forward_flops(model: DeviceModel, layout: BatchLayout) -> int:
@@ -40,25 +40,25 @@ def attention_flops(model: DeviceModel, layout: BatchLayout) -> int:
 
 def logits_flops(model: DeviceModel, layout: BatchLayout) -> int:
     """Returns 2 D V a response token, with those that fill up the last chunk."""
+    if not layout.response_tokens:
+        return 0
     chunk = logits_chunk(model, layout)
     tokens = layout.batch * chunk * -(-layout.response_tokens // chunk)
     return 2 * model.hidden * model.vocabulary * tokens
 
 
-def scoring_flops(model: DeviceModel, layout: BatchLayout, chunk: int | None) -> int:
-    """Returns the operations of scoring a pool in chunks of groups, the last one filled up.
+def scoring_flops(model: DeviceModel, layout: BatchLayout, chunks: Chunks | None) -> int:
+    """Returns the operations of scoring a pool.
 
     Args:
         model: the model.
         layout: the pool.
-        chunk: groups scored at a time, see `activations.scoring_bytes`.
+        chunks: how it is divided, see `activations.scoring_bytes`.
     """
-    if chunk is None or chunk >= layout.groups:
+    if chunks is None:
         return forward_flops(model, layout)
-    chunks = -(-layout.groups // chunk)
-    filled = layout._replace(groups=chunks * chunk)
-    layers = forward_flops(model, filled) - logits_flops(model, filled)
-    return layers + chunks * logits_flops(model, layout._replace(groups=chunk))
+    responses = chunks.number * forward_flops(model, layout.take(chunks))
+    return forward_flops(model, layout.prompt_alone) + responses
 
 
 def training_flops(model: DeviceModel, layout: BatchLayout, recorded: bool = False) -> int:
@@ -82,6 +82,25 @@ def training_flops(model: DeviceModel, layout: BatchLayout, recorded: bool = Fal
         frozen += logits_flops(model, layout)
     passes = 2 if recorded else 3  # Backward takes twice as much as forward.
     return passes * forward_flops(model, layout) + recomputed - frozen
+
+
+def chunked_training_flops(
+    model: DeviceModel, layout: BatchLayout, chunks: Chunks, scored: bool
+) -> int:
+    """Returns the operations of the loss and its gradient, some responses at a time.
+
+    Args:
+        model: the model.
+        layout: the chosen responses and picks that are trained on.
+        chunks: how they are divided.
+        scored: whether scoring the pool has found their log-probabilities.
+    """
+    responses = layout.take(chunks)
+    # Recorded without their log-probabilities, which only the scoring pass computes.
+    each = training_flops(model, responses) - logits_flops(model, responses)
+    if not scored:
+        each += forward_flops(model, responses)
+    return training_flops(model, layout.prompt_alone) + chunks.number * each
 
 
 def useful_flops(

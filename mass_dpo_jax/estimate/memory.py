@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from mass_dpo_jax.estimate import activations
 from mass_dpo_jax.estimate.activations import FLOAT32
-from mass_dpo_jax.estimate.sizes import BatchLayout, DeviceModel
+from mass_dpo_jax.estimate.sizes import BatchLayout, Chunks, DeviceModel
 from mass_dpo_jax.models.config import DecoderConfig
 from mass_dpo_jax.models.lora import Lora
 from mass_dpo_jax.training.mesh import param_shapes
@@ -44,17 +44,19 @@ class StepLayout(NamedTuple):
 
     Attributes:
         pool: the responses that are scored; None if none are.
-        chunk: groups of the pool that are scored at a time, see `activations.scoring_bytes`.
+        chunks: how the pool is divided for that, see `activations.scoring_bytes`.
         trained: the responses in the loss.
         micro_batches: micro-batches of a step.
         reuse: whether training starts from the record of scoring the pool.
+        trained_chunks: how the responses in the loss are divided; None: not.
     """
 
     pool: BatchLayout | None
-    chunk: int | None
+    chunks: Chunks | None
     trained: BatchLayout
     micro_batches: int = 1
     reuse: bool = False
+    trained_chunks: Chunks | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +78,8 @@ class MemoryEstimate:
         last_layer: temporaries of the loss in the last layer.
         other_layer: temporaries of the loss in any other layer.
         offloaded: whether the optimizer's state is on the device during the update only.
+        earlier_chunks: the gradients of chunks of responses before the one at hand.
+        prompt: record and temporaries of the prompt's own backward pass, after all chunks.
     """
 
     parameters: int
@@ -92,6 +96,8 @@ class MemoryEstimate:
     last_layer: int
     other_layer: int
     offloaded: bool
+    earlier_chunks: int = 0
+    prompt: int = 0
 
     @property
     def phases(self) -> dict[str, int]:
@@ -102,13 +108,16 @@ class MemoryEstimate:
         inputs = self.parameters + self.batch
         held = inputs + (0 if self.offloaded else self.optimizer) + self.gradient_sums
         backward = held + self.gradients + self.weight_copies + self.kept
-        return {
+        phases = {
             "scoring": held + self.pool_record + self.scoring,
-            "vocabulary": held + self.kept + self.logits,
+            "vocabulary": held + self.earlier_chunks + self.kept + self.logits,
             "last layer": backward + self.last_layer,
             "layers": backward - self.last_layer_kept + self.other_layer,
             "update": inputs + self.optimizer + self.gradients,
         }
+        if self.prompt:
+            phases["prompt"] = held + self.gradients + self.weight_copies + self.prompt
+        return phases
 
     @property
     def peak(self) -> int:
@@ -137,7 +146,8 @@ def estimate_step(
         step: the responses that are scored and trained on.
         offloaded: whether the optimizer's state lies on the host between updates.
     """
-    recorded = step.pool if step.reuse and step.pool is not None else step.trained
+    chunks = step.trained_chunks
+    terms = _count_at_once(model, step) if chunks is None else _count_chunks(model, step, chunks)
     return MemoryEstimate(
         parameters=state.trained + state.frozen,
         gradients=state.trained,
@@ -145,15 +155,49 @@ def estimate_step(
         batch=batch,
         gradient_sums=state.trained if step.micro_batches > 1 else 0,
         weight_copies=activations.weight_copy_bytes(model, backward=True),
-        kept=activations.kept_bytes(model, recorded, step.trained),
-        last_layer_kept=activations.last_layer_record_bytes(model, recorded),
-        pool_record=activations.record_bytes(model, recorded) if step.reuse else 0,
-        scoring=0 if step.pool is None else activations.scoring_bytes(model, step.pool, step.chunk),
-        logits=activations.logits_bytes(model, step.trained, backward=True),
-        last_layer=activations.backward_bytes(model, step.trained, last_layer=True),
-        other_layer=activations.backward_bytes(model, step.trained),
         offloaded=offloaded,
+        earlier_chunks=0 if chunks is None else state.trained,
+        **terms,
     )
+
+
+def _count_at_once(model: DeviceModel, step: StepLayout) -> dict[str, int]:
+    """Counts records and temporaries of a step, by the names of `MemoryEstimate`."""
+    recorded = step.pool if step.reuse and step.pool is not None else step.trained
+    scoring = 0
+    if step.pool is not None:
+        scoring = activations.scoring_bytes(model, step.pool, step.chunks)
+    return {
+        "kept": activations.kept_bytes(model, recorded, step.trained),
+        "last_layer_kept": activations.last_layer_record_bytes(model, recorded),
+        "pool_record": activations.record_bytes(model, recorded) if step.reuse else 0,
+        "scoring": scoring,
+        "logits": activations.logits_bytes(model, step.trained, backward=True),
+        "last_layer": activations.backward_bytes(model, step.trained, last_layer=True),
+        "other_layer": activations.backward_bytes(model, step.trained),
+    }
+
+
+def _count_chunks(model: DeviceModel, step: StepLayout, chunks: Chunks) -> dict[str, int]:
+    """Counts the same where some responses are differentiated at a time (chunked_replay.py)."""
+    prompt, responses = step.trained.prompt_alone, step.trained.take(chunks)
+    record = activations.record_bytes(model, prompt)
+    read = activations.prompt_bytes(model, prompt)
+    # The sum of its gradient is float32.
+    kept_of_prompt = record + read + read // model.itemsize * FLOAT32
+    scoring = record + read + activations.chunk_scoring_bytes(model, step.trained, chunks)
+    if step.pool is not None:
+        scoring = activations.scoring_bytes(model, step.pool, step.chunks)
+    return {
+        "kept": kept_of_prompt + activations.kept_bytes(model, responses, responses),
+        "last_layer_kept": activations.last_layer_record_bytes(model, responses),
+        "pool_record": 0,
+        "scoring": scoring,
+        "logits": activations.logits_bytes(model, responses, backward=True),
+        "last_layer": activations.backward_bytes(model, responses, last_layer=True),
+        "other_layer": activations.backward_bytes(model, responses),
+        "prompt": kept_of_prompt + activations.backward_bytes(model, prompt),
+    }
 
 
 def tree_bytes(tree: Any) -> int:

@@ -12,6 +12,44 @@ from typing import NamedTuple
 from mass_dpo_jax.models.config import DecoderConfig
 from mass_dpo_jax.models.logprobs import MAX_LOGITS
 from mass_dpo_jax.models.lora import Lora
+from mass_dpo_jax.models.response_layout import measure_chunks
+
+
+class Chunks(NamedTuple):
+    """Responses that are computed some at a time, after their prompt.
+
+    Attributes:
+        number: how many chunks there are.
+        groups: groups of a chunk.
+        length: tokens of a group.
+    """
+
+    number: int
+    groups: int
+    length: int
+
+    @classmethod
+    def divide(
+        cls,
+        layout: str,
+        count: int,
+        at_a_time: int | None,
+        max_response: int,
+        packed_length: int,
+    ) -> Chunks | None:
+        """Divides responses as `response_layout.deal`; None where all are computed at once.
+
+        Args:
+            layout: "packed" or "rectangle".
+            count: number of responses.
+            at_a_time: the most of a chunk; None or 0 for all.
+            max_response: tokens of the longest response.
+            packed_length: tokens of all.
+        """
+        if not at_a_time or at_a_time >= count:
+            return None
+        number, size, room = measure_chunks(layout, count, at_a_time, max_response, packed_length)
+        return cls(number, size, max_response) if layout == "rectangle" else cls(number, 1, room)
 
 
 class BatchLayout(NamedTuple):
@@ -28,6 +66,8 @@ class BatchLayout(NamedTuple):
         length: tokens of a group.
         whole_prompt: whether the final hidden states of the whole prompt are needed, not only
             those of its last token: features are pooled over it too.
+        prompt_given: whether the prompt has been computed before, and only its keys and values are
+            used.
     """
 
     batch: int
@@ -35,6 +75,17 @@ class BatchLayout(NamedTuple):
     groups: int
     length: int
     whole_prompt: bool = False
+    prompt_given: bool = False
+
+    @property
+    def prompt_alone(self) -> BatchLayout:
+        """The prompt without responses."""
+        return self._replace(groups=0)
+
+    def take(self, chunks: Chunks, number: int = 1) -> BatchLayout:
+        """Returns the layout of so many chunks, without their prompt."""
+        groups = number * chunks.groups
+        return self._replace(groups=groups, length=chunks.length, prompt_given=True)
 
     @property
     def response_tokens(self) -> int:
@@ -44,12 +95,15 @@ class BatchLayout(NamedTuple):
     @property
     def tokens(self) -> int:
         """All tokens of the batch."""
-        return self.batch * (self.prompt + self.response_tokens)
+        prompt = 0 if self.prompt_given else self.prompt
+        return self.batch * (prompt + self.response_tokens)
 
     @property
     def last_layer_tokens(self) -> int:
         """Tokens of which the last layer computes more than keys and values."""
-        return self.tokens if self.whole_prompt else self.batch * (1 + self.response_tokens)
+        if self.whole_prompt or self.prompt_given:
+            return self.tokens
+        return self.batch * (1 + self.response_tokens)
 
     @property
     def pairs(self) -> tuple[int, int, int]:
@@ -58,7 +112,7 @@ class BatchLayout(NamedTuple):
         Those among prompt tokens, of response tokens with the prompt, and within groups.
         """
         return (
-            self.batch * self.prompt**2,
+            0 if self.prompt_given else self.batch * self.prompt**2,
             self.batch * self.response_tokens * self.prompt,
             self.batch * self.response_tokens * self.length,
         )
@@ -70,7 +124,7 @@ class BatchLayout(NamedTuple):
         It sees the prompt and, in a separate column, itself.
         """
         within_prompt, to_prompt, within_groups = self.pairs
-        if not self.whole_prompt:
+        if not (self.whole_prompt or self.prompt_given):
             within_prompt = self.batch * (self.prompt + 1)
         return within_prompt, to_prompt, within_groups
 

@@ -70,6 +70,29 @@ class Chunks(NamedTuple):
         return jnp.take_along_axis(x, places.reshape(*places.shape, *(1,) * (x.ndim - 2)), axis=1)
 
 
+def measure_chunks(
+    layout: str, count: int, at_a_time: int, max_response: int, packed_length: int
+) -> tuple[int, int, int]:
+    """Computes the sizes of chunks of nearly `at_a_time` candidates, as few as possible.
+
+    Args:
+        layout: "packed" or "rectangle".
+        count: number of candidates, C.
+        at_a_time: the most candidates of a chunk.
+        max_response: R, at least the longest response.
+        packed_length: S, at least the sum of any row's lengths.
+
+    Returns:
+        Number of chunks m, candidates of each K, and room for the responses of any, in tokens.
+    """
+    num_chunks = -(-count // at_a_time)
+    size = -(-count // num_chunks)
+    room = size * max_response
+    if layout != "rectangle":
+        room = min(room, packed_length // num_chunks + max_response)
+    return num_chunks, size, room
+
+
 def deal(
     layout: str,
     lengths: Int[Array, "B C"],
@@ -77,18 +100,18 @@ def deal(
     max_response: int | None,
     packed_length: int,
 ) -> Chunks:
-    """Divides candidates into chunks of nearly `at_a_time`, as few as possible.
+    """Divides candidates into chunks.
 
     A rectangle's are dealt in order. Packed ones are dealt out by length, the longest first, like
     cards: m chunks of a row with S tokens then have at most S / m + R tokens each, since a chunk's
     share of every round but the first is at most the mean of the round before.
 
     Args:
-        layout: "packed" or "rectangle".
+        layout: see `measure_chunks`.
         lengths: lengths of the candidates; 0 where there is none.
-        at_a_time: the most candidates of a chunk.
-        max_response: R, static, at least the longest response.
-        packed_length: S, static, at least the sum of any row's lengths.
+        at_a_time: see `measure_chunks`.
+        max_response: see `measure_chunks`; static.
+        packed_length: see `measure_chunks`; static.
 
     Raises:
         ValueError: no `max_response`.
@@ -96,18 +119,15 @@ def deal(
     if max_response is None:
         raise ValueError("candidates in chunks need max_response")
     batch, count = lengths.shape
-    num_chunks = -(-count // at_a_time)
-    size = -(-count // num_chunks)
+    num_chunks, size, room = measure_chunks(layout, count, at_a_time, max_response, packed_length)
     is_rectangle = layout == "rectangle"
     in_order = jnp.broadcast_to(jnp.arange(count), lengths.shape)
     order = in_order if is_rectangle else jnp.argsort(-lengths, axis=1)
     order = jnp.pad(order, ((0, 0), (0, num_chunks * size - count)), constant_values=count)
-    room = size * max_response
     if is_rectangle:
         columns = order.reshape(batch, num_chunks, size).transpose(1, 0, 2)
     else:
         columns = order.reshape(batch, size, num_chunks).transpose(2, 0, 1)
-        room = min(room, packed_length // num_chunks + max_response)
     return Chunks(columns, room)
 
 

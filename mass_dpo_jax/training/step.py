@@ -115,6 +115,11 @@ class Program:
     def __hash__(self) -> int:
         return hash(self._key)
 
+    @property
+    def reuses_scoring(self) -> bool:
+        """Whether a pass that scores pools in a step is recorded, which takes memory for all."""
+        return self.reuse and not self.at_a_time
+
     def score_pools(
         self, params: Params, batch: Batch, key: Array, record: bool = False
     ) -> tuple[selection.Pool, CandidateScores | None]:
@@ -286,8 +291,8 @@ class Program:
         else:
             # 1. Score the pools, with the policy before the update.
             with jax.named_scope("score"):
-                record = self.reuse and not self.at_a_time
-                pools, scores = self.score_pools({**frozen, **trained}, batch, key, record)
+                policy = {**frozen, **trained}
+                pools, scores = self.score_pools(policy, batch, key, self.reuses_scoring)
             # 2. Choose n negatives of each pool.
             with jax.named_scope("choose"):
                 choice, selection_metrics = self.choose(pools)

@@ -27,7 +27,8 @@ from mass_dpo_jax.estimate import flops as flops_lib
 from mass_dpo_jax.estimate import memory as memory_lib
 from mass_dpo_jax.estimate.dry_run import dry_run
 from mass_dpo_jax.estimate.memory import StateBytes, StepLayout
-from mass_dpo_jax.estimate.sizes import BatchLayout, DeviceModel
+from mass_dpo_jax.estimate.sizes import BatchLayout, Chunks, DeviceModel
+from mass_dpo_jax.models.candidate_scores import CandidateScores
 from mass_dpo_jax.models.config import DecoderConfig
 from mass_dpo_jax.models.decoder import abstract_decoder
 from mass_dpo_jax.models.fused_attention import FusedAttention
@@ -108,15 +109,16 @@ def arguments(rows: int, model: DecoderConfig = MODEL) -> tuple[Any, Batch]:
     return params, Batch(*made, ref_logps=reference, index=index)
 
 
-def layouts(layout: str, rows: int) -> tuple[BatchLayout, int | None, BatchLayout]:
-    """Returns the layout of the pool, its chunk, and the layout of what is trained on."""
+def layouts(layout: str, rows: int) -> tuple[BatchLayout, Chunks | None, BatchLayout]:
+    """Returns the layout of the pool, its chunks, and the layout of what is trained on."""
     if layout == "packed":
         pool, trained = (
             BatchLayout(rows, PROMPT, 1, n * RESPONSE) for n in (1 + POOL, 1 + NEGATIVES)
         )
         return pool, None, trained
     pool, trained = (BatchLayout(rows, PROMPT, n, RESPONSE) for n in (1 + POOL, 1 + NEGATIVES))
-    return pool, 1 + NEGATIVES, trained
+    chunks = Chunks.divide(layout, 1 + POOL, 1 + NEGATIVES, RESPONSE, (1 + POOL) * RESPONSE)
+    return pool, chunks, trained
 
 
 def loss(made: Program) -> Any:
@@ -190,12 +192,12 @@ def test_a_fused_kernel_holds_no_scores(remat: str) -> None:
     """Temporaries grow with the number of heads by no pair of tokens."""
     one = DeviceModel.from_decoder(MODEL, 2, remat, fused=True)
     many = dataclasses.replace(one, heads=one.heads + 1)
-    pool, chunk, trained = layouts("rectangle", 2)
+    pool, chunks, trained = layouts("rectangle", 2)
     for layout in (trained, trained._replace(prompt=400)):
         for count in (activations.backward_bytes, activations.forward_bytes):
             assert count(many, layout) - count(one, layout) <= 4 * layout.tokens * one.layers
-    assert activations.scoring_bytes(one, pool, chunk) < activations.scoring_bytes(
-        dataclasses.replace(one, fused=False, heads=24), pool, chunk
+    assert activations.scoring_bytes(one, pool, chunks) < activations.scoring_bytes(
+        dataclasses.replace(one, fused=False, heads=24), pool, chunks
     )
 
 
@@ -205,13 +207,13 @@ def test_flops_are_those_of_the_programs_products(remat: str, layout: str) -> No
     rows = 3
     made = program(remat, layout, "float32")
     model = DeviceModel.from_decoder(MODEL, 4, remat)
-    pool, chunk, trained = layouts(layout, rows)
+    pool, chunks, trained = layouts(layout, rows)
     params, batch = arguments(rows)
     counted = cost.counted(jax.make_jaxpr(jax.grad(loss(made)))(params, batch, numbers(rows)).jaxpr)
     assert flops_lib.training_flops(model, trained) == pytest.approx(counted, rel=0.02)
     key = jax.eval_shape(lambda: jax.random.key(0))
     counted = cost.counted(jax.make_jaxpr(made.choose_batch)(params, batch, key).jaxpr)
-    assert flops_lib.scoring_flops(model, pool, chunk) == pytest.approx(counted, rel=0.02)
+    assert flops_lib.scoring_flops(model, pool, chunks) == pytest.approx(counted, rel=0.02)
 
 
 def test_useful_flops_count_pairs_that_see_each_other() -> None:
@@ -256,11 +258,66 @@ def test_temporaries_are_near_those_of_xla(remat: str, changes: dict[str, Any]) 
     assert found.temporaries == pytest.approx(compiled, rel=0.2)
 
 
+LONG = {"batch": 2, "prompt": 48, "response": 64, "pool": 19, "negatives": 19}
+
+
+@pytest.mark.parametrize(
+    ("remat", "method", "changes"),
+    [
+        ("dots", "pl_all", LONG),
+        slow("full", "pl_all", {**LONG, "layout": "rectangle"}),
+        slow("dots", "pl_all", {**LONG, "prompt": 256, "response": 16}),  # The prompt's own pass.
+        slow("full", "mass_dpo", {**LONG, "negatives": 7}),
+        slow("dots", "mass_dpo", {**LONG, "negatives": 7, "layout": "rectangle"}),
+    ],
+)
+def test_temporaries_of_a_few_responses_at_a_time(
+    remat: str, method: str, changes: dict[str, Any]
+) -> None:
+    case = Case.without_weights(dataclasses.replace(WORKLOAD, **changes))
+    found = estimate_case(case, remat, method=method, at_a_time=4).temporaries
+    compiled = compiled_bytes(case, case.program(method, remat, at_a_time=4))
+    assert found == pytest.approx(compiled, rel=0.2)
+    assert found < 0.5 * estimate_case(case, remat, method=method).temporaries
+
+
+@pytest.mark.parametrize("layout", ["packed", "rectangle"])
+@pytest.mark.parametrize("scored", [False, True])
+def test_flops_of_a_few_responses_at_a_time(layout: str, scored: bool) -> None:
+    rows, made = 3, program("full", layout, "float32")
+    made = dataclasses.replace(made, at_a_time=2)
+    params, batch = arguments(rows)
+    scores = CandidateScores(jnp.zeros((rows, 1 + POOL))) if scored else None
+
+    def differentiate(params: Any, batch: Batch, numbers: Any) -> Any:
+        size = (1 + NEGATIVES) * RESPONSE
+        return made.value_and_grad(params, {}, batch, Choice(numbers), size, scores)
+
+    counted = cost.counted(jax.make_jaxpr(differentiate)(params, batch, numbers(rows)).jaxpr)
+    _, _, trained = layouts(layout, rows)
+    chunks = Chunks.divide(layout, 1 + NEGATIVES, 2, RESPONSE, (1 + NEGATIVES) * RESPONSE)
+    assert chunks is not None
+    model = DeviceModel.from_decoder(MODEL, 4, "full")
+    found = flops_lib.chunked_training_flops(model, trained, chunks, scored)
+    assert found == pytest.approx(counted, rel=0.02)
+
+
+@pytest.mark.usefixtures("one_device")
+def test_dry_run_of_a_few_responses_at_a_time(tmp_path: Path) -> None:
+    config = tiny_config(write_jsonl(tmp_path / "data.jsonl"), method="pl_all")
+    config.train.update(batch_size=3200, micro_batch_size=3200)
+    at_once = dry_run(config, None, train_lib.SPLITS)
+    config.train.responses_at_a_time = 2
+    few = dry_run(config, None, train_lib.SPLITS)
+    assert gigabytes(few, "kept") < gigabytes(at_once, "kept")
+    assert "all at once: prompt" in few and "all at once: prompt" not in at_once
+
+
 def test_peak_with_an_offloaded_state_and_several_micro_batches() -> None:
     model = DeviceModel.from_decoder(MODEL, 2, "full")
-    pool, chunk, trained = layouts("packed", 2)
+    pool, chunks, trained = layouts("packed", 2)
     state = StateBytes(trained=100, frozen=0, optimizer=200)
-    step = StepLayout(pool, chunk, trained, micro_batches=1)
+    step = StepLayout(pool, chunks, trained, micro_batches=1)
     one = memory_lib.estimate_step(model, state, 7, step)
     many = memory_lib.estimate_step(model, state, 7, step._replace(micro_batches=4), offloaded=True)
     assert one.phases["update"] == many.phases["update"] == 100 + 100 + 200 + 7
