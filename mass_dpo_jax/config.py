@@ -38,6 +38,9 @@ CRITERION_SUMMARIES = {
     "hardest": "the largest scores",
     "random": "uniformly at random",
     "all": "the whole pool",
+    "topk": "uniformly from the selection.top largest scores (RoDPO)",
+    "boundary": "scores no less than the chosen response's, or the highest cluster (DynamicPO)",
+    "kmedoids": "medoids of the pool's features (AMPO)",
 }
 # The values that a setting can have. Tests hold them equal to the code that reads them, which is
 # not imported here: --help should be quick.
@@ -56,11 +59,12 @@ CHOICES = {
     "data.long_prompt": ("cut", "drop", "error"),
     "data.long_response": ("error", "drop"),
     "selection.criterion": tuple(CRITERION_SUMMARIES),
-    "selection.draw": ("pivotal", "local", "independent"),
+    "selection.draw": ("pivotal", "local", "partition", "independent"),
     "selection.features": ("policy", "reference"),
     "selection.feature_norm": ("none", "l2"),
     "selection.pooling": ("response", "all"),
 }
+FEATURE_DRAWS = ("local", "partition")  # Values of `selection.draw` that read features.
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PATHS = (
     "cache_dir model.path model.reference_path model.lora.path data.path data.chat_template"
@@ -179,8 +183,11 @@ def default() -> ConfigDict:
     # (the paper's Eq. 11).
     c.selection.fisher_scale = False
     # How pl_sampled draws its negatives: pivotal (all different, the large weights always) | local
-    # (likewise, neighbours in feature space seldom together) | independent (with replacement).
+    # (likewise, neighbours in feature space seldom together) | partition (one from each of n cells
+    # of features) | independent (with replacement).
     c.selection.draw = "pivotal"
+
+    c.selection.top = 10  # For the criterion topk: how many of the largest scores it draws from.
 
     # ---- Margins of the method odpo.
     c.odpo = Settings()

@@ -26,7 +26,8 @@ POSITIVE = (
     "beta num_negatives model.scratch.hidden_size model.scratch.num_heads selection.ridge "
     "train.batch_size train.micro_batch_size train.learning_rate train.clip "
     "train.checkpoint_every train.keep_checkpoints train.max_skipped eval.batch_size "
-    "data.max_prompt_length data.max_response_length data.max_shapes odpo.alpha model.lora.alpha"
+    "data.max_prompt_length data.max_response_length data.max_shapes odpo.alpha model.lora.alpha "
+    "selection.top"
 ).split()
 NOT_NEGATIVE = (
     "seed train.steps train.epochs train.weight_decay train.eval_every log.draw_noise_every "

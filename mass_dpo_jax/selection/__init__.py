@@ -5,7 +5,8 @@ catalogue.py       in one pool of up to a million: `select_from_catalogue`
 sharded_search.py  its greedy search, over devices
 registry.py        `Settings`; `criterion` and `design` register a criterion
 criteria.py        the built-in criteria
-draws.py           weighted random draws: pivotal, local, independent
+baselines.py       criteria of other papers
+draws.py           weighted random draws: pivotal, local, partition, independent
 search.py          which set has a large determinant
 gram.py            Gram matrices of features and of designs
 types.py           `Pool`, `Selection`, `Design`

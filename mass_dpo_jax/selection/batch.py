@@ -26,6 +26,7 @@ from jax import lax
 from jaxtyping import Array, Float, Key
 
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.selection import baselines as baselines  # Registers its criteria.
 from mass_dpo_jax.selection import criteria
 from mass_dpo_jax.selection.arrays import as_array, as_integer, as_mask
 from mass_dpo_jax.selection.draws import effective_pool, share_certain
@@ -113,6 +114,7 @@ def select_negatives(
     fisher_scale: bool = False,
     beta: float = 0.1,
     draw: str = "pivotal",
+    top: int = 10,
     seed: int = 0,
     **unknown: Any,
 ) -> Selection:
@@ -132,7 +134,8 @@ def select_negatives(
         feature_norm: "none", or "l2" to divide each feature by its norm.
         fisher_scale: True to multiply by Eq. 11's factor beta^2 (1 - sigma(Z)).
         beta: that of the scores, for `fisher_scale`.
-        draw: how `sampled` draws: pivotal, local or independent.
+        draw: how `sampled` draws: pivotal, local, partition or independent.
+        top: for `topk`, how many of the largest scores negatives are drawn from.
         seed: for criteria that draw.
         unknown: refused, with the setting that was meant.
 
@@ -164,7 +167,7 @@ def select_negatives(
         )
     if is_single := features.ndim == 2:
         features, scores, mask = features[None], scores[None], mask[None]
-    settings = Settings(criterion, ridge, feature_norm, fisher_scale, beta, draw)
+    settings = Settings(criterion, ridge, feature_norm, fisher_scale, beta, draw, top)
     picks, excess = select_features(features, scores, mask, jax.random.key(seed), n, settings)
     locations = ["features"] if is_single else [f"features[{row}]" for row in range(len(mask))]
     check_selection(picks, excess, settings, locations)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from mass_dpo_jax.selection.draws import DRAWS
+from mass_dpo_jax.selection.draws import DRAWS, deal_uniforms
 from mass_dpo_jax.selection.gram import from_origin, log_det, weighted_gram
 from mass_dpo_jax.selection.registry import Settings, criterion, design, in_order
 from mass_dpo_jax.selection.types import Design, Pool, Selection
@@ -86,11 +86,7 @@ def set_fisher(pool: Pool, settings: Settings) -> Design:
 def hardest(pool: Pool, n: int, settings: Settings) -> Selection:
     """Selects the n negatives with the largest scores."""
     del settings
-    assert pool.scores is not None
-    scores = jnp.where(jnp.isnan(pool.scores), -jnp.inf, pool.scores)
-    # Masked negatives come last, however low the valid ones score.
-    order = jnp.lexsort((jnp.arange(scores.shape[0]), -scores, ~pool.mask))
-    return in_order(order, pool.mask, n)
+    return in_order(order_by_score(pool), pool.mask, n)
 
 
 @criterion("sampled", needs_scoring=True, weighted=True)
@@ -111,10 +107,8 @@ def random(pool: Pool, n: int, settings: Settings) -> Selection:
     """
     del settings
     size = pool.mask.shape[0]
-    draws = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(pool.key, i)))(
-        jnp.arange(size)
-    )
-    _, order = lax.top_k(jnp.where(pool.mask, draws, -1.0), size)
+    numbers = deal_uniforms(pool.key, size)
+    _, order = lax.top_k(jnp.where(pool.mask, numbers, -1.0), size)
     return in_order(order, pool.mask, n)
 
 
@@ -125,6 +119,16 @@ def every(pool: Pool, n: int, settings: Settings) -> Selection:
     if n < pool.mask.shape[0]:
         raise ValueError(f"criterion all needs n >= N = {pool.mask.shape[0]}, got n = {n}")
     return in_order(jnp.argsort(~pool.mask, stable=True), pool.mask, n)
+
+
+def order_by_score(pool: Pool) -> Int[Array, " N"]:
+    """Orders candidates by score, the largest first; NaN come last of the valid ones, then masked.
+
+    Ties go to the lowest index.
+    """
+    assert pool.scores is not None
+    scores = jnp.where(jnp.isnan(pool.scores), -jnp.inf, pool.scores)
+    return jnp.lexsort((jnp.arange(scores.shape[0]), -scores, ~pool.mask))
 
 
 def pool_weights(scores: Float[Array, " N"], mask: Bool[Array, " N"]) -> Float[Array, " N"]:

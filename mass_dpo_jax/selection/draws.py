@@ -5,13 +5,14 @@ the pool weights p. Its error on gradients g_i is (w - p)' K (w - p), with K_ij 
 gradient of a negative's reward contains the chosen response's, so weights that do not sum to 1
 would scale that by a random number; all of these sum to 1.
 
-`pivotal` and `local` draw n different candidates, each with the probability pi_i of
-`inclusion_probabilities`, and w_i = p_i / pi_i. They start from all pi and let candidates duel in
-pairs, which moves probability from one of the two to the other, its mean unchanged, until one of
-them is drawn or out (Deville and Tille, "Unequal probability sampling without replacement through a
-splitting method", 1998). Whoever meets whom, the error is at most that of n independent draws
-(Chauvet and Ruiz-Gazen, arXiv 1609.02688). What a candidate is dealt depends on the key and its
-index only, so padding does not change a draw.
+`partition` draws one candidate from each of n cells. `pivotal` and `local` draw n different ones,
+each with the probability pi_i of `inclusion_probabilities`, and w_i = p_i / pi_i. They start from
+all pi and let candidates duel in pairs, which moves probability from one of the two to the other,
+its mean unchanged, until one of them is drawn or out (Deville and Tille, "Unequal probability
+sampling without replacement through a splitting method", 1998).
+Whoever meets whom, the error is at most that of n independent draws (Chauvet and Ruiz-Gazen, arXiv
+1609.02688). What a candidate is dealt depends on the key and its index only, so padding does not
+change a draw.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Key
 
+from mass_dpo_jax.selection.gram import multiply, squared_distances
 from mass_dpo_jax.selection.types import Pool
 
 CERTAIN = 1 - 1e-6  # Inclusion probabilities from here on are 1, up to rounding.
@@ -57,13 +59,13 @@ def draw_pivotal(pool: Pool, n: int) -> Draw:
     inclusion = inclusion_probabilities(_log_weights(pool.scores, pool.mask), n)
     size = pool.mask.shape[0]
     # A shuffle with masked candidates last: the others meet as if those were not there.
-    order = jnp.lexsort((_deal_uniforms(pool.key, 0, size), ~pool.mask))
+    order = jnp.lexsort((deal_uniforms(jax.random.fold_in(pool.key, 0), size), ~pool.mask))
     rounds = max(size - 1, 0).bit_length()
     players = jnp.pad(order, (0, 2**rounds - size), constant_values=size)
     pi = jnp.pad(inclusion.probabilities, (0, 1))[players]
     drawn = jnp.zeros(size + 1, bool)
     for number in range(rounds):
-        noise = _deal_uniforms(pool.key, number + 1, len(pi) // 2)
+        noise = deal_uniforms(jax.random.fold_in(pool.key, number + 1), len(pi) // 2)
         left_drawn, right_drawn, left_stays, pi = duel(pi[::2], pi[1::2], noise)
         drawn = drawn.at[players[::2]].max(left_drawn).at[players[1::2]].max(right_drawn)
         players = jnp.where(left_stays, players[::2], players[1::2])
@@ -81,13 +83,11 @@ def draw_local(pool: Pool, n: int) -> Draw:
     assert pool.gram is not None
     inclusion = inclusion_probabilities(_log_weights(pool.scores, pool.mask), n)
     size = pool.mask.shape[0]
-    gram = pool.gram[1:, 1:]
-    norms = jnp.diagonal(gram)
-    distances = norms[:, None] + norms[None, :] - 2 * gram
+    distances = squared_distances(pool.gram[1:, 1:])
     # A model that has diverged has no neighbours; its draw is a draw all the same.
     distances = jnp.where(jnp.isnan(distances), jnp.inf, distances)
-    turns = _deal_uniforms(pool.key, 0, size)
-    noise = _deal_uniforms(pool.key, 1, size)
+    turns = deal_uniforms(jax.random.fold_in(pool.key, 0), size)
+    noise = deal_uniforms(jax.random.fold_in(pool.key, 1), size)
 
     def duel_once(step: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
         pi, undecided = state
@@ -121,7 +121,52 @@ def draw_independent(pool: Pool, n: int) -> Draw:
     return Draw(counts > 0, counts / n)
 
 
-DRAWS = {"pivotal": draw_pivotal, "local": draw_local, "independent": draw_independent}
+def draw_partition(pool: Pool, n: int) -> Draw:
+    """Draws one candidate from each of n cells of the pool, weighted by the mass of its cell.
+
+    The cells are made so that the weighted distances of features within them are small: a greedy
+    max n-cut, improved in two passes. Half of each distance is the same for all pairs, which keeps
+    features that say little about gradients from doing harm. docs/theory.md has the derivation.
+    """
+    assert pool.gram is not None
+    log_p = _log_weights(pool.scores, pool.mask)
+    size, p = log_p.shape[0], jnp.exp(log_p)
+    distances = squared_distances(pool.gram[1:, 1:])
+    distances = jnp.where(jnp.isfinite(distances), distances, 0.0)
+    ties = p[:, None] * p[None, :] * distances
+    # sum_ij p_i p_j D_ij is 2 tr Cov_p; that of distances which are all 2 is 2 (1 - sum p_i^2).
+    uniform = 2 * (p[:, None] * p[None, :]) * (1 - jnp.eye(size))
+    ties = ties / jnp.maximum(ties.sum(), jnp.finfo(p.dtype).tiny) + uniform / jnp.maximum(
+        uniform.sum(), jnp.finfo(p.dtype).tiny
+    )
+    order = jnp.lexsort((jnp.arange(size), -ties.sum(1), ~pool.mask))
+
+    def place(step: Array, cells: Array) -> Array:
+        i = order[step % size]
+        in_cells = (cells[:, None] == jnp.arange(n)[None, :]).astype(p.dtype).at[i].set(0.0)
+        costs = multiply(ties[i], in_cells)
+        # An empty cell is as good as any that costs nothing, and lets one more be drawn.
+        costs = jnp.where(in_cells.any(0), costs, -1.0)
+        return cells.at[i].set(jnp.where(pool.mask[i], jnp.argmin(costs), n))
+
+    cells = lax.fori_loop(0, 3 * size, place, jnp.full(size, n))
+    noise = jax.vmap(lambda i: jax.random.gumbel(jax.random.fold_in(pool.key, i)))(jnp.arange(size))
+    in_cells = cells[:, None] == jnp.arange(n)[None, :]
+    # Weights that vanish in float32 are as good as each other; a cell may have no others.
+    numbers = jnp.where(in_cells, (jnp.maximum(log_p, -1e30) + noise)[:, None], -jnp.inf)
+    masses = jnp.sum(jnp.where(in_cells, p[:, None], 0.0), axis=0)
+    picks = jnp.where(in_cells.any(0), jnp.argmax(numbers, axis=0), size)
+    drawn = jnp.zeros(size + 1, bool).at[picks].set(True)[:size]
+    weights = jnp.zeros(size + 1, p.dtype).at[picks].set(masses)[:size]
+    return _weigh(drawn, weights, pool.mask)
+
+
+DRAWS = {
+    "pivotal": draw_pivotal,
+    "local": draw_local,
+    "partition": draw_partition,
+    "independent": draw_independent,
+}
 
 
 def inclusion_probabilities(log_p: Float[Array, " N"], n: int) -> Inclusion:
@@ -201,9 +246,8 @@ def _log_weights(scores: Array | None, mask: Array) -> Float[Array, " N"]:
     return jnp.where(mask, jax.nn.log_softmax(scores), -jnp.inf)
 
 
-def _deal_uniforms(key: Array, purpose: int, size: int) -> Float[Array, " size"]:
-    """Deals a number in [0, 1) to each index, whatever the size."""
-    key = jax.random.fold_in(key, purpose)
+def deal_uniforms(key: Key[Array, ""], size: int) -> Float[Array, " size"]:
+    """Deals a number in [0, 1) to each index, which depends on the key and the index only."""
     return jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i)))(jnp.arange(size))
 
 

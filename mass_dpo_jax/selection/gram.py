@@ -87,6 +87,12 @@ def weighted_gram(
     return roots_C[:, None] * roots_C[None, :] * centred_CC
 
 
+def squared_distances(gram_CC: Float[Array, "C C"]) -> Float[Array, "C C"]:
+    """Computes ||h_i - h_j||^2 from products of h."""
+    norms_C = jnp.diagonal(gram_CC)
+    return jnp.maximum(norms_C[:, None] + norms_C[None, :] - 2 * gram_CC, 0.0)
+
+
 def log_det(matrix_kk: Float[Array, "k k"]) -> Float[Array, ""]:
     """Computes log det(I + M) of a small positive semi-definite M by elimination.
 

@@ -26,7 +26,8 @@ from mass_dpo_jax.selection.types import Design, Pool, Selection
 from mass_dpo_jax.utils.suggestions import suggest_choice
 
 BUILT_IN = (*config.CRITERION_SUMMARIES, "sampled")
-BUILT_IN_MODULE = "mass_dpo_jax.selection.criteria"  # The only one that may register those.
+# The only modules that may register those.
+BUILT_IN_MODULES = ("mass_dpo_jax.selection.criteria", "mass_dpo_jax.selection.baselines")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Settings:
     fisher_scale: bool = False
     beta: float = 0.1
     draw: str = "pivotal"
+    top: int = 10
     definition: Criterion = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -56,6 +58,7 @@ class Settings:
         check_name("selection.draw", self.draw, config.CHOICES["selection.draw"])
         for field in ("ridge", "beta"):
             object.__setattr__(self, field, _as_positive(field, getattr(self, field)))
+        object.__setattr__(self, "top", _as_count("top", self.top))
         object.__setattr__(self, "fisher_scale", _as_bool("fisher_scale", self.fisher_scale))
         if self.criterion not in BUILT_IN and self.definition not in _tried:
             _try_criterion(self)
@@ -69,8 +72,8 @@ class Settings:
     @property
     def needs_features(self) -> bool:
         """Whether the criterion reads features too."""
-        draws_locally = self.definition.weighted and self.draw == "local"
-        return self.definition.design is not None or draws_locally
+        draws_by_features = self.definition.weighted and self.draw in config.FEATURE_DRAWS
+        return self.definition.needs_features or draws_by_features
 
     def check_current(self) -> None:
         """Raises UserError if the criterion was registered again since the settings were made."""
@@ -92,6 +95,7 @@ class Criterion:
     Attributes:
         choose: function from (pool, n, settings) to a `Selection`.
         needs_scoring: True if it reads the pool's scores.
+        needs_features: True if it reads the pool's Gram matrix, too.
         design: function from (pool, settings) to the `Design` that `choose` searches, or None.
         weighted: True if its choice has weights, which only the loss of `pl_sampled` reads.
         summary: description of the picks, after "the negatives are"; for help and model cards.
@@ -99,6 +103,7 @@ class Criterion:
 
     choose: Choose
     needs_scoring: bool
+    needs_features: bool = False
     design: MakeDesign | None = None
     weighted: bool = False
     summary: str = ""
@@ -114,7 +119,12 @@ def names() -> tuple[str, ...]:
 
 
 def criterion(
-    name: str, *, needs_scoring: bool, weighted: bool = False, summary: str = ""
+    name: str,
+    *,
+    needs_scoring: bool,
+    needs_features: bool = False,
+    weighted: bool = False,
+    summary: str = "",
 ) -> Callable[[Choose], Choose]:
     """Registers the decorated function as a choice: from (pool, n, settings) to a `Selection`.
 
@@ -134,7 +144,7 @@ def criterion(
     Args:
         name: the criterion's name.
         needs_scoring: True if it reads the pool's scores, which cost a pass over the whole pool.
-            Features are only available to designs, see `design`.
+        needs_features: True if it reads the Gram matrix of the features as well.
         weighted: True if its choice has weights, for the loss of `pl_sampled`.
         summary: description of the picks for help and model cards, as in "those of the largest
             reward".
@@ -144,7 +154,14 @@ def criterion(
     """
 
     def register(choose: Choose) -> Choose:
-        entry = Criterion(choose, needs_scoring, weighted=weighted, summary=summary)
+        # Features come from the pass that scores.
+        entry = Criterion(
+            choose,
+            needs_scoring or needs_features,
+            needs_features,
+            weighted=weighted,
+            summary=summary,
+        )
         _register(name, choose, entry)
         return choose
 
@@ -162,14 +179,14 @@ def design(name: str, *, summary: str = "") -> Callable[[MakeDesign], MakeDesign
         def choose(pool: Pool, n: int, settings: Settings) -> Selection:
             return search_greedily(make(pool, settings), pool.mask, n)
 
-        _register(name, make, Criterion(choose, True, design=make, summary=summary))
+        _register(name, make, Criterion(choose, True, True, design=make, summary=summary))
         return make
 
     return register
 
 
 def _register(name: str, function: Callable[..., Any], entry: Criterion) -> None:
-    if name in BUILT_IN and function.__module__ != BUILT_IN_MODULE:
+    if name in BUILT_IN and function.__module__ not in BUILT_IN_MODULES:
         raise UserError(
             f"criterion {name!r} comes with the package, which draws and chooses by it elsewhere "
             "too; expected another name"
@@ -203,7 +220,8 @@ def _try_criterion(settings: Settings) -> None:
     mask = jnp.ones(size, bool).at[jnp.array(masked)].set(False)
     for sign, n in itertools.product((1.0, -1.0), (2, 5)):  # 5: more than there are.
         scores = sign * jnp.array([9.0, 0.5, -1.0, 7.0, 0.25, 2.0])
-        pool = Pool(None, scores if definition.needs_scoring else None, mask, jax.random.key(0))
+        gram = jnp.diag(jnp.arange(1.0, size + 2)) if definition.needs_features else None
+        pool = Pool(gram, scores if definition.needs_scoring else None, mask, jax.random.key(0))
         try:
             selection = definition.choose(pool, n, settings)
             indices, valid = np.asarray(selection.indices), np.asarray(selection.valid)
@@ -241,6 +259,13 @@ def _as_positive(field: str, value: Any) -> float:
     if not 0 < number < math.inf:
         raise UserError(f"{field}={value!r}: expected a finite number above 0")
     return number
+
+
+def _as_count(field: str, value: Any) -> int:
+    """Converts a whole number above 0, from any library."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)) or value < 1:
+        raise UserError(f"{field}={value!r}: expected a whole number above 0")
+    return int(value)
 
 
 def _as_bool(field: str, value: Any) -> bool:

@@ -16,6 +16,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 from ml_collections import ConfigDict
 
+from mass_dpo_jax import config as config_lib
 from mass_dpo_jax import losses
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.selection import Settings
@@ -226,6 +227,7 @@ def make_method(config: ConfigDict, largest_pool: int) -> Method:
         fisher_scale=config.selection.fisher_scale,
         beta=config.beta,
         draw=config.selection.draw,
+        top=config.selection.top,
     )
     bounds = [config.num_negatives, spec.max_negatives]
     n = min(bound for bound in bounds if bound is not None)
@@ -251,12 +253,14 @@ def find_unread(config: ConfigDict) -> list[str]:
     selects = criterion is not CRITERIA["all"] and spec.max_negatives != 0
     uses_lora = bool(config.model.lora.rank or config.model.lora.path)
     is_design = criterion.design is not None and spec.max_negatives != 0
-    draws_locally = criterion.weighted and config.selection.draw == "local"
+    draws_by_features = criterion.weighted and config.selection.draw in config_lib.FEATURE_DRAWS
+    reads_features = (criterion.needs_features and spec.max_negatives != 0) or draws_by_features
     is_read = {
         "selection.criterion": not spec.criterion,
         "selection.ridge selection.fisher_scale": is_design,
-        "selection.feature_norm selection.features selection.pooling": is_design or draws_locally,
+        "selection.feature_norm selection.features selection.pooling": reads_features,
         "selection.draw": criterion.weighted,
+        "selection.top": criterion is CRITERIA["topk"],
         "selection.refresh": selects,
         "num_negatives": selects and spec.max_negatives is None,
         # Other negatives are the same whenever they are chosen with the same weights.

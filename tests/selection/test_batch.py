@@ -255,10 +255,11 @@ def test_a_batch_is_its_prompts_one_by_one_and_jit_changes_nothing(name):
     batch = [make_pool(s, valid=v) for s, v in enumerate([0, 1, 4, SIZE])]
     many = jax.tree.map(lambda *x: jnp.concatenate(x), *batch)
     how, n = Settings(criterion=name), SIZE
+    takes_all = name != "boundary"  # Which takes no more than are hard.
     one = jax.jit(registry.CRITERIA[name].choose, static_argnums=(1, 2))
     together, eager = run(many, n, how), selection.select(to_select(many, how), n, how)
     np.testing.assert_array_equal(together.indices, eager.indices)
-    assert np.asarray(together.valid).sum(1).tolist() == [0, 1, 4, SIZE]
+    assert not takes_all or np.asarray(together.valid).sum(1).tolist() == [0, 1, 4, SIZE]
     for b, pool in enumerate(batch):
         alone = one(jax.tree.map(lambda x: x[0], to_select(pool, how)), n, how)
         np.testing.assert_array_equal(together.indices[b], alone.indices)
@@ -266,7 +267,7 @@ def test_a_batch_is_its_prompts_one_by_one_and_jit_changes_nothing(name):
         np.testing.assert_allclose(together.gains[b], alone.gains, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", list(registry.CRITERIA))
+@pytest.mark.parametrize("name", [name for name in registry.CRITERIA if name != "boundary"])
 def test_more_negatives_than_the_pool_has_places_are_all_that_exist(name):
     pool = make_pool(7, valid=6)
     got = run(pool, SIZE + 3, Settings(criterion=name))
@@ -526,7 +527,7 @@ def test_the_examples_in_docstrings_run(module):
             "criterion='pool_fischer': .* did you mean pool_fisher",
         ),
         ("feature_norm", "L2", "selection.feature_norm='L2': .* did you mean l2"),
-        ("criterion", None, "selection.criterion=None: expected one of pool_fisher, .*, all$"),
+        ("criterion", None, "selection.criterion=None: expected one of pool_fisher, .*, kmedoids$"),
         ("ridge", 0.0, "^ridge=0.0: expected a finite number above 0"),
         ("ridge", float("nan"), "^ridge=nan: expected a finite number above 0"),
         ("ridge", np.inf, "^ridge=inf: expected a finite number above 0"),

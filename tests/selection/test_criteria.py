@@ -249,9 +249,10 @@ def test_a_criterion_is_one_function():
 
 def test_only_criteria_that_read_scores_need_a_scoring_pass():
     need = {name for name in registry.CRITERIA if Settings(criterion=name).needs_scoring}
-    assert need == {"pool_fisher", "contrast", "set_fisher", "hardest", "sampled"}
+    scores = {"hardest", "sampled", "topk", "boundary"}
+    assert need == {"pool_fisher", "contrast", "set_fisher", "kmedoids", *scores}
     need = {name for name in registry.CRITERIA if Settings(criterion=name).needs_features}
-    assert need == {"pool_fisher", "contrast", "set_fisher"}
+    assert need == {"pool_fisher", "contrast", "set_fisher", "kmedoids"}
 
 
 @pytest.mark.usefixtures("own_criteria")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import jax
@@ -13,7 +14,8 @@ from mass_dpo_jax import config as config_lib
 from mass_dpo_jax import selection
 from mass_dpo_jax.selection import Settings, draws
 
-DISTINCT = ("pivotal", "local")
+DUELS = ("pivotal", "local")
+DISTINCT = (*DUELS, "partition")
 DRAWS = 60_000
 rng = np.random.default_rng(3)
 SCORES = {
@@ -72,7 +74,7 @@ def include(p: np.ndarray, n: int) -> np.ndarray:
 def test_weights_average_to_those_of_the_pool_and_sum_to_one(draw: str, pool: str, n: int) -> None:
     scores = SCORES[pool]
     count = 6_000 if pool == "huge" else DRAWS
-    if draw == "local" and pool == "huge":
+    if draw in config_lib.FEATURE_DRAWS and pool == "huge":
         count = 600
     _, weights = draw_many(draw, scores, n, count)
     p = softmax(scores)
@@ -106,7 +108,7 @@ def test_inclusion_probabilities_against_their_definition(pool: str, n: int) -> 
     np.testing.assert_allclose(got.weights, p / expected, rtol=2e-5)
 
 
-@pytest.mark.parametrize("draw", DISTINCT)
+@pytest.mark.parametrize("draw", DUELS)
 def test_each_candidate_is_drawn_as_often_as_it_should_be(draw: str) -> None:
     scores, n = SCORES["spread"], 4
     _, weights = draw_many(draw, scores, n, seed=5)
@@ -115,7 +117,7 @@ def test_each_candidate_is_drawn_as_often_as_it_should_be(draw: str) -> None:
     assert (np.abs((weights > 0).mean(0) - pi) <= 4 * error + 1e-6).all()
 
 
-@pytest.mark.parametrize("draw", DISTINCT)
+@pytest.mark.parametrize("draw", DUELS)
 @pytest.mark.parametrize("pool", ["flat", "spread", "peaked"])
 @pytest.mark.parametrize("n", [1, 3, 5])
 def test_variance_is_at_most_that_of_independent_draws(draw: str, pool: str, n: int) -> None:
@@ -133,6 +135,42 @@ def test_variance_is_at_most_that_of_independent_draws(draw: str, pool: str, n: 
     if pool == "flat" and draw == "pivotal":  # Simple random sampling without replacement.
         size = len(scores)
         assert errors.mean() == pytest.approx(independent * (size - n) / (size - 1), abs=noise)
+
+
+@pytest.mark.parametrize("pool", ["flat", "spread", "peaked"])
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_a_partition_is_at_most_a_share_of_the_whole(pool: str, n: int) -> None:
+    """In the metric it is made with, half features and half all pairs alike: at most 1 / n."""
+    scores = SCORES[pool]
+    features = np.random.default_rng(7).normal(size=(len(scores) + 1, 4))[1:]
+    p = softmax(scores)
+    pairs = np.outer(p, p)
+    distances = ((features[:, None] - features) ** 2).sum(-1)
+    unlike = 1 - np.eye(len(p))
+    metric = distances / (pairs * distances).sum() + unlike / (pairs * unlike).sum()
+    _, weights = draw_many("partition", scores, n, 20_000, seed=2)
+    errors = -np.einsum("ki,ij,kj->k", weights - p, metric, weights - p) / 2
+    noise = 4 * errors.std() / np.sqrt(len(errors))
+    assert errors.mean() <= 1 / n + noise  # Independent draws have (pairs * metric).sum() / 2 / n.
+
+
+def test_partitions_of_small_pools_are_close_to_the_best() -> None:
+    for seed in range(4):
+        scores = np.random.default_rng(seed).normal(size=7)
+        features = np.random.default_rng(7).normal(size=(8, 4))[1:]
+        p = softmax(scores)
+        pairs = np.outer(p, p)
+        distances = ((features[:, None] - features) ** 2).sum(-1)
+        unlike = 1 - np.eye(7)
+        metric = distances / (pairs * distances).sum() + unlike / (pairs * unlike).sum()
+        best = min(
+            (pairs * metric * np.equal.outer(cells, cells)).sum() / 2
+            for cells in itertools.product(range(2), repeat=7)
+        )
+        _, weights = draw_many("partition", scores, 2, 20_000, seed=seed)
+        errors = -np.einsum("ki,ij,kj->k", weights - p, metric, weights - p) / 2
+        noise = 4 * errors.std() / np.sqrt(len(errors))
+        assert best - noise <= errors.mean() <= 1.15 * best + noise
 
 
 def test_neighbours_are_seldom_drawn_together() -> None:
@@ -194,6 +232,7 @@ def test_an_empty_pool_gives_nothing() -> None:
 
 def test_choices_of_the_configuration_are_the_draws() -> None:
     assert config_lib.CHOICES["selection.draw"] == tuple(draws.DRAWS)
+    assert set(config_lib.FEATURE_DRAWS) < set(draws.DRAWS)
     local, plain = (Settings(criterion="sampled", draw=draw) for draw in ("local", "pivotal"))
     assert local.needs_features and not plain.needs_features
     assert not Settings(criterion="hardest", draw="local").needs_features
