@@ -255,9 +255,27 @@ MUTATIONS = (
     ),
     Mutation(
         "selection: padding changes what is drawn",
-        "jax.random.uniform(jax.random.fold_in(pool.key, i))",
-        "jax.random.uniform(jax.random.fold_in(pool.key, size - i))",
+        "return jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i)))(jnp.arange(size))",
+        "return jax.random.uniform(jax.random.fold_in(key, size), size)",
         "selection/test_criteria.py::test_random_does_not_depend_on_padding_and_grows_by_adding",
+    ),
+    Mutation(
+        "selection: topk draws from the smallest",
+        "is_top = pool.mask & (ranks < max(settings.top, n))",
+        "is_top = pool.mask & (ranks >= max(settings.top, n))",
+        "selection/test_baselines.py::test_topk_draws_uniformly_from_the_largest",
+    ),
+    Mutation(
+        "selection: boundary without what scores as much as the chosen response",
+        "is_above = pool.mask & (pool.scores >= 0)",
+        "is_above = pool.mask & (pool.scores > 1)",
+        "selection/test_baselines.py::test_boundary_takes_what_is_not_below_the_chosen_response",
+    ),
+    Mutation(
+        "selection: a cell of a partition weighs nothing",
+        "masses = jnp.sum(jnp.where(in_cells, p[:, None], 0.0), axis=0)",
+        "masses = jnp.max(jnp.where(in_cells, p[:, None], 0.0), axis=0)",
+        "selection/test_draws.py::test_weights_average_to_those_of_the_pool_and_sum_to_one",
     ),
     Mutation(
         "selection: choices by NaN pass",
@@ -789,7 +807,7 @@ MUTATIONS = (
     ),
     Mutation(
         "selection: a built-in name can be taken",
-        "if name in BUILT_IN and function.__module__ != BUILT_IN_MODULE:",
+        "if name in BUILT_IN and function.__module__ not in BUILT_IN_MODULES:",
         "if name in BUILT_IN and not function.__module__:",
         "selection/test_criteria.py::test_the_names_of_the_package_are_taken",
     ),
