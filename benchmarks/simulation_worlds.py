@@ -331,7 +331,7 @@ LINES = {
     "set_fisher, once": ("#0072B2", "-"),
     "set_fisher, every 20": ("#0072B2", "--"),
     "hardest, every 20": ("#CC79A7", "--"),
-    "pl_sampled, each step": ("#E69F00", "--"),
+    "pl_sampled (pivotal), each step": ("#E69F00", "--"),
     "all": ("#888888", ":"),
 }
 

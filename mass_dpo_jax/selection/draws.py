@@ -25,6 +25,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Key
 
 from mass_dpo_jax.selection.gram import multiply, squared_distances
+from mass_dpo_jax.selection.search import TIE
 from mass_dpo_jax.selection.types import Pool
 
 CERTAIN = 1 - 1e-6  # Inclusion probabilities from here on are 1, up to rounding.
@@ -86,6 +87,9 @@ def draw_local(pool: Pool, n: int) -> Draw:
     distances = squared_distances(pool.gram[1:, 1:])
     # A model that has diverged has no neighbours; its draw is a draw all the same.
     distances = jnp.where(jnp.isnan(distances), jnp.inf, distances)
+    tolerance = TIE * jnp.max(
+        jnp.diagonal(pool.gram), where=jnp.pad(pool.mask, (1, 0)), initial=0.0
+    )
     turns = deal_uniforms(jax.random.fold_in(pool.key, 0), size)
     noise = deal_uniforms(jax.random.fold_in(pool.key, 1), size)
 
@@ -94,7 +98,9 @@ def draw_local(pool: Pool, n: int) -> Draw:
         first = jnp.argmin(jnp.where(undecided, turns, 2.0))
         others = undecided.at[first].set(False)
         # An index without candidate counts as infinitely far, beyond any real distance.
-        nearest = jnp.argmin(jnp.where(others, jnp.minimum(distances[first], 1e38), jnp.inf))
+        to_first = jnp.where(others, jnp.minimum(distances[first], 1e38), jnp.inf)
+        # The same response may be in a pool twice: rounding must not tell which one is nearest.
+        nearest = jnp.argmax(to_first <= to_first.min() + tolerance)
         first_drawn, nearest_drawn, first_stays, rest = duel(pi[first], pi[nearest], noise[step])
         stays = jnp.where(first_stays, first, nearest)
         has_two = others.any()
@@ -231,12 +237,13 @@ def duel(
     """
     total = a + b
     loses = total < 1  # One of them is out; else one of them is drawn.
-    # The probability that the one goes on.
-    stays_if_out = a / jnp.where(total > 0, total, 1.0)
+    # The probability that the one does better: goes on where the other is out, or is drawn. Where
+    # the total is 1 both cases come to the same, so rounding does not decide a draw.
+    if_out = a / jnp.where(total > 0, total, 1.0)
     room = 2 - total
-    stays_if_drawn = (1 - a) / jnp.where(room > 0, room, 1.0)
-    stays_if_drawn = jnp.where(room > 0, stays_if_drawn, 0.0)
-    stays = noise < jnp.where(loses, stays_if_out, stays_if_drawn)
+    if_drawn = jnp.where(room > 0, (1 - b) / jnp.where(room > 0, room, 1.0), 1.0)
+    wins = noise < jnp.where(loses, if_out, if_drawn)
+    stays = wins == loses
     return ~loses & ~stays, ~loses & stays, stays, jnp.where(loses, total, total - 1)
 
 

@@ -11,7 +11,13 @@ from benchmarks import simulation, simulation_worlds
 from mass_dpo_jax import losses, selection
 
 KEY = jax.random.key(0)
-FEW = ("random, once", "pool_fisher, once", "hardest, every 20", "pl_sampled, each step", "all")
+FEW = (
+    "random, once",
+    "pool_fisher, once",
+    "hardest, every 20",
+    "pl_sampled (pivotal), each step",
+    "all",
+)
 
 
 @pytest.fixture(scope="module")

@@ -231,8 +231,8 @@ MUTATIONS = (
     ),
     Mutation(
         "selection: in a duel for a place the likelier one stays undecided",
-        "stays_if_drawn = (1 - a) / jnp.where(room > 0, room, 1.0)",
-        "stays_if_drawn = (1 - b) / jnp.where(room > 0, room, 1.0)",
+        "if_drawn = jnp.where(room > 0, (1 - b) / jnp.where(room > 0, room, 1.0), 1.0)",
+        "if_drawn = jnp.where(room > 0, (1 - a) / jnp.where(room > 0, room, 1.0), 1.0)",
         "selection/test_draws.py::test_weights_average_to_those_of_the_pool_and_sum_to_one",
     ),
     Mutation(
@@ -243,8 +243,8 @@ MUTATIONS = (
     ),
     Mutation(
         "selection: the farthest candidates duel",
-        "nearest = jnp.argmin(jnp.where(others, jnp.minimum(distances[first], 1e38), jnp.inf))",
-        "nearest = jnp.argmax(jnp.where(others, jnp.minimum(distances[first], 1e38), -jnp.inf))",
+        "nearest = jnp.argmax(to_first <= to_first.min() + tolerance)",
+        "nearest = jnp.argmax(jnp.where(others, to_first, -1.0))",
         "selection/test_draws.py::test_neighbours_are_seldom_drawn_together",
     ),
     Mutation(

@@ -236,3 +236,18 @@ def test_choices_of_the_configuration_are_the_draws() -> None:
     local, plain = (Settings(criterion="sampled", draw=draw) for draw in ("local", "pivotal"))
     assert local.needs_features and not plain.needs_features
     assert not Settings(criterion="hardest", draw="local").needs_features
+
+
+def test_rounding_decides_no_duel() -> None:
+    """Two whose probabilities sum to 1 but for rounding end alike, on either side of it."""
+    noise = jnp.linspace(0.0, 0.999, 50)
+    for a in (0.2, 0.5, 0.9):
+        ends = []
+        for step in (-1e-6, 1e-6):
+            first, second, stays, rest = draws.duel(
+                jnp.full(50, a), jnp.full(50, 1 - a + step), noise
+            )
+            is_in = rest > 0.5  # What is left after the last duel is 0 or 1.
+            ends.append((first | (stays & is_in), second | (~stays & is_in)))
+        np.testing.assert_array_equal(ends[0], ends[1])
+        assert (ends[0][0] != ends[0][1]).all()
