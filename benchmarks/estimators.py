@@ -14,13 +14,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mass_dpo_jax.selection import Pool, Settings
+from mass_dpo_jax.selection import Pool, Selection, Settings
 from mass_dpo_jax.selection.criteria import sampled
 
 DRAWS = 4000  # Of a Monte Carlo estimate: its error is about 2 %.
@@ -153,14 +154,29 @@ def _draw(
 
 def chosen(criterion: str, scores: np.ndarray, features: np.ndarray, n: int) -> np.ndarray:
     """The n negatives that a criterion of the package chooses, at its default settings."""
+    return next(_choose(criterion, scores, features, n, 1, 0))
+
+
+def _choose(
+    criterion: str, scores: np.ndarray, features: np.ndarray, n: int, count: int, seed: int
+) -> Iterator[np.ndarray]:
+    """Yields `count` draws of what a criterion chooses, int [n or fewer] each."""
     pool = jnp.asarray(scores, jnp.float32), jnp.asarray(features, jnp.float32)
-    return np.asarray(_choose(n, Settings(criterion=criterion), *pool))
+    keys = jax.random.split(jax.random.key(seed), count)
+    picks = jax.device_get(_select(n, Settings(criterion=criterion), *pool, keys))
+    for indices, valid in zip(picks.indices, picks.valid, strict=True):
+        yield indices[valid]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _choose(n: int, settings: Settings, scores: jax.Array, features: jax.Array) -> jax.Array:
-    pool = Pool(features, scores, jnp.ones(len(scores), bool), jax.random.key(0))
-    return settings.definition.choose(pool, n, settings).indices
+def _select(
+    n: int, settings: Settings, scores: jax.Array, features: jax.Array, keys: jax.Array
+) -> Selection:
+    def one(key: jax.Array) -> Selection:
+        pool = Pool(features, scores, jnp.ones(len(scores), bool), key)
+        return settings.definition.choose(pool, n, settings)
+
+    return jax.vmap(one)(keys)
 
 
 def subsets(size: int, n: int) -> Iterator[np.ndarray]:
@@ -226,7 +242,29 @@ def chosen_set(scores: np.ndarray, gram: np.ndarray, picks: np.ndarray) -> Error
     return error_of_mean(gram, c * p, weights, float(quadratic(gram, weights - c * p)))
 
 
-CRITERIA = ("pool_fisher", "contrast", "set_fisher")
+def drawn_sets(
+    criterion: str,
+    scores: np.ndarray,
+    features: np.ndarray,
+    gram: np.ndarray,
+    n: int,
+    count: int,
+    seed: int = 0,
+) -> Error:
+    """The loss on the set that a criterion draws, with what is random in it: Monte Carlo."""
+    p, c = pool_weights(scores)
+    sets = Counter(
+        tuple(sorted(map(int, picks)))
+        for picks in _choose(criterion, scores, features, n, count, seed)
+    )
+    weights = np.stack([loss_weights(scores, np.array([picks]))[0] for picks in sets])
+    shares = np.array([*sets.values()]) / count
+    mse = float(shares @ quadratic(gram, weights - c * p))
+    return error_of_mean(gram, c * p, shares @ weights, mse)
+
+
+CRITERIA = ("pool_fisher", "contrast", "set_fisher", "kmedoids")
+DRAWN_CRITERIA = ("topk", "boundary")  # Which negatives they choose is in part random.
 LABELS = {
     "independent": "independent draws, with replacement",
     "gumbel": "distinct draws by Gumbel noise (retired)",
@@ -237,7 +275,7 @@ LABELS = {
     "cut-oracle": "partition by the true gradients (oracle)",
     "cells": "one per cell around Algorithm 1's picks",
     "uniform": "uniform sets, loss on the set (S-DPO)",
-    **{name: f"the set of {name}, loss on the set" for name in CRITERIA},
+    **{name: f"the set of {name}, loss on the set" for name in (*CRITERIA, *DRAWN_CRITERIA)},
 }
 UNBIASED = tuple(LABELS)[:8]
 
@@ -282,6 +320,10 @@ def measure(
         "cells": cells(nearest(seen, picks["pool_fisher"])),
         "uniform": uniform_sets(scores, gram, n),
         **{name: chosen_set(scores, gram, picks[name]) for name in CRITERIA},
+        **{
+            name: drawn_sets(name, scores, prompt.features, gram, n, count, seed)
+            for name in DRAWN_CRITERIA
+        },
     }
 
 

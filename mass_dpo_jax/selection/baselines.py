@@ -25,10 +25,13 @@ def topk(pool: Pool, n: int, settings: Settings) -> Selection:
     """Draws n uniformly from the K largest scores, K = `selection.top` or n if that is more.
 
     The random choice spares false negatives, which the hardest of all would hit each time: RoDPO,
-    arXiv 2603.29259.
+    arXiv 2603.29259. Scores equal to the K-th are drawn from, too: where the policy is the
+    reference all are equal, and their order in the data means nothing.
     """
-    ranks = jnp.argsort(order_by_score(pool))
-    is_top = pool.mask & (ranks < max(settings.top, n))
+    assert pool.scores is not None
+    scores = jnp.where(pool.mask & ~jnp.isnan(pool.scores), pool.scores, -jnp.inf)
+    largest, _ = lax.top_k(scores, min(max(settings.top, n), len(scores)))
+    is_top = pool.mask & (scores >= largest[-1])
     return _draw_uniformly(pool, is_top, n)
 
 

@@ -261,8 +261,8 @@ MUTATIONS = (
     ),
     Mutation(
         "selection: topk draws from the smallest",
-        "is_top = pool.mask & (ranks < max(settings.top, n))",
-        "is_top = pool.mask & (ranks >= max(settings.top, n))",
+        "is_top = pool.mask & (scores >= largest[-1])",
+        "is_top = pool.mask & (scores <= largest[-1])",
         "selection/test_baselines.py::test_topk_draws_uniformly_from_the_largest",
     ),
     Mutation(

@@ -87,6 +87,17 @@ def test_topk_draws_uniformly_from_the_largest() -> None:
     assert {*pick(scores, 20, "topk", top=2)} == {*range(15)}
 
 
+def test_topk_draws_from_what_equals_the_smallest_of_the_largest() -> None:
+    def drawn(scores: list[float]) -> set[int]:
+        return {
+            i for seed in range(60) for i in pick(np.array(scores), 1, "topk", seed=seed, top=2)
+        }
+
+    assert drawn([0.0] * 5) == {0, 1, 2, 3, 4}  # As where the policy is the reference.
+    assert drawn([1.0, 0.0, -1.0, 0.0]) == {0, 1, 3}
+    assert drawn([1.0, np.nan, -1.0, 0.0]) == {0, 3}
+
+
 def pam(distances: np.ndarray, n: int) -> set[int]:
     """PAM: greedy, then the best swap while it lowers the sum, at most 2 n times."""
 
