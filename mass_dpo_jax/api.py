@@ -43,7 +43,8 @@ class Scores(NamedTuple):
     """The scores that a model gives M examples with at most C responses each.
 
     Column 0 is the chosen response, column 1 + k the example's k-th rejected response, counted from
-    0. A response that is left out as too long (`data.long_response`) keeps its column, empty.
+    0; those as good as the chosen one stand last, as in `Example.responses`. A response that is
+    left out as too long (`data.long_response`) keeps its column, empty.
 
     Attributes:
         ids: the examples' `id`s, or where they are in the data, as text.
@@ -107,13 +108,13 @@ class Model:
                 rows (`data.on_bad_row`, `data.long_prompt`, `data.long_response`).
         """
         rows = _read_rows(examples, self.config.data)
-        setup = prepare_examples(self.config, self.policy, {"all": rows})
+        setup = prepare_examples(self.config, self.policy, {"all": rows}, ties=True)
         tokens, scorer = setup.tokens["all"], setup.program.scorer
         compute = scorer.logps_and_features if features else scorer.logps
         scores = setup.map_split(lambda batch: compute(self.params, batch), "all", "scoring")
         logps, hidden = scores if features else (scores, None)
-        pool_sizes = {example.id: len(example.rejected) for example in rows}
-        width = 1 + max(pool_sizes[name] for name in tokens.ids)
+        sizes = {example.id: len(example.responses) for example in rows}
+        width = max(sizes[name] for name in tokens.ids)
         logps, lengths = (
             tokens.restore_columns(x, width) for x in (logps, tokens.response_lengths)
         )

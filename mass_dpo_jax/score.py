@@ -6,7 +6,8 @@ r"""Writes log-probabilities and rewards of every response, one JSON line per ex
     python -m mass_dpo_jax.score --workdir=runs/lastfm --config=llama3 \
         --config.data.path=others.jsonl --output=scores.jsonl
 
-Each line has `id`; `logps` of the chosen response and then of each rejected one in the row's order;
+Each line has `id`; `logps` of the chosen response, then of each rejected one in the row's order (or
+by rank, where rows have ranks), then of those as good as the chosen one;
 with a reference (--config.model.reference_path, or that of the run in --workdir) `ref_logps` and
 `rewards`; and `response_tokens`, end of sequence included. A response that is left out as too long
 (config.data.long_response=drop) has null in each. Lines are in the order of the input, and all rows
@@ -43,14 +44,14 @@ def score(config: ConfigDict, workdir: Path | None, split: str | None) -> Iterat
     config = config_checks.resolve(config)
     workdir = None if workdir is None else resolve_run(workdir)
     config.data.update(max_train=0, max_validation=0, max_test=0)
-    setup, split, params, reference = prepare_scoring(config, workdir, split)
+    setup, split, params, reference = prepare_scoring(config, workdir, split, ties=True)
     tokens, refs = setup.tokens[split], reference.logps.get(split)
     logps = setup.score(params, split, "scoring")
     scoring.check_finite(logps, tokens, str(workdir or config.model.path))
     scoring.check_finite(refs, tokens, "the reference")
     if not distributed.is_primary():  # It has no texts, and writes nothing.
         return
-    sizes = {example.id: 1 + len(example.rejected) for example in setup.examples[split]}
+    sizes = {example.id: len(example.responses) for example in setup.examples[split]}
     for row, example_id in enumerate(tokens.ids):
         mask = tokens.response_lengths[row] > 0
         values_by_name = {"logps": logps[row, mask]}

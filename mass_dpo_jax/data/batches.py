@@ -44,7 +44,8 @@ class Batch(NamedTuple):
         response_lengths: int32 [B, C], 0 where there is no candidate.
         ref_logps: float32 [B, C], nats; 0 where there is no candidate or no reference.
         index: int32 [B], row of the split; -1 for a row of padding.
-        grades: float32 [B, C], the data's scores of the responses, where it has any.
+        grades: float32 [B, C], how good responses are, larger for better, equal where the data
+            prefers neither (`Tokens.grades`); None where it says only which one is chosen.
         ref_gram: float32 [B, C, C], of the reference's features, where they are frozen.
     """
 
@@ -285,6 +286,6 @@ def make_batch(
         response_lengths,
         reference,
         indices,
-        None if tokens.scores is None else tokens.scores[indices],
+        None if tokens.grades is None else tokens.grades[indices],
         None if ref_grams is None else ref_grams[indices],
     )

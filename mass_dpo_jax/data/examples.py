@@ -46,15 +46,22 @@ Prompt = Text | History
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A prompt with one chosen and at least one rejected response.
+    """A prompt with responses, of which some are better than others: a partial order.
+
+    One of the best is the chosen response, and those below it are the rejected ones. Others as good
+    as the chosen one are never its negatives; methods that look at the best alone leave them out.
 
     Attributes:
         id: unique within a split.
         prompt: a text, chat messages, or a history of items.
-        chosen: the chosen response.
-        rejected: the rejected responses.
+        chosen: a response that no other is better than.
+        rejected: the responses that are worse.
         place: origin of the row, for messages: "train.jsonl:17".
-        scores: grades of the responses, the chosen one's first, where the data has them.
+        scores: the data's own numbers for `responses`, larger for better, where it has them. They
+            may contradict the order.
+        also_chosen: the responses that are as good as the chosen one.
+        ranks: the order of `responses`: 0 for the best, larger for worse, equal where the data
+            prefers neither. None: all that is known is which are chosen, see `order`.
     """
 
     id: str
@@ -63,16 +70,25 @@ class Example:
     rejected: tuple[Text, ...]
     place: str
     scores: tuple[float, ...] | None = None
+    also_chosen: tuple[Text, ...] = ()
+    ranks: tuple[int, ...] | None = None
 
     @property
     def responses(self) -> tuple[Text, ...]:
-        """The chosen response and the rejected ones."""
-        return (self.chosen, *self.rejected)
+        """The chosen response, the rejected ones, and those as good as the chosen one."""
+        return (self.chosen, *self.rejected, *self.also_chosen)
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The rank of each response: `ranks`, or 0 for chosen and 1 for rejected ones."""
+        if self.ranks is not None:
+            return self.ranks
+        return (0, *[1] * len(self.rejected), *[0] * len(self.also_chosen))
 
     @property
     def named_responses(self) -> list[tuple[str, Text]]:
         """The responses, each with the name of its field: "chosen", "rejected[0]"."""
-        names = ["chosen", *(f"rejected[{i}]" for i in range(len(self.rejected)))]
+        names = [name_response(i, len(self.rejected)) for i in range(len(self.responses))]
         return list(zip(names, self.responses, strict=True))
 
     @property
@@ -87,6 +103,13 @@ class Example:
             return self.prompt.strip()
         messages = tuple((m["role"], m["content"].strip()) for m in self.prompt)
         return messages[0][1] if len(messages) == 1 else messages
+
+
+def name_response(candidate: int, num_rejected: int) -> str:
+    """Returns the field of a response, by its index in `Example.responses`."""
+    if candidate > num_rejected:
+        return f"chosen[{candidate - num_rejected}]"
+    return f"rejected[{candidate - 1}]" if candidate else "chosen"
 
 
 def as_text(text: Prompt) -> Text:
@@ -117,6 +140,8 @@ def digest_examples(examples: Iterable[Example]) -> str:
     """Returns a digest that is equal for the same rows in the same order, before any tokenizer."""
     sha = hashlib.sha256()
     for example in examples:
-        row = [example.id, as_text(example.prompt), *example.responses]
+        row: list[Any] = [example.id, as_text(example.prompt), *example.responses]
+        if example.also_chosen or example.ranks is not None:
+            row.append(example.order)
         sha.update(json.dumps(row).encode())
     return sha.hexdigest()[:32]

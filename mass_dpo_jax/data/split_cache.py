@@ -150,11 +150,12 @@ def _to_json(example: Example) -> list[Any]:
 
 
 def _from_json(row: list[Any]) -> Example:
-    name, prompt, chosen, rejected, location, scores = row
-    if isinstance(prompt, dict):
-        prompt = History(**{**prompt, "items": tuple(prompt["items"])})
-    scores = None if scores is None else tuple(scores)
-    return Example(name, prompt, chosen, tuple(rejected), location, scores)
+    fields = dict(zip((field.name for field in dataclasses.fields(Example)), row, strict=True))
+    if isinstance(prompt := fields["prompt"], dict):
+        fields["prompt"] = History(**{**prompt, "items": tuple(prompt["items"])})
+    for name in ("rejected", "scores", "also_chosen", "ranks"):
+        fields[name] = None if fields[name] is None else tuple(fields[name])
+    return Example(**fields)
 
 
 def _make_key(data: ConfigDict, splits: Sequence[str], seed: int) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from mass_dpo_jax.data.examples import Example
+from mass_dpo_jax.data.examples import Example, name_response
 from mass_dpo_jax.data.prompts import PromptEncoder, Prompts
 from mass_dpo_jax.data.render import Renderer, make_renderer
 from mass_dpo_jax.data.rows import BadRows
@@ -47,7 +47,7 @@ def tokenize(
 
     What happens to a prompt over `data.max_prompt_length` is up to `data.long_prompt`; `prompts`
     says what is cut. A response over `data.max_response_length` is an error (`data.long_response` =
-    "error") or leaves its pool ("drop"), together with its example if it is the chosen one or no
+    "error") or is left out ("drop"), together with its example if it is the chosen one or no
     rejected one is left. `Tokens.cut` counts all of this.
 
     Args:
@@ -133,8 +133,8 @@ class _Chunks:
                 rows.append(i)
             except UserError as error:
                 errors[i] = error
-        locations = [examples[i].place for i in rows]
-        chunk = self._make_chunk(np.array(rows, int), locations, prompts.tokens, texts, errors)
+        kept = [examples[i] for i in rows]
+        chunk = self._make_chunk(np.array(rows, int), kept, prompts.tokens, texts, errors)
         self.cut["examples_dropped"] += len(dropped)
         self.done.append(chunk._replace(rows=chunk.rows + start))
         self.errors |= {start + i: error for i, error in errors.items()}
@@ -150,7 +150,7 @@ class _Chunks:
     def _make_chunk(
         self,
         rows: np.ndarray,
-        locations: Sequence[str],
+        examples: Sequence[Example],
         prompts: RaggedTokens,
         texts: Sequence[Sequence[str]],
         errors: dict[int, UserError],
@@ -163,21 +163,27 @@ class _Chunks:
         lengths[exists] = responses.lengths
         group = np.full(exists.shape, -1)  # Equal within a row where the tokens are equal.
         group[exists] = groups
-        keep = exists.copy()
+        num_rejected = np.array([len(example.rejected) for example in examples], int)
+        is_rejected = exists & (np.arange(exists.shape[1])[None, :] <= num_rejected[:, None])
+        is_rejected[:, 0] = False
+        # A response that is there twice, and chosen twice, counts once.
+        keep = exists & (is_rejected | (group != group[:, :1]))
+        keep[:, 0] = exists[:, 0]
         prompts = prompts.take(rows)
         for k, message in _find_errors(
-            prompts.lengths, lengths, group, self._data, self._max_positions
+            prompts.lengths, lengths, group, num_rejected, self._data, self._max_positions
         ):
-            errors.setdefault(int(rows[k]), UserError(f"{locations[k]}: {message}"))
+            errors.setdefault(int(rows[k]), UserError(f"{examples[k].place}: {message}"))
             keep[k] = False
         usable = np.asarray(keep.any(1))
         long = keep & (lengths > self._data.max_response_length)
         keep &= ~long
-        keep &= (keep[:, 0] & keep[:, 1:].any(1))[:, None]
+        keep &= (keep[:, 0] & (keep & is_rejected).any(1))[:, None]
         kept = np.asarray(keep.any(1))
         self.cut["responses_too_long"] += int(long.sum())
         self.cut["examples_dropped"] += int((usable & ~kept).sum())
-        ordered: np.ndarray = np.sort(np.where(usable[:, None], group, -1)[:, 1:], axis=1)
+        negatives = np.where(usable[:, None] & is_rejected, group, -1)
+        ordered: np.ndarray = np.sort(negatives[:, 1:], axis=1)
         repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
         self.cut["repeated_negatives"] += int(np.count_nonzero(repeated))
         return Chunk(
@@ -212,6 +218,7 @@ def _find_errors(
     prompts: np.ndarray,
     responses: np.ndarray,
     group: np.ndarray,
+    num_rejected: np.ndarray,
     data: ConfigDict,
     max_positions: int | None,
 ) -> Iterator[tuple[int, str]]:
@@ -221,13 +228,25 @@ def _find_errors(
         prompts: int [m], lengths, under the limit of prompts already.
         responses: int [m, C], lengths, the chosen one's first; 0 where there is no response.
         group: int [m, C], equal within a row where tokens are; -1 where there is no response.
+        num_rejected: int [m], see `Example.responses`.
         data: the configuration's `data`.
         max_positions: the same as in `tokenize`.
     """
-    same = (group[:, 1:] == group[:, :1]) & (group[:, 1:] >= 0)
-    for k in np.flatnonzero(same.any(1)).tolist():
-        field = _name_field(1 + int(same[k].argmax()))
-        yield k, f"the chosen response has the same tokens as {field}"
+
+    def name_field(k: int, candidate: int) -> str:
+        return name_response(candidate, int(num_rejected[k]))
+
+    column = np.arange(group.shape[1])
+    is_rejected = (column > 0) & (column <= num_rejected[:, None]) & (group >= 0)
+    for chosen in range(group.shape[1]):
+        is_chosen = (group[:, chosen] >= 0) & ((chosen == 0) | (chosen > num_rejected))
+        if not is_chosen.any():
+            continue
+        same = (group == group[:, chosen, None]) & is_rejected & is_chosen[:, None]
+        for k in np.flatnonzero(same.any(1)).tolist():
+            field = name_field(k, int(same[k].argmax()))
+            response = f"field {name_field(k, chosen)!r}" if chosen else "the chosen response"
+            yield k, f"{response} has the same tokens as {field}"
     limit = data.max_response_length
     long = responses > limit
     if data.long_response != "drop":
@@ -235,7 +254,7 @@ def _find_errors(
             c = int(long[k].argmax())
             yield (
                 k,
-                f"field {_name_field(c)!r} has {responses[k, c]} tokens, "
+                f"field {name_field(k, c)!r} has {responses[k, c]} tokens, "
                 f"config.data.max_response_length is {limit}: raise it, or leave such "
                 "responses out with config.data.long_response=drop",
             )
@@ -245,16 +264,12 @@ def _find_errors(
         for k in np.flatnonzero(prompts + longest > max_positions).tolist():
             yield (
                 k,
-                f"the prompt and field {_name_field(int(lengths[k].argmax()))!r} "
+                f"the prompt and field {name_field(k, int(lengths[k].argmax()))!r} "
                 f"have {prompts[k]} + {longest[k]} tokens, more than the model's "
                 f"{max_positions} positions (max_position_embeddings of its config.json): "
                 "lower config.data.max_prompt_length to cut the prompt, or "
                 "config.data.max_response_length",
             )
-
-
-def _name_field(column: int) -> str:
-    return f"rejected[{column - 1}]" if column else "chosen"
 
 
 def _advise(warning: str) -> str:

@@ -17,7 +17,9 @@ from mass_dpo_jax.data.examples import Example
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """One tokenized split of M examples with at most C candidates each, the chosen one first.
+    """One tokenized split of M examples with at most C candidates each.
+
+    The chosen response is the first candidate, then come those below it, then those as good as it.
 
     Attributes:
         ids: the examples' ids, M of them.
@@ -27,8 +29,10 @@ class Tokens:
         response_lengths: int32 [M, C], 0 where there is no such candidate.
         cut: counts of what each length limit changed, and of repeated negatives.
         candidate_ids: int32 [M, C], which of its example's responses a candidate is: 0 the chosen
-            one, 1 + k the k-th rejected one.
+            one, 1 + k the k-th rejected one, and from there on those as good as the chosen one.
         scores: float32 [M, C], the data's scores, 0 where there is no candidate; None without any.
+        ranks: int32 [M, C], the order of candidates: 0 for the best, larger for worse, -1 where
+            there is none; None where all is 0 for the first and 1 for the others.
     """
 
     ids: list[str]
@@ -39,6 +43,7 @@ class Tokens:
     cut: dict[str, int]
     candidate_ids: np.ndarray
     scores: np.ndarray | None = None
+    ranks: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -63,7 +68,7 @@ class Tokens:
 
         Args:
             values: [M, C, ...], one for each candidate.
-            width: the number of columns, 1 + the most rejected responses of an example.
+            width: the number of columns, the most responses of an example.
 
         Returns:
             [M, width, ...], 0 where a response was left out.
@@ -72,6 +77,65 @@ class Tokens:
         table = np.zeros((len(self), width, *values.shape[2:]), values.dtype)
         table[np.nonzero(exists)[0], self.candidate_ids[exists]] = values[exists]
         return table
+
+    @property
+    def compared(self) -> np.ndarray:
+        """Which candidates are the first one or below it, bool [M, C]."""
+        exists = self.response_lengths > 0
+        if self.ranks is None:
+            return exists
+        return exists & ((self.ranks > 0) | (np.arange(exists.shape[1]) == 0))
+
+    @functools.cached_property
+    def grades(self) -> np.ndarray | None:
+        """How good each candidate is, float32 [M, C], larger for better, 0 where there is none.
+
+        They are in the order of `ranks` in every row: the data's scores, if every row has some and
+        none contradicts it, else how many ranks of the row are worse. None where nothing is known
+        but which response is chosen.
+        """
+        if self.scores is not None and self._scores_agree.all():
+            return self.scores
+        if self.ranks is None:
+            return None
+        worse = self.ranks.max(1, keepdims=True) - self.ranks
+        return np.where(self.ranks < 0, 0, worse).astype(np.float32)
+
+    @functools.cached_property
+    def _scores_agree(self) -> np.ndarray:
+        """Whether the scores of an example are in the order of its ranks, bool [M]."""
+        assert self.scores is not None
+        exists = self.response_lengths > 0
+        ranks: np.ndarray = np.minimum(np.arange(exists.shape[1]), 1) + np.zeros_like(exists, int)
+        if self.ranks is not None:
+            ranks = self.ranks
+        ranks = np.where(exists, ranks, np.iinfo(np.int32).max)
+        scores = np.where(exists, self.scores, -np.inf)
+        order = np.lexsort((-scores, ranks), axis=1)
+        ranks, scores = (np.take_along_axis(x, order, axis=1) for x in (ranks, scores))
+        above = scores[:, :-1] > scores[:, 1:]
+        return np.asarray((above | (ranks[:, :-1] == ranks[:, 1:])).all(1))
+
+    def without_ties(self) -> Tokens:
+        """Returns the split without candidates that are as good as the first, counted in `cut`."""
+        if self.ranks is None:
+            return self
+        exists, keep = self.response_lengths > 0, self.compared
+        count = int(np.count_nonzero(exists & ~keep))
+        if not count:
+            return self
+        width = int(keep.sum(1).max())  # What is left out stands last.
+        lengths = np.where(keep, self.response_lengths, 0)[:, :width]
+        responses = RaggedTokens(self.response_tokens, self.response_lengths[exists].astype(int))
+        return dataclasses.replace(
+            self,
+            response_tokens=responses.take(np.flatnonzero(keep[exists])).tokens,
+            response_lengths=lengths,
+            cut={**self.cut, "as_good_as_the_chosen_one_left_out": count},
+            candidate_ids=np.where(keep, self.candidate_ids, 0)[:, :width],
+            scores=None if self.scores is None else np.where(keep, self.scores, 0)[:, :width],
+            ranks=np.where(keep, self.ranks, -1)[:, :width],
+        )
 
     def digest(self) -> str:
         """Returns the SHA-256 of ids and tokens: equal where all numbers computed from them are."""
@@ -225,6 +289,7 @@ def join_chunks(
         cut,
         candidate_ids,
         _make_scores(kept, candidate_ids, exists),
+        _make_ranks(kept, candidate_ids, exists),
     )
 
 
@@ -237,4 +302,16 @@ def _make_scores(
         if example.scores is None:
             return None
         row[present] = np.array(example.scores, np.float32)[ids[present]]
+    return table
+
+
+def _make_ranks(
+    examples: Sequence[Example], candidate_ids: np.ndarray, exists: np.ndarray
+) -> np.ndarray | None:
+    """Returns the ranks of all candidates, int32 [M, C]; None if no row says more than chosen."""
+    if all(example.ranks is None and not example.also_chosen for example in examples):
+        return None
+    table = np.full(exists.shape, -1, np.int32)
+    for row, ids, present, example in zip(table, candidate_ids, exists, examples, strict=True):
+        row[present] = np.array(example.order, np.int32)[ids[present]]
     return table

@@ -189,7 +189,7 @@ def _rank_changes(split: EvaluatedSplit, beta: float) -> dict[str, Any]:
             if not split.valid[row, i]:
                 continue
             response = split.candidate_ids[row, i]
-            text = example.rejected[response - 1] if response else example.chosen
+            text = example.responses[response]
             kind = "" if response else "chosen"
             if split.selected is not None and row < len(split.selected) and split.selected[row, i]:
                 kind = "selected"

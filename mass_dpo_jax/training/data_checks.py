@@ -26,7 +26,8 @@ def check_training_data(method: Method, tokens: Tokens) -> Tokens:
         _check_scores(tokens)
     elif method.name == "odpo":  # By rank: rejected responses are listed from the best to the
         # worst, and those left out as too long keep their rank.
-        return dataclasses.replace(tokens, scores=-tokens.candidate_ids.astype(np.float32))
+        order = tokens.candidate_ids if tokens.ranks is None else tokens.ranks
+        return dataclasses.replace(tokens, scores=-order.astype(np.float32))
     return tokens
 
 
@@ -80,11 +81,13 @@ def describe_split(tokens: Tokens) -> str:
     pools = (tokens.response_lengths[:, 1:] > 0).sum(1)
     sizes = f"{pools.min()}" if pools.min() == pools.max() else f"{pools.min()} to {pools.max()}"
     prompts = tokens.prompt_lengths
+    ranked = 0 if tokens.ranks is None else int((tokens.ranks > 1).any(1).sum())
     cut = ", ".join(
         f"{count} {name.replace('_', ' ')}" for name, count in tokens.cut.items() if count
     )
     return (
         f"{len(tokens)} examples with {sizes} negatives, prompts of {prompts.mean():.0f} tokens "
         f"(at most {prompts.max()}), responses of at most {tokens.response_lengths.max()}"
+        + (f"; negatives are ranked in {ranked}" if ranked else "")
         + (f"; {cut}" if cut else "")
     )

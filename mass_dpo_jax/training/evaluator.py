@@ -217,7 +217,7 @@ class Evaluator:
         run_folder.write_table(self._workdir / EXIST_LOGPS, self._valid(split))
 
     def _valid(self, split: str) -> np.ndarray:
-        return self._setup.tokens[split].response_lengths > 0
+        return self._setup.tokens[split].compared
 
     def _describe_final_split(self) -> dict[str, Any]:
         """Returns how many examples the final split has, and their digest."""

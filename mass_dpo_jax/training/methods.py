@@ -31,7 +31,8 @@ class Responses(NamedTuple):
         log_ratios: log-probabilities minus those under the reference; 0 where `valid` is False.
         lengths: lengths in tokens.
         valid: whether each of the responses exists.
-        grades: the data's scores or ranks; None where the data has none.
+        grades: how good the data says responses are, larger for better (`Tokens.grades`); None
+            where it says only which one is chosen.
         weights: weights of negatives drawn from the policy's pool weights; else None.
         pool_loss: Plackett-Luce loss of the whole pool, with `weights`.
     """
@@ -58,6 +59,8 @@ class MethodSpec:
         criterion: a name in `registry.CRITERIA`; "" for `config.selection.criterion`.
         uses_reference: whether the loss compares the policy with a reference.
         max_negatives: upper bound on `config.num_negatives`; None for no bound.
+        uses_order: whether the loss is that of a graded list: its responses include those as good
+            as the chosen one, which other losses never see.
     """
 
     loss: Loss
@@ -65,6 +68,7 @@ class MethodSpec:
     criterion: str = "random"
     uses_reference: bool = True
     max_negatives: int | None = None
+    uses_order: bool = False
 
 
 def _plackett_luce(x: Responses, m: Method) -> Array:
@@ -177,6 +181,11 @@ class Method:
     def uses_reference(self) -> bool:
         """Whether the loss needs the reference's log-probabilities."""
         return METHODS[self.name].uses_reference
+
+    @property
+    def uses_order(self) -> bool:
+        """Whether the loss sees responses that are as good as the chosen one."""
+        return METHODS[self.name].uses_order
 
     @property
     def uses_draws(self) -> bool:

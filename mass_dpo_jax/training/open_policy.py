@@ -153,7 +153,7 @@ def _describe_scratch(
 def _texts(examples: Sequence[Example]) -> Iterator[str]:
     """Yields the texts that a tokenizer is trained on."""
     for example in examples[:MAX_TOKENIZER_EXAMPLES]:
-        for text in (example.prompt, example.chosen, *example.rejected):
+        for text in (example.prompt, *example.responses):
             yield from (message["content"] for message in as_messages(text))
 
 

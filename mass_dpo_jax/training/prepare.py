@@ -42,7 +42,11 @@ _log = logging.getLogger(__name__)
 
 
 def prepare(
-    config: ConfigDict, workdir: Path | None, splits: Sequence[str], training: bool = True
+    config: ConfigDict,
+    workdir: Path | None,
+    splits: Sequence[str],
+    training: bool = True,
+    ties: bool = False,
 ) -> Setup:
     """Loads and checks everything but weights; writes at most a tokenizer made from scratch.
 
@@ -51,6 +55,7 @@ def prepare(
         workdir: a run that is started or, if it has a checkpoint, resumed or scored.
         splits: the splits to load; the first must have rows.
         training: whether the split "train" is trained on, and must have what the method needs.
+        ties: whether responses as good as the chosen one are kept, see `build_setup`.
 
     Raises:
         UserError: the configuration, the data or the model folder is not what it should be.
@@ -77,7 +82,7 @@ def prepare(
     distributed.check_same_settings({"config.model.path": f"{policy.config} {policy.lora}"})
     # All processes train on the primary's data, so that they are the same.
     tokens = {split: distributed.broadcast_dataclass(Tokens, tokens.get(split)) for split in names}
-    return build_setup(config, policy, examples, tokens, training)
+    return build_setup(config, policy, examples, tokens, training, ties)
 
 
 def list_models_read(method: str, model: ConfigDict, has_checkpoint: bool) -> list[str]:
@@ -108,7 +113,10 @@ def _load_examples(config: ConfigDict, splits: Sequence[str]) -> dict[str, Seque
 
 
 def prepare_examples(
-    config: ConfigDict, policy: Policy, examples: Mapping[str, Sequence[Example]]
+    config: ConfigDict,
+    policy: Policy,
+    examples: Mapping[str, Sequence[Example]],
+    ties: bool = False,
 ) -> Setup:
     """Prepares a policy and examples in memory, as `prepare`; the split "train" is trained on.
 
@@ -117,7 +125,8 @@ def prepare_examples(
     """
     config_checks.check(config)
     _check_batch_sizes(config, policy.mesh)
-    return build_setup(config, policy, examples, _tokenize(config, policy, examples), True)
+    tokens = _tokenize(config, policy, examples)
+    return build_setup(config, policy, examples, tokens, True, ties)
 
 
 def open_mesh(config: ConfigDict) -> Mesh:
@@ -162,12 +171,18 @@ def build_setup(
     examples: Mapping[str, Sequence[Example]],
     tokens: dict[str, Tokens],
     training: bool,
+    ties: bool,
 ) -> Setup:
     """Builds the setup of tokenized splits; arguments as for `prepare` and `Setup`.
+
+    Responses as good as the chosen one are no negatives. They are left out unless the method's loss
+    is that of a graded list, or they are kept to be scored (`ties`).
 
     Raises:
         UserError: the training split does not have what the method needs.
     """
+    if not (ties or METHODS[config.method].uses_order):
+        tokens = {split: rows.without_ties() for split, rows in tokens.items()}
     for split, rows in tokens.items():
         _log.info(f"{split}: {describe_split(rows)}")
     selected_from = [tokens["train"]] if "train" in tokens else tokens.values()

@@ -37,7 +37,11 @@ class ScoredModel(NamedTuple):
 
 
 def prepare_scoring(
-    config: ConfigDict, workdir: Path | None, split: str | None, selecting: bool = False
+    config: ConfigDict,
+    workdir: Path | None,
+    split: str | None,
+    selecting: bool = False,
+    ties: bool = False,
 ) -> ScoredModel:
     """Prepares a run's newest checkpoint or the model at `config.model.path` for scoring.
 
@@ -49,6 +53,7 @@ def prepare_scoring(
         workdir: the run; None: there is none.
         split: its name; None: the test split or, of a single file without splits, all of it.
         selecting: whether negatives are selected from the split.
+        ties: whether responses as good as the chosen one are scored too.
 
     Raises:
         UserError: as for `prepare`; both a run and another model are given; or what a run reads
@@ -59,11 +64,11 @@ def prepare_scoring(
         split = "all" if Path(config.data.path).is_file() else "test"
     select_from = split if selecting else None
     if workdir is not None:
-        return _prepare_run(config, workdir, split, select_from)
+        return _prepare_run(config, workdir, split, select_from, ties)
     model = config.model
     if not model.path:
         raise UserError("no model: give --workdir=RUN, or --config.model.path=FOLDER")
-    setup = prepare(config, None, (split,), training=False)
+    setup = prepare(config, None, (split,), training=False, ties=ties)
     reference = Reference({})
     if model.reference_path:
         params = setup.policy.weights(model.reference_path, config.seed)
@@ -74,7 +79,7 @@ def prepare_scoring(
 
 
 def _prepare_run(
-    config: ConfigDict, workdir: Path, split: str, select_from: str | None
+    config: ConfigDict, workdir: Path, split: str, select_from: str | None, ties: bool
 ) -> ScoredModel:
     """Prepares a run's newest checkpoint.
 
@@ -107,7 +112,7 @@ def _prepare_run(
     config.model.lora.update(run_settings.model.lora)
     if run_uses_lora:  # Adapters stay beside their base, as they were trained.
         config.model.lora.path = str(workdir)
-    setup = prepare(config, workdir, (split,), training=False)
+    setup = prepare(config, workdir, (split,), training=False, ties=ties)
     reference = Reference({})
     if uses_reference or config.model.reference_path:
         params, digest = setup.policy.read(reference_path, run_settings.seed, adapters)

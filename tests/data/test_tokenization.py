@@ -299,3 +299,67 @@ def test_lastfm_with_a_short_limit(real_data: Path) -> None:
         prompt = tokenizer.decode(tokens.prompt(i))
         assert row.prompt.items[-1] in prompt  # The newest stays.
         assert tokenizer.decode(tokens.response(i, 0)) == f"{row.chosen}<|eot_id|>"
+
+
+def graded(prompt: str, *fields: Any) -> Example:
+    chosen, rejected, scores, also_chosen, ranks = fields
+    return Example(prompt, prompt, chosen, rejected, f"{prompt}:1", scores, also_chosen, ranks)
+
+
+def test_ranks_and_grades() -> None:
+    plain = graded("p", "x", ("y", "z"), None, (), None)
+    several = graded("q", "x", ("y",), None, ("u", "x"), None)
+    ranked = graded("r", "x", ("y", "z", "w"), None, ("u",), (0, 1, 2, 2, 0))
+    assert tokens_of(plain).ranks is None and tokens_of(plain).grades is None
+    tokens = tokens_of(plain, several, ranked)
+    assert tokens.ranks is not None and tokens.grades is not None
+    # The second "x" of `several` is the chosen one again.
+    assert tokens.candidate_ids.tolist() == [[0, 1, 2, 0, 0], [0, 1, 2, 0, 0], [0, 1, 2, 3, 4]]
+    assert tokens.ranks.tolist() == [[0, 1, 1, -1, -1], [0, 1, 0, -1, -1], [0, 1, 2, 2, 0]]
+    assert tokens.grades.tolist() == [[1, 0, 0, 0, 0], [1, 0, 1, 0, 0], [2, 1, 0, 0, 2]]
+    assert tokens.compared.tolist() == [
+        [True, True, True, False, False],
+        [True, True, False, False, False],
+        [True, True, True, True, False],
+    ]
+
+
+def test_scores_are_the_grades_where_they_agree_with_the_order() -> None:
+    ranked = graded("p", "x", ("y", "z"), (5.0, 1.0, 3.0), (), (0, 2, 1))
+    also = graded("q", "x", ("y",), (5.0, 1.0, 4.0), ("z",), None)  # The best need not be equal.
+    tied = graded("r", "x", ("y", "z"), (5.0, 4.0, 4.0), (), (0, 1, 2))
+    swapped = graded("s", "x", ("y", "z"), (5.0, 5.0, 4.0), (), None)
+    for rows in ([ranked], [ranked, also]):
+        tokens = tokens_of(*rows)
+        assert tokens.grades is tokens.scores is not None
+    for other in (tied, swapped):
+        tokens = tokens_of(ranked, other)
+        assert tokens.grades is not None
+        assert tokens.grades[0].tolist() == [2, 0, 1]
+    assert tokens_of(swapped).grades is None
+
+
+def test_without_ties_the_chosen_response_is_the_only_best_one() -> None:
+    rows = [
+        graded("p", "x", ("y", "zz"), (9.0, 2.0, 1.0, 9.0, 9.0), ("u", "vv"), (0, 1, 2, 0, 0)),
+        graded("q", "xx", ("y",), (9.0, 2.0), (), None),
+    ]
+    tokens = tokens_of(*rows)
+    less = tokens.without_ties()
+    expected = tokens_of(graded("p", "x", ("y", "zz"), (9.0, 2.0, 1.0), (), (0, 1, 2)), rows[1])
+    for name in ("response_tokens", "response_lengths", "candidate_ids", "scores", "ranks"):
+        np.testing.assert_array_equal(getattr(less, name), getattr(expected, name), err_msg=name)
+    assert less.cut["as_good_as_the_chosen_one_left_out"] == 2
+    assert less.compared.tolist() == (less.response_lengths > 0).tolist()
+    assert expected.without_ties() is expected
+
+
+def test_the_same_tokens_among_chosen_and_rejected() -> None:
+    row = graded("p", "x", ("y", "z"), None, ("u", "z"), None)
+    with pytest.raises(UserError, match=r"p:1: field 'chosen\[2\]' has the same .* rejected\[1\]"):
+        tokens_of(row)
+    long = graded("p", "x", ("y",), None, ("u u u u u u u u u u u u u u u u u u u u u",), None)
+    with pytest.raises(UserError, match=r"p:1: field 'chosen\[1\]' has \d+ tokens"):
+        tokens_of(long, max_response_length=8)
+    kept = tokens_of(long, max_response_length=8, long_response="drop")
+    assert kept.candidate_ids.tolist() == [[0, 1]] and kept.cut["responses_too_long"] == 1

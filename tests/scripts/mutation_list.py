@@ -831,7 +831,7 @@ MUTATIONS = (
     ),
     Mutation(
         "methods: ranks are counted after responses were left out",
-        "scores=-tokens.candidate_ids.astype(np.float32)",
+        "scores=-order.astype(np.float32)",
         "scores=np.zeros_like(tokens.candidate_ids, np.float32)"
         " - np.arange(tokens.candidate_ids.shape[1])",
         "training/test_train.py::test_ranks_are_those_of_the_data_where_responses_are_left_out",
@@ -1186,7 +1186,7 @@ MUTATIONS = (
     ),
     Mutation(
         "tokens: an example stays without negatives",
-        "keep &= (keep[:, 0] & keep[:, 1:].any(1))[:, None]",
+        "keep &= (keep[:, 0] & (keep & is_rejected).any(1))[:, None]",
         "keep &= keep[:, :1]",
         "data/test_tokenization.py",
     ),
@@ -1197,9 +1197,21 @@ MUTATIONS = (
         "data/test_tokenization.py",
     ),
     Mutation(
+        "tokens: a response as good as the chosen one is its negative",
+        "exists & ((self.ranks > 0) | (np.arange(exists.shape[1]) == 0))",
+        "exists & ((self.ranks >= 0) | (np.arange(exists.shape[1]) == 0))",
+        "data/test_tokenization.py",
+    ),
+    Mutation(
+        "tokens: scores are grades whatever the order",
+        "above | (ranks[:, :-1] == ranks[:, 1:])",
+        "above | (ranks[:, :-1] <= ranks[:, 1:])",
+        "data/test_tokenization.py",
+    ),
+    Mutation(
         "tokens: cached ones are of examples with other scores",
-        "example.rejected, example.scores]",
-        "example.rejected]",
+        "example.responses, example.scores, example.order]",
+        "example.responses, example.order]",
         "data/test_token_cache.py",
     ),
     Mutation(
