@@ -5,9 +5,9 @@ r"""What selection does to the error of what is learnt, where the truth is known
     python -m benchmarks.simulation --output=docs/theory.png --seeds=24
 
 Theorem 5.1 of MASS-DPO says that the logit error of a log-linear policy falls as n, the number of
-selected negatives, grows. Here is such a policy, $\pi_\theta(y|x) \propto
-\exp(\theta^\top h(x, y))$, with a reference that is uniform and beta = 1, so that rewards are
-logits. The setting:
+selected negatives, grows. It says so of one prompt, where it cannot (docs/theory.md); what happens
+with many is measured here. The policy is $\pi_\theta(y|x) \propto \exp(\theta^\top h(x, y))$, with
+a reference that is uniform and beta = 1, so that rewards are logits. The setting:
 
 - features h on the unit sphere in d dimensions, C = 20 candidates a prompt, 500 prompts; iid, or
   in `clusters`: each candidate near one of 5 centres of its prompt, so that many are redundant.

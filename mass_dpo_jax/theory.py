@@ -1,50 +1,47 @@
 r"""The mathematics behind selection in closed form, which tests and documentation check against.
 
-Setting: a log-linear policy, $\pi_\theta(y|x) \propto \exp(\theta^\top \psi(x, y))$. Its
-normaliser does not depend on y, so for a chosen response $y_0$ and negatives $y_i$
+Equations, lemmas and theorems have the numbers of the MASS-DPO paper. Setting (Eq. 6): a log-linear
+policy, $\pi_\theta(y|x) \propto \exp(\theta^\top \psi(x, y))$. Its normaliser does not depend on y,
+so for a chosen response $y_0$ and negatives $y_i$
 
 $$
 \begin{aligned}
 \phi_i &= \psi(x, y_i) - \psi(x, y_0) \\
-b_i &= \log \pi_\mathrm{ref}(y_i|x) - \log \pi_\mathrm{ref}(y_0|x) \\
-s_i &= \beta (\theta^\top \phi_i - b_i)
+b_i &= \log \pi_\mathrm{ref}(y_0|x) - \log \pi_\mathrm{ref}(y_i|x) \\
+s_i &= \beta (\theta^\top \phi_i + b_i)
 \end{aligned}
 $$
 
 are the feature differences, the reference's log-ratios and the scores, the last of them linear in
-$\theta$. (The reference enters with a minus; some of the paper's formulas drop it.) With
+$\theta$. (Appendices A and B write $- b_i$ in places, a slip.) With Eq. 8,
 
 $$
 Z = -\log \sum_i e^{s_i}, \qquad p_i = \frac{e^{s_i}}{\sum_j e^{s_j}}, \qquad
-\bar\phi = \sum_i p_i \phi_i
+\bar\phi = \sum_i p_i \phi_i,
 $$
 
-the Plackett-Luce loss (Eq. 8) is $L = -\log \sigma(Z)$, and since
+the Plackett-Luce loss (Eq. 7) is $L = -\log \sigma(Z)$, and since
 $\nabla Z = -\beta \bar\phi$ and $\nabla \bar\phi = \beta \mathrm{Cov}_p(\phi)$:
 
 $$
 \begin{aligned}
 \nabla L &= \beta (1 - \sigma(Z))\, \bar\phi && \text{(9)} \\
-\nabla^2 L &= \beta^2 (1 - \sigma(Z)) \bigl[\mathrm{Cov}_p(\phi)
-              + \sigma(Z)\, \bar\phi \bar\phi^\top\bigr] && \text{(10)} \\
-\nabla^2 L &\succeq \beta^2 (1 - \sigma(Z))\, \mathrm{Cov}_p(\phi) && \text{(11)}
+\nabla^2 L &= \beta^2 (1 - \sigma(Z)) \bigl[\sigma(Z)\, \bar\phi \bar\phi^\top
+              + \mathrm{Cov}_p(\phi)\bigr] \\
+           &\succeq \beta^2 (1 - \sigma(Z))\, \mathrm{Cov}_p(\phi) && \text{(10)}
 \end{aligned}
 $$
 
-Lemma 4.1 is (9), Lemma 4.2 is (10) and (11). What (11) drops, the rank-one term
+Lemma 4.1 is (9), Lemma 4.2 is both lines of (10). What the second drops, the rank-one term
 $\beta^2 \sigma(Z) (1 - \sigma(Z)) \bar\phi \bar\phi^\top$, is the only part that depends on
 the chosen response: $\mathrm{Cov}_p(\phi) = \mathrm{Cov}_p(\psi)$ does not. Nothing is
 dropped in $\nabla^2 L = \beta^2 \mathrm{Cov}_q(\psi)$, q the softmax of the rewards over the
 negatives *and* the chosen response. Around the chosen response instead of the mean, the same sum is
+$\sum_i p_i \phi_i \phi_i^\top = \mathrm{Cov}_p(\phi) + \bar\phi \bar\phi^\top$: the first
+line of (10) with $\sigma(Z)$ put to 1, hence above the exact Hessian where the second is below.
 
-$$
-\textstyle\sum_i p_i \phi_i \phi_i^\top = \mathrm{Cov}_p(\phi) + \bar\phi \bar\phi^\top
-$$
-
-which is (10) with $\sigma(Z)$ put to 1, hence above the exact Hessian where (11) is below.
-
-Three criteria are made of these: `algorithm_1` (the vectors of Eq. 11), `contrast_vectors` (of the
-last equation) and `set_fisher` (the exact Hessian). In them h is $\psi$, the feature of a
+Three criteria are made of these: `algorithm_1` (the vectors v of Eq. 11), `contrast_vectors` (of
+the last equation) and `set_fisher` (the exact Hessian). In them h is $\psi$, the feature of a
 response, and row 0 belongs to the chosen one.
 
 Sums run over the negatives given: the selected set for the loss, the whole pool for selection.
@@ -62,7 +59,7 @@ from jaxtyping import Bool, Float
 
 
 class Quantities(NamedTuple):
-    """What Eqs. 9 to 11 are made of.
+    """What Eqs. 9 to 11 are made of: those of Eq. 8, and two moments.
 
     Attributes:
         z: Z = -log sum_i exp(s_i).
@@ -88,10 +85,10 @@ def quantities(
     Args:
         theta: parameters of the policy.
         phi: feature differences to the chosen response.
-        b: the reference's log-probabilities minus that of the chosen response.
+        b: the reference's log-probability of the chosen response minus those of the negatives.
         beta: above 0.
     """
-    scores = beta * (phi @ theta - b)
+    scores = beta * (phi @ theta + b)
     z = -np.logaddexp.reduce(scores)
     weights = _softmax(scores)
     mean = weights @ phi
@@ -116,7 +113,7 @@ def hessian(
     b: Float[np.ndarray, " N"],
     beta: float,
 ) -> Float[np.ndarray, "d d"]:
-    """Computes Eq. 10, the exact Hessian; arguments as in `quantities`."""
+    """Computes the first line of Eq. 10, the exact Hessian; arguments as in `quantities`."""
     moments = quantities(theta, phi, b, beta)
     rank_one = _sigmoid(moments.z) * np.outer(moments.mean, moments.mean)
     return beta**2 * _sigmoid(-moments.z) * (moments.covariance + rank_one)
@@ -128,7 +125,7 @@ def hessian_bound(
     b: Float[np.ndarray, " N"],
     beta: float,
 ) -> Float[np.ndarray, "d d"]:
-    """Computes Eq. 11, Lemma 4.2's lower bound on the Hessian; arguments as in `quantities`."""
+    """Computes the second line of Eq. 10, a lower bound; arguments as in `quantities`."""
     moments = quantities(theta, phi, b, beta)
     return beta**2 * _sigmoid(-moments.z) * moments.covariance
 
@@ -153,7 +150,7 @@ def algorithm_1(
 def pool_fisher_vectors(
     phi: Float[np.ndarray, "N d"], scores: Float[np.ndarray, " N"]
 ) -> Float[np.ndarray, "N d"]:
-    """Computes v_i = sqrt(p_i) (phi_i - sum_j p_j phi_j): V'V is the Cov_p(phi) of Eq. 11.
+    """Computes v_i = sqrt(p_i) (phi_i - sum_j p_j phi_j): V'V is the Cov_p(phi) of Eq. 10.
 
     Subtracting one vector from every phi, or a number from every score, changes nothing.
     """
@@ -204,8 +201,9 @@ def exhaustive(
 ) -> tuple[list[int], float]:
     """Finds the best set of n candidates by looking at all sets: C(19, 3) = 969.
 
-    Greedy choice reaches at least 1 - 1/e of this optimum, for log det(I + G_SS) is monotone and
-    submodular and 0 for the empty set. It does not always reach all of it: Lemma 4.3 is false.
+    This is Eq. 12. Greedy choice reaches at least 1 - 1/e of its value, for log det(I + G_SS) is
+    monotone and submodular and 0 for the empty set. It does not always reach all of it: Lemma 4.3
+    (Eq. 15) is false.
 
     Args:
         gram: design vectors' products over the ridge.
@@ -319,6 +317,28 @@ def exchange(
             return current
         best = max(values)
         current = swaps[values.index(best)]
+
+
+def batch_design_bound(k: int, d: int, c_min: float, ridge: float, delta: float) -> float:
+    """Computes the right side of Eq. 16 (again in Eq. 27), which Theorem 5.2 gives as a bound.
+
+    It is none: the error exceeds it more often than with probability delta, see docs/theory.md.
+
+    Args:
+        k: number of prompts.
+        d: width of features.
+        c_min: lower bound on beta^2 (1 - sigma(Z)) p_i, Assumption B.2.
+        ridge: gamma.
+        delta: probability that the bound is said to fail with.
+
+    Raises:
+        ValueError: it is undefined, for c_min k >= ridge.
+    """
+    used = k * c_min / ridge
+    if used >= 1:
+        raise ValueError(f"Eq. 16 is undefined: k c_min / ridge is {used:g}, and must be below 1")
+    log = np.log(1 / delta + used / ((1 - used) ** (1 / d) * delta))
+    return float(np.sqrt(d / 4 * log) + 2 * np.sqrt(ridge))
 
 
 def _softmax(x: np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mass_dpo_jax import losses, theory
+from tests import test_theory_claims
 
 DOCUMENT = (Path(__file__).parents[1] / "docs/theory.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)
@@ -29,7 +30,8 @@ def problem(seed, negatives, dimension=5):
 
 
 def differences(psi, reference):
-    return psi[1:] - psi[0], reference[1:] - reference[0]
+    """phi and b as the paper defines them above Eq. 7."""
+    return psi[1:] - psi[0], reference[0] - reference[1:]
 
 
 def loss(theta, psi, reference, beta):
@@ -86,7 +88,7 @@ def test_the_exact_hessian_is_the_covariance_under_all_candidates(seed, beta, si
 def test_the_bound_is_the_design_matrix_of_algorithm_1():
     psi, theta, reference = problem(3, 6)
     phi, b = differences(psi, reference)
-    vectors = theory.pool_fisher_vectors(psi[1:], phi @ theta - b)  # h for phi: h_0 cancels.
+    vectors = theory.pool_fisher_vectors(psi[1:], phi @ theta + b)  # h for phi: h_0 cancels.
     factor = 1 / (1 + np.exp(theory.quantities(theta, phi, b, beta=1.0).z))
     np.testing.assert_allclose(
         factor * vectors.T @ vectors, theory.hessian_bound(theta, phi, b, 1.0), atol=1e-12
@@ -100,7 +102,7 @@ def test_the_bound_does_not_see_the_chosen_response():
     picks = []
     for features in (psi, other):
         phi, b = differences(features, reference)
-        scores = features[1:] @ theta - features[0] @ theta - b
+        scores = features[1:] @ theta - features[0] @ theta + b
         picks.append(theory.algorithm_1(phi, scores, 3, 0.1))
     assert picks[0][0] == picks[1][0]
     np.testing.assert_allclose(picks[0][1], picks[1][1], rtol=1e-9)
@@ -185,7 +187,7 @@ def test_set_logdet_is_that_of_the_exact_hessian_of_the_loss_on_the_set(beta, in
 @pytest.mark.parametrize("seed", range(3))
 def test_contrast_information_is_the_covariance_and_the_mean_direction(seed):
     features, scores = scored_pool(seed)
-    at = theory.quantities(np.zeros(4), features[1:] - features[0], -scores, beta=1.0)
+    at = theory.quantities(np.zeros(4), features[1:] - features[0], scores, beta=1.0)
     vectors = theory.contrast_vectors(features, scores)
     contrast = vectors.T @ vectors
     np.testing.assert_allclose(contrast, at.covariance + np.outer(at.mean, at.mean), atol=1e-12)
@@ -302,4 +304,4 @@ def test_the_snippets_of_the_document_run_as_they_are(place):
 
 def test_the_document_names_tests_that_exist():
     names = set(re.findall(r"`(test_\w+)`", DOCUMENT))
-    assert len(names) > 8 and names <= set(globals())
+    assert len(names) > 20 and names <= {*globals(), *vars(test_theory_claims)}
