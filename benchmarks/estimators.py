@@ -154,14 +154,20 @@ def _draw(
 
 def chosen(criterion: str, scores: np.ndarray, features: np.ndarray, n: int) -> np.ndarray:
     """The n negatives that a criterion of the package chooses, at its default settings."""
-    return next(_choose(criterion, scores, features, n, 1, 0))
+    return next(_choose(criterion, scores, scores, features, n, 1, 0))
 
 
 def _choose(
-    criterion: str, scores: np.ndarray, features: np.ndarray, n: int, count: int, seed: int
+    criterion: str,
+    scores: np.ndarray,
+    policy_scores: np.ndarray,
+    features: np.ndarray,
+    n: int,
+    count: int,
+    seed: int,
 ) -> Iterator[np.ndarray]:
     """Yields `count` draws of what a criterion chooses, int [n or fewer] each."""
-    pool = jnp.asarray(scores, jnp.float32), jnp.asarray(features, jnp.float32)
+    pool = tuple(jnp.asarray(x, jnp.float32) for x in (features, scores, policy_scores))
     keys = jax.random.split(jax.random.key(seed), count)
     picks = jax.device_get(_select(n, Settings(criterion=criterion), *pool, keys))
     for indices, valid in zip(picks.indices, picks.valid, strict=True):
@@ -170,10 +176,15 @@ def _choose(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _select(
-    n: int, settings: Settings, scores: jax.Array, features: jax.Array, keys: jax.Array
+    n: int,
+    settings: Settings,
+    features: jax.Array,
+    scores: jax.Array,
+    policy_scores: jax.Array,
+    keys: jax.Array,
 ) -> Selection:
     def one(key: jax.Array) -> Selection:
-        pool = Pool(features, scores, jnp.ones(len(scores), bool), key)
+        pool = Pool(features, scores, jnp.ones(len(scores), bool), key, policy_scores)
         return settings.definition.choose(pool, n, settings)
 
     return jax.vmap(one)(keys)
@@ -243,20 +254,14 @@ def chosen_set(scores: np.ndarray, gram: np.ndarray, picks: np.ndarray) -> Error
 
 
 def drawn_sets(
-    criterion: str,
-    scores: np.ndarray,
-    features: np.ndarray,
-    gram: np.ndarray,
-    n: int,
-    count: int,
-    seed: int = 0,
+    criterion: str, prompt: Prompt, beta: float, n: int, count: int, seed: int = 0
 ) -> Error:
     """The loss on the set that a criterion draws, with what is random in it: Monte Carlo."""
+    scores, gram = prompt.scores(beta), prompt.gram(beta)
+    policy_scores = prompt.logps[1:] - prompt.logps[0]
     p, c = pool_weights(scores)
-    sets = Counter(
-        tuple(sorted(map(int, picks)))
-        for picks in _choose(criterion, scores, features, n, count, seed)
-    )
+    draws = _choose(criterion, scores, policy_scores, prompt.features, n, count, seed)
+    sets = Counter(tuple(sorted(map(int, picks))) for picks in draws)
     weights = np.stack([loss_weights(scores, np.array([picks]))[0] for picks in sets])
     shares = np.array([*sets.values()]) / count
     mse = float(shares @ quadratic(gram, weights - c * p))
@@ -320,10 +325,7 @@ def measure(
         "cells": cells(nearest(seen, picks["pool_fisher"])),
         "uniform": uniform_sets(scores, gram, n),
         **{name: chosen_set(scores, gram, picks[name]) for name in CRITERIA},
-        **{
-            name: drawn_sets(name, scores, prompt.features, gram, n, count, seed)
-            for name in DRAWN_CRITERIA
-        },
+        **{name: drawn_sets(name, prompt, beta, n, count, seed) for name in DRAWN_CRITERIA},
     }
 
 

@@ -38,8 +38,8 @@ CRITERION_SUMMARIES = {
     "hardest": "the largest scores",
     "random": "uniformly at random",
     "all": "the whole pool",
-    "topk": "uniformly from the selection.top largest scores (RoDPO)",
-    "boundary": "scores no less than the chosen response's, or the highest cluster (DynamicPO)",
+    "topk": "uniformly from the selection.top that the policy ranks highest (RoDPO)",
+    "boundary": "ranked no lower than the chosen response, or the highest cluster (DynamicPO)",
     "kmedoids": "medoids of the pool's features (AMPO)",
 }
 # The values that a setting can have. Tests hold them equal to the code that reads them, which is
@@ -187,7 +187,7 @@ def default() -> ConfigDict:
     # of features) | independent (with replacement).
     c.selection.draw = "pivotal"
 
-    c.selection.top = 10  # For the criterion topk: how many of the largest scores it draws from.
+    c.selection.top = 10  # For the criterion topk: how many it draws from.
 
     # ---- Margins of the method odpo.
     c.odpo = Settings()

@@ -19,15 +19,18 @@ from mass_dpo_jax.selection.types import Pool, Selection
 
 
 @criterion(
-    "topk", needs_scoring=True, summary="drawn uniformly from the selection.top largest rewards"
+    "topk",
+    needs_scoring=True,
+    summary="drawn uniformly from the selection.top of the largest log-probabilities",
 )
 def topk(pool: Pool, n: int, settings: Settings) -> Selection:
-    """Draws n uniformly from the K largest scores, K = `selection.top` or n if that is more.
+    """Draws n uniformly from the K that the policy ranks highest, K = `selection.top` or n if more.
 
     The random choice spares false negatives, which the hardest of all would hit each time: RoDPO,
-    arXiv 2603.29259. Scores equal to the K-th are drawn from, too: where the policy is the
-    reference all are equal, and their order in the data means nothing.
+    arXiv 2603.29259. Those equal to the K-th are drawn from, too: their order in the data means
+    nothing.
     """
+    pool = _as_policy_ranks(pool)
     assert pool.scores is not None
     scores = jnp.where(pool.mask & ~jnp.isnan(pool.scores), pool.scores, -jnp.inf)
     largest, _ = lax.top_k(scores, min(max(settings.top, n), len(scores)))
@@ -38,17 +41,19 @@ def topk(pool: Pool, n: int, settings: Settings) -> Selection:
 @criterion(
     "boundary",
     needs_scoring=True,
-    summary="those with a reward no less than the chosen response's; where there are none, those "
-    "of the highest of three clusters of rewards",
+    summary="those with a log-probability no less than the chosen response's; where there are "
+    "none, those of the highest of three clusters of log-probabilities",
 )
 def boundary(pool: Pool, n: int, settings: Settings) -> Selection:
     """Selects negatives that the policy ranks at or above the chosen response; n at most.
 
-    Where there are none, those in the highest of three clusters of scores, here the clusters with
-    the least sum of squares (DynamicPO, arXiv 2605.00327, runs k-means). More than n are thinned
-    out at random. There may be fewer than n: the others count as too easy.
+    Where there are none, those in the highest of three clusters, here the clusters with the least
+    sum of squares (DynamicPO, arXiv 2605.00327, runs k-means). The authors' program compares
+    log-probabilities and not rewards, and so do we; it trains on all that it finds, and we thin out
+    more than n at random. There may be fewer than n: the others count as too easy.
     """
     del settings
+    pool = _as_policy_ranks(pool)
     assert pool.scores is not None
     ranks = jnp.argsort(order_by_score(pool))
     is_above = pool.mask & (pool.scores >= 0)
@@ -107,6 +112,11 @@ def kmedoids(pool: Pool, n: int, settings: Settings) -> Selection:
     picks = lax.fori_loop(0, 2 * slots, swap, picks)
     is_pick = jnp.zeros(size, bool).at[picks].max(filled)
     return in_order(jnp.argsort(~is_pick, stable=True), is_pick, n)
+
+
+def _as_policy_ranks(pool: Pool) -> Pool:
+    """Returns the pool with the policy's own scores, where they are known, instead of rewards."""
+    return pool if pool.policy_scores is None else pool._replace(scores=pool.policy_scores)
 
 
 def _draw_uniformly(pool: Pool, allowed: Bool[Array, " N"], n: int) -> Selection:

@@ -126,7 +126,8 @@ def select_negatives(
     Args:
         features: [C, D] or [B, C, D], pooled hidden states of each response, the chosen one first.
         scores: [N] or [B, N], N = C - 1: beta (log-ratio of the negative - that of the chosen).
-            None: all 0, as where the policy is the reference.
+            None: all 0, as where the policy is the reference. `topk` and `boundary`, which rank as
+            the policy does in training, rank by them.
         mask: bool, like scores: which negatives exist. None: all.
         n: number of negatives to select.
         criterion: a built-in name or one that was registered, see `selection.names()`.

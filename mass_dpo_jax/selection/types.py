@@ -17,12 +17,15 @@ class Pool(NamedTuple):
         scores: float32 [N], beta (log-ratio of the negative - that of the chosen); None likewise.
         mask: bool [N], which negatives exist; features and scores of the others may hold anything.
         key: a PRNG key of this example and this draw.
+        policy_scores: float32 [N], the policy's log-probability of the negative - that of the
+            chosen, nats, for criteria that rank as the policy does. None: `scores` stand for them.
     """
 
     gram: Float[Array, "*B C C"] | None
     scores: Float[Array, "*B N"] | None
     mask: Bool[Array, "*B N"]
     key: Key[Array, "*B"]
+    policy_scores: Float[Array, "*B N"] | None = None
 
 
 class Selection(NamedTuple):

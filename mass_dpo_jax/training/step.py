@@ -145,7 +145,9 @@ class Program:
         gram = batch.ref_gram
         if features:
             gram = selection.compute_grams(scored.features, mask, settings)
-        pools = selection.Pool(gram, rewards[:, 1:] - rewards[:, :1], mask, keys)
+        pools = selection.Pool(
+            gram, _above_chosen(rewards), mask, keys, policy_scores=_above_chosen(scored.logps)
+        )
         return pools, scored
 
     def choose(self, pools: selection.Pool) -> tuple[Choice, Metrics]:
@@ -404,6 +406,11 @@ def average_micro_batches(micro_step: Callable[..., tuple[Any, Any]], *args: Any
         total, stacked = jax.lax.scan(add, zeros, args)
     with jax.named_scope("average"):
         return jax.tree.map(lambda x: x / count, total), stacked
+
+
+def _above_chosen(values: Array) -> Array:
+    """Subtracts the chosen response's from those of the others: [B, C] to [B, N]."""
+    return values[:, 1:] - values[:, :1]
 
 
 def _make_picks(choice: Choice, packed_length: int) -> Picks:

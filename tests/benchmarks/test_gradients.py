@@ -144,10 +144,9 @@ def test_uniform_sets(n: int):
 def test_drawn_sets_of_equal_scores_are_uniform_sets():
     world = World(6, seed=4)
     even = dataclasses.replace(world.prompt, logps=np.zeros(7), ref_logps=np.zeros(7))
-    gram = even.gram(BETA)
-    exact = estimators.uniform_sets(np.zeros(6), gram, 2)
+    exact = estimators.uniform_sets(np.zeros(6), even.gram(BETA), 2)
     for name in estimators.DRAWN_CRITERIA:
-        found = estimators.drawn_sets(name, np.zeros(6), even.features, gram, 2, 20_000)
+        found = estimators.drawn_sets(name, even, BETA, 2, 20_000)
         assert dataclasses.astuple(found) == pytest.approx(dataclasses.astuple(exact), rel=0.05)
 
 

@@ -118,6 +118,30 @@ def test_a_run_on_frozen_features_selects_by_those_of_its_reference(
     assert moved  # Else it could as well have read the run's own features.
 
 
+@pytest.mark.parametrize("criterion", ["boundary", "topk"])
+def test_baselines_that_rank_as_the_policy_does(run: Path, data: Path, criterion: str) -> None:
+    """By log-probability: the run's rewards have another order, a model's own are all 0."""
+    changes = {"selection.criterion": criterion, "selection.top": 1, "num_negatives": 1}
+    orders = 0
+    for origin in ({"workdir": run}, {"model.path": str(run)}):
+        workdir = origin.pop("workdir", None)
+        config = tiny_config(data, beta=1.0, **changes, **origin)
+        found = list(select_with_model(config, workdir, None))
+        setup, split, params, reference = prepare_scoring(config, workdir, "all")
+        logps = setup.score(params, split, "by hand")
+        refs = reference.logps.get(split, logps)
+        for row, mine in enumerate(found):
+            size = int((setup.tokens["all"].response_lengths[row] > 0).sum())
+            negatives = logps[row, 1:size]
+            best = int(negatives.argmax())
+            if criterion == "boundary" and negatives[best] >= logps[row, 0]:
+                assert all(negatives[i] >= logps[row, 0] for i in mine["selected"])
+            elif criterion == "topk":
+                assert mine["selected"] == [best]
+            orders += best != int((logps - refs)[row, 1:size].argmax())
+    assert orders > 3
+
+
 def test_a_model_without_a_reference_is_its_own(run: Path, data: Path) -> None:
     """So its frozen features are those that it has."""
     found = [
