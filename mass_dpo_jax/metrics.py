@@ -98,7 +98,8 @@ def reward_metrics(
     Returns:
         `rewards/chosen` and `rewards/rejected`, means; `rewards/accuracies`, the share of negatives
         whose reward is below the chosen one's; `rewards/margins`, chosen minus the mean negative;
-        `rewards/margins_hard`, chosen minus the largest negative. 0 where no example has negatives.
+        `rewards/margins_hard`, chosen minus the largest negative; 0 where no example has negatives.
+        Under NAME_se, the standard error of each.
     """
     rewards, valid = _check(rewards, valid)
     has_negatives = valid[:, 1:].any(axis=1)
@@ -110,16 +111,18 @@ def reward_metrics(
     hardest = np.max(rejected, axis=1, where=present, initial=-np.inf)
     wins = (present & (rejected < chosen)).sum(axis=1) / count
 
-    def mean(values: np.ndarray) -> float:
-        return float(np.mean(values)) if has_negatives.any() else 0.0
-
-    return {
-        "rewards/chosen": float(np.mean(rewards[:, 0], dtype=np.float64)),
-        "rewards/rejected": mean(mean_rejected),
-        "rewards/accuracies": mean(wins),
-        "rewards/margins": mean(chosen[:, 0] - mean_rejected),
-        "rewards/margins_hard": mean(chosen[:, 0] - hardest),
+    values = {
+        "rewards/chosen": rewards[:, 0].astype(np.float64),
+        "rewards/rejected": mean_rejected,
+        "rewards/accuracies": wins,
+        "rewards/margins": chosen[:, 0] - mean_rejected,
+        "rewards/margins_hard": chosen[:, 0] - hardest,
     }
+    summary = {}
+    for name, value in values.items():
+        summary[name] = float(np.mean(value)) if len(value) else 0.0
+        summary[f"{name}_se"] = standard_error(value)
+    return summary
 
 
 def standard_error(values: Shaped[np.ndarray, " M"]) -> float:

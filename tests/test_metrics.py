@@ -42,7 +42,7 @@ def test_candidates_that_do_not_exist_do_not_count(garbage):
     valid = np.array([[True, False, True], [True, True, False], [True, False, False]])
     assert metrics.per_example_rank(scores, valid).tolist() == [2, 1, 1]
     rewards = metrics.reward_metrics(scores, valid)
-    assert rewards == {
+    assert {name: value for name, value in rewards.items() if not name.endswith("_se")} == {
         "rewards/chosen": 1.0,
         "rewards/rejected": 1.0,
         "rewards/accuracies": 0.5,
@@ -91,6 +91,11 @@ def test_reward_metrics_average_over_the_negatives_of_each_example_first():
     assert got["rewards/accuracies"] == pytest.approx((1 / 2 + 2 / 3) / 2)
     assert got["rewards/margins"] == pytest.approx((0.0 + 2 / 3) / 2)
     assert got["rewards/margins_hard"] == pytest.approx((-1.0 - 4.0) / 2)
+    # Two examples' values differ by twice the error of their mean.
+    errors = {"chosen": 2 / 2, "rejected": (7 / 3 - 1) / 2, "accuracies": (2 / 3 - 1 / 2) / 2,
+              "margins": (2 / 3) / 2, "margins_hard": 3 / 2}  # fmt: skip
+    for name, error in errors.items():
+        assert got[f"rewards/{name}_se"] == pytest.approx(error)
 
 
 def test_equal_rewards_are_not_a_win():

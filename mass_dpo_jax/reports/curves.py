@@ -131,9 +131,9 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return (totals[last] - totals[first]) / (last - first)
 
 
-def finish_panel(ax: Axes, panel: Panel) -> None:
+def finish_panel(ax: Axes, panel: Panel, xlabel: str = "step") -> None:
     """Styles the axes of a panel that is drawn, and adds its own legend."""
-    style.style_axes(ax, panel.title)
+    style.style_axes(ax, panel.title, xlabel)
     words = [word for word in panel.lines.values() if word]
     if words:
         # Colours stand for runs, so the legend shows dashes only.

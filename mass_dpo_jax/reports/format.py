@@ -31,18 +31,33 @@ def format_metric(metrics: Mapping[str, float], name: str) -> str:
     return format_percent(metrics[name], metrics[error]) if {name, error} <= set(metrics) else ""
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], labels: int = 1) -> str:
+def markdown_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], labels: int = 1, padded: bool = False
+) -> str:
     """Formats a table in Markdown.
 
     Args:
         header: the title of every column.
         rows: the cells.
         labels: columns that name the row, and are aligned left.
+        padded: whether columns are aligned in the text too, for terminals.
     """
+    lines = [[cell.replace("|", chr(92) + "|") for cell in row] for row in (header, *rows)]
+    widths = [max(map(len, column)) if padded else 0 for column in zip(*lines, strict=True)]
     rules = ["---"] * labels + ["---:"] * (len(header) - labels)
+    if padded:
+        rules = [
+            rule.replace("---", "-" * max(3, width - rule.count(":")))
+            for rule, width in zip(rules, widths, strict=True)
+        ]
     return "\n".join(
-        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |"
-        for row in (header, rules, *rows)
+        "| "
+        + " | ".join(
+            cell.ljust(width) if i < labels else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        + " |"
+        for line in (lines[0], rules, *lines[1:])
     )
 
 

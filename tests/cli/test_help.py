@@ -103,7 +103,7 @@ def test_help_of_commands_without_one() -> None:
     assert len(shown) == 8
     done = command("report", "--help")
     assert done.returncode == 0
-    assert help_lib.examples(docstring("report")) in done.stdout and "--paper" in done.stdout
+    assert help_lib.examples(docstring("report")) in done.stdout and "--output" in done.stdout
 
 
 @pytest.mark.parametrize("name", MODULES)

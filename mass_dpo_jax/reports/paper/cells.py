@@ -10,13 +10,18 @@ import numpy as np
 
 from mass_dpo_jax import metrics
 from mass_dpo_jax.reports.format import format_percent
-from mass_dpo_jax.reports.paper.runs import Run, experiment_settings
+from mass_dpo_jax.reports.paper.layout import BETA, MODELS, TITLES, N, Row
+from mass_dpo_jax.reports.paper.runs import Run, experiment_settings, paper_differences
 
-DATASETS = ("lastfm", "movielens", "medmcqa", "qasc")  # In the paper's order; others follow.
-# Baselines first and the paper's method last, as papers do.
-METHODS = ("sft", "dpo", "dpo_k", "dmpo", "odpo", "mppo", "sdpo", "pl_sampled", "pl_all")
+DATASETS = tuple(TITLES)  # In the paper's order; others follow.
+# The paper's, in its order; then ours.
+METHODS = (
+    "dpo", "dmpo", "dpo_k", "sdpo", "mass_dpo", "pl_sampled", "pl_all", "odpo", "mppo", "sft",
+)  # fmt: skip
+# Which of the variants of a method is the paper's: Algorithm 1 with the current policy, and S-DPO's
+# negatives drawn anew at every step.
+PAPER_VARIANTS = {"mass_dpo": "mass_dpo (pool_fisher, step)", "sdpo": "sdpo (redrawn)"}
 NOT_TESTED_ON = ("data.max_train", "data.max_validation")  # Data settings of other splits.
-BETA, N = 0.1, 3  # The paper's main setting.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,21 +31,23 @@ class Estimate:
     Attributes:
         mean: the mean.
         se_seeds: its standard error from the spread over seeds; None for a single one.
-        se_rows: the standard error over test rows that the runs report, averaged.
+        se_rows: the standard error over test rows that the runs report, averaged; None where they
+            report none.
         seeds: number of seeds that have finished.
     """
 
     mean: float
     se_seeds: float | None
-    se_rows: float
+    se_rows: float | None
     seeds: int
 
-    @property
-    def text(self) -> str:
-        """In percent; a star marks an error over test rows."""
-        if self.se_seeds is None:
-            return f"{format_percent(self.mean, self.se_rows)}*"
-        return format_percent(self.mean, self.se_seeds)
+    def text(self, unit: str = "percent") -> str:
+        """Formats it in percent or, with any other unit, as it is; a star: an error over rows."""
+        star = "*" if self.se_seeds is None else ""
+        error = self.se_rows if self.se_seeds is None else self.se_seeds
+        if unit == "percent":
+            return format_percent(self.mean, error or 0.0) + star
+        return f"{self.mean:.2f}" if error is None else f"{self.mean:.2f} ± {error:.2f}{star}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +61,8 @@ class Cell:
         n: negatives of a prompt; None where the method has none.
         beta: the factor from log-ratios to rewards; None where the method has none.
         runs: a run for each seed, finished or not.
+        variant: the method's name without these settings.
+        differences: number of settings that are not the paper's.
     """
 
     model: str
@@ -62,6 +71,8 @@ class Cell:
     n: int | str | None
     beta: float | None
     runs: tuple[Run, ...]
+    variant: str
+    differences: int
 
     @property
     def finished(self) -> list[Run]:
@@ -92,16 +103,34 @@ def estimate(
     runs: Sequence[Run], read: Callable[[Run, str], float | None], metric: str
 ) -> Estimate | None:
     """Returns the mean of what `read` finds in the runs; None where it finds nothing."""
-    pairs = [
-        (value, read(run, f"{metric}_se") or 0.0)
-        for run in runs
-        if (value := read(run, metric)) is not None
-    ]
-    if not pairs:
+    measured = [run for run in runs if read(run, metric) is not None]
+    if not measured:
         return None
-    values, errors = np.array(pairs).T
+    values = np.array([read(run, metric) for run in measured])
+    errors = [read(run, f"{metric}_se") for run in measured]
+    known = [error for error in errors if error is not None]
     spread = metrics.standard_error(values) if len(values) > 1 else None
-    return Estimate(float(values.mean()), spread, float(errors.mean()), len(values))
+    return Estimate(
+        float(values.mean()),
+        spread,
+        float(np.mean(known)) if len(known) == len(errors) else None,
+        len(values),
+    )
+
+
+def average(estimates: Sequence[Estimate]) -> Estimate:
+    """Returns the mean of estimates on different datasets, whose errors are independent."""
+
+    def combine(errors: Sequence[float | None]) -> float | None:
+        known = [error for error in errors if error is not None]
+        return float(np.hypot.reduce(known)) / len(known) if len(known) == len(errors) else None
+
+    return Estimate(
+        float(np.mean([estimate.mean for estimate in estimates])),
+        combine([estimate.se_seeds for estimate in estimates]),
+        combine([estimate.se_rows for estimate in estimates]),
+        min(estimate.seeds for estimate in estimates),
+    )
 
 
 def gather(runs: Sequence[Run]) -> tuple[list[Cell], list[tuple[Run, Run]]]:
@@ -140,8 +169,45 @@ def gather(runs: Sequence[Run]) -> tuple[list[Cell], list[tuple[Run, Run]]]:
             if any(other.get(setting) != value for other in rivals):
                 name.append(f"{setting}={value.strip(chr(39))}")
         members = tuple(seeds[seed] for seed in sorted(seeds))
-        cells.append(Cell(model, dataset, ", ".join(name), n, beta, members))
+        cells.append(
+            Cell(
+                model, dataset, ", ".join(name), n, beta, members, method,
+                len(paper_differences(members[0])),
+            )
+        )  # fmt: skip
     return sorted(cells, key=_order), repeats
+
+
+def group_by_model(cells: Sequence[Cell]) -> list[tuple[str, str, list[Cell]]]:
+    """Groups cells by model: the paper's models in its order, then ours.
+
+    Returns:
+        The heading of each model, its name in numbers.csv ("" where it is not the paper's), and its
+        cells. The paper's models are there without cells too.
+    """
+    ours = {cell.model: [c for c in cells if c.model == cell.model] for cell in cells}
+    groups = []
+    for model in MODELS:
+        name = next((name for name in ours if name.lower() == model.folder), "")
+        groups.append((model.title, model.name, ours.pop(name, [])))
+    return [*groups, *((name, "", members) for name, members in ours.items())]
+
+
+def find_cell(cells: Sequence[Cell], dataset: str, row: Row) -> Cell | None:
+    """Returns the cell of a row of the paper, the one with the fewest settings of its own.
+
+    Args:
+        cells: cells of one model.
+        dataset: the dataset.
+        row: what the paper did.
+    """
+    found = [
+        cell
+        for cell in cells
+        if (cell.dataset, cell.n, cell.beta) == (dataset, row.n, row.beta)
+        and cell.variant == PAPER_VARIANTS.get(row.method, row.method)
+    ]
+    return min(found, key=lambda cell: cell.differences, default=None)
 
 
 def main_setting(cells: Sequence[Cell]) -> list[Cell]:
@@ -154,17 +220,17 @@ def main_setting(cells: Sequence[Cell]) -> list[Cell]:
     return [cell for cell in cells if _is_main(cell) or method(cell) not in with_main]
 
 
+def main_n(cell: Cell) -> int:
+    """Returns how many negatives the paper gives a cell's method."""
+    return 1 if cell.variant == "dpo" else N
+
+
 def _is_main(cell: Cell) -> bool:
-    n = 1 if _base_method(cell) == "dpo" else N
-    return cell.beta in (None, BETA) and cell.n in (None, "all", n)
-
-
-def _base_method(cell: Cell) -> str:
-    return cell.method.partition(" ")[0].rstrip(",")
+    return cell.beta in (None, BETA) and cell.n in (None, "all", main_n(cell))
 
 
 def _order(cell: Cell) -> tuple[Any, ...]:
-    name = _base_method(cell)
+    name = cell.variant.partition(" ")[0]
     index = METHODS.index(name) if name in METHODS else len(METHODS)
     n = cell.n if isinstance(cell.n, int) else 10**9
     return (cell.model, *dataset_order(cell.dataset), index, cell.method, n, cell.beta or 0.0)

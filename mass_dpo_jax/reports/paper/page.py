@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from mass_dpo_jax.reports import templates
 from mass_dpo_jax.reports.format import markdown_table
-from mass_dpo_jax.reports.paper.tables import Table
+from mass_dpo_jax.reports.paper.blocks import BEST, SECOND, Block, Entry, Section, Table
 
 MAX_OPEN_ROWS = 12  # Longer lists, and longer tables that the paper does not have, are folded.
-CAPTION = (
-    "Validation split. A line is the mean over seeds, its band goes from the smallest seed to "
-    "the largest."
-)
+AROUND = {BEST: "**{}**", SECOND: "<u>{}</u>", "": "{}"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +35,23 @@ class Picture:
 
 
 @dataclasses.dataclass(frozen=True)
+class Group:
+    """Tables or pictures that the paper does not have, under a heading; folded if they are long.
+
+    Attributes:
+        title: the heading.
+        notes: hints for reading them.
+        tables: the tables.
+        pictures: the pictures.
+    """
+
+    title: str
+    notes: Sequence[str] = ()
+    tables: Sequence[Table] = ()
+    pictures: Sequence[Picture] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class PageContent:
     """What the page says, in its order.
 
@@ -45,26 +59,22 @@ class PageContent:
         title: the title.
         warnings: runs that are not finished, or cannot be read.
         notes: hints for reading the tables.
-        main: the paper's tables.
+        tables: the paper's tables.
         pictures: the paper's figures.
-        extra: tables that the paper does not have.
-        remarks: lines below the table of `extra` with this name.
+        extra: what the paper does not have.
     """
 
     title: str
     warnings: Sequence[str]
     notes: Sequence[str]
-    main: Sequence[Table]
+    tables: Sequence[Table]
     pictures: Sequence[Picture]
-    extra: Sequence[Table]
-    remarks: dict[str, list[str]]
+    extra: Sequence[Group]
 
 
 def to_html(content: PageContent) -> str:
     """Returns the page as one file, with its pictures inside."""
-    return templates.render(
-        "paper/page.html", **vars(content), caption=CAPTION, max_open_rows=MAX_OPEN_ROWS
-    )
+    return templates.render("paper/page.html", **vars(content), max_open_rows=MAX_OPEN_ROWS)
 
 
 def to_markdown(content: PageContent) -> str:
@@ -75,23 +85,57 @@ def to_markdown(content: PageContent) -> str:
             "Runs that are not finished, or cannot be read:",
             _markdown_list(content.warnings),
         ]
-    for table in content.main:
-        parts += _markdown_blocks(table)
-    if content.pictures:
-        parts += ["## Figures 2 and 3", CAPTION]
-        parts += [f"### {p.title}\n\n![{p.title}](figures/{p.name})" for p in content.pictures]
-    for table in content.extra:
-        parts += [*_markdown_blocks(table), _markdown_list(content.remarks.get(table.name, []))]
+    parts += map(table_to_markdown, content.tables)
+    parts += map(_picture_to_markdown, content.pictures)
+    for group in content.extra:
+        parts += [f"## {group.title}", _markdown_list(group.notes)]
+        for table in group.tables:
+            parts.append(f"### {table.title}" if len(group.tables) > 1 else "")
+            parts.append(_blocks_to_markdown(table, "####"))
+        parts += [_picture_to_markdown(picture, "###") for picture in group.pictures]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def table_to_markdown(table: Table) -> str:
+    """Returns a table of the paper in Markdown, its columns aligned."""
+    return f"## {table.title}\n\n{_blocks_to_markdown(table, '###')}"
+
+
+def _blocks_to_markdown(table: Table, level: str) -> str:
+    parts = []
+    for block in table.blocks:
+        parts.append(f"{level} {block.title}" if block.title else "")
+        groups = block.groups or [""] * len(block.header)
+        header = [f"{g} {h}".strip() for g, h in zip(groups, block.header, strict=True)]
+        parts.append(markdown_table(header, list(_markdown_rows(block)), block.labels, padded=True))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _markdown_rows(block: Block) -> Iterator[list[str]]:
+    for section in block.sections:
+        if section.title:
+            yield _title_row(block, section)
+        for row in section.rows:
+            yield [_entry_to_markdown(cell) if isinstance(cell, Entry) else cell for cell in row]
+
+
+def _title_row(block: Block, section: Section) -> list[str]:
+    """Returns a row that says what the rows below it are, as Markdown has no lines in tables."""
+    blank = ["—"] * len(block.header)
+    blank[block.labels - 1] = f"*{section.title}:*"
+    return blank
+
+
+def _entry_to_markdown(entry: Entry) -> str:
+    paper = AROUND[entry.paper_mark].format(entry.paper) if entry.paper else ""
+    paper += f" ± {entry.error}" if entry.error else ""
+    ours = AROUND[entry.mark].format(entry.ours) if entry.ours else ""
+    return f"{paper} [{ours}]" if paper and ours else paper or ours
+
+
+def _picture_to_markdown(picture: Picture, level: str = "##") -> str:
+    return f"{level} {picture.title}\n\n![{picture.title}](figures/{picture.name})"
 
 
 def _markdown_list(lines: Sequence[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
-
-
-def _markdown_blocks(table: Table) -> list[str]:
-    parts = [f"## {table.title}"]
-    for block in table.blocks:
-        parts.append(f"### {block.title}" if block.title else "")
-        parts.append(markdown_table(block.header, block.rows, block.labels))
-    return parts if table.blocks else [*parts, "No runs for this table."]

@@ -28,9 +28,9 @@ import numpy as np
 
 from mass_dpo_jax import metrics
 from mass_dpo_jax.reports.comparison import read_logps
+from mass_dpo_jax.reports.paper.blocks import Block, Section, Table
 from mass_dpo_jax.reports.paper.cells import Cell
 from mass_dpo_jax.reports.paper.runs import Run
-from mass_dpo_jax.reports.paper.tables import Block, Table
 from mass_dpo_jax.training.evaluator import FINAL_LOGPS, START_LOGPS
 from mass_dpo_jax.utils.files import read_array
 
@@ -69,7 +69,7 @@ def compare_all(cells: Sequence[Cell]) -> tuple[Table, list[str]]:
         The table, and sentences about what could not be compared.
     """
     fields = "model dataset ours theirs metric difference low high seeds rows".split()
-    table = Table("paired", "Differences between methods on the same rows (points)", fields=fields)
+    table = Table("paired", "Differences between methods on the same rows (points)", fields)
     header = ["difference", *METRICS.values(), "seeds"]
     not_compared: list[str] = []
     values = {
@@ -107,7 +107,7 @@ def compare_all(cells: Sequence[Cell]) -> tuple[Table, list[str]]:
                 table.add_record(*group, *names, metric, *numbers)
             rows.append([f"{names[0]} − {names[1]}", *entries, str(len(pairs))])  # noqa: RUF001
         if rows:
-            table.blocks.append(Block(", ".join(group), header, rows))
+            table.blocks.append(Block(", ".join(group), header, [Section(rows)]))
     return table, not_compared
 
 

@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
+import collections
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.reports.paper import cells as cells_lib
-from mass_dpo_jax.reports.paper import figures, page, paired, tables
+from mass_dpo_jax.reports.paper import extra_tables, figures, page, paired, tables
 from mass_dpo_jax.reports.paper.cells import Cell
-from mass_dpo_jax.reports.paper.runs import Run, find_runs
+from mass_dpo_jax.reports.paper.layout import FIGURES, TITLES
+from mass_dpo_jax.reports.paper.runs import Run, find_runs, paper_differences
 from mass_dpo_jax.runs.metrics_files import Series
 from mass_dpo_jax.utils.files import write_whole
 
+MAX_DIFFERENCES = 12  # Settings that a note names.
+BY_REWARD = "Tables 1 to 5 with ours by the log-ratio to the reference"
+READING = (
+    "A cell shows the paper's number as printed, then ours: in brackets, on the page in blue. A "
+    "number alone is the paper's. Rows below a line are ours only."
+)
 NOTES = [
-    "Accuracy is the share of test rows whose chosen response is ranked first among all "
-    "candidates; a tie counts as lost. The ranking is by the policy's own log-probability or, "
-    "where stated, by its log-ratio to the reference. The paper does not say which it uses.",
-    "± is the standard error over seeds; with a star, of a single seed, over its test rows. "
-    "(2 of 3): two of three seeds have finished, and the figures are of those two.",
+    "Ours are ranked by the policy's own log-probability; further below, by its log-ratio to the "
+    "reference. The paper does not say which it uses. A tie counts as lost. Margins are the reward "
+    "of the chosen response minus the mean reward of the others.",
+    "± is the standard error over seeds; with a star, of a single seed, over its test rows. The "
+    "paper prints them in Table 4 only, where the page has them as small numbers. (2 of 3): two of "
+    "three seeds have finished, and the figures are of those two.",
+    "Bold is the best of a model's column in Table 1, underlined the second best. The paper's are "
+    "as printed, as far as they are known: docs/paper.md has where they do not fit its numbers. "
+    "Ours are among the paper's methods.",
 ]
-UNCHECKED = (
-    "The paper's tables were not available when this program was written, and what is said about "
-    "them here is second-hand. That Tables 2 and 4 are the ablations of beta and n, and how Tables "
-    "3 and 5 share the datasets, is our arrangement."
-)
-NO_PAPER_NUMBERS = (
-    "So none of the paper's own numbers is shown; none was made up. Rows added to "
-    "mass_dpo_jax/reports/paper/numbers.csv, or to a file given as --paper, appear in square "
-    "brackets."
-)
-PAPER_NUMBERS = "The paper's own numbers, where they are known, are in square brackets."
 BOOTSTRAP = (
     "In brackets: 95% intervals of a paired bootstrap with fixed random numbers. A draw takes "
     "seeds with replacement and test rows with replacement, the same rows in every seed. With one "
@@ -40,24 +41,92 @@ BOOTSTRAP = (
     "little where the seed also draws the test rows (config.data.max_test). Many pairs are "
     "compared: of twenty intervals of equal methods, one will miss 0."
 )
+# What the paper's numbers say about its test sets; docs/paper.md has the computation.
 DATASET_NOTES = {
-    "qasc": "QASC: every cell of the paper is a multiple of 1/906, so it was tested on 906 rows. "
-    "The public dev split has 926, the public test split no answers: how the paper chose its rows "
-    "is not known.",
-    "medmcqa": "MedMCQA: the paper says its pools were expanded to 20 candidates, but reports "
-    "numbers at the level of 4 (DMPO: 24.4 to 26.0% R@1, 75% R@3).",
+    "qasc": "the paper's fit 906 rows. The public dev split has 926, the public test split no "
+    "answers: how the paper chose its rows is not known",
+    "medmcqa": "the paper's fit 1,996 rows in Tables 1 and 4, 1,995 in Table 5, and four "
+    "candidates each, though it says that pools were expanded to 20",
+    "movielens": "the paper's fit 1,984 rows",
+    "lastfm": "the paper's fit 2,000 rows",
 }
 
 
-def make_report(folders: Sequence[Path], output: Path, numbers: Path | None = None) -> None:
+def format_tables(folders: Sequence[Path]) -> str:
+    """Implements `mass_dpo_jax.report.format_tables`."""
+    cells, _ = cells_lib.gather(find_runs(folders))
+    return "\n\n".join([READING, *map(page.table_to_markdown, tables.paper_tables(cells))])
+
+
+def make_report(folders: Sequence[Path], output: Path) -> None:
     """Implements `mass_dpo_jax.report.make_report`."""
     if output.exists() and not output.is_dir():
         raise UserError(f"--output={output}: is a file, expected the folder to write")
-    paper = tables.PaperNumbers(numbers or tables.NUMBERS)
     runs = find_runs(folders)
     cells, repeats = cells_lib.gather(runs)
-    main = cells_lib.main_setting(cells)
     logs = figures.read_logs(runs)
+    content = page.PageContent(
+        title="MASS-DPO: tables and figures",
+        warnings=[f"{run.folder.as_posix()}: {run.state}" for run in runs if not run.finished],
+        notes=[READING, *NOTES, *_dataset_notes(runs), *_difference_notes(runs)],
+        tables=tables.paper_tables(cells),
+        pictures=_paper_figures(cells, logs),
+        extra=_extra(runs, cells, repeats, logs),
+    )
+    _write(content, output)
+
+
+def _dataset_notes(runs: Sequence[Run]) -> list[str]:
+    """Says on how many rows the paper's numbers are, and ours."""
+    notes = []
+    for dataset, note in DATASET_NOTES.items():
+        tested = {
+            f"{run.metrics.get('examples')} rows of the split {run.metrics.get('split')}"
+            for run in runs
+            if run.dataset == dataset and run.finished
+        }
+        if tested:
+            notes.append(f"{TITLES[dataset]}: {note}; ours are on {', '.join(sorted(tested))}.")
+    return notes
+
+
+def _difference_notes(runs: Sequence[Run]) -> list[str]:
+    """Says which settings of ours are not the paper's."""
+    known = [run for run in runs if run.settings]
+    counts = collections.Counter(
+        f"{name}={value}" for run in known for name, value in paper_differences(run).items()
+    )
+    if not counts:
+        return []
+    named = [
+        setting if count == len(known) else f"{setting} ({count} of {len(known)} runs)"
+        for setting, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    ]
+    more = len(named) - MAX_DIFFERENCES
+    words = named[:MAX_DIFFERENCES] + ([f"and {more} more, see runs.csv"] if more > 0 else [])
+    return [f"Settings of our runs that are not those of --config=llama3: {', '.join(words)}."]
+
+
+def _paper_figures(
+    cells: Sequence[Cell], logs: Mapping[Path, Mapping[str, Series]]
+) -> list[page.Picture]:
+    pictures = []
+    for figure in FIGURES:
+        png = figures.draw_figure(figure, cells, logs)
+        if png:
+            title = f"Figure {figure.number}: {figure.caption}"
+            pictures.append(page.Picture(title, f"figure{figure.number}.png", png))
+    return pictures
+
+
+def _extra(
+    runs: Sequence[Run],
+    cells: Sequence[Cell],
+    repeats: Sequence[tuple[Run, Run]],
+    logs: Mapping[Path, Mapping[str, Series]],
+) -> list[page.Group]:
+    """Returns what the paper does not have."""
+    main = cells_lib.main_setting(cells)
     paired_table, not_compared = paired.compare_all(main)
     times = {
         run.folder: seconds
@@ -65,39 +134,28 @@ def make_report(folders: Sequence[Path], output: Path, numbers: Path | None = No
         if run.settings and run.folder in logs
         if (seconds := figures.seconds_per_step(run, logs[run.folder])) is not None
     }
-    notes = [*NOTES, UNCHECKED, PAPER_NUMBERS if len(paper) else NO_PAPER_NUMBERS]
-    content = page.PageContent(
-        title="MASS-DPO: tables and figures",
-        warnings=[f"{run.folder.as_posix()}: {run.state}" for run in runs if not run.finished],
-        notes=[*notes, *_dataset_notes(runs)],
-        main=tables.paper_tables(cells, paper),
-        pictures=_draw_pictures(main, logs),
-        extra=[
-            paired_table,
-            tables.seconds_table(cells, times),
-            tables.runs_table(runs, repeats),
-        ],
-        remarks={"paired": [BOOTSTRAP, *not_compared]},
-    )
-    _write(content, output)
+    alone = [
+        (extra_tables.other_data_table(cells), []),
+        (paired_table, [BOOTSTRAP, *not_compared]),
+        (extra_tables.seconds_table(cells, times), []),
+        (extra_tables.runs_table(runs, repeats), []),
+    ]
+    groups = [
+        page.Group(BY_REWARD, tables=_by_reward(cells)),
+        page.Group("Curves", [figures.CAPTION], pictures=_curves(main, logs)),
+        *(page.Group(table.title, notes, [table]) for table, notes in alone),
+    ]
+    return [g for g in groups if g.pictures or g.notes[1:] or any(t.blocks for t in g.tables)]
 
 
-def _dataset_notes(runs: Sequence[Run]) -> list[str]:
-    notes = []
-    for dataset, note in DATASET_NOTES.items():
-        tested = {
-            f"{run.metrics.get('examples')} rows of its split {run.metrics.get('split')}"
-            for run in runs
-            if run.dataset == dataset and run.finished
-        }
-        if tested:
-            notes.append(f"{note} Tested here: {', '.join(sorted(tested))}.")
-    return notes
+def _by_reward(cells: Sequence[Cell]) -> list[tables.Table]:
+    """Returns the paper's tables with ours by reward; none where no run has rewards."""
+    if not any(cell.estimate("reward/accuracy") for cell in cells if cell.dataset in TITLES):
+        return []
+    return tables.paper_tables(cells, "reward")
 
 
-def _draw_pictures(
-    cells: Sequence[Cell], logs: Mapping[Path, Mapping[str, Series]]
-) -> list[page.Picture]:
+def _curves(cells: Sequence[Cell], logs: Mapping[Path, Mapping[str, Series]]) -> list[page.Picture]:
     """Draws a picture for each model and dataset with curves."""
     pictures = []
     for model, dataset in dict.fromkeys((cell.model, cell.dataset) for cell in cells):
@@ -113,9 +171,10 @@ def _write(content: page.PageContent, output: Path) -> None:
         (output / "figures").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output={output}: cannot be a folder: {error.strerror}") from None
-    for picture in content.pictures:
+    for picture in (*content.pictures, *(p for group in content.extra for p in group.pictures)):
         write_whole(output / "figures" / picture.name, [picture.png])
-    for table in [*content.main, *content.extra]:
-        write_whole(output / f"{table.name}.csv", [table.csv()])
+    for table in (*content.tables, *(t for group in content.extra for t in group.tables)):
+        if table.name:
+            write_whole(output / f"{table.name}.csv", [table.csv()])
     write_whole(output / "report.md", [page.to_markdown(content)])
     write_whole(output / "report.html", [page.to_html(content)])

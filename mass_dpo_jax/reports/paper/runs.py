@@ -7,6 +7,7 @@ found too, and its `state` says so.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from mass_dpo_jax import config as config_lib
 from mass_dpo_jax import config_checks
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.runs.metrics_files import read_complete_lines, read_metrics_json
-from mass_dpo_jax.runs.resume import NOT_COMPUTED
+from mass_dpo_jax.runs.resume import NOT_COMPUTED, ROUNDING_ONLY
 from mass_dpo_jax.utils.files import read_json
 from mass_dpo_jax.utils.run_paths import explain_non_run
 
@@ -230,6 +231,23 @@ def experiment_settings(run: Run) -> dict[str, Any]:
         unused.append("model.scratch.")
     settings = {k: v for k, v in run.settings.items() if not k.startswith(tuple(unused))}
     return {**settings, "start": run.start or "model"}
+
+
+def paper_differences(run: Run) -> dict[str, Any]:
+    """Returns the settings of a run's experiment that are not the paper's, with its values."""
+    paper = {**_paper_settings(run.settings["data.name"]), "start": "model"}
+    return {
+        name: value
+        for name, value in experiment_settings(run).items()
+        if not name.startswith(ROUNDING_ONLY) and value != paper[name]
+    }
+
+
+@functools.cache
+def _paper_settings(dataset: str) -> dict[str, Any]:
+    config = config_lib.paper()
+    config.data.name = dataset
+    return dict(config_lib.flatten(config))
 
 
 def _finite(values: Any, name: str) -> float | None:

@@ -1,285 +1,268 @@
-"""Tables 1 to 5 of the paper, from the cells of our runs and the paper's own numbers."""
+"""Tables 1 to 5 as the paper prints them, with its numbers and, beside them, our runs'."""
 
 from __future__ import annotations
 
-import csv
-import dataclasses
-import io
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.reports.paper.cells import Cell, dataset_order, estimate, main_setting
+from mass_dpo_jax.reports.paper import cells as cells_lib
+from mass_dpo_jax.reports.paper.blocks import BEST, SECOND, Block, Entry, Row, Section, Table, plain
+from mass_dpo_jax.reports.paper.cells import Cell, Estimate
+from mass_dpo_jax.reports.paper.layout import BETA, TABLES, Column, Layout, Part
+from mass_dpo_jax.reports.paper.numbers import AVERAGE, Number, Place, read_numbers
 from mass_dpo_jax.reports.paper.runs import Run
 
-NUMBERS = Path(__file__).with_name("numbers.csv")
-QUESTIONS = ("medmcqa", "qasc")  # Multiple choice; every other dataset counts as recommendation.
 RANKINGS = {"policy": "by log-probability", "reward": "by log-ratio to the reference"}
+EXTRA = "not in the paper"
 FIELDS = (
-    "model dataset method n beta metric percent se_seeds se_rows seeds_finished seeds state paper"
+    "table model dataset method n beta metric unit value se_seeds se_rows seeds_finished seeds "
+    "state paper paper_se"
 ).split()
 
 
-@dataclasses.dataclass
-class Block:
-    """Rows of text under a heading.
+class _Line(NamedTuple):
+    """A row before it is formatted.
 
     Attributes:
-        title: the heading; "" for none.
-        header: the title of every column.
-        rows: the cells.
-        labels: columns that name the row.
+        title: what it is called.
+        method: the method, for the CSV.
+        n: its negatives.
+        beta: its beta.
+        cells: our cells by dataset; without a cell where we have none.
+        numbers: the paper's numbers by dataset and metric.
     """
 
     title: str
-    header: list[str]
-    rows: list[list[str]]
-    labels: int = 1
+    method: str
+    n: int | str | None
+    beta: float | None
+    cells: Mapping[str, Cell]
+    numbers: Mapping[tuple[str, str], Number]
 
 
-@dataclasses.dataclass
-class Table:
-    """A table for people and for programs.
+def paper_tables(cells: Sequence[Cell], ranking: str = "policy") -> list[Table]:
+    """Returns Tables 1 to 5, in this order.
 
-    Attributes:
-        name: name of its CSV file.
-        title: the heading.
-        blocks: the formatted text for readers.
-        records: the same figures, one a line.
-        fields: the names of a record's values, in their order.
+    Args:
+        cells: our experiments.
+        ranking: what ours are ranked by: "policy" or "reward". The records of the former have both;
+            the latter has none, and no name.
     """
-
-    name: str
-    title: str
-    blocks: list[Block] = dataclasses.field(default_factory=list)
-    records: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    fields: Sequence[str] = tuple(FIELDS)
-
-    def add_record(self, *values: Any) -> None:
-        """Adds a record, its values in the order of the fields."""
-        self.records.append(dict(zip(self.fields, values, strict=True)))
-
-    def csv(self) -> str:
-        """Returns the records as CSV."""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, self.fields, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.records)
-        return text.getvalue()
+    return [_table(layout, cells, ranking) for layout in TABLES]
 
 
-class PaperNumbers:
-    """The paper's numbers that are known: rows of a file with the header of `numbers.csv`.
+def _table(layout: Layout, cells: Sequence[Cell], ranking: str) -> Table:
+    name = f"table{layout.number}" if ranking == "policy" else ""
+    table = Table(name, f"Table {layout.number}: {layout.caption}", FIELDS)
+    for part in layout.parts:
+        sections = []
+        for model, short, members in cells_lib.group_by_model(cells):
+            lines = [
+                _Line(
+                    row.title, row.method, row.n, row.beta, _row_cells(members, part, row),
+                    _row_numbers(part, short, row),
+                )
+                for row in part.rows
+            ]  # fmt: skip
+            extra = _extra_lines(members, part, lines)
+            if not any(line.numbers or line.cells for line in (*lines, *extra)):
+                continue  # A model of ours without runs on these datasets.
+            marks = _Marks(part, lines, ranking) if part.marks else None
+            rows = [_format_row(part, line, ranking, marks) for line in lines]
+            sections.append(
+                Section([[model if i == 0 else "", *row] for i, row in enumerate(rows)])
+            )
+            extra_rows = [_format_row(part, line, ranking, None) for line in extra]
+            if part.name == "1" and ranking == "policy":
+                extra_rows += _start_rows(part, members)
+            if extra_rows:
+                sections.append(Section([["", *row] for row in extra_rows], EXTRA))
+            for line in (*lines, *extra) if table.name else ():
+                _add_records(table, part, model, line)
+        header = [*part.labels, *(column.title for column in part.columns)]
+        groups = ["", "", *(column.group for column in part.columns)]
+        table.blocks.append(
+            Block(part.title, header, sections, labels=2, groups=groups if any(groups) else ())
+        )
+    return table
 
-    `model` is a word in the name of the model's folder (llama, qwen, smollm); `method` is written
-    as our tables write it; an empty n or beta stands for any. `metric` has no policy/ or reward/
-    before it, since the paper does not say which of the two it means.
-    """
 
-    def __init__(self, path: Path = NUMBERS):
-        try:
-            with path.open(newline="") as file:
-                self._rows = list(csv.DictReader(file))
-            for row in self._rows:
-                float(row["percent"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: not a table like {NUMBERS.name}: {error}") from None
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def find(self, table: str, cell: Cell, metric: str) -> str:
-        """Returns the paper's figure in percent as printed, or ""."""
-        key = (table, cell.dataset, cell.method, metric.partition("/")[2])
-        for row in self._rows:
-            if (row["table"], row["dataset"], row["method"], row["metric"]) != key:
-                continue
-            if row["model"].lower() not in cell.model.lower():
-                continue
-            if row["n"] in ("", _plain(cell.n)) and row["beta"] in ("", _plain(cell.beta)):
-                return row["percent"]
-        return ""
+def _datasets(part: Part) -> list[str]:
+    return list(dict.fromkeys(c.dataset for c in part.columns if c.dataset != AVERAGE))
 
 
-def paper_tables(cells: Sequence[Cell], paper: PaperNumbers) -> list[Table]:
-    """Returns tables 1 to 5, in this order."""
-    main = main_setting(cells)
-    questions = [cell for cell in main if cell.dataset in QUESTIONS]
-    others = [cell for cell in main if cell.dataset not in QUESTIONS]
+def _row_cells(cells: Sequence[Cell], part: Part, row: cells_lib.Row) -> dict[str, Cell]:
+    found = {dataset: cells_lib.find_cell(cells, dataset, row) for dataset in _datasets(part)}
+    return {dataset: cell for dataset, cell in found.items() if cell}
+
+
+def _row_numbers(part: Part, model: str, row: cells_lib.Row) -> dict[tuple[str, str], Number]:
+    """Returns the paper's numbers of a row; none where the model is not the paper's."""
+    if not model:
+        return {}
+    numbers = read_numbers()
+    return {
+        (column.dataset, metric): numbers[
+            Place(part.name, model, column.dataset, row.method, row.n, row.beta, metric)
+        ]
+        for column in part.columns
+        for metric in column.metrics
+    }
+
+
+def _extra_lines(cells: Sequence[Cell], part: Part, lines: Iterable[_Line]) -> list[_Line]:
+    """Returns the rows of a model's cells that none of the paper's rows has."""
+    taken = {id(cell) for line in lines for cell in line.cells.values()}
+    datasets = _datasets(part)
+    candidates = [cell for cell in cells if cell.dataset in datasets and id(cell) not in taken]
+    if part.varied:
+        candidates = [c for c in candidates if _is_ablated(c, cells, part.varied)]
+    else:
+        main = {id(cell) for cell in cells_lib.main_setting(cells)}
+        candidates = [c for c in candidates if id(c) in main]
+    rows: dict[Any, dict[str, Cell]] = {}
+    for cell in candidates:
+        rows.setdefault((cell.method, cell.n, cell.beta), {})[cell.dataset] = cell
     return [
-        _accuracy(main, paper),
-        _ablation("2", "accuracy at different beta", cells, "beta", paper),
-        _ranking("3", "Recall and NDCG, recommendation", others, paper),
-        _ablation("4", "accuracy at different numbers of negatives n", cells, "n", paper),
-        _ranking("5", "Recall and NDCG, multiple-choice questions", questions, paper),
+        _Line(_extra_title(part, next(iter(members.values()))), method, n, beta, members, {})
+        for (method, n, beta), members in rows.items()
     ]
 
 
-def _accuracy(cells: Sequence[Cell], paper: PaperNumbers) -> Table:
-    """Returns a row for each method, a column for each dataset."""
-    table = Table("table1", "Table 1: accuracy (%)")
-    for model, model_cells in _by_model(cells).items():
-        datasets = sorted({cell.dataset for cell in model_cells}, key=dataset_order)
-        # Methods in the order of the dataset with the most of them.
-        count = {d: sum(cell.dataset == d for cell in model_cells) for d in datasets}
-        first = max(dict.fromkeys(cell.dataset for cell in model_cells), key=lambda d: count[d])
-        methods = dict.fromkeys(
-            (c.method, c.n, c.beta) for c in sorted(model_cells, key=lambda c: c.dataset != first)
-        )
-        for ranking, words in RANKINGS.items():
-            metric = f"{ranking}/accuracy"
-            if ranking == "reward" and not any(cell.estimate(metric) for cell in model_cells):
+def _is_ablated(cell: Cell, cells: Sequence[Cell], varied: str) -> bool:
+    """Whether there are cells that differ from this one in the varied setting only."""
+
+    def fixed(cell: Cell) -> tuple[object, ...]:
+        return cell.dataset, cell.method, cell.n if varied == "beta" else cell.beta
+
+    values = {getattr(other, varied) for other in cells if fixed(other) == fixed(cell)}
+    return getattr(cell, varied) in values - {None, "all"} and len(values - {None, "all"}) > 1
+
+
+def _extra_title(part: Part, cell: Cell) -> str:
+    """Names a row: what is varied, the method, and n and beta where they are not the paper's."""
+    words = [plain(getattr(cell, part.varied))] if part.varied else []
+    words.append(cell.method)
+    if part.varied != "n" and cell.n not in (None, "all", cells_lib.main_n(cell)):
+        words.append(f"n={cell.n}")
+    if part.varied != "beta" and cell.beta not in (None, BETA):
+        words.append(f"beta={plain(cell.beta)}")
+    return ", ".join(words)
+
+
+class _Marks:
+    """Which figures of a model are the best and the second best of their column.
+
+    The paper's bold is not in the text that its numbers are from: it is where its caption says. Its
+    underlines are those of the text.
+    """
+
+    def __init__(self, part: Part, lines: Sequence[_Line], ranking: str):
+        self._paper: dict[str, list[float]] = {}
+        self._ours: dict[str, list[float]] = {}
+        for column in part.columns:
+            (metric,) = column.metrics
+            for line in lines:
+                if number := line.numbers.get((column.dataset, metric)):
+                    self._paper.setdefault(column.dataset, []).append(number.value)
+                if estimate := _estimate(part, line, column.dataset, metric, ranking):
+                    self._ours.setdefault(column.dataset, []).append(estimate.mean)
+
+    def paper(self, dataset: str, number: Number) -> str:
+        """Returns the mark of a number of the paper."""
+        if number.value == max(self._paper[dataset]):
+            return BEST
+        return SECOND if number.underlined else ""
+
+    def ours(self, dataset: str, mean: float) -> str:
+        """Returns the mark of a mean of ours; "" where there is nothing to compare it with."""
+        ordered = sorted(set(self._ours[dataset]), reverse=True)
+        if len(ordered) < 2 or mean not in ordered[:2]:
+            return ""
+        return BEST if mean == ordered[0] else SECOND
+
+
+def _format_row(part: Part, line: _Line, ranking: str, marks: _Marks | None) -> Row:
+    return [line.title, *(_entry(part, line, c, ranking, marks) for c in part.columns)]
+
+
+def _entry(part: Part, line: _Line, column: Column, ranking: str, marks: _Marks | None) -> Entry:
+    printed = [line.numbers.get((column.dataset, metric)) for metric in column.metrics]
+    numbers = [number for number in printed if number]
+    estimates = [
+        (metric, _estimate(part, line, column.dataset, metric, ranking))
+        for metric in column.metrics
+    ]
+    texts = [
+        estimate.text("logits" if metric == "margin" else "percent") if estimate else "—"
+        for metric, estimate in estimates
+    ]
+    ours, mark = "", ""
+    cell = line.cells.get(column.dataset)
+    if any(estimate for _, estimate in estimates):
+        ours = " / ".join(texts)
+        if cell and cell.state:
+            ours += f" ({len(cell.finished)} of {len(cell.runs)})"
+        if marks and (first := estimates[0][1]):
+            mark = marks.ours(column.dataset, first.mean)
+    elif cell:
+        ours = cell.state or "—"
+    return Entry(
+        " / ".join(number.text for number in numbers),
+        numbers[0].error if numbers else "",
+        marks.paper(column.dataset, numbers[0]) if marks and numbers else "",
+        ours,
+        mark,
+    )
+
+
+def _estimate(part: Part, line: _Line, dataset: str, metric: str, ranking: str) -> Estimate | None:
+    """Returns what we measured; of the average, only where all datasets were."""
+    if dataset == AVERAGE:
+        members = [_estimate(part, line, d, metric, ranking) for d in _datasets(part)]
+        known = [member for member in members if member]
+        return cells_lib.average(known) if len(known) == len(members) else None
+    cell = line.cells.get(dataset)
+    return cell.estimate(_metric(metric, ranking)) if cell else None
+
+
+def _metric(metric: str, ranking: str) -> str:
+    """Returns our name of a metric of the paper."""
+    return "rewards/margins" if metric == "margin" else f"{ranking}/{metric}"
+
+
+def _start_rows(part: Part, cells: Sequence[Cell]) -> list[Row]:
+    """Returns a row of the model's own accuracy, from one run per seed that starts from no run."""
+    entries = []
+    for column in part.columns:
+        runs = [r for c in cells if c.dataset == column.dataset for r in c.runs if not r.start]
+        measured = {r.seed: r for r in runs if r.at_start("policy/accuracy") is not None}
+        mean = cells_lib.estimate(list(measured.values()), Run.at_start, "policy/accuracy")
+        entries.append(Entry(ours=mean.text() if mean else ""))
+    return [["before training", *entries]] if any(entry.ours for entry in entries) else []
+
+
+def _add_records(table: Table, part: Part, model: str, line: _Line) -> None:
+    for column in part.columns:
+        cell = line.cells.get(column.dataset)
+        for metric, ranking in itertools.product(column.metrics, RANKINGS):
+            number = line.numbers.get((column.dataset, metric))
+            mean = _estimate(part, line, column.dataset, metric, ranking)
+            # The paper's numbers stand once, beside our first ranking.
+            if ranking != "policy" and (mean is None or metric == "margin"):
                 continue
-            rows = []
-            if ranking == "policy":
-                starts = [_start_accuracy(model_cells, dataset) for dataset in datasets]
-                rows.append(["before training", "", "", *starts])
-            for method in methods:
-                row = {c.dataset: c for c in model_cells if (c.method, c.n, c.beta) == method}
-                entries = [_entry("1", row.get(d), metric, paper) for d in datasets]
-                if any(entries):  # Supervised training has no rewards.
-                    rows.append([*map(_plain, method), *entries])
-            header = ["method", "n", "beta", *datasets]
-            table.blocks.append(Block(f"{model}, {words}", header, rows, labels=3))
-            for cell in model_cells:
-                _add_record(table, "1", cell, metric, paper)
-    return table
-
-
-def _ablation(
-    number: str, title: str, cells: Sequence[Cell], varied: str, paper: PaperNumbers
-) -> Table:
-    """Returns a row for experiments that differ only in `varied`, a column for each value."""
-    table = Table(f"table{number}", f"Table {number}: {title} (%)")
-    other = "n" if varied == "beta" else "beta"
-    groups: dict[Any, dict[str, Cell]] = {}
-    for cell in cells:
-        if getattr(cell, varied) not in (None, "all"):
-            key = (cell.model, cell.dataset, cell.method, getattr(cell, other))
-            groups.setdefault(key, {})[_plain(getattr(cell, varied))] = cell
-    groups = {key: group for key, group in groups.items() if len(group) > 1}
-    for model in dict.fromkeys(key[0] for key in groups):
-        model_groups = {key: group for key, group in groups.items() if key[0] == model}
-        values = sorted({value for group in model_groups.values() for value in group}, key=float)
-        header = ["data", "method", other, *(f"{varied} = {value}" for value in values)]
-        for ranking, words in RANKINGS.items():
-            metric = f"{ranking}/accuracy"
-            rows = []
-            for (_, dataset, method, fixed), group in model_groups.items():
-                entries = [_entry(number, group.get(v), metric, paper) for v in values]
-                rows.append([dataset, method, _plain(fixed), *entries])
-                for value in values:
-                    if value in group:
-                        _add_record(table, number, group[value], metric, paper)
-            table.blocks.append(Block(f"{model}, {words}", header, rows, labels=3))
-    return table
-
-
-def _ranking(number: str, title: str, cells: Sequence[Cell], paper: PaperNumbers) -> Table:
-    """Returns a row for each experiment, a column for each metric."""
-    table = Table(f"table{number}", f"Table {number}: {title} (%)")
-    columns = {"recall@1": "R@1", "recall@3": "R@3", "ndcg@3": "N@3", "mrr": "MRR"}
-    header = ["data", "method", "n", "beta", *columns.values()]
-    for model, model_cells in _by_model(cells).items():
-        for ranking, words in RANKINGS.items():
-            selected = model_cells
-            if ranking == "reward":
-                selected = [
-                    c for c in model_cells if not c.finished or c.estimate("reward/accuracy")
-                ]
-                if not any(cell.finished for cell in selected):
-                    continue
-            rows = []
-            for cell in selected:
-                metrics = [f"{ranking}/{name}" for name in columns]
-                rows.append(
-                    [*_names(cell), *(_entry(number, cell, metric, paper) for metric in metrics)]
-                )
-                for metric in metrics:
-                    _add_record(table, number, cell, metric, paper)
-            table.blocks.append(Block(f"{model}, {words}", header, rows, labels=4))
-    return table
-
-
-def seconds_table(cells: Sequence[Cell], seconds: Mapping[Path, float]) -> Table:
-    """Returns the time of a training step: a run's median over its steps, averaged over runs."""
-    fields = "model dataset method n beta seconds_per_step runs".split()
-    table = Table("seconds", "Seconds per training step", fields=fields)
-    header = ["data", "method", "n", "beta", "seconds", "runs"]
-    for model, model_cells in _by_model(cells).items():
-        rows = []
-        for cell in model_cells:
-            times = [seconds[run.folder] for run in cell.runs if run.folder in seconds]
-            if times:
-                mean = sum(times) / len(times)
-                rows.append([*_names(cell), f"{mean:.3g}", str(len(times))])
-                table.add_record(model, *_names(cell), f"{mean:.6g}", len(times))
-        if rows:
-            table.blocks.append(Block(model, header, rows, labels=4))
-    return table
-
-
-def runs_table(runs: Sequence[Run], repeats: Sequence[tuple[Run, Run]]) -> Table:
-    """Returns every run that was found, and its state."""
-    fields = "folder model dataset method n beta seed state split examples".split()
-    table = Table("runs", "All runs", fields=fields)
-    repeated = {run.folder: f"repeats {other.folder.as_posix()}" for run, other in repeats}
-    for run in runs:
-        state = "; ".join(word for word in (run.state, repeated.get(run.folder, "")) if word)
-        seed = run.seed if run.settings else None
-        values = (
-            run.folder.as_posix(), run.model, run.dataset, run.method, run.n, run.beta, seed,
-            state, run.metrics.get("split"), run.metrics.get("examples"),
-        )  # fmt: skip
-        table.add_record(*map(_plain, values))
-    rows = [[record[field] for field in fields] for record in table.records]
-    table.blocks.append(Block("", [*fields[:-1], "rows"], rows, labels=8))
-    return table
-
-
-def _by_model(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
-    groups: dict[str, list[Cell]] = {}
-    for cell in cells:
-        groups.setdefault(cell.model, []).append(cell)
-    return groups
-
-
-def _names(cell: Cell) -> list[str]:
-    return [cell.dataset, cell.method, _plain(cell.n), _plain(cell.beta)]
-
-
-def _start_accuracy(cells: Sequence[Cell], dataset: str) -> str:
-    """Formats the model's own accuracy, from one run for each seed that starts from no run."""
-    runs = [r for c in cells if c.dataset == dataset for r in c.runs if not r.start]
-    measured = {run.seed: run for run in runs if run.at_start("policy/accuracy") is not None}
-    mean = estimate(list(measured.values()), Run.at_start, "policy/accuracy")
-    return mean.text if mean else ""
-
-
-def _entry(number: str, cell: Cell | None, metric: str, paper: PaperNumbers) -> str:
-    """Formats a metric of a cell; "" where there is no such cell."""
-    if cell is None:
-        return ""
-    mean = cell.estimate(metric)
-    text = mean.text if mean else cell.state
-    if mean and cell.state:
-        text += f" ({len(cell.finished)} of {len(cell.runs)})"
-    printed = paper.find(number, cell, metric)
-    return f"{text} [{printed}]".strip() if printed else text
-
-
-def _add_record(table: Table, number: str, cell: Cell, metric: str, paper: PaperNumbers) -> None:
-    mean = cell.estimate(metric)
-    figures: list[str] = ["", "", ""]
-    if mean:
-        spread = "" if mean.se_seeds is None else f"{100 * mean.se_seeds:.4f}"
-        figures = [f"{100 * mean.mean:.4f}", spread, f"{100 * mean.se_rows:.4f}"]
-    table.add_record(
-        cell.model, *_names(cell), metric, *figures, mean.seeds if mean else 0, len(cell.runs),
-        cell.state, paper.find(number, cell, metric),
-    )  # fmt: skip
-
-
-def _plain(value: Any) -> str:
-    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+            if number is None and mean is None and cell is None:
+                continue
+            unit = "logits" if metric == "margin" else "percent"
+            figures = ["", "", ""]
+            if mean:
+                scale = 100 if unit == "percent" else 1
+                values = (mean.mean, mean.se_seeds, mean.se_rows)
+                figures = ["" if x is None else f"{scale * x:.4f}" for x in values]
+            table.add_record(
+                part.name, model, column.dataset, line.method, plain(line.n), plain(line.beta),
+                _metric(metric, ranking), unit, *figures, mean.seeds if mean else 0,
+                len(cell.runs) if cell else 0, cell.state if cell else "",
+                number.text if number else "", number.error if number else "",
+            )  # fmt: skip
