@@ -4,10 +4,12 @@
 #   bash launch/paper.sh LLAMA=DIR QWEN=DIR LASTFM=DIR ... [--dry-run]
 # Models, folders as downloaded from Hugging Face (those not given are left out):
 #   LLAMA QWEN SMOLLM     trained with configs/llama3.py, qwen3.py, smollm3.py
+#   SMOLLM2               SmolLM2-135M-Instruct, with configs/smollm2.py: the grid of QASC and LastFM in
+#                         a night on two CPU cores, scaled down in rows, steps and batch
 #   SCRATCH               a config file, such as configs/tiny.py: a small model from random weights
 # Data sets (those not given are left out): LASTFM MOVIELENS MEDMCQA QASC, as config.data.path takes
 # them; SYNTHETIC=1 needs none. What to run, with its default (all of these may be environment variables):
-#   METHODS   "mass_dpo sdpo sdpo+selection.refresh=once pl_all dpo dpo_k dmpo mppo"
+#   METHODS   "mass_dpo sdpo dpo_k dmpo dpo pl_sampled pl_all sdpo+selection.refresh=once mppo"
 #             a method, with +FIELD=VALUE for settings of its own, such as
 #             pl_sampled+selection.draw=local
 #   ABLATED   "mass_dpo sdpo"   the methods of the ablations
@@ -16,7 +18,8 @@
 #   SFT       ""                1: a supervised stage first, from which the methods start
 #   EXTRA     ""                flags for every run, such as "--config.train.steps=50"; method, beta, n,
 #                               seed and what a method has of its own come after them
-#   OUT       runs/paper        TABLE/MODEL/DATA/METHOD/seedN below it, and report/
+#   OUT       runs/paper        KIND/MODEL/DATA/METHOD/seedN below it, and report/; KIND is main,
+#                               table4a (betas) or table4b (n)
 # --dry-run prints the commands. A run that fails does not stop the others: it is listed at the end, and
 # the exit status is 1; each run's output is in its log.txt. See launch/environment.sh for PYTHON and
 # MASS_DPO_VENV.
@@ -25,7 +28,7 @@ set -euo pipefail
 usage() { sed -n '2,/^set /{/^#/s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"; }
 fail() { printf 'error: %s\n' "$*" >&2; exit 2; }
 
-models="LLAMA QWEN SMOLLM"
+models="LLAMA QWEN SMOLLM SMOLLM2"
 datasets="LASTFM MOVIELENS MEDMCQA QASC"
 dry_run=""
 for word in "$@"; do
@@ -41,7 +44,7 @@ for word in "$@"; do
     *) fail "unexpected argument '$word'; see bash $0 --help" ;;
   esac
 done
-METHODS="${METHODS-mass_dpo sdpo sdpo+selection.refresh=once pl_all dpo dpo_k dmpo mppo}"
+METHODS="${METHODS-mass_dpo sdpo dpo_k dmpo dpo pl_sampled pl_all sdpo+selection.refresh=once mppo}"
 ABLATED="${ABLATED-mass_dpo sdpo}"
 BETAS="${BETAS-0.1 0.5 1.0}"
 NEGATIVES="${NEGATIVES-1 3 5}"
@@ -58,7 +61,7 @@ for name in $models $datasets; do
   [ "${!name#/}" != "${!name}" ] || printf -v "$name" %s "$PWD/${!name}"
   case " $models " in *" $name "*) some_model=1 ;; *) some_data=1 ;; esac
 done
-[ -n "$some_model" ] || fail "no model: give LLAMA=DIR, QWEN=DIR, SMOLLM=DIR or SCRATCH=configs/tiny.py"
+[ -n "$some_model" ] || fail "no model: give LLAMA=DIR, QWEN=DIR, SMOLLM=DIR, SMOLLM2=DIR or SCRATCH=configs/tiny.py"
 [ -n "$some_data" ] || fail "no data: give LASTFM=DIR, MOVIELENS=DIR, MEDMCQA=DIR, QASC=DIR or SYNTHETIC=1"
 out="${OUT:-runs/paper}"
 [ -z "${OUT:-}" ] || [ "${OUT#/}" != "$OUT" ] || out="$PWD/$OUT"
@@ -71,7 +74,7 @@ failed=()
 seen="|"
 finished() { grep -qs '"finished": true' "$1/metrics.json"; }
 
-# cell TABLE METHOD BETA N: one run of $model on $data from $start; sets $cell to its folder.
+# cell KIND METHOD BETA N: one run of $model on $data from $start; sets $cell to its folder.
 cell() {
   local method="$2" settings="" field status=0
   cell="$out/$1/$model/$data/$method$5/seed$seed"
@@ -112,23 +115,23 @@ cell() {
 runs() {
   local method beta n needs="" folder
   if [ -n "${SFT:-}" ]; then
-    cell table1 sft "$main_beta" "$main_n" ""
+    cell main sft "$main_beta" "$main_n" ""
     start="$cell"
     needs="$cell"
   fi
   for method in $METHODS; do
-    cell table1 "$method" "$main_beta" "$main_n" ""
+    cell main "$method" "$main_beta" "$main_n" ""
   done
-  # The main setting's column of an ablation is Table 1's run.
+  # The main setting's column of an ablation is the main run.
   for method in $ABLATED; do
     for beta in $BETAS; do
-      folder="table2 -beta$beta"
-      [ "$beta" != "$main_beta" ] || folder="table1 "
+      folder="table4a -beta$beta"
+      [ "$beta" != "$main_beta" ] || folder="main "
       cell "${folder% *}" "$method" "$beta" "$main_n" "${folder#* }"
     done
     for n in $NEGATIVES; do
-      folder="table4 -n$n"
-      [ "$n" != "$main_n" ] || folder="table1 "
+      folder="table4b -n$n"
+      [ "$n" != "$main_n" ] || folder="main "
       cell "${folder% *}" "$method" "$main_beta" "$n" "${folder#* }"
     done
   done
@@ -142,6 +145,7 @@ for seed in $SEEDS; do
       LLAMA) config=configs/llama3.py ;;
       QWEN) config=configs/qwen3.py ;;
       SMOLLM) config=configs/smollm3.py ;;
+      SMOLLM2) config=configs/smollm2.py ;;
       SCRATCH) config="$SCRATCH" ;;
     esac
     for set in $datasets SYNTHETIC; do

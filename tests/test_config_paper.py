@@ -1,15 +1,21 @@
-"""The paper's limit of training rows is of the paper's data sets only."""
+"""The files of the paper's experiment, and its limit of training rows."""
 
 from __future__ import annotations
 
+import importlib
 import json
 
 import pytest
+from ml_collections import ConfigDict
 
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax import config_checks
 from mass_dpo_jax.config import CHOICES, PAPER_DATA
 from tests.support.processes import python
+
+
+def read_config(name: str) -> ConfigDict:
+    return importlib.import_module(f"configs.{name}").get_config()
 
 
 @pytest.mark.parametrize("name", CHOICES["data.name"])
@@ -47,3 +53,30 @@ def test_the_command_prints_the_limit_that_holds() -> None:
     assert "20000" in printed("--config.data.name=qasc")
     assert "20000" not in printed("--config.data.name=jsonl")
     assert "=5" in printed("--config.data.max_train=5", "--config.data.name=qasc")
+
+
+def test_the_papers_file_says_what_the_defaults_are() -> None:
+    """Each of its lines but those of `paper()` cites a default."""
+    made = [
+        dict(config_lib.flatten(read_config(name)))
+        for name in ("paper", "llama3", "qwen3", "smollm3")
+    ]
+    assert all(config == dict(config_lib.flatten(config_lib.paper())) for config in made)
+
+
+def test_the_small_grid_is_the_papers_but_for_its_size() -> None:
+    configs = read_config("smollm2"), read_config("paper")
+    configs[0].model.path = "SmolLM2"
+    config_checks.check(configs[0])
+    small, paper = (dict(config_lib.flatten(config)) for config in configs)
+    same = (
+        "method",
+        "beta",
+        "num_negatives",
+        "selection",
+        "train.warmup_ratio",
+        "data.chat_template",
+    )
+    for name in paper:
+        if name.startswith(same):
+            assert small[name] == paper[name], name

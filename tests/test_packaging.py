@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 
 from tests.support.packages import ROOT, build, install
 
-NAMES = ("llama3", "qlora", "qwen3", "smollm3", "tiny")
+NAMES = ("llama3", "paper", "qlora", "qwen3", "smollm2", "smollm3", "tiny")
 
 
 @pytest.fixture(scope="module")

@@ -291,7 +291,7 @@ def test_launch_prints_every_command(tmp_path: Path):
     # Two data sets and seeds: three methods, S-DPO of the ablations, four ablated runs of two.
     assert len(lines) == 2 * 2 * (3 + 1 + 2 * 4) + 1
     assert len({line.split("--workdir=")[1].split()[0] for line in lines[:-1]}) == len(lines) - 1
-    (line,) = [x for x in lines if "table1/Llama/qasc/sdpo+selection.refresh=once/seed1 " in x]
+    (line,) = [x for x in lines if "main/Llama/qasc/sdpo+selection.refresh=once/seed1 " in x]
     assert "--config=configs/llama3.py" in line and f"--config.model.path={tmp_path}/Llama" in line
     assert f"--config.data.name=qasc --config.data.path={tmp_path}/qasc" in line
     assert "--config.train.steps=5 --config.method=sdpo" in line
@@ -306,7 +306,7 @@ def test_launch_goes_on_after_a_failure_and_skips_what_is_finished(tmp_path: Pat
     assert result.returncode == 1, result.stderr
     assert len(lines) == 4 and "mass_dpo_jax.report" in lines[-1]
     assert "1 failed:" in result.stdout
-    failed = tmp_path / "out" / "table1" / "Llama" / "lastfm" / "sdpo" / "seed0"
+    failed = tmp_path / "out" / "main" / "Llama" / "lastfm" / "sdpo" / "seed0"
     assert result.stdout.splitlines()[-1].strip() == f"{failed} (exit status 2)"
     assert (failed / "log.txt").read_text() == "error: no luck\n"
     (found,) = [run for run in runs.find_runs([tmp_path / "out"]) if run.folder == failed]
@@ -319,7 +319,7 @@ def test_launch_goes_on_after_a_failure_and_skips_what_is_finished(tmp_path: Pat
 def test_launch_starts_methods_from_a_finished_supervised_stage_only(tmp_path: Path):
     words = ["METHODS=mass_dpo", "ABLATED=", "SEEDS=0", "SFT=1"]
     _, lines = launch(tmp_path, *words)
-    sft = f"{tmp_path}/out/table1/Llama/lastfm/sft/seed0"
+    sft = f"{tmp_path}/out/main/Llama/lastfm/sft/seed0"
     assert f"--workdir={sft} --config.model.path={tmp_path}/Llama " in lines[0]
     assert f"--config.model.path={sft} " in lines[1]
     result, lines = launch(tmp_path, *words, "OUT=other", fails="sft")
