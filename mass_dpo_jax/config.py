@@ -53,7 +53,7 @@ CHOICES = {
     "model.layout": ("packed", "rectangle"),
     "model.attention": ("auto", "plain", "fused"),
     "model.lora.base": ("float32", "bfloat16", "int8", "nf4"),
-    "model.scratch.model_type": ("llama", "qwen3", "smollm3"),
+    "model.scratch.model_type": ("llama", "qwen2", "qwen3", "smollm3", "mistral"),
     "data.name": ("jsonl", "hub", "lastfm", "movielens", "medmcqa", "qasc", "synthetic"),
     "data.on_bad_row": ("error", "skip"),
     "data.long_prompt": ("cut", "drop", "error"),

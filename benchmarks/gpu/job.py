@@ -14,7 +14,8 @@ import numpy as np
 
 from benchmarks import cost
 from benchmarks.workloads import Workload
-from mass_dpo_jax.models.config import DecoderConfig, Llama3Scaling
+from mass_dpo_jax.models.config import DecoderConfig
+from mass_dpo_jax.models.positions import Llama3Scaling
 
 
 @dataclasses.dataclass(frozen=True)

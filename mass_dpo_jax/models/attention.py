@@ -17,9 +17,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
-from mass_dpo_jax.models.interfaces import Attend, Attention
+from mass_dpo_jax.models.interfaces import WHOLE, Attend, Attention, Window
 
 # Finite, so that a query without keys gives a mean of garbage and not NaN.
 MASKED = -1e30
@@ -30,6 +30,7 @@ def attend_causally(
     key_BTGd: Float[Array, "B T G d"],
     value_BTGd: Float[Array, "B T G d"],
     layer_input: Any = None,
+    window: Window = WHOLE,
     /,
 ) -> tuple[Float[Array, "B T H d"], tuple[Array, Array]]:
     """Lets every token see itself and those before it; keeps (keys, values). An `Attend`.
@@ -40,14 +41,52 @@ def attend_causally(
     batch, length = query_BTHd.shape[:2]
     query_BGEQWd, key_BGEWd, value_BGEWd = _put_heads_first(query_BTHd, key_BTGd, value_BTGd, 1)
     scores_BGEQWW = einsum_f32("bgeqwd,bgesd->bgeqws", query_BGEQWd, key_BGEWd)
-    scores_BGEQWW = jnp.where(jnp.tri(length, dtype=bool), scores_BGEQWW, MASKED)
+    visible_WW = see_causally(length, window)[(None,) * 4]
+    scores_BGEQWW = jnp.where(visible_WW, scores_BGEQWW, MASKED)
     attended = _weigh_values([scores_BGEQWW], [value_BGEWd], ["bgeqws,bgesd->bgeqwd"])
     attended_BTHd = _put_tokens_first(attended.astype(query_BTHd.dtype), batch, length)
     return attended_BTHd, (key_BTGd, value_BTGd)
 
 
+def see_causally(length: int, window: Window) -> Bool[Array, "T T"]:
+    """Returns which tokens of a text each of them sees: itself and those before it."""
+    visible = jnp.tri(length, dtype=bool)
+    if window.reaches(length):
+        return visible
+    places = jnp.arange(length)
+    return visible & window.shows(places[:, None] - places[None])
+
+
+def see_prompt(
+    prompt_size: int,
+    prompt_lengths_B: Int[Array, " B"],
+    offsets_BEW: Int[Array, "B E W"],
+    window: Window,
+) -> Bool[Array, "B E W P"]:
+    """Returns which tokens of the prompt each token of a response sees; E = W = 1: all the same."""
+    places_111P = jnp.arange(prompt_size)[None, None, None]
+    lengths_B111 = prompt_lengths_B[:, None, None, None]
+    real_B11P = places_111P < lengths_B111
+    if window.reaches(prompt_size + offsets_BEW.shape[-1]):
+        return real_B11P
+    # Positions go on from the prompt's own length, wherever the token lies in its group.
+    return real_B11P & window.shows(lengths_B111 + offsets_BEW[..., None] - places_111P)
+
+
+def see_own(segments_BEW: Int[Array, "B E W"], window: Window) -> Bool[Array, "B E W W"]:
+    """Returns which tokens of its group each one sees: those of its own segment, not after it.
+
+    A segment's tokens lie side by side, so they are as far apart as their positions.
+    """
+    same_BEWW = segments_BEW[..., :, None] == segments_BEW[..., None, :]
+    return same_BEWW & see_causally(segments_BEW.shape[-1], window)[None, None]
+
+
 def make_response_attend(
-    prompt_lengths_B: Int[Array, " B"], segments_BEW: Int[Array, "B E W"], /
+    prompt_lengths_B: Int[Array, " B"],
+    segments_BEW: Int[Array, "B E W"],
+    offsets_BEW: Int[Array, "B E W"],
+    /,
 ) -> Attend:
     """Makes an `Attend` of responses to prompts.
 
@@ -58,29 +97,28 @@ def make_response_attend(
         prompt_lengths_B: number of real tokens of each prompt.
         segments_BEW: index of the response that a token belongs to. Tokens see the prompt and what
             precedes them within their group *and* segment.
+        offsets_BEW: index of a token within its response, which begins behind the prompt.
     """
 
     def attend(
-        query_BTHd: Array, key_BTGd: Array, value_BTGd: Array, layer_input: Any, /
+        query_BTHd: Array, key_BTGd: Array, value_BTGd: Array, layer_input: Any, window: Window, /
     ) -> tuple[Array, None]:
         batch, length = query_BTHd.shape[:2]
-        groups, group_length = segments_BEW.shape[1:]
+        groups = segments_BEW.shape[1]
         prompt_key_BGPd, prompt_value_BGPd = (jnp.moveaxis(x, 2, 1) for x in layer_input)
         query_BGEQWd, key_BGEWd, value_BGEWd = _put_heads_first(
             query_BTHd, key_BTGd, value_BTGd, groups
         )
 
         prompt_scores_BGEQWP = einsum_f32("bgeqwd,bgpd->bgeqwp", query_BGEQWd, prompt_key_BGPd)
-        real_BP = jnp.arange(prompt_key_BGPd.shape[2])[None] < prompt_lengths_B[:, None]
+        visible_BEWP = see_prompt(prompt_key_BGPd.shape[2], prompt_lengths_B, offsets_BEW, window)
         prompt_scores_BGEQWP = jnp.where(
-            real_BP[:, None, None, None, None, :], prompt_scores_BGEQWP, MASKED
+            visible_BEWP[:, None, :, None], prompt_scores_BGEQWP, MASKED
         )
 
         response_scores_BGEQWW = einsum_f32("bgeqwd,bgesd->bgeqws", query_BGEQWd, key_BGEWd)
-        visible_BEWW = segments_BEW[..., :, None] == segments_BEW[..., None, :]
-        visible_BEWW &= jnp.tri(group_length, dtype=bool)[None, None]
         response_scores_BGEQWW = jnp.where(
-            visible_BEWW[:, None, :, None], response_scores_BGEQWW, MASKED
+            see_own(segments_BEW, window)[:, None, :, None], response_scores_BGEQWW, MASKED
         )
 
         attended = _weigh_values(
@@ -98,6 +136,7 @@ def make_shared_prefix_attend(
     prompt_size: int,
     prompt_lengths_B: Int[Array, " B"],
     segments_BEW: Int[Array, "B E W"],
+    offsets_BEW: Int[Array, "B E W"],
 ) -> Attend:
     """Makes an `Attend` of P + E * W tokens: a prompt, causal, and groups of responses to it.
 
@@ -106,18 +145,19 @@ def make_shared_prefix_attend(
         prompt_size: P, static.
         prompt_lengths_B: see `make_response_attend`.
         segments_BEW: see `make_response_attend`.
+        offsets_BEW: see `make_response_attend`.
     """
-    attend_responses = attention.make_response_attend(prompt_lengths_B, segments_BEW)
+    attend_responses = attention.make_response_attend(prompt_lengths_B, segments_BEW, offsets_BEW)
 
     def attend(
-        query_BTHd: Array, key_BTGd: Array, value_BTGd: Array, layer_input: Any, /
+        query_BTHd: Array, key_BTGd: Array, value_BTGd: Array, layer_input: Any, window: Window, /
     ) -> tuple[Array, None]:
         del layer_input
         arrays = query_BTHd, key_BTGd, value_BTGd
         query, key, value = (x[:, :prompt_size] for x in arrays)
-        prompt_BPHd, keys_values = attention.attend_causally(query, key, value)
+        prompt_BPHd, keys_values = attention.attend_causally(query, key, value, None, window)
         query, key, value = (x[:, prompt_size:] for x in arrays)
-        responses, _ = attend_responses(query, key, value, keys_values)
+        responses, _ = attend_responses(query, key, value, keys_values, window)
         return jnp.concatenate([prompt_BPHd, responses], axis=1), None
 
     return attend

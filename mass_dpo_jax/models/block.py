@@ -37,13 +37,22 @@ class RMSNorm(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """The weights [in, out] of a projection: float32, or what `quantize` made of them."""
+    """The weights [in, out] of a projection: float32, or what `quantize` made of them.
+
+    Some have a bias [out] besides, float32.
+    """
 
     def __init__(
-        self, shape: tuple[int, int], dims: tuple[str, str], deviation: float, rngs: nnx.Rngs
+        self,
+        shape: tuple[int, int],
+        dims: tuple[str, str],
+        deviation: float,
+        has_bias: bool,
+        rngs: nnx.Rngs,
     ):
         value = nnx.initializers.normal(deviation)(rngs.params(), shape, jnp.float32)
         self.kernel = nnx.Param(value, dims=dims)
+        self.bias = nnx.Param(jnp.zeros(shape[1], jnp.float32), dims=dims[1:]) if has_bias else None
 
 
 class Block(nnx.Module):
@@ -54,7 +63,11 @@ class Block(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         def linear(name: str) -> Linear:
-            return Linear(*config.projections[name], config.initializer_range, rngs)
+            has_bias = name in config.family.biases
+            return Linear(*config.projections[name], config.initializer_range, has_bias, rngs)
+
+        def norm(name: str, size: int, dim: str | None) -> RMSNorm | None:
+            return RMSNorm(size, eps, dim) if name in config.family.norms else None
 
         embed, eps = config.hidden_size, config.rms_norm_eps
         self.head_dim = config.head_dim
@@ -62,8 +75,8 @@ class Block(nnx.Module):
         self.query = linear("query")
         self.key = linear("key")
         self.value = linear("value")
-        self.query_norm = RMSNorm(config.head_dim, eps, None) if config.qk_norm else None
-        self.key_norm = RMSNorm(config.head_dim, eps, None) if config.qk_norm else None
+        self.query_norm = norm("query_norm", config.head_dim, None)
+        self.key_norm = norm("key_norm", config.head_dim, None)
         self.output = linear("output")
         self.mlp_norm = RMSNorm(embed, eps, "embed")
         self.gate = linear("gate")
@@ -97,7 +110,9 @@ class Block(nnx.Module):
         projections = {}
 
         def project(name: str, y: Array) -> Array:
-            args = y, getattr(self, name).kernel[...], adapters.get(name)
+            linear = getattr(self, name)
+            bias = None if linear.bias is None else linear.bias[...]
+            args = y, linear.kernel[...], bias, adapters.get(name)
             if name in recorded:
                 return use_precomputed(_project, recorded[name], *args)
             return _project(*args)
@@ -133,9 +148,13 @@ class Block(nnx.Module):
             return x + project("down", hidden), kept, projections
 
 
-def _project(x: Array, weights: Any, adapter: Mapping[str, Array] | None = None) -> Array:
-    """Returns x W + (x A) B of x [tokens, in], in its type."""
+def _project(
+    x: Array, weights: Any, bias: Array | None, adapter: Mapping[str, Array] | None
+) -> Array:
+    """Returns x W + bias + (x A) B of x [tokens, in], in its type."""
     y = matmul(x, weights)
+    if bias is not None:
+        y = y + bias.astype(x.dtype)
     if adapter is None:
         return y
     return y + (x @ adapter["a"].astype(x.dtype)) @ adapter["b"].astype(x.dtype)

@@ -9,8 +9,16 @@ from typing import Any
 
 from mass_dpo_jax.config import split_targets
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.models.families import FAMILIES, PROJECTIONS, Family
 from mass_dpo_jax.models.fields import FieldReader
 from mass_dpo_jax.models.folder import explain_missing_config
+from mass_dpo_jax.models.positions import (
+    Scaling,
+    read_rope,
+    read_rope_layers,
+    read_windows,
+    write_windows,
+)
 from mass_dpo_jax.utils.files import read_json
 
 EXPORT_DTYPES = ("bfloat16", "float32")  # Types of written weights.
@@ -21,49 +29,6 @@ UNQUANTIZED = (
 MAX_LAYERS = 10_000  # A list of as many names is made before the weights are looked at.
 
 
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """What transformers assumes about a `model_type` where its `config.json` is silent."""
-
-    architecture: str
-    tie_embeddings: bool
-    rope_theta: float
-    head_dim: int | None = None  # None: hidden_size // num_heads
-    num_kv_heads: int | None = None  # None: num_heads
-    qk_norm: bool = False
-    no_rope_interval: int | None = None  # every such layer has no positions
-
-
-FAMILIES = {
-    "llama": Family("LlamaForCausalLM", tie_embeddings=False, rope_theta=10000.0),
-    "qwen3": Family(
-        "Qwen3ForCausalLM",
-        tie_embeddings=False,
-        rope_theta=10000.0,
-        head_dim=128,
-        num_kv_heads=32,
-        qk_norm=True,
-    ),
-    "smollm3": Family(
-        "SmolLM3ForCausalLM",
-        tie_embeddings=True,
-        rope_theta=2000000.0,
-        num_kv_heads=4,
-        no_rope_interval=4,
-    ),
-}
-
-
-# A layer's projections: our names, and Hugging Face's within a layer.
-PROJECTIONS = {
-    "query": "self_attn.q_proj",
-    "key": "self_attn.k_proj",
-    "value": "self_attn.v_proj",
-    "output": "self_attn.o_proj",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-}
 # The names of projections in settings and in PEFT's files -> ours.
 TARGETS = {theirs.rpartition(".")[2]: ours for ours, theirs in PROJECTIONS.items()}
 
@@ -78,23 +43,19 @@ def parse_targets(text: str) -> tuple[str, ...]:
     return tuple(ours for theirs, ours in TARGETS.items() if theirs in names)
 
 
-@dataclasses.dataclass(frozen=True)
-class Llama3Scaling:
-    """Llama 3's scaling of the rotary frequencies; it changes short contexts too."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_positions: int
-
-
 # Fields in which a model and one tuned from it often differ.
 NOT_COMPUTED = ("initializer_range", "max_positions", "bos_token_id", "eos_token_ids")
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """The shape of a decoder: sizes, rotary positions, and which family's details it has."""
+    """The shape of a decoder: sizes, positions, and which family's details it has.
+
+    Attributes:
+        rope_layers: [num_layers], False: this layer sees no positions.
+        window: the tokens that a token of a local layer sees, itself included; None: all.
+        local_layers: [num_layers], which layers have the window.
+    """
 
     model_type: str
     vocab_size: int
@@ -106,14 +67,20 @@ class DecoderConfig:
     head_dim: int
     rms_norm_eps: float
     rope_theta: float
-    rope_scaling: Llama3Scaling | None
-    qk_norm: bool
-    rope_layers: tuple[bool, ...]  # [num_layers], False: this layer sees no positions
+    rope_scaling: Scaling | None
+    rope_layers: tuple[bool, ...]
+    window: int | None
+    local_layers: tuple[bool, ...]
     tie_embeddings: bool
     initializer_range: float
     max_positions: int
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def family(self) -> Family:
+        """What `model_type` means."""
+        return FAMILIES[self.model_type]
 
     def computed(self) -> dict[str, Any]:
         """Returns the fields that change what is computed.
@@ -154,36 +121,28 @@ class DecoderConfig:
             UserError: the decoder does not compute exactly this: better no model than a subtly
                 different one.
         """
-        reader = FieldReader(config, location)
-        model_type = config.get("model_type")
-        if not isinstance(model_type, str) or model_type not in FAMILIES:
-            expected = f"one of {', '.join(FAMILIES)} (other families are not supported)"
-            raise reader.error("model_type", model_type, expected)
-        family = FAMILIES[model_type]
-        for name in reader.read_list("architectures"):
-            if name != family.architecture:
-                raise reader.error("architectures", name, family.architecture)
-        _check_supported(reader)
-
+        family = _find_family(FieldReader(config, location))
+        reader = FieldReader({**family.defaults, **config}, location)
+        _check_supported(reader, family)
         num_layers = reader.read_integer("num_hidden_layers", maximum=MAX_LAYERS)
         num_heads = reader.read_integer("num_attention_heads")
         hidden_size = reader.read_integer("hidden_size")
-        num_kv_heads = reader.read_integer(
-            "num_key_value_heads", family.num_kv_heads, none=num_heads
-        )
+        num_kv_heads = reader.read_integer("num_key_value_heads", none=num_heads)
         if num_heads % num_kv_heads:
             raise reader.error("num_key_value_heads", num_kv_heads, f"a divisor of {num_heads}")
-        head_dim = reader.read_integer("head_dim", family.head_dim, none=hidden_size // num_heads)
+        head_dim = reader.read_integer("head_dim", none=hidden_size // num_heads)
         if head_dim % 2:
             raise reader.error("head_dim", head_dim, "an even number")
         max_positions = reader.read_integer("max_position_embeddings")
-        rope_theta, rope_scaling = _read_rope(reader, family, max_positions)
+        rope_theta, rope_scaling = read_rope(reader, max_positions)
+        rope_layers = read_rope_layers(reader, family, num_layers)
+        window, local_layers = read_windows(reader, family, rope_layers)
         vocab_size = reader.read_integer("vocab_size")
         bos, eos = (
             reader.read_token_ids(f"{name}_token_id", vocab_size) for name in ("bos", "eos")
         )
         return cls(
-            model_type=model_type,
+            model_type=config["model_type"],
             vocab_size=vocab_size,
             hidden_size=hidden_size,
             intermediate_size=reader.read_integer("intermediate_size"),
@@ -194,9 +153,10 @@ class DecoderConfig:
             rms_norm_eps=reader.read_number("rms_norm_eps", 1e-6),
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
-            qk_norm=family.qk_norm,
-            rope_layers=_read_rope_layers(reader, family, num_layers),
-            tie_embeddings=reader.read_flag("tie_word_embeddings", family.tie_embeddings),
+            rope_layers=rope_layers,
+            window=window,
+            local_layers=local_layers,
+            tie_embeddings=reader.read_flag("tie_word_embeddings"),
             initializer_range=reader.read_number("initializer_range", 0.02),
             max_positions=max_positions,
             bos_token_id=bos[0] if bos else None,
@@ -209,17 +169,8 @@ class DecoderConfig:
         Readers before 5 look only at `rope_theta` and `rope_scaling` and silently fall back to
         10000 without them, so both schemas are written; they say the same thing.
         """
-        family = FAMILIES[self.model_type]
-        scaling: dict[str, Any] | None = None
-        if self.rope_scaling is not None:
-            scaling = {
-                "rope_type": "llama3",
-                "factor": self.rope_scaling.factor,
-                "low_freq_factor": self.rope_scaling.low_freq_factor,
-                "high_freq_factor": self.rope_scaling.high_freq_factor,
-                "original_max_position_embeddings": self.rope_scaling.original_max_positions,
-            }
-        eos = self.eos_token_ids
+        family, eos = self.family, self.eos_token_ids
+        scaling = None if self.rope_scaling is None else self.rope_scaling.to_hf()
         config: dict[str, Any] = {
             "architectures": [family.architecture],
             "model_type": self.model_type,
@@ -237,18 +188,16 @@ class DecoderConfig:
             "rope_parameters": {"rope_theta": self.rope_theta}
             | (scaling or {"rope_type": "default"}),
             "tie_word_embeddings": self.tie_embeddings,
-            "attention_bias": False,
-            "mlp_bias": False,
             "initializer_range": self.initializer_range,
             "max_position_embeddings": self.max_positions,
             "bos_token_id": self.bos_token_id,
             "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
         }
-        if family.no_rope_interval is not None:
+        if not family.biases:  # They are no setting there.
+            config |= {"attention_bias": False, "mlp_bias": False}
+        if "no_rope_layer_interval" in family.defaults:
             config["no_rope_layers"] = [int(used) for used in self.rope_layers]
-        if self.model_type != "llama":
-            config |= {"use_sliding_window": False, "sliding_window": None}
-        return config
+        return config | write_windows(family, self.window, self.local_layers)
 
 
 def load_config(folder: str | Path) -> DecoderConfig:
@@ -266,21 +215,28 @@ def load_config(folder: str | Path) -> DecoderConfig:
     return DecoderConfig.from_hf(config, str(path))
 
 
-def _check_supported(reader: FieldReader) -> None:
+def _find_family(reader: FieldReader) -> Family:
+    """Returns the family that `model_type` names; UserError if it is not supported."""
+    model_type = reader.config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        expected = f"one of {', '.join(FAMILIES)} (other families are not supported)"
+        raise reader.error("model_type", model_type, expected)
+    family = FAMILIES[model_type]
+    for name in reader.read_list("architectures"):
+        if name != family.architecture:
+            raise reader.error("architectures", name, family.architecture)
+    return family
+
+
+def _check_supported(reader: FieldReader, family: Family) -> None:
     """Raises UserError for settings of models that the decoder does not compute."""
     config = reader.config
     if (activation := config.get("hidden_act", "silu")) != "silu":
         raise reader.error("hidden_act", activation, "'silu'")
-    for field in ("attention_bias", "mlp_bias", "use_sliding_window"):
-        if config.get(field):
+    # Where a family has biases of its own, transformers does not read these.
+    for field in ("attention_bias", "mlp_bias"):
+        if config.get(field) and not family.biases:
             raise reader.error(field, config[field], "false (true is not supported)")
-    # Llama has no sliding window: a file that sets one means another model than ours. Qwen3 and
-    # SmolLM3 ignore the number while use_sliding_window is false.
-    if config["model_type"] == "llama" and config.get("sliding_window") is not None:
-        raise reader.error("sliding_window", config["sliding_window"], "null")
-    for layer_type in reader.read_list("layer_types"):
-        if layer_type != "full_attention":
-            raise reader.error("layer_types", layer_type, "'full_attention'")
     for field in ("quantization_config", "quantization", "compression_config"):
         if config.get(field) is not None:
             raise reader.error(field, f"{_name_quantization(config[field])} weights", UNQUANTIZED)
@@ -295,48 +251,3 @@ def _name_quantization(settings: Any) -> str:
     if settings.get("load_in_4bit") or settings.get("load_in_8bit"):
         return "bitsandbytes"
     return str(settings.get("quant_method") or settings.get("format") or "quantized")
-
-
-def _read_rope(
-    reader: FieldReader, family: Family, max_positions: int
-) -> tuple[float, Llama3Scaling | None]:
-    """Reads the rotary base and its scaling.
-
-    As in transformers 5, a scaling outside wins over one in `rope_parameters`, and a base inside
-    wins over one outside.
-    """
-    config = reader.config
-    field = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    rope = config.get(field) or {}
-    if not isinstance(rope, Mapping):
-        raise reader.error(field, rope, "an object")
-    default_theta = config.get("rope_theta", family.rope_theta)
-    theta = reader.check_positive("rope_theta", rope.get("rope_theta", default_theta))
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in ("default", "llama3"):
-        raise reader.error(f"{field}.rope_type", rope_type, "'default' or 'llama3'")
-    if rope.get("partial_rotary_factor", 1.0) not in (None, 1, 1.0):
-        raise reader.error(f"{field}.partial_rotary_factor", rope["partial_rotary_factor"], "1.0")
-    if rope_type == "default":
-        return theta, None
-
-    def read_number(name: str, default: Any = None) -> float:
-        return reader.check_positive(f"{field}.{name}", rope.get(name, default))
-
-    low, high = read_number("low_freq_factor"), read_number("high_freq_factor")
-    if high <= low:
-        raise reader.error(f"{field}.high_freq_factor", high, f"more than low_freq_factor, {low}")
-    original = read_number("original_max_position_embeddings", max_positions)
-    return theta, Llama3Scaling(read_number("factor"), low, high, int(original))
-
-
-def _read_rope_layers(reader: FieldReader, family: Family, num_layers: int) -> tuple[bool, ...]:
-    if family.no_rope_interval is None:
-        return (True,) * num_layers
-    layers = reader.config.get("no_rope_layers")  # 1 means "has positions" in transformers, too.
-    if layers is None:
-        interval = reader.read_integer("no_rope_layer_interval", family.no_rope_interval)
-        return tuple((layer + 1) % interval != 0 for layer in range(num_layers))
-    if not isinstance(layers, list) or len(layers) < num_layers:
-        raise reader.error("no_rope_layers", layers, f"a list of at least {num_layers} 0s and 1s")
-    return tuple(bool(used) for used in layers[:num_layers])

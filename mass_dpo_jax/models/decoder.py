@@ -1,4 +1,4 @@
-"""One decoder-only transformer for Llama 3, Qwen3 and SmolLM3, as a Flax NNX module.
+"""One decoder-only transformer for all families of families.py, as a Flax NNX module.
 
 All layers are one `Block` whose parameters are stacked along a leading layer axis and which
 `jax.lax.scan` applies layer by layer: compile time does not grow with depth. The caller supplies
@@ -22,7 +22,14 @@ from jaxtyping import Float, Int
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models.block import Block, RMSNorm
 from mass_dpo_jax.models.config import DecoderConfig
-from mass_dpo_jax.models.interfaces import Attend, HiddenShardings, LayerRecord, OutputTokens
+from mass_dpo_jax.models.interfaces import (
+    Attend,
+    HiddenShardings,
+    LayerKinds,
+    LayerRecord,
+    OutputTokens,
+    Window,
+)
 from mass_dpo_jax.models.lora import Adapters, Lora
 from mass_dpo_jax.models.rotary import compute_rope_frequencies
 
@@ -193,12 +200,15 @@ class Decoder(nnx.Module):
             return x
         return jax.lax.with_sharding_constraint(x, self.hidden_shardings.stream)
 
-    def get_layers(self) -> tuple[dict[str, Any], Array]:
-        """Returns what differs between layers: weights, and whether there are rotary positions."""
+    def get_layers(self) -> tuple[dict[str, Any], LayerKinds]:
+        """Returns what differs between layers: weights and kinds."""
         weights: dict[str, Any] = {"blocks": nnx.split(self.blocks)[1]}
         if self.adapters is not None:
             weights["adapters"] = nnx.to_pure_dict(nnx.state(self.adapters))
-        return weights, jnp.asarray(self.config.rope_layers)
+        kinds = LayerKinds(
+            jnp.asarray(self.config.rope_layers), jnp.asarray(self.config.local_layers)
+        )
+        return weights, kinds
 
     def make_layer(
         self,
@@ -214,20 +224,28 @@ class Decoder(nnx.Module):
         """
         if outputs is not None:
             attend = outputs.attend
-        angles = positions[..., None] * compute_rope_frequencies(self.config)[None, None]
+        config = self.config
+        frequencies = compute_rope_frequencies(
+            config.head_dim, config.rope_theta, config.rope_scaling
+        )
+        angles = positions[..., None] * frequencies[None, None]
         cos, sin = jnp.cos(angles), jnp.sin(angles)
         definition, _ = nnx.split(self.blocks)
 
         def apply_layer(
-            layer: tuple[Any, Array], x: Array, recorded_projections: Any, layer_input: Any = None
+            layer: tuple[Any, LayerKinds],
+            x: Array,
+            recorded_projections: Any,
+            layer_input: Any = None,
         ) -> tuple[Array, Any, dict[str, Array]]:
-            weights, has_positions = layer
+            weights, kind = layer
+            window = Window(config.window, kind.is_local)
             adapters = {} if self.lora is None else self.lora.scale_adapters(weights["adapters"])
             x, attend_outputs, projections = nnx.merge(definition, weights["blocks"])(
                 x,
-                jnp.where(has_positions, cos, 1.0),
-                jnp.where(has_positions, sin, 0.0),
-                lambda query, key, value: attend(query, key, value, layer_input),
+                jnp.where(kind.has_positions, cos, 1.0),
+                jnp.where(kind.has_positions, sin, 0.0),
+                lambda query, key, value: attend(query, key, value, layer_input, window),
                 recorded_projections,
                 adapters,
                 outputs,

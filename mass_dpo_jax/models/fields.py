@@ -29,13 +29,15 @@ class FieldReader:
         default: int | None = None,
         *,
         none: int | None = None,
+        minimum: int = 1,
         maximum: int = MAX_AXIS_SIZE,
     ) -> int:
-        """Reads a positive integer: `default` if the field is absent, `none` if it is null."""
+        """Reads an integer: `default` if the field is absent, `none` if it is null."""
         value = self.config.get(field, default)
         value = none if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= maximum:
-            raise self.error(field, value, f"a positive integer up to {maximum}")
+        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
+            kind = "a positive integer" if minimum == 1 else f"an integer from {minimum}"
+            raise self.error(field, value, f"{kind} up to {maximum}")
         return value
 
     def read_list(self, field: str) -> Sequence[Any]:
@@ -78,7 +80,7 @@ class FieldReader:
             raise self.error(field, value, "a positive number")
         return float(value)
 
-    def read_flag(self, field: str, default: bool) -> bool:
+    def read_flag(self, field: str, default: bool | None = None) -> bool:
         """Reads a boolean."""
         value = self.config.get(field, default)
         if not isinstance(value, bool):

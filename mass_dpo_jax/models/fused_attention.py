@@ -36,7 +36,7 @@ from jaxtyping import Float, Int
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models import attention as plain
 from mass_dpo_jax.models.config import DecoderConfig
-from mass_dpo_jax.models.interfaces import Attend, Attention
+from mass_dpo_jax.models.interfaces import WHOLE, Attend, Attention, Window
 from mass_dpo_jax.utils import distributed
 from mass_dpo_jax.utils.mesh_axes import BATCH_AXES
 
@@ -48,6 +48,7 @@ ALIGNMENT = 8
 # Bounds the error of outputs and gradients: two roundings to bfloat16 differ by some 0.005, a
 # single key that one query sees and should not by 0.03.
 MAX_RELATIVE_ERROR = 0.02
+SHORT_WINDOW = 9  # Tokens of the window that the small example tries.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,23 +80,36 @@ class FusedAttention:
         key_BTGd: Float[Array, "B T G d"],
         value_BTGd: Float[Array, "B T G d"],
         layer_input: Any = None,
+        window: Window = WHOLE,
         /,
     ) -> tuple[Float[Array, "B T H d"], tuple[Array, Array]]:
         """Computes what attention.py does."""
         del layer_input
-        length = query_BTHd.shape[1]
-        # No real token comes after padding, so it needs no mask.
+        batch, length = query_BTHd.shape[:2]
         q, k, v = (_pad(x, -length % ALIGNMENT) for x in (query_BTHd, key_BTGd, value_BTGd))
-        return self._attend(q, k, v, None)[:, :length], (key_BTGd, value_BTGd)
+        visible = None  # No real token comes after padding, so it needs no mask.
+        if not window.reaches(length):
+            visible = plain.see_causally(q.shape[1], window)
+            visible = jnp.broadcast_to(visible, (batch, 1, *visible.shape))
+        return self._attend(q, k, v, visible)[:, :length], (key_BTGd, value_BTGd)
 
     def make_response_attend(
-        self, prompt_lengths_B: Int[Array, " B"], segments_BEW: Int[Array, "B E W"], /
+        self,
+        prompt_lengths_B: Int[Array, " B"],
+        segments_BEW: Int[Array, "B E W"],
+        offsets_BEW: Int[Array, "B E W"],
+        /,
     ) -> Attend:
         """Returns what attention.py does."""
         batch, groups, length = segments_BEW.shape
 
         def attend(
-            query_BTHd: Array, key_BTGd: Array, value_BTGd: Array, layer_input: Any, /
+            query_BTHd: Array,
+            key_BTGd: Array,
+            value_BTGd: Array,
+            layer_input: Any,
+            window: Window,
+            /,
         ) -> tuple[Array, None]:
             prompt_key_BPGd, prompt_value_BPGd = layer_input
             prompt_size = prompt_key_BPGd.shape[1]
@@ -110,7 +124,9 @@ class FusedAttention:
                 repeated = jnp.repeat(prompt_BPGd, groups, axis=0)
                 return _pad(jnp.concatenate([repeated, to_rows(own_BTGd)], axis=1), missing_keys)
 
-            visible = _compute_mask(prompt_size, prompt_lengths_B, segments_BEW)
+            visible = _compute_mask(
+                prompt_size, prompt_lengths_B, segments_BEW, offsets_BEW, window
+            )
             # A query without any key would make the kernel subtract huge numbers from each other,
             # so queries of padding see all keys; their gradient is zero.
             visible = jnp.pad(visible, ((0, 0), (0, missing_queries), (0, 0)), constant_values=True)
@@ -167,18 +183,22 @@ def _pad(x: Array, count: int) -> Array:
     return jnp.pad(x, ((0, 0), (0, count), (0, 0), (0, 0)))
 
 
-def _compute_mask(prompt_size: int, prompt_lengths_B: Array, segments_BEW: Array) -> Array:
+def _compute_mask(
+    prompt_size: int,
+    prompt_lengths_B: Array,
+    segments_BEW: Array,
+    offsets_BEW: Array,
+    window: Window,
+) -> Array:
     """Computes which keys of the prompt and of its own group a response's token sees.
 
     The result is bool [B * E, W, P + W]. A token sees at least itself.
     """
-    batch, groups, length = segments_BEW.shape
-    real_BP = jnp.arange(prompt_size)[None] < prompt_lengths_B[:, None]
-    real_BEWP = jnp.broadcast_to(real_BP[:, None, None], (batch, groups, length, prompt_size))
-    own_BEWW = segments_BEW[..., :, None] == segments_BEW[..., None, :]
-    own_BEWW &= jnp.tri(length, dtype=bool)[None, None]
-    mask = jnp.concatenate([real_BEWP, own_BEWW], axis=-1)
-    return mask.reshape(batch * groups, length, -1)
+    own_BEWW = plain.see_own(segments_BEW, window)
+    prompt_BEWP = plain.see_prompt(prompt_size, prompt_lengths_B, offsets_BEW, window)
+    prompt_BEWP = jnp.broadcast_to(prompt_BEWP, (*own_BEWW.shape[:-1], prompt_size))
+    mask = jnp.concatenate([prompt_BEWP, own_BEWW], axis=-1)
+    return mask.reshape(-1, *mask.shape[2:])
 
 
 def choose_attention(
@@ -241,16 +261,22 @@ def measure_error(fused: FusedAttention, config: DecoderConfig, dtype: DTypeLike
     call it.
     """
     heads = config.num_heads, config.num_kv_heads, config.head_dim
-    return float(_measure_error(fused, heads, jnp.dtype(dtype)))
+    window = None if config.window is None else SHORT_WINDOW
+    return float(_measure_error(fused, heads, jnp.dtype(dtype), window))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))  # Compiled once, if it is asked for again.
-def _measure_error(fused: FusedAttention, heads: tuple[int, int, int], dtype: jnp.dtype) -> Array:
+# Compiled once, if it is asked for again.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _measure_error(
+    fused: FusedAttention, heads: tuple[int, int, int], dtype: jnp.dtype, window_size: int | None
+) -> Array:
     prompt, length, parts = 21, 13, fused.batch_shards
     query_heads, kv_heads, size = heads
     prompt_lengths = jnp.tile(jnp.array([prompt, 6]), parts)
     segments = jnp.array([[[0] * 5 + [2] * 7 + [3]], [[1] * 4 + [3] * 9]])
-    segments = jnp.tile(segments, (parts, 1, 1))
+    offsets = jnp.array([[[*range(5), *range(7), 0]], [[*range(4), *range(9)]]])
+    segments, offsets = (jnp.tile(x, (parts, 1, 1)) for x in (segments, offsets))
+    window = Window(window_size)
     keys = jax.random.split(jax.random.key(0), 4)
     query, key, value, weights = (
         jax.random.normal(k, (2 * parts, prompt + length, n, size), jnp.float32).astype(dtype)
@@ -260,15 +286,16 @@ def _measure_error(fused: FusedAttention, heads: tuple[int, int, int], dtype: jn
 
     def differentiate(attention: Attention) -> Any:
         """Outputs of all tokens, and of the prompt's last as in the last layer; gradients."""
-        attend = plain.make_shared_prefix_attend(attention, prompt, prompt_lengths, segments)
-        last = prompt_lengths - 1
-        attend_last = attention.make_response_attend(last, jnp.zeros((2 * parts, 1, 1), jnp.int32))
+        groups = prompt_lengths, segments, offsets
+        attend = plain.make_shared_prefix_attend(attention, prompt, *groups)
+        last, zeros = prompt_lengths - 1, jnp.zeros((2 * parts, 1, 1), jnp.int32)
+        attend_last = attention.make_response_attend(last, zeros, zeros)
 
         def compute_outputs(query: Array, key: Array, value: Array) -> Any:
             keys_values = key[:, :prompt], value[:, :prompt]
             k, v = (jnp.take_along_axis(x, last[:, None, None, None], 1) for x in keys_values)
-            last_token, _ = attend_last(query[:, :1], k, v, keys_values)
-            return attend(query, key, value, None)[0], last_token
+            last_token, _ = attend_last(query[:, :1], k, v, keys_values, window)
+            return attend(query, key, value, None, window)[0], last_token
 
         outputs, vjp = jax.vjp(compute_outputs, query, key, value)
         return *outputs, *vjp((weights, weights[:, :1]))

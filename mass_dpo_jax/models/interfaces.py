@@ -23,12 +23,48 @@ from jaxtyping import Float
 KEY_VALUE = ("key", "value")  # Projections that the last layer computes for all tokens, too.
 
 
+class LayerKinds(NamedTuple):
+    """Which kind each of some layers is of, bool [L]; or one of them, a scalar each.
+
+    Attributes:
+        has_positions: whether queries and keys are rotated by their positions.
+        is_local: whether tokens see no more than `DecoderConfig.window` tokens.
+    """
+
+    has_positions: Array
+    is_local: Array
+
+
+class Window(NamedTuple):
+    """How far back the tokens of a layer see.
+
+    Attributes:
+        size: the tokens that each sees, itself included; None: all. Static.
+        is_local: whether that is so in this layer: a scalar.
+    """
+
+    size: int | None = None
+    is_local: Array | bool = True
+
+    def reaches(self, distance: int) -> bool:
+        """Whether tokens see all that are less than `distance` positions before them."""
+        return self.size is None or self.size >= distance
+
+    def shows(self, distances: Array) -> Array:
+        """Returns whether a token sees those that are so many positions before it."""
+        assert self.size is not None
+        return (distances < self.size) | ~jnp.asarray(self.is_local)
+
+
+WHOLE = Window()
+
+
 @runtime_checkable
 class Attend(Protocol):
     """One layer's attention. The caller supplies the attention pattern."""
 
     def __call__(
-        self, query: Array, key: Array, value: Array, layer_input: Any, /
+        self, query: Array, key: Array, value: Array, layer_input: Any, window: Window, /
     ) -> tuple[Array, Any]:
         """Attends with queries [B, O, H, d] to keys and values [B, T, G, d].
 
@@ -37,6 +73,7 @@ class Attend(Protocol):
             key: keys of all tokens.
             value: values of all tokens.
             layer_input: this layer's slice of what was passed to `Decoder.__call__`, or None.
+            window: how far back tokens see in this layer.
 
         Returns:
             The attended values [B, O, H, d], and what to keep of this layer.
@@ -49,11 +86,19 @@ class Attention(Protocol):
     """An implementation: the module attention.py, or a `FusedAttention`."""
 
     def attend_causally(
-        self, query: Array, key: Array, value: Array, layer_input: Any = None, /
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        layer_input: Any = None,
+        window: Window = WHOLE,
+        /,
     ) -> tuple[Array, tuple[Array, Array]]:
         """Lets each token attend to itself and those before it; also returns keys and values."""
 
-    def make_response_attend(self, prompt_lengths: Array, segments: Array, /) -> Attend:
+    def make_response_attend(
+        self, prompt_lengths: Array, segments: Array, offsets: Array, /
+    ) -> Attend:
         """Returns how tokens of responses attend: to their prompt, and within their response."""
 
 

@@ -13,7 +13,8 @@ import jax
 import numpy as np
 
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.models.config import PROJECTIONS, TARGETS, DecoderConfig
+from mass_dpo_jax.models.config import TARGETS, DecoderConfig
+from mass_dpo_jax.models.families import PROJECTIONS
 from mass_dpo_jax.models.fields import MAX_AXIS_SIZE
 from mass_dpo_jax.models.folder import ADAPTER_SETTINGS as SETTINGS
 from mass_dpo_jax.models.folder import ADAPTER_WEIGHTS as WEIGHTS

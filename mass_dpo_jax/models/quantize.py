@@ -29,9 +29,9 @@ def quantize(path: Sequence[str], weights: Float[Array, "*dims"], stored_type: s
         path: their path in `nnx.state(model, nnx.Param)`.
         weights: the float weights.
         stored_type: a value of `config.model.lora.base`. Only projections are quantized; embedding
-            and head are bfloat16 then. Norms stay float32, whatever the type.
+            and head are bfloat16 then. Norms and biases stay float32, whatever the type.
     """
-    if stored_type == "float32" or path[-1] == "scale":
+    if stored_type == "float32" or path[-1] in ("scale", "bias"):
         return weights.astype(jnp.float32)
     if stored_type == "bfloat16" or path[-1] != "kernel":
         return weights.astype(jnp.bfloat16)

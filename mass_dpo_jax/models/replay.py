@@ -43,6 +43,7 @@ from mass_dpo_jax.models.decoder import Decoder, slice_layer, unflatten_tokens
 from mass_dpo_jax.models.interfaces import (
     KEY_VALUE,
     Attention,
+    LayerKinds,
     LayerRecord,
     ScoringRecord,
 )
@@ -159,15 +160,15 @@ def replay_layers(
     return model.norm(unflatten_tokens(hidden, len(sequence.tokens)))
 
 
-def split_layers(model: Decoder) -> tuple[Any, tuple[Any, Array]]:
-    """Returns the layers' stacked weights: the trained; and the others, with `has_positions`.
+def split_layers(model: Decoder) -> tuple[Any, tuple[Any, LayerKinds]]:
+    """Returns the layers' stacked weights: the trained; and the others, with the layers' kinds.
 
     What is not trained stays out of the function that is differentiated.
     """
-    layers, has_positions = model.get_layers()
+    layers, kinds = model.get_layers()
     if model.lora is None:
-        return layers, ({}, has_positions)
-    return {"adapters": layers.pop("adapters")}, (layers, has_positions)
+        return layers, ({}, kinds)
+    return {"adapters": layers.pop("adapters")}, (layers, kinds)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -184,7 +185,7 @@ class LayerReplay:
     """
 
     model: Decoder
-    frozen: tuple[Any, Array]
+    frozen: tuple[Any, LayerKinds]
     record: LayerRecord
     sequence: TokenSequence
     indices_BT: Array | None = None
@@ -273,10 +274,10 @@ class LayerReplay:
         Returns:
             Gradients of its trained weights and its slice of `layer_inputs`; and of its input.
         """
-        frozen, has_positions = slice_layer(self.frozen, i)
+        frozen, kind = slice_layer(self.frozen, i)
 
         def apply(weights: Any, layer_input: Any, x: Array) -> tuple[Array, Any]:
-            layer = weights | frozen, has_positions
+            layer = weights | frozen, kind
             return apply_layer(layer, x, projections, layer_input)[:2]
 
         weights, layer_input, kept_grad = (

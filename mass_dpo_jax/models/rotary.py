@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from mass_dpo_jax.models.config import DecoderConfig
+from mass_dpo_jax.models.positions import LinearScaling, Scaling
 
 
 def rotate(
@@ -22,18 +22,22 @@ def rotate(
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
-def compute_rope_frequencies(config: DecoderConfig) -> Float[Array, " half"]:
+def compute_rope_frequencies(
+    head_dim: int, theta: float, scaling: Scaling | None
+) -> Float[Array, " half"]:
     """Computes radians per position, float32 [d / 2].
 
+    Linear scaling divides all of them by `factor`.
     Llama 3's scaling divides slow frequencies by `factor`, leaves fast ones and blends between:
     with w = original context / wavelength, fast is w > high_freq_factor, slow w < low_freq_factor.
     It applies at any length, below the original context too.
     """
-    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    frequencies = 1.0 / config.rope_theta**exponents
-    scaling = config.rope_scaling
+    exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+    frequencies = 1.0 / theta**exponents
     if scaling is None:
         return frequencies
+    if isinstance(scaling, LinearScaling):
+        return frequencies / scaling.factor
     waves = scaling.original_max_positions * frequencies / (2 * jnp.pi)
     span = scaling.high_freq_factor - scaling.low_freq_factor
     blend = jnp.clip((waves - scaling.low_freq_factor) / span, 0.0, 1.0)

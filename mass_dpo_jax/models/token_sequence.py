@@ -12,7 +12,7 @@ from jax import Array
 from jaxtyping import Int
 
 from mass_dpo_jax.models import attention as plain_attention
-from mass_dpo_jax.models.interfaces import Attend, Attention, OutputTokens
+from mass_dpo_jax.models.interfaces import Attend, Attention, OutputTokens, Window
 from mass_dpo_jax.models.response_layout import Groups
 
 
@@ -46,7 +46,7 @@ def build_sequence(
         jnp.concatenate([prompts_BP, response_tokens], axis=1),
         jnp.concatenate([positions_BP, _compute_positions(prompt_lengths_B, groups)], axis=1),
         plain_attention.make_shared_prefix_attend(
-            attention, size, prompt_lengths_B, groups.segments
+            attention, size, prompt_lengths_B, groups.segments, groups.offsets
         ),
         _make_outputs(size, prompt_lengths_B, groups, attention),
     )
@@ -68,7 +68,7 @@ def build_response_sequence(
     return TokenSequence(
         groups.tokens.reshape(len(prompt_lengths_B), -1),
         _compute_positions(prompt_lengths_B, groups),
-        attention.make_response_attend(prompt_lengths_B, groups.segments),
+        attention.make_response_attend(prompt_lengths_B, groups.segments, groups.offsets),
         None,
     )
 
@@ -79,22 +79,25 @@ def _make_outputs(
     """Asks for the prompt's last token, which predicts each first one, and for all responses."""
     last_B = prompt_lengths_B - 1
     # It attends as a response of one token to the prompt before it.
-    attend_last = attention.make_response_attend(last_B, jnp.zeros((len(last_B), 1, 1), jnp.int32))
+    zeros = jnp.zeros((len(last_B), 1, 1), jnp.int32)
+    attend_last = attention.make_response_attend(last_B, zeros, zeros)
 
     def attend(
-        query_BOHd: Array, key_BTGd: Array, value_BTGd: Array, layer_input: Any, /
+        query_BOHd: Array, key_BTGd: Array, value_BTGd: Array, layer_input: Any, window: Window, /
     ) -> tuple[Array, Any]:
         del layer_input
         keys_values = key_BTGd[:, :prompt_size], value_BTGd[:, :prompt_size]
         own_key, own_value = (
             jnp.take_along_axis(x, last_B[:, None, None, None], axis=1) for x in keys_values
         )
-        attended, _ = attend_last(query_BOHd[:, :1], own_key, own_value, keys_values)
+        attended, _ = attend_last(query_BOHd[:, :1], own_key, own_value, keys_values, window)
         if groups is None:
             return attended, keys_values
-        attend_responses = attention.make_response_attend(prompt_lengths_B, groups.segments)
+        attend_responses = attention.make_response_attend(
+            prompt_lengths_B, groups.segments, groups.offsets
+        )
         key, value = (x[:, prompt_size:] for x in (key_BTGd, value_BTGd))
-        responses, _ = attend_responses(query_BOHd[:, 1:], key, value, keys_values)
+        responses, _ = attend_responses(query_BOHd[:, 1:], key, value, keys_values, window)
         return jnp.concatenate([attended, responses], axis=1), None
 
     return OutputTokens(last_B, prompt_size, attend)

@@ -18,8 +18,9 @@ from jax.typing import DTypeLike
 from tqdm import tqdm
 
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.models.config import PROJECTIONS, DecoderConfig
+from mass_dpo_jax.models.config import DecoderConfig
 from mass_dpo_jax.models.decoder import abstract_decoder
+from mass_dpo_jax.models.families import PROJECTIONS
 from mass_dpo_jax.models.folder import CUT_SHORT, INDEX, describe_damage, explain_missing_weights
 from mass_dpo_jax.models.folder import WEIGHTS as SINGLE
 from mass_dpo_jax.models.tensors import (
@@ -63,14 +64,13 @@ class Entry:
 def list_entries(config: DecoderConfig) -> list[Entry]:
     """Lists every parameter of the decoder once, for import and export."""
     layer = "model.layers.{layer}."
-    norms = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
-    if config.qk_norm:
-        norms |= {"query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm"}
     entries = [Entry(("embed",), EMBED)]
-    for ours, theirs in norms.items():
+    for ours, theirs in config.family.norms.items():
         entries.append(Entry(("blocks", ours, "scale"), f"{layer}{theirs}.weight"))
     for ours, theirs in PROJECTIONS.items():
         entries.append(Entry(("blocks", ours, "kernel"), f"{layer}{theirs}.weight", True))
+        if ours in config.family.biases:
+            entries.append(Entry(("blocks", ours, "bias"), f"{layer}{theirs}.bias"))
     entries.append(Entry(("norm", "scale"), "model.norm.weight"))
     if not config.tie_embeddings:
         entries.append(Entry(("head",), HEAD))

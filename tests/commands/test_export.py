@@ -64,6 +64,12 @@ CASES = {
     "qwen3 tied": ("qwen3", {"tie_word_embeddings": True}),
     "smollm3": ("smollm3", {"no_rope_layers": [0, 1, 0, 1]}),
     "smollm3 tied": ("smollm3", {"tie_word_embeddings": True}),
+    "qwen2 tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2, its upper layers local": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2},
+    ),
+    "mistral": ("mistral", {"sliding_window": 9}),
 }
 
 

@@ -123,6 +123,8 @@ def check(
         slow("smollm3", "full", "packed", 5),
         slow("qwen3", "dots", "packed", 9),
         slow("qwen3", "full", "rectangle", 9),
+        ("qwen2", "dots", "rectangle", 2),
+        slow("mistral", "full", "packed", 2),
     ],
 )
 def test_the_gradient_is_that_of_all_at_once(

@@ -10,10 +10,14 @@ import pytest
 from transformers import CONFIG_MAPPING
 
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.models.config import DecoderConfig, Llama3Scaling, load_config
+from mass_dpo_jax.models.config import DecoderConfig, load_config
+from mass_dpo_jax.models.families import HEAD_NORMS
+from mass_dpo_jax.models.positions import LinearScaling, Llama3Scaling
 from tests.support.models import FAMILIES, LLAMA3_SCALING, hf_config
 
 SCALING = Llama3Scaling(8.0, 1.0, 4.0, 32)
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+FULL, SLIDING = ["full_attention"] * 4, ["sliding_attention"]
 
 
 def read(config: dict[str, Any]) -> DecoderConfig:
@@ -32,11 +36,13 @@ def assert_same(ours: DecoderConfig, config: Any) -> None:
     assert ours.rms_norm_eps == config.rms_norm_eps
     assert ours.rope_theta == config.rope_parameters["rope_theta"]
     kind = config.rope_parameters["rope_type"]
-    assert kind == ("default" if ours.rope_scaling is None else "llama3")
-    if ours.rope_scaling is not None:
+    scaling = ours.rope_scaling
+    assert kind == ("default" if scaling is None else scaling.to_hf()["rope_type"])
+    if scaling is not None:
+        assert scaling.factor == config.rope_parameters["factor"]
+    if isinstance(scaling, Llama3Scaling):
         context = config.rope_parameters["original_max_position_embeddings"]
-        assert ours.rope_scaling.original_max_positions == context
-        assert ours.rope_scaling.factor == config.rope_parameters["factor"]
+        assert scaling.original_max_positions == context
     if config.model_type == "smollm3":
         assert ours.rope_layers == tuple(bool(x) for x in config.no_rope_layers)
 
@@ -50,11 +56,13 @@ def test_defaults_are_those_of_transformers(model_type: str) -> None:
         del config[field]
     assert_same(read(config), theirs(config))
     config["num_key_value_heads"] = None
+    if model_type == "mistral":
+        return  # transformers refuses it.
     assert read(config).num_kv_heads == theirs(config).num_key_value_heads == 32
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-@pytest.mark.parametrize("scaling", [None, LLAMA3_SCALING])
+@pytest.mark.parametrize("scaling", [None, LLAMA3_SCALING, LINEAR])
 def test_both_schemas_of_rope_are_read_and_written(
     model_type: str, scaling: dict[str, Any] | None
 ) -> None:
@@ -65,7 +73,8 @@ def test_both_schemas_of_rope_are_read_and_written(
     ours = read(config)
     assert ours == read(before_5)
     assert ours.rope_theta == 5e5
-    assert ours.rope_scaling == (SCALING if scaling else None)
+    expected = {None: None, "llama3": SCALING, "linear": LinearScaling(4.0)}
+    assert ours.rope_scaling == expected[scaling and scaling["rope_type"]]
     for form in (config, before_5, ours.to_hf()):
         assert_same(ours, theirs(form))
         assert read(theirs(form).to_dict()) == ours
@@ -85,6 +94,36 @@ def test_precedence_of_conflicting_rope_settings_is_that_of_transformers() -> No
     ):
         config = hf_config(**changes)
         assert_same(read(config), theirs(config))
+
+
+def test_windows() -> None:
+    """Which layers are local, as transformers lists them; a window nobody uses is none."""
+    used = {"use_sliding_window": True, "sliding_window": 5}
+    for model_type, changes in (
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 5, "max_window_layers": 0}),
+        ("qwen2", {**used, "max_window_layers": 3}),
+        ("qwen2", {**used, "max_window_layers": 9}),
+        ("qwen3", {**used, "sliding_window": None}),
+        ("qwen3", {**used, "layer_types": [*SLIDING, *FULL[1:]]}),
+        ("smollm3", used),
+        ("smollm3", {**used, "layer_types": [*FULL[2:], *SLIDING * 2]}),
+        ("smollm3", {"sliding_window": 5}),
+    ):
+        config = hf_config(model_type, **changes)
+        ours = read(config)
+        local = tuple(x == "sliding_attention" for x in theirs(config).layer_types)
+        assert ours.local_layers == local
+        assert ours.window == (5 if any(local) else None)
+        assert read(ours.to_hf()) == ours
+        assert tuple(x == "sliding_attention" for x in theirs(ours.to_hf()).layer_types) == local
+    for window in (5, None):
+        ours = read(hf_config("mistral", sliding_window=window))
+        assert (ours.window, ours.local_layers) == (window, (window is not None,) * 4)
+        assert read(ours.to_hf()) == ours
+        assert theirs(ours.to_hf()).sliding_window == window
+    silent = hf_config("mistral")
+    del silent["sliding_window"]
+    assert read(silent).window == theirs(silent).sliding_window == 4096
 
 
 def test_layers_without_positions() -> None:
@@ -145,24 +184,39 @@ def test_configs_of_the_real_models(real_data: Path) -> None:
     assert len(found) == 5
     llama = found["config.Llama-3.2-3B-Instruct.json"]
     assert (llama.rope_theta, llama.rope_scaling) == (5e5, Llama3Scaling(32.0, 1.0, 4.0, 8192))
-    assert found["config.Qwen3-0.6B.json"].qk_norm
+    assert found["config.Qwen3-0.6B.json"].family.norms.keys() > HEAD_NORMS.keys()
     assert not found["config.SmolLM3-3B.json"].rope_layers[3]
 
 
 @pytest.mark.parametrize(
     ("changes", "names"),
     [
-        ({"model_type": "mistral"}, ["model_type", "'mistral'", "llama, qwen3, smollm3"]),
+        ({"model_type": "mixtral"}, ["model_type", "'mixtral'", "llama, qwen2, qwen3, smollm3"]),
         ({"model_type": None}, ["model_type", "None"]),
         ({"architectures": ["LlamaForSequenceClassification"]}, ["LlamaForSequence", "CausalLM"]),
         ({"hidden_act": "gelu"}, ["hidden_act", "'gelu'", "'silu'"]),
         ({"attention_bias": True}, ["attention_bias"]),
         ({"mlp_bias": True}, ["mlp_bias"]),
-        ({"model_type": "qwen3", "use_sliding_window": True}, ["use_sliding_window"]),
+        ({"use_sliding_window": True}, ["use_sliding_window"]),
         ({"sliding_window": 128}, ["sliding_window", "128"]),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, ["layer_types", "sliding"]),
+        ({"layer_types": FULL[1:] + SLIDING}, ["layer_types", "sliding"]),
+        ({"model_type": "qwen3", "layer_types": FULL[1:] + SLIDING}, ["layer_types", "None"]),
+        ({"model_type": "mistral", "layer_types": FULL}, ["layer_types", "sliding_window is 4096"]),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "layer_types": SLIDING},
+            ["layer_types", "each of 4"],
+        ),
+        ({"model_type": "qwen2", "layer_types": ["chunked_attention"] * 4}, ["chunked_attention"]),
+        ({"model_type": "mistral", "sliding_window": 0}, ["sliding_window", "0"]),
+        ({"model_type": "qwen3", "use_sliding_window": 1}, ["use_sliding_window", "1"]),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": -1},
+            ["max_window_layers", "-1"],
+        ),
+        ({"rope_parameters": {"full_attention": {}}}, ["rope_parameters.full_attention"]),
         ({"rope_parameters": {"rope_type": "yarn"}}, ["rope_type", "'yarn'", "'llama3'"]),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["rope_scaling.rope_type", "linear"]),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["rope_scaling.rope_type", "dyn"]),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, ["rope_scaling.factor", "0"]),
         ({"rope_parameters": {"rope_type": "llama3"}}, ["low_freq_factor", "None"]),
         (
             {"rope_parameters": LLAMA3_SCALING | {"low_freq_factor": 4.0}},

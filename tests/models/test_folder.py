@@ -203,7 +203,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "AWQ": (configured(quantization_config={"quant_method": "awq"}), ["found 'awq weights'"]),
     "MLX": (configured(quantization={"bits": 4}), ["quantization: found 'quantized weights'"]),
     "unnamed": (configured(quantization_config=[]), ["found 'quantized weights'"]),
-    "Qwen2": (configured(model_type="qwen2"), ["found 'qwen2', expected one of llama, qwen3"]),
+    "GPT-2": (configured(model_type="gpt2"), ["found 'gpt2', expected one of llama, qwen2"]),
     "Gemma": (configured(model_type="gemma3_text"), ["found 'gemma3_text'", "not supported"]),
 }
 

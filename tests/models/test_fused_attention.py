@@ -65,7 +65,7 @@ def _compile_quickly() -> Iterator[None]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_scores_equal_plain_attention(layout: str) -> None:
     """Ragged prompts and responses, an absent candidate, a row without any."""
-    model = random_decoder(tiny_config())
+    model = random_decoder(tiny_config("mistral"))
     pool = random_candidates(response=RESPONSE)
     assert pool.prompts.shape[1] % 8 and pool.responses.shape[1] % 8 and RESPONSE % 8
     settings = {"pooling": "all", **LAYOUTS[layout]}
@@ -86,7 +86,7 @@ def test_scores_equal_plain_attention(layout: str) -> None:
     ],
 )
 def test_gradients_equal_those_of_plain_attention(layout: str, size: int) -> None:
-    model = random_decoder(tiny_config("smollm3"))
+    model = random_decoder(tiny_config("mistral" if layout == "packed" else "smollm3"))
     pool = random_candidates(prompt=size, response=RESPONSE)
     expected = gradients(model, pool, **LAYOUTS[layout])
     found = gradients(model, pool, attention=XLA, **LAYOUTS[layout])
@@ -122,7 +122,7 @@ def test_an_absent_row_does_not_spoil_gradients() -> None:
 def test_devices_agree_with_plain_attention(sizes: tuple[int, int, int]) -> None:
     """Each on its own prompts and heads: outputs and gradients."""
     mesh = jax.make_mesh(sizes, mesh_axes.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
-    config, many = tiny_config(), FusedAttention("xla", mesh)
+    config, many = tiny_config("mistral"), FusedAttention("xla", mesh)
     assert many.batch_shards == sizes[0] * sizes[1]
     assert measure_error(many, config, "float32") < 1e-6
     assert 0 < measure_error(many, config, "bfloat16") < MAX_RELATIVE_ERROR / 2

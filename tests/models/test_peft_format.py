@@ -67,7 +67,13 @@ def write_both(folder: Path, model_type: str, targets: str) -> tuple[Any, np.nda
 
 @pytest.mark.parametrize(
     ("model_type", "targets"),
-    [("llama", "all"), ("qwen3", "q_proj,v_proj,down_proj"), ("smollm3", "all")],
+    [
+        ("llama", "all"),
+        ("qwen2", "q_proj,v_proj"),
+        ("qwen3", "q_proj,v_proj,down_proj"),
+        ("smollm3", "all"),
+        ("mistral", "all"),
+    ],
 )
 def test_log_probs_equal_pytorchs(
     tmp_path: Path, torch: ModuleType, model_type: str, targets: str

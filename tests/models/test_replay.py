@@ -108,6 +108,8 @@ def _gradients(
         ("smollm3", "full", "packed, few logits"),
         ("smollm3", "dots", "rectangle"),
         ("llama", "dots", "rectangle, 2 at a time"),
+        ("qwen2", "dots", "packed, few logits"),
+        ("mistral", "dots", "rectangle, 2 at a time"),
     ],
 )
 def test_gradients_are_those_of_a_pass_of_its_own(model_type: str, remat: str, layout: str) -> None:

@@ -73,6 +73,27 @@ CASES = {
         "llama",
         {"num_key_value_heads": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e3}},
     ),
+    "qwen2 tied, linear scaling": (
+        "qwen2",
+        {
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
+        },
+    ),
+    "qwen2 untied, its upper layers local": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
+    ),
+    "qwen2, a window that is not used": (
+        "qwen2",
+        {"use_sliding_window": False, "sliding_window": 6, "max_window_layers": 0},
+    ),
+    "mistral, window longer than any text": ("mistral", {"sliding_window": 64}),
+    "mistral, window shorter than prompts": (
+        "mistral",
+        {"sliding_window": 5, "tie_word_embeddings": True, "num_key_value_heads": 4},
+    ),
+    "mistral, no window": ("mistral", {"sliding_window": None}),
     "qwen3 tied": ("qwen3", {"tie_word_embeddings": True}),
     "qwen3 untied": ("qwen3", {}),
     "smollm3 tied": ("smollm3", {"tie_word_embeddings": True}),
@@ -113,7 +134,10 @@ def test_a_head_that_a_tied_model_has_beside_its_embeddings(
 
 def test_llama3_frequencies(torch: ModuleType, tmp_path: Path) -> None:
     theirs = random_folder(torch, tmp_path, hf_config("llama"))
-    frequencies = np.asarray(compute_rope_frequencies(load_config(tmp_path)))
+    config = load_config(tmp_path)
+    frequencies = np.asarray(
+        compute_rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    )
     expected = theirs.model.rotary_emb.inv_freq.numpy()
     np.testing.assert_allclose(frequencies, expected, rtol=1e-6)
     plain = 10000.0 ** -(np.arange(0, 16, 2) / 16)

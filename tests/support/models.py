@@ -19,7 +19,7 @@ from mass_dpo_jax.models.shared_prefix import CandidateScores, score
 from mass_dpo_jax.models.weights import list_entries
 
 VOCABULARY = 101
-FAMILIES = ("llama", "qwen3", "smollm3")
+FAMILIES = ("llama", "qwen2", "qwen3", "smollm3", "mistral")
 
 # Frequencies of a 16-wide head fall into all three bands: fast, blended and slow.
 LLAMA3_SCALING = {
@@ -52,6 +52,8 @@ def hf_config(model_type: str = "llama", **changes: Any) -> dict[str, Any]:
     }
     if model_type == "llama":
         config["rope_parameters"] = {"rope_theta": 10000.0, **LLAMA3_SCALING}
+    if model_type == "mistral":
+        config["sliding_window"] = 6  # Shorter than prompts.
     return config | changes
 
 
