@@ -33,6 +33,7 @@ from mass_dpo_jax.training.prepare import open_mesh, prepare_examples
 from mass_dpo_jax.training.setup import Reference
 from mass_dpo_jax.training.step import TrainState
 from mass_dpo_jax.training.updates import Batches, TrainStep
+from mass_dpo_jax.utils import hub
 from mass_dpo_jax.utils.files import expand_path
 
 Rows = Iterable[Mapping[str, Any] | Example]
@@ -160,8 +161,9 @@ def load_model(path: str | Path, config: ConfigDict | None = None) -> Model:
 
     Args:
         path: a Hugging Face folder of a Llama 3, Qwen3 or SmolLM3 model (`config.json`,
-            `*.safetensors`, tokenizer), or a run folder: its newest checkpoint, with LoRA added to
-            its base.
+            `*.safetensors`, tokenizer); a model's name on the hub, OWNER/NAME or
+            OWNER/NAME@REVISION, which is downloaded into its cache; or a run folder: its newest
+            checkpoint, with LoRA added to its base.
         config: settings, see `default_config`; None: those of the run, or the defaults. With
             `model.lora.rank` the model gets new adapters, and these alone are trained.
 
@@ -169,6 +171,8 @@ def load_model(path: str | Path, config: ConfigDict | None = None) -> Model:
         UserError: there is no model in the folder that this package can compute, or a setting is
             invalid.
     """
+    if isinstance(path, str) and hub.is_name(path):
+        path = hub.fetch_model(path, "model.path")
     path = expand_path(path, "path")
     if config is None:
         run = find_run(path)

@@ -66,9 +66,8 @@ CHOICES = {
 }
 FEATURE_DRAWS = ("local", "partition")  # Values of `selection.draw` that read features.
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-PATHS = (
-    "cache_dir model.path model.reference_path model.lora.path data.path data.chat_template"
-).split()
+MODEL_PATHS = ("model.path", "model.reference_path", "model.lora.path")
+PATHS = (*MODEL_PATHS, "cache_dir", "data.path", "data.chat_template")
 
 
 def default() -> ConfigDict:
@@ -91,9 +90,10 @@ def default() -> ConfigDict:
 
     # ---- Weights to start from, precision and memory.
     c.model = Settings()
-    # Folder of a Hugging Face model or of a run. Empty: random weights, as model.scratch describes.
+    # Folder of a Hugging Face model or of a run, or a model's name on the hub, OWNER/NAME or
+    # OWNER/NAME@REVISION. Empty: random weights, as model.scratch describes.
     c.model.path = ""
-    # Folder of the reference policy. Empty: the weights that training starts from.
+    # The reference policy, likewise. Empty: the weights that training starts from.
     c.model.reference_path = ""
     c.model.dtype = "float32"  # Type of the computation. The trained weights stay in float32.
     # What the backward pass recomputes: dots (only attention) | full (everything).
@@ -113,8 +113,8 @@ def default() -> ConfigDict:
     c.model.lora.targets = "all"
     # Storage of the frozen matrices: float32 | bfloat16 | int8 | nf4 (QLoRA, 4.5 bits a weight).
     c.model.lora.base = "bfloat16"
-    # Adapters to start from: a folder in PEFT's format or a run with LoRA. Their rank, alpha and
-    # targets replace those above.
+    # Adapters to start from: a folder in PEFT's format, a name on the hub or a run with LoRA. Their
+    # rank, alpha and targets replace those above.
     c.model.lora.path = ""
 
     # ---- The model and tokenizer that are made when model.path is empty.

@@ -3,6 +3,7 @@ r"""Writes a run's policy as a Hugging Face folder, for transformers, vLLM and o
     python -m mass_dpo_jax.export --workdir=runs/lastfm --output=lastfm-mass-dpo
     python -m mass_dpo_jax.export --workdir=runs/lastfm --step=200 --dtype=float32 --output=at-200
     python -m mass_dpo_jax.export --workdir=runs/qlora --adapters --output=adapters
+    python -m mass_dpo_jax.export --workdir=runs/lastfm --output=lastfm --push=OWNER/NAME --dry_run
 
 The folder gets the weights of the run's newest checkpoint (or that of --step) as safetensors, in
 files of at most --max_shard_gb; config.json, with rotary settings as transformers writes them
@@ -13,6 +14,9 @@ The folder must not exist before, and appears complete or not at all. The other 
 --config.model.path. Weights are stored in the type that the run computed in (config.model.dtype) or
 in --dtype; training itself keeps float32. A run with LoRA is written with its adapters
 merged into the base; --adapters writes only the adapters, in PEFT's format.
+
+--push also sends the folder to the Hugging Face hub, to a repository that is private unless it
+exists or --public is given. With --dry_run it says what would be sent, and sends nothing.
 """
 
 from __future__ import annotations
@@ -21,9 +25,11 @@ from pathlib import Path
 
 from absl import flags
 
+import mass_dpo_jax
 from mass_dpo_jax import cli
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models.config import EXPORT_DTYPES
+from mass_dpo_jax.utils import hub
 from mass_dpo_jax.utils.files import expand, expand_path
 from mass_dpo_jax.utils.run_paths import resolve_run
 
@@ -75,11 +81,15 @@ def export(
 
 
 def main() -> None:
-    """Writes the folder that the flags ask for."""
+    """Writes the folder that the flags ask for, and sends it to the hub if they ask for that."""
     if FLAGS.workdir is None:
         raise UserError("--workdir is missing: the run to export")
     if FLAGS.output is None:
         raise UserError("--output is missing: the folder to write")
+    if FLAGS.push is not None:
+        hub.check_push_name(FLAGS.push)
+    elif FLAGS.public or FLAGS.dry_run:
+        raise UserError("--public and --dry_run are for --push=OWNER/NAME, which is missing")
     export(
         FLAGS.workdir,
         FLAGS.output,
@@ -90,6 +100,14 @@ def main() -> None:
         adapters=FLAGS.adapters,
         base_path=FLAGS.base_path,
     )
+    if FLAGS.push is None:
+        return
+    folder = expand_path(FLAGS.output, "output")
+    if FLAGS.dry_run:
+        print(*hub.describe_push(folder, FLAGS.push, FLAGS.public), sep="\n")
+        return
+    message = f"Trained with mass_dpo_jax {mass_dpo_jax.__version__}"
+    print(f"sent to {hub.push_folder(folder, FLAGS.push, FLAGS.public, message)}")
 
 
 if __name__ == "__main__":
@@ -115,4 +133,7 @@ if __name__ == "__main__":
         "The model training started from, as the hub calls it (meta-llama/Llama-3.2-3B-Instruct). "
         "Default: the name of its folder.",
     )
+    flags.DEFINE_string("push", None, "Send the folder to the hub, as OWNER/NAME.")
+    flags.DEFINE_boolean("public", False, "Let everybody read the repository, if it is new.")
+    flags.DEFINE_boolean("dry_run", False, "Say what --push would send, and do not send it.")
     cli.run(main)

@@ -28,7 +28,7 @@ from mass_dpo_jax.models.fused_attention import FusedAttention
 from mass_dpo_jax.models.logprobs import choose_max_logits
 from mass_dpo_jax.runs.run_folder import latest_step
 from mass_dpo_jax.training.mesh import abstract_mesh, check_batch
-from mass_dpo_jax.training.model_paths import uses_lora
+from mass_dpo_jax.training.model_paths import fetch_models, uses_lora
 from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.prepare import prepare
 from mass_dpo_jax.training.setup import Setup
@@ -85,7 +85,7 @@ def dry_run(config: ConfigDict, workdir: Path | None, splits: Sequence[str]) -> 
 
 def _prepare(config: ConfigDict, workdir: Path | None, splits: Sequence[str]) -> Setup:
     """Prepares training on the devices of this machine, which need not fit the configuration."""
-    config = config.copy_and_resolve_references()
+    config = fetch_models(config, weights=False)
     fused = config.model.attention == "fused"
     config.dry_run = True  # A caller may not have set it; it says that no weights are needed.
     config.mesh.update(data=1, fsdp=1, tensor=-1)

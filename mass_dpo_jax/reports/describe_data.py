@@ -19,7 +19,7 @@ from mass_dpo_jax.data.split_cache import open_splits
 from mass_dpo_jax.data.token_cache import tokenize_once
 from mass_dpo_jax.data.tokenizer import load_tokenizer
 from mass_dpo_jax.data.tokens import Tokens
-from mass_dpo_jax.training.model_paths import find_description
+from mass_dpo_jax.training.model_paths import fetch_models, find_description
 from mass_dpo_jax.utils.cache import cache_folder
 
 
@@ -70,6 +70,7 @@ def describe(config: ConfigDict, show: int) -> Iterator[str]:
     cache = cache_folder(config.cache_dir)
     row_lines: list[str] = []
     if config.model.path:
+        config = fetch_models(config, weights=False)
         tokenizer = load_tokenizer(find_description(Path(config.model.path)))
     else:
         yield "config.model.path is empty: lengths are in words, nothing is rendered or cut"

@@ -16,6 +16,7 @@ from mass_dpo_jax import config_checks
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models.folder import warn_once
 from mass_dpo_jax.runs import origin
+from mass_dpo_jax.utils import hub
 from mass_dpo_jax.utils.files import read_json
 from mass_dpo_jax.utils.run_paths import check_run
 
@@ -109,9 +110,15 @@ def use_own_files(config: ConfigDict, workdir: Path) -> ConfigDict:
     """Returns settings that take the chat template and initial adapters from the run's own copies.
 
     For a run that has saved a checkpoint: the files that were copied may be gone by now. Where they
-    have changed, the copies still count, and a warning says so.
+    have changed, the copies still count, and a warning says so. A model that was named on the hub
+    is the revision that the run began with, where it still lies.
     """
     settings = config.copy_and_resolve_references()
+    paths = origin.read(workdir)["paths"]
+    fields = dict(config_lib.flatten(config))
+    for name in config_lib.MODEL_PATHS:
+        if name in paths and hub.is_name(fields[name]) and Path(paths[name]).is_dir():
+            config_lib.set_field(settings, name, paths[name])
     if origin.is_path(config, "data.chat_template"):
         settings.data.chat_template = "tokenizer"
     _use_own_adapters(settings, workdir)

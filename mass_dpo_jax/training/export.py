@@ -43,6 +43,7 @@ from mass_dpo_jax.training.model_paths import (
 )
 from mass_dpo_jax.training.open_policy import set_chat_template
 from mass_dpo_jax.training.policy import Policy
+from mass_dpo_jax.utils import hub
 from mass_dpo_jax.utils.files import read_json
 
 # Returns the text of a model card: of the run folder, its configuration, the architecture, the
@@ -80,7 +81,7 @@ def export_run(
     if adapters:
         if dtype not in (None, "float32"):
             raise UserError(f"--dtype={dtype}: adapters are written in float32; leave it out")
-        _save_adapters(workdir, step, output, base_model or config.model.path)
+        _save_adapters(workdir, step, output, base_model or hub.without_revision(config.model.path))
         return
     decoder, tokenizer = load_config(folder), load_tokenizer(folder)
     dtype = dtype or config.model.dtype

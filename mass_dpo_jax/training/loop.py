@@ -19,6 +19,7 @@ from mass_dpo_jax.runs import loggers, metrics_files, origin, resume, run_config
 from mass_dpo_jax.training import checkpoint, interruption, scoring
 from mass_dpo_jax.training.evaluator import EvaluatedSplit, Evaluator, check_best
 from mass_dpo_jax.training.methods import find_unread
+from mass_dpo_jax.training.model_paths import fetch_models
 from mass_dpo_jax.training.open_policy import save_description
 from mass_dpo_jax.training.optimizer import learning_rate, make_optimizer
 from mass_dpo_jax.training.prepare import list_models_read, prepare
@@ -159,6 +160,7 @@ def _prepare(config: ConfigDict, workdir: Path, lock: run_folder.Lock) -> _Start
     step = distributed.run_on_primary(lambda: run_folder.latest_step(workdir))
     has_checkpoint = step is not None
     resolved_config = run_config.use_own_files(config, workdir) if has_checkpoint else config
+    resolved_config = fetch_models(resolved_config)
     setup = prepare(resolved_config, workdir, SPLITS)
     check_best(config.train, config.method, setup.tokens)
     digests = setup.digests()
@@ -174,7 +176,7 @@ def _prepare(config: ConfigDict, workdir: Path, lock: run_folder.Lock) -> _Start
         config = run_config.restore_typed_paths(config, workdir)
     run_folder.write_config(workdir, config)
     if not has_checkpoint:
-        save_description(setup.policy, config.model, config.data.chat_template, workdir)
+        save_description(setup.policy, resolved_config.model, config.data.chat_template, workdir)
     if distributed.is_primary():
         origin.write(workdir, resolved_config, None if has_checkpoint else weights)
     return _Start(workdir, config, resolved_config, setup, digests, params, reference_params)

@@ -7,6 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from mass_dpo_jax.config import MODEL_PATHS, flatten, set_field
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models import peft_format
 from mass_dpo_jax.models.config import load_config, parse_targets
@@ -16,6 +17,25 @@ from mass_dpo_jax.models.weights import check_hf
 from mass_dpo_jax.runs import origin, run_config
 from mass_dpo_jax.runs.run_folder import check_step, find_run
 from mass_dpo_jax.training.checkpoint_reading import Reader
+from mass_dpo_jax.utils import hub
+
+
+def fetch_models(config: ConfigDict, weights: bool = True) -> ConfigDict:
+    """Returns a configuration in which models named on the hub are folders, downloaded if need be.
+
+    Args:
+        config: the configuration, which is not changed.
+        weights: False to leave the weights out: for a dry run, or where a tokenizer is enough.
+
+    Raises:
+        UserError: a model cannot be downloaded; names the setting.
+    """
+    fields = dict(flatten(config))
+    found = config.copy_and_resolve_references()
+    for name in MODEL_PATHS:
+        if hub.is_name(fields[name]):
+            set_field(found, name, hub.fetch_model(fields[name], name, weights))
+    return found
 
 
 def find_description(path: Path, setting: str = "model.path") -> Path:

@@ -12,7 +12,7 @@ from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.runs import origin, run_config, run_folder
 from mass_dpo_jax.training.methods import METHODS
-from mass_dpo_jax.training.model_paths import uses_lora
+from mass_dpo_jax.training.model_paths import fetch_models, uses_lora
 from mass_dpo_jax.training.prepare import prepare
 from mass_dpo_jax.training.setup import Reference, Setup
 from mass_dpo_jax.utils import distributed
@@ -59,7 +59,7 @@ def prepare_scoring(
         UserError: as for `prepare`; both a run and another model are given; or what a run reads
             again has changed since its start.
     """
-    config = config.copy_and_resolve_references()
+    config = fetch_models(config)
     if split is None:
         split = "all" if Path(config.data.path).is_file() else "test"
     select_from = split if selecting else None
