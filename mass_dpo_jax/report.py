@@ -27,9 +27,9 @@ def format_tables(folders: Sequence[Path]) -> str:
     Raises:
         UserError: there are no runs.
     """
-    from mass_dpo_jax.reports.paper import report
+    from mass_dpo_jax.reports.paper import page
 
-    return report.format_tables([expand_path(folder, "folders") for folder in folders])
+    return page.format_tables([expand_path(folder, "folders") for folder in folders])
 
 
 def make_report(folders: Sequence[Path], output: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -86,7 +87,7 @@ class Cell:
             return ""
         if self.finished or len(self.runs) > 1:
             return f"{len(self.finished)} of {len(self.runs)} seeds finished"
-        return self.runs[0].state
+        return re.split("[,:]", self.runs[0].state)[0]
 
     def title(self, others: Sequence[Cell]) -> str:
         """Returns its method, with n and beta if the method is there several times in `others`."""
@@ -204,10 +205,14 @@ def find_cell(cells: Sequence[Cell], dataset: str, row: Row) -> Cell | None:
     found = [
         cell
         for cell in cells
-        if (cell.dataset, cell.n, cell.beta) == (dataset, row.n, row.beta)
-        and cell.variant == PAPER_VARIANTS.get(row.method, row.method)
+        if (cell.dataset, cell.n, cell.beta) == (dataset, row.n, row.beta) and is_variant(cell, row)
     ]
     return min(found, key=lambda cell: cell.differences, default=None)
+
+
+def is_variant(cell: Cell, row: Row) -> bool:
+    """Whether a cell's method is that of a row of the paper."""
+    return cell.variant == PAPER_VARIANTS.get(row.method, row.method)
 
 
 def main_setting(cells: Sequence[Cell]) -> list[Cell]:

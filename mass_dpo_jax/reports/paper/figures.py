@@ -29,9 +29,11 @@ PANELS = (
     Panel("Reward of the chosen response", {"eval/rewards/chosen": ""}),
 )
 DASHES = {"mass_dpo": "-", "sdpo": "--"}  # The methods of the paper's figures, and their lines.
+SHORT_TITLES = ("margin", "accuracy", "chosen reward")  # Of the panels, in the paper's figures.
 CAPTION = (
-    "Validation split; a line is the mean over seeds, its band goes from the smallest seed to the "
-    "largest."
+    "Figures show the validation split: the reward margin over the mean negative, the accuracy by "
+    "policy, and the reward of the chosen response. A line is the mean over seeds, its band goes "
+    "from the smallest seed to the largest."
 )
 
 
@@ -67,9 +69,9 @@ def draw_figure(
     rows = [row for row in METHODS if row.method in DASHES]
     models = {title: members for title, _, members in cells_lib.group_by_model(cells)}
     curves = {
-        (dataset, title, row): runs
+        (dataset, model, row): runs
         for dataset in figure.datasets
-        for title, members in models.items()
+        for model, members in models.items()
         for row in rows
         if (cell := cells_lib.find_cell(members, dataset, row)) and (runs := _runs(cell, logs))
     }
@@ -79,21 +81,18 @@ def draw_figure(
     colours = dict(zip(dict.fromkeys(key[1] for key in curves), itertools.cycle(style.COLOURS)))
     picture = style.new_figure(12.6, 3.2 * len(shown) + 0.5, dpi=110)
     for i, dataset in enumerate(shown):
-        for j, panel in enumerate(PANELS):
+        for j, (panel, title) in enumerate(zip(PANELS, SHORT_TITLES, strict=True)):
             ax = picture.add_subplot(len(shown), len(PANELS), i * len(PANELS) + j + 1)
-            for (of, title, row), runs in curves.items():
+            for (of, model, row), runs in curves.items():
                 if of == dataset:
                     counted = [_count_evaluations(run) for run in runs]
-                    _draw_band(ax, panel, counted, colours[title], DASHES[row.method])
-            named = Panel(
-                f"{TITLES[dataset]}: {panel.title[0].lower()}{panel.title[1:]}", panel.lines
-            )
-            finish_panel(ax, named, xlabel="evaluation")
+                    _draw_band(ax, panel, counted, colours[model], DASHES[row.method])
+            finish_panel(ax, Panel(f"{TITLES[dataset]}: {title}", panel.lines), xlabel="evaluation")
     legend = [
-        (f"{row.title}, {title}", colour, DASHES[row.method])
-        for title, colour in colours.items()
+        (f"{row.title}, {model}", colour, DASHES[row.method])
+        for model, colour in colours.items()
         for row in reversed(rows)
-        if any(key[1:] == (title, row) for key in curves)
+        if any(key[1:] == (model, row) for key in curves)
     ]
     style.add_legend(picture, legend, loc="outside upper center", ncols=4, fontsize=9)
     return style.to_png(picture)

@@ -5,12 +5,20 @@ from __future__ import annotations
 import base64
 import dataclasses
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from mass_dpo_jax.reports import templates
 from mass_dpo_jax.reports.format import markdown_table
+from mass_dpo_jax.reports.paper import cells, tables
 from mass_dpo_jax.reports.paper.blocks import BEST, SECOND, Block, Entry, Section, Table
+from mass_dpo_jax.reports.paper.runs import find_runs
 
 MAX_OPEN_ROWS = 12  # Longer lists, and longer tables that the paper does not have, are folded.
+READING = (
+    "A cell shows the paper's number as printed and, in square brackets, ours. The paper's stand "
+    "alone where we have no run, ours in rows and for models that the paper does not have. Our "
+    "average is over all four datasets, or left out."
+)
 AROUND = {BEST: "**{}**", SECOND: "<u>{}</u>", "": "{}"}
 
 
@@ -85,19 +93,25 @@ def to_markdown(content: PageContent) -> str:
             "Runs that are not finished, or cannot be read:",
             _markdown_list(content.warnings),
         ]
-    parts += map(table_to_markdown, content.tables)
+    parts += map(_table_to_markdown, content.tables)
     parts += map(_picture_to_markdown, content.pictures)
     for group in content.extra:
         parts += [f"## {group.title}", _markdown_list(group.notes)]
         for table in group.tables:
-            parts.append(f"### {table.title}" if len(group.tables) > 1 else "")
-            parts.append(_blocks_to_markdown(table, "####"))
+            several = len(group.tables) > 1
+            parts.append(f"### {table.title}" if several else "")
+            parts.append(_blocks_to_markdown(table, "####" if several else "###"))
         parts += [_picture_to_markdown(picture, "###") for picture in group.pictures]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def table_to_markdown(table: Table) -> str:
-    """Returns a table of the paper in Markdown, its columns aligned."""
+def format_tables(folders: Sequence[Path]) -> str:
+    """Implements `mass_dpo_jax.report.format_tables`."""
+    found, _ = cells.gather(find_runs(folders))
+    return "\n\n".join([READING, *map(_table_to_markdown, tables.paper_tables(found))])
+
+
+def _table_to_markdown(table: Table) -> str:
     return f"## {table.title}\n\n{_blocks_to_markdown(table, '###')}"
 
 

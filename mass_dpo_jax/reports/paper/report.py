@@ -18,10 +18,6 @@ from mass_dpo_jax.utils.files import write_whole
 
 MAX_DIFFERENCES = 12  # Settings that a note names.
 BY_REWARD = "Tables 1 to 5 with ours by the log-ratio to the reference"
-READING = (
-    "A cell shows the paper's number as printed, then ours: in brackets, on the page in blue. A "
-    "number alone is the paper's. Rows below a line are ours only."
-)
 NOTES = [
     "Ours are ranked by the policy's own log-probability; further below, by its log-ratio to the "
     "reference. The paper does not say which it uses. A tie counts as lost. Margins are the reward "
@@ -52,12 +48,6 @@ DATASET_NOTES = {
 }
 
 
-def format_tables(folders: Sequence[Path]) -> str:
-    """Implements `mass_dpo_jax.report.format_tables`."""
-    cells, _ = cells_lib.gather(find_runs(folders))
-    return "\n\n".join([READING, *map(page.table_to_markdown, tables.paper_tables(cells))])
-
-
 def make_report(folders: Sequence[Path], output: Path) -> None:
     """Implements `mass_dpo_jax.report.make_report`."""
     if output.exists() and not output.is_dir():
@@ -68,7 +58,13 @@ def make_report(folders: Sequence[Path], output: Path) -> None:
     content = page.PageContent(
         title="MASS-DPO: tables and figures",
         warnings=[f"{run.folder.as_posix()}: {run.state}" for run in runs if not run.finished],
-        notes=[READING, *NOTES, *_dataset_notes(runs), *_difference_notes(runs)],
+        notes=[
+            page.READING,
+            *NOTES,
+            figures.CAPTION,
+            *_dataset_notes(runs),
+            *_difference_notes(runs),
+        ],
         tables=tables.paper_tables(cells),
         pictures=_paper_figures(cells, logs),
         extra=_extra(runs, cells, repeats, logs),
@@ -104,7 +100,7 @@ def _difference_notes(runs: Sequence[Run]) -> list[str]:
     ]
     more = len(named) - MAX_DIFFERENCES
     words = named[:MAX_DIFFERENCES] + ([f"and {more} more, see runs.csv"] if more > 0 else [])
-    return [f"Settings of our runs that are not those of --config=llama3: {', '.join(words)}."]
+    return [f"Settings of our runs that are not the paper's: {', '.join(words)}."]
 
 
 def _paper_figures(
@@ -142,7 +138,7 @@ def _extra(
     ]
     groups = [
         page.Group(BY_REWARD, tables=_by_reward(cells)),
-        page.Group("Curves", [figures.CAPTION], pictures=_curves(main, logs)),
+        page.Group("Curves", pictures=_curves(main, logs)),
         *(page.Group(table.title, notes, [table]) for table, notes in alone),
     ]
     return [g for g in groups if g.pictures or g.notes[1:] or any(t.blocks for t in g.tables)]

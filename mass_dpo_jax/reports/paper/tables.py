@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from mass_dpo_jax.reports.paper import cells as cells_lib
 from mass_dpo_jax.reports.paper.blocks import BEST, SECOND, Block, Entry, Row, Section, Table, plain
 from mass_dpo_jax.reports.paper.cells import Cell, Estimate
-from mass_dpo_jax.reports.paper.layout import BETA, TABLES, Column, Layout, Part
+from mass_dpo_jax.reports.paper.layout import BETA, METHODS, TABLES, Column, Layout, Part
 from mass_dpo_jax.reports.paper.numbers import AVERAGE, Number, Place, read_numbers
 from mass_dpo_jax.reports.paper.runs import Run
 
@@ -66,8 +66,9 @@ def _table(layout: Layout, cells: Sequence[Cell], ranking: str) -> Table:
                 for row in part.rows
             ]  # fmt: skip
             extra = _extra_lines(members, part, lines)
-            if not any(line.numbers or line.cells for line in (*lines, *extra)):
-                continue  # A model of ours without runs on these datasets.
+            known = [line for line in (*lines, *extra) if line.numbers or line.cells]
+            if len(known) < (2 if part.varied else 1):
+                continue  # A model of ours without runs for this table.
             marks = _Marks(part, lines, ranking) if part.marks else None
             rows = [_format_row(part, line, ranking, marks) for line in lines]
             sections.append(
@@ -142,8 +143,10 @@ def _is_ablated(cell: Cell, cells: Sequence[Cell], varied: str) -> bool:
 
 def _extra_title(part: Part, cell: Cell) -> str:
     """Names a row: what is varied, the method, and n and beta where they are not the paper's."""
-    words = [plain(getattr(cell, part.varied))] if part.varied else []
-    words.append(cell.method)
+    words = [str(getattr(cell, part.varied))] if part.varied else []
+    # The paper's methods have the paper's names here too.
+    title = next((row.title for row in METHODS if cells_lib.is_variant(cell, row)), cell.variant)
+    words.append(title + cell.method.removeprefix(cell.variant))
     if part.varied != "n" and cell.n not in (None, "all", cells_lib.main_n(cell)):
         words.append(f"n={cell.n}")
     if part.varied != "beta" and cell.beta not in (None, BETA):
