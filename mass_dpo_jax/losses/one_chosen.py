@@ -1,20 +1,7 @@
-"""Preference losses on arrays of log-ratios, one value per example.
+"""Losses of one chosen response against rejected ones, one value per example.
 
-Every loss takes `log_ratios` [B, C]: the log-probability of each of the C = 1 + n responses under
-the policy minus that under the reference, the chosen response in column 0 and its n negatives after
-it (`mppo` and `supervised`, which have no reference, take log-probabilities). `valid` has the same
-shape and says which entries count; the others may hold anything, NaN and infinities included, and
-reach neither the values nor the gradients. A row whose chosen response is not valid, or that has no
-valid negative, has loss 0 and gradient 0. Losses are computed in float32 unless the input is more
-precise.
-
-Examples:
-    One example, a chosen response and two negatives:
-
-    >>> log_ratios = jnp.array([[0.5, 0.0, -0.5]])
-    >>> valid = jnp.ones_like(log_ratios, bool)
-    >>> print(plackett_luce(log_ratios, valid, beta=1.0))
-    [0.68026966]
+Those in between have no order: which of two negatives is better does not matter. Inputs are as
+`mass_dpo_jax.losses` says.
 """
 
 from __future__ import annotations
@@ -23,17 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-__all__ = [
-    "dmpo",
-    "dpo",
-    "dpo_k",
-    "likelihood_per_token",
-    "mppo",
-    "odpo",
-    "plackett_luce",
-    "sampled_plackett_luce",
-    "supervised",
-]
+from mass_dpo_jax.losses.masked import as_float32, masked_mean, negative_scores
 
 
 def plackett_luce(
@@ -64,7 +41,7 @@ def plackett_luce(
     Source: Chen et al., "On Softmax Direct Preference Optimization for Recommendation", 2024;
     the form by log-sum-exp avoids the overflow of exponentiating log-ratios.
     """
-    scores, negatives = _scores_and_mask(log_ratios, valid, beta)
+    scores, negatives = negative_scores(log_ratios, valid, beta)
     # The largest score is taken out of the sum, and softplus keeps small losses exact. A row
     # without negatives counts zeros instead and is dropped at the end: log(0) never occurs.
     has_negatives = negatives.any(axis=-1)
@@ -99,7 +76,7 @@ def dpo(
     """
     if log_ratios.shape[-1] != 2:
         raise ValueError(f"dpo takes log_ratios of shape [B, 2], got {log_ratios.shape}")
-    scores, negatives = _scores_and_mask(log_ratios, valid, beta)
+    scores, negatives = negative_scores(log_ratios, valid, beta)
     return jnp.where(negatives[:, 0], jax.nn.softplus(scores[:, 0]), 0.0)
 
 
@@ -126,8 +103,8 @@ def dpo_k(
     Source: MASS-DPO names this baseline without defining it; the mean over pairs is the reading
     that leaves the step's size independent of n.
     """
-    scores, negatives = _scores_and_mask(log_ratios, valid, beta)
-    return _mean(jax.nn.softplus(scores), negatives)
+    scores, negatives = negative_scores(log_ratios, valid, beta)
+    return masked_mean(jax.nn.softplus(scores), negatives)
 
 
 def dmpo(
@@ -153,8 +130,8 @@ def dmpo(
     Source: Bai et al., "Finetuning Large Language Model for Personalized Ranking", 2024. (In the
     code released with it the reference cancels; here it does not.)
     """
-    scores, negatives = _scores_and_mask(log_ratios, valid, beta)
-    loss = jax.nn.softplus(_mean(scores, negatives))
+    scores, negatives = negative_scores(log_ratios, valid, beta)
+    loss = jax.nn.softplus(masked_mean(scores, negatives))
     return jnp.where(negatives.any(axis=-1), loss, 0.0)
 
 
@@ -187,9 +164,9 @@ def odpo(
     Source: Amini, Vieira and Cotterell, "Direct Preference Optimization with an Offset", 2024, for
     pairs; the mean over an example's pairs is ours.
     """
-    scores, negatives = _scores_and_mask(log_ratios, valid, beta)
-    margins = jnp.where(negatives, _at_least_float32(margins), 0.0)
-    return _mean(jax.nn.softplus(scores + margins), negatives)
+    scores, negatives = negative_scores(log_ratios, valid, beta)
+    margins = jnp.where(negatives, as_float32(margins), 0.0)
+    return masked_mean(jax.nn.softplus(scores + margins), negatives)
 
 
 def mppo(
@@ -230,7 +207,7 @@ def likelihood_per_token(
     logps: Float[Array, "B C"], num_tokens: Int[Array, "B C"], valid: Bool[Array, "B C"]
 ) -> Float[Array, "B C"]:
     """Returns the geometric mean of a response's token probabilities; 0 where not valid."""
-    logps = jnp.where(valid, _at_least_float32(logps), 0.0)
+    logps = jnp.where(valid, as_float32(logps), 0.0)
     return jnp.where(valid, jnp.exp(logps / jnp.maximum(num_tokens, 1)), 0.0)
 
 
@@ -271,9 +248,9 @@ def sampled_plackett_luce(
         weights: w, taken as constants.
         pool_loss: l_N in nats, taken as a constant.
     """
-    scores, negatives = _scores_and_mask(log_ratios, valid, beta)
-    weights = jnp.where(negatives, jax.lax.stop_gradient(_at_least_float32(weights)), 0.0)
-    loss = jax.lax.stop_gradient(_at_least_float32(pool_loss))
+    scores, negatives = negative_scores(log_ratios, valid, beta)
+    weights = jnp.where(negatives, jax.lax.stop_gradient(as_float32(weights)), 0.0)
+    loss = jax.lax.stop_gradient(as_float32(pool_loss))
     linear = -jnp.expm1(-loss) * jnp.sum(weights * scores, axis=-1)
     has_negatives = negatives.any(axis=-1)
     return jnp.where(has_negatives, loss + linear - jax.lax.stop_gradient(linear), 0.0)
@@ -296,29 +273,5 @@ def supervised(
         The loss in nats per token.
     """
     nonempty = num_tokens > 0
-    logps = jnp.where(nonempty, _at_least_float32(logps_chosen), 0.0)
+    logps = jnp.where(nonempty, as_float32(logps_chosen), 0.0)
     return -logps / jnp.maximum(num_tokens, 1)
-
-
-def _scores_and_mask(
-    log_ratios: Float[Array, "B C"], valid: Bool[Array, "B C"], beta: float
-) -> tuple[Float[Array, "B C-1"], Bool[Array, "B C-1"]]:
-    """Returns beta (r_i - r_0) of the negatives, 0 where they do not count, and which count."""
-    if log_ratios.shape != valid.shape:
-        raise ValueError(f"log_ratios {log_ratios.shape} and valid {valid.shape} differ in shape")
-    # Up to the `where` everything is linear, so its zero gradient meets no NaN on the way back.
-    # Everything that is not linear comes after it.
-    rewards = beta * _at_least_float32(log_ratios)
-    negatives = valid[:, 1:] & valid[:, :1]
-    return jnp.where(negatives, rewards[:, 1:] - rewards[:, :1], 0.0), negatives
-
-
-def _mean(values: Float[Array, "B n"], negatives: Bool[Array, "B n"]) -> Float[Array, " B"]:
-    """Averages over the negatives that count; 0 where there are none."""
-    total = jnp.sum(jnp.where(negatives, values, 0.0), axis=-1)
-    return total / jnp.maximum(negatives.sum(axis=-1), 1)
-
-
-def _at_least_float32(x: Float[Array, " ..."]) -> Float[Array, " ..."]:
-    """Casts half precision to float32; float64, which tests enable, stays as it is."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
