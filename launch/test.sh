@@ -2,7 +2,7 @@
 # Checks the project: ruff, mypy, pytest.
 #   bash launch/test.sh          all but the tests marked as slow: minutes
 #   bash launch/test.sh --all    every test
-#   bash launch/test.sh WORDS    pytest WORDS, as in: bash launch/test.sh tests/test_losses.py -k odpo
+#   bash launch/test.sh WORDS    pytest WORDS, as in: bash launch/test.sh tests/losses/test_one_chosen.py -k odpo
 #   MASS_DPO_TEST_DATA  folder with the real data sets; tests that need them skip without it
 #   MASS_DPO_TORCH      what to install as PyTorch, which only the tests use. On Linux, PyPI's wheel brings
 #                       gigabytes of CUDA libraries along; the smaller one without them:

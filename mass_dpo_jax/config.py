@@ -22,14 +22,18 @@ METHOD_SUMMARIES = {
     "mass_dpo": "n negatives chosen by selection.criterion, Plackett-Luce loss",
     "pl_sampled": "n drawn from the pool weights, unbiased Plackett-Luce gradient of the pool",
     "pl_all": "the whole pool, Plackett-Luce loss",
-    "sdpo": "n random negatives, Plackett-Luce loss (S-DPO)",
+    "sdpo": "n random negatives, Plackett-Luce loss (S-DPO, Softmax DPO)",
     "dpo": "one random negative, DPO loss",
     "dpo_k": "n random negatives, mean DPO loss over the pairs",
     "dmpo": "n random negatives, DPO loss against their average (DMPO)",
     "odpo": "n random negatives, DPO loss with a margin for each pair (ODPO)",
     "mppo": "n random negatives, likelihoods per token, no reference (MPPO)",
+    "pl_rank": "whole ranked lists, Plackett-Luce loss of the first pl_rank.top places (KPO)",
+    "lipo_lambda": "whole graded lists, DPO over pairs weighted by their effect on DCG (LiPO)",
+    "tree_po": "the same averaged over pairs, for trees (Tree Preference Optimization)",
     "sft": "no negatives, likelihood of the chosen response, no reference",
 }
+LIST_METHODS = ("pl_rank", "lipo_lambda", "tree_po")  # Those of graded lists, on whole pools.
 # How each criterion chooses; `add_criterion` adds those that are registered elsewhere.
 CRITERION_SUMMARIES = {
     "pool_fisher": "largest determinant of the pool's Fisher information (D-optimal, Algorithm 1)",
@@ -194,6 +198,9 @@ def default() -> ConfigDict:
     # What the margin of a pair grows with: the difference in score (columns of the data) | in rank.
     c.odpo.offset = "score"
     c.odpo.alpha = 1.0  # Margin = alpha * log(difference).
+
+    c.pl_rank = Settings()
+    c.pl_rank.top = 0  # For the method pl_rank: places of a list that count, from the best; 0: all.
 
     # ---- Optimization, evaluation and checkpoints.
     c.train = Settings()

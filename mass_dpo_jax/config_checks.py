@@ -32,7 +32,7 @@ POSITIVE = (
 NOT_NEGATIVE = (
     "seed train.steps train.epochs train.weight_decay train.eval_every log.draw_noise_every "
     "data.max_train data.max_validation data.max_test sft_weight device_memory_gb "
-    "model.lora.rank train.responses_at_a_time"
+    "model.lora.rank train.responses_at_a_time pl_rank.top"
 ).split()
 SHARES = ("data.validation_share", "train.warmup_ratio")
 LIMIT = 2**31  # XLA counts in 32 bits.

@@ -23,7 +23,7 @@ TRAINING = (
     "train.moments train.offload train.eval train.checkpoint train.keep train.max log. dry_run "
     "device_memory sft_weight"
 ).split()
-CHOOSING = ("selection.", "num_negatives", "odpo.")  # Read by training and `select`.
+CHOOSING = ("selection.", "num_negatives", "odpo.", "pl_rank.")  # Read by training and `select`.
 LIMITS = ("data.max_train", "data.max_validation", "data.max_test")
 
 PROCESS_FLAGS = (

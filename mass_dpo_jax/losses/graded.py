@@ -1,7 +1,7 @@
 """Losses of graded lists of responses, one value per example.
 
 They take `grades` [B, C], larger for better, beside what `mass_dpo_jax.losses` says. Equal grades
-are ties, which no loss here compares. A row in which all grades are equal has loss 0 and gradient 0.
+are ties, which no loss here compares: a row of equal grades has loss 0 and gradient 0.
 
 `weighted_pairs` is what pairwise losses have in common: a weight for every pair of a list, and the
 logistic loss of its difference in reward. `lambda_weights` are those of LambdaLoss.
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mass_dpo_jax.losses.masked import as_float32, masked_rewards
+from mass_dpo_jax.losses.masked import as_float32, log1p_sum_exp, masked_rewards
 
 
 def pl_rank(
@@ -57,15 +57,9 @@ def pl_rank(
     """
     rewards = masked_rewards(log_ratios, valid, beta)
     better = ordered_pairs(grades, valid)
-    has_worse = better.any(axis=-1)
-    counts = has_worse
-    if top:
-        counts &= better.sum(axis=-2) < top  # How many are better than a response.
-    # As in `plackett_luce`: a sum over nothing is over zeros instead, and dropped at the end.
-    scores = jnp.where(better, rewards[:, None, :] - rewards[:, :, None], 0.0)
-    included = better | ~has_worse[..., None]
-    terms = jax.nn.softplus(jax.nn.logsumexp(scores, axis=-1, where=included))
-    return jnp.where(counts, terms, 0.0).sum(axis=-1)
+    if top:  # Of those that fewer than `top` are better than.
+        better &= (better.sum(axis=-2) < top)[..., None]
+    return log1p_sum_exp(_differences(rewards, better), better).sum(axis=-1)
 
 
 def lipo_lambda(
@@ -74,7 +68,7 @@ def lipo_lambda(
     beta: float,
     grades: Float[Array, "B C"],
 ) -> Float[Array, " B"]:
-    r"""Computes LiPO-lambda's loss: DPO's over all pairs of a list, weighted by their effect on DCG.
+    r"""Computes LiPO-lambda's loss: DPO's over the pairs of a list, by their effect on its DCG.
 
     $$
     \ell = -\sum_{g_i > g_j} \lambda_{ij} \log \sigma\bigl(\beta (r_i - r_j)\bigr), \qquad
@@ -168,14 +162,18 @@ def weighted_pairs(
     """
     rewards = masked_rewards(log_ratios, valid, beta)
     better = ordered_pairs(grades, valid)
-    scores = jnp.where(better, rewards[:, None, :] - rewards[:, :, None], 0.0)
-    weights = jnp.where(better, jax.lax.stop_gradient(weights), 0.0)
-    return jnp.sum(weights * jax.nn.softplus(scores), axis=(-2, -1))
+    weights = jnp.where(better, jax.lax.stop_gradient(as_float32(weights)), 0.0)
+    return jnp.sum(weights * jax.nn.softplus(_differences(rewards, better)), axis=(-2, -1))
 
 
-def ordered_pairs(
-    grades: Float[Array, "B C"], valid: Bool[Array, "B C"]
-) -> Bool[Array, "B C C"]:
+def _differences(
+    rewards: Float[Array, "B C"], pairs: Bool[Array, "B C C"]
+) -> Float[Array, "B C C"]:
+    """Returns reward j - reward i at [:, i, j], 0 where they are no pair."""
+    return jnp.where(pairs, rewards[:, None, :] - rewards[:, :, None], 0.0)
+
+
+def ordered_pairs(grades: Float[Array, "B C"], valid: Bool[Array, "B C"]) -> Bool[Array, "B C C"]:
     """Returns whether response i is better than response j, at [:, i, j]; both must be valid."""
     return (grades[:, :, None] > grades[:, None, :]) & valid[:, :, None] & valid[:, None, :]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -29,6 +30,20 @@ def masked_rewards(
     if log_ratios.shape != valid.shape:
         raise ValueError(f"log_ratios {log_ratios.shape} and valid {valid.shape} differ in shape")
     return jnp.where(valid, beta * as_float32(log_ratios), 0.0)
+
+
+def log1p_sum_exp(
+    scores: Float[Array, "... n"], counts: Bool[Array, "... n"]
+) -> Float[Array, " ..."]:
+    """Computes log(1 + sum exp(score)) over the scores that count; 0 where there are none.
+
+    The largest score is taken out of the sum, and softplus keeps small values exact. A sum without
+    terms is one over zeros instead and dropped at the end: log(0) never occurs.
+    """
+    has_terms = counts.any(axis=-1)
+    included = counts | ~has_terms[..., None]
+    value = jax.nn.softplus(jax.nn.logsumexp(scores, axis=-1, where=included))
+    return jnp.where(has_terms, value, 0.0)
 
 
 def masked_mean(values: Float[Array, "B n"], counts: Bool[Array, "B n"]) -> Float[Array, " B"]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mass_dpo_jax.losses.masked import as_float32, masked_mean, negative_scores
+from mass_dpo_jax.losses.masked import as_float32, log1p_sum_exp, masked_mean, negative_scores
 
 
 def plackett_luce(
@@ -42,12 +42,7 @@ def plackett_luce(
     the form by log-sum-exp avoids the overflow of exponentiating log-ratios.
     """
     scores, negatives = negative_scores(log_ratios, valid, beta)
-    # The largest score is taken out of the sum, and softplus keeps small losses exact. A row
-    # without negatives counts zeros instead and is dropped at the end: log(0) never occurs.
-    has_negatives = negatives.any(axis=-1)
-    included = negatives | ~has_negatives[:, None]
-    loss = jax.nn.softplus(jax.nn.logsumexp(scores, axis=-1, where=included))
-    return jnp.where(has_negatives, loss, 0.0)
+    return log1p_sum_exp(scores, negatives)
 
 
 def dpo(

@@ -101,7 +101,9 @@ def _describe_method(config: ConfigDict) -> str:
         sentences.insert(0, REWARD.format(beta=config.beta))
     if config.method == "odpo":
         sentences.append(f"alpha = {config.odpo.alpha:g}.")
-    if config.method not in ("sft", "pl_all", "dpo"):
+    if config.method == "pl_rank" and config.pl_rank.top:
+        sentences.append(f"Of each list, the first {config.pl_rank.top} places count.")
+    if method.criterion != "all" and method.max_negatives is None:
         n = f"n = {config.num_negatives} negatives of each prompt's pool"
         if config.method == "mass_dpo":
             name = config.selection.criterion

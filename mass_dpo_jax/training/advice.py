@@ -7,9 +7,11 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from mass_dpo_jax.config import LIST_METHODS
 from mass_dpo_jax.runs import metrics_files
 
 PAGE = "docs/methods.md says which method when"
+OTHER_LOSSES = ("sft", "odpo", "mppo", *LIST_METHODS)
 
 
 def advise(config: ConfigDict, workdir: Path) -> str:
@@ -21,7 +23,7 @@ def advise(config: ConfigDict, workdir: Path) -> str:
     """
     spread_by_step = metrics_files.read_figure(workdir, "selection/effective_pool")
     n = config.num_negatives
-    if config.method in ("sft", "odpo", "mppo"):  # Losses of another kind.
+    if config.method in OTHER_LOSSES:
         return ""
     if not spread_by_step:
         return f"pl_all and pl_sampled train on the loss of the whole pool; {PAGE}"

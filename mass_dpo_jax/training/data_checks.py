@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from typing import Any
 
 import numpy as np
 
@@ -22,8 +23,10 @@ def check_training_data(method: Method, tokens: Tokens) -> Tokens:
             the preferences.
     """
     check_pools(method, tokens)
+    if method.uses_order:
+        return _scale_grades(method, tokens)
     if method.uses_scores:
-        _check_scores(tokens)
+        _check_scores(method, tokens)
     elif method.name == "odpo":  # By rank: rejected responses are listed from the best to the
         # worst, and those left out as too long keep their rank.
         order = tokens.candidate_ids if tokens.ranks is None else tokens.ranks
@@ -59,7 +62,46 @@ def log_small_pools(n: int, sizes: np.ndarray) -> None:
         )
 
 
-def _check_scores(tokens: Tokens) -> None:
+def _scale_grades(method: Method, tokens: Tokens) -> Tokens:
+    """Returns a split whose scores are its grades, scaled to [0, 1].
+
+    Scores are scaled alike in all rows, so that it still counts how far apart those of a row are;
+    in [0, 1] they stay as they are. Ranks are scaled row by row: 1 for the best, 0 for the worst.
+
+    Raises:
+        UserError: the data does not grade responses, or not in the order of the preferences.
+    """
+    if tokens.grades is None:
+        if tokens.scores is not None:
+            _check_scores(method, tokens)
+        raise UserError(
+            f"config.method={method.name}: the training data says only which response is chosen; "
+            "expected score_chosen and score_rejected, or ranks, in every row. "
+            "config.method=pl_all trains on whole pools without"
+        )
+    exists = tokens.response_lengths > 0
+    grades = tokens.grades.astype(np.float64)
+    if tokens.grades is not tokens.scores:
+        low, width = np.zeros(1), np.maximum(grades.max(1, keepdims=True), 1.0)
+    elif grades[exists].min() >= 0 and grades[exists].max() <= 1:
+        return tokens
+    else:
+        low, high = grades[exists].min(), grades[exists].max()
+        width = high - low
+        _log.info(f"scores from {low:g} to {high:g} are scaled to grades from 0 to 1")
+        if len(np.unique(_scale(grades[exists], low, width))) < len(np.unique(grades[exists])):
+            raise UserError(
+                f"config.method={method.name}: scores from {low:g} to {high:g}: some that differ "
+                "become equal when they are scaled to [0, 1]; give scores that are closer together"
+            )
+    return dataclasses.replace(tokens, scores=np.where(exists, _scale(grades, low, width), 0))
+
+
+def _scale(grades: np.ndarray, low: Any, width: Any) -> np.ndarray:
+    return ((grades - low) / width).astype(np.float32)
+
+
+def _check_scores(method: Method, tokens: Tokens) -> None:
     if tokens.scores is None:
         raise UserError(
             "config.method=odpo: the training data has no scores; expected score_chosen and "
@@ -71,8 +113,8 @@ def _check_scores(tokens: Tokens) -> None:
     if len(bad):
         chosen, *rejected = tokens.scores[bad[0], tokens.response_lengths[bad[0]] > 0].tolist()
         raise UserError(
-            f"config.method=odpo: example {tokens.ids[bad[0]]!r}: score_chosen {chosen} is not "
-            f"above every score_rejected (the largest is {max(rejected)})"
+            f"config.method={method.name}: example {tokens.ids[bad[0]]!r}: score_chosen {chosen} "
+            f"is not above every score_rejected (the largest is {max(rejected)})"
         )
 
 

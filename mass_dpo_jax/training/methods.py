@@ -87,6 +87,21 @@ def _odpo(x: Responses, m: Method) -> Array:
     return losses.odpo(x.log_ratios, x.valid, m.beta, margins)
 
 
+def _graded(loss: Callable[..., Array]) -> Loss:
+    """Makes the method's loss of one that takes log-ratios and grades."""
+
+    def compute(x: Responses, m: Method) -> Array:
+        assert x.grades is not None
+        return loss(x.log_ratios, x.valid, m.beta, x.grades)
+
+    return compute
+
+
+def _pl_rank(x: Responses, m: Method) -> Array:
+    assert x.grades is not None
+    return losses.pl_rank(x.log_ratios, x.valid, m.beta, x.grades, m.rank_top)
+
+
 PLACKETT_LUCE = (
     "The loss of a prompt is the Plackett-Luce negative log-likelihood that the chosen response is "
     "the best of those in the set: -log( exp(r_chosen) / (exp(r_chosen) + sum_i exp(r_i)) )"
@@ -104,7 +119,9 @@ METHODS = {
     "pl_all": MethodSpec(
         _plackett_luce, f"{PLACKETT_LUCE}, the sum over all negatives of the pool.", criterion="all"
     ),
-    "sdpo": MethodSpec(_plackett_luce, f"{PLACKETT_LUCE}, the sum over random negatives (S-DPO)."),
+    "sdpo": MethodSpec(
+        _plackett_luce, f"{PLACKETT_LUCE}, the sum over random negatives (S-DPO, Softmax DPO)."
+    ),
     "dpo": MethodSpec(
         lambda x, m: losses.dpo(x.log_ratios, x.valid, m.beta),
         "The loss of a prompt is DPO's with one random negative: "
@@ -133,6 +150,30 @@ METHODS = {
         "where p is a response's likelihood per token, a geometric mean (MPPO).",
         uses_reference=False,
     ),
+    "pl_rank": MethodSpec(
+        _pl_rank,
+        "The loss of a prompt is the Plackett-Luce negative log-likelihood of its responses' "
+        "ranking: the sum over responses of -log( exp(r_i) / (exp(r_i) + sum_j exp(r_j)) ), the "
+        "sum over those that are worse than i.",
+        criterion="all",
+        uses_order=True,
+    ),
+    "lipo_lambda": MethodSpec(
+        _graded(losses.lipo_lambda),
+        "The loss of a prompt is the sum of DPO's over all pairs of responses with different "
+        "grades, each weighted by how much exchanging the two would change the list's DCG "
+        "(LiPO-lambda).",
+        criterion="all",
+        uses_order=True,
+    ),
+    "tree_po": MethodSpec(
+        _graded(losses.tree_po),
+        "The loss of a prompt is the mean of DPO's over all pairs of responses of its tree with "
+        "different grades, each weighted by how much exchanging the two would change the list's "
+        "DCG (Tree Preference Optimization, without its adaptive step reward).",
+        criterion="all",
+        uses_order=True,
+    ),
     "sft": MethodSpec(
         lambda x, m: losses.supervised(x.logps[:, 0], x.lengths[:, 0]),
         "Supervised fine-tuning: the loss is the negative log-likelihood per token of the "
@@ -155,6 +196,7 @@ class Method:
         sft_weight: weight of a supervised term on the chosen response.
         uses_scores: whether the data's scores are the grades (odpo by score).
         odpo_alpha: margin per log difference of grades.
+        rank_top: places of a ranking that count, for pl_rank; 0: all.
         frozen_features: whether criteria see the reference's hidden states.
     """
 
@@ -165,6 +207,7 @@ class Method:
     sft_weight: float
     uses_scores: bool
     odpo_alpha: float
+    rank_top: int
     frozen_features: bool
 
     @property
@@ -215,8 +258,8 @@ def make_method(config: ConfigDict, largest_pool: int) -> Method:
     """Returns the method of a configuration.
 
     Args:
-        config: the configuration; `method`, `num_negatives`, `beta`, `sft_weight`, `selection` and
-            `odpo` are read.
+        config: the configuration; `method`, `num_negatives`, `beta`, `sft_weight`, `selection`,
+            `odpo` and `pl_rank` are read.
         largest_pool: the most negatives that any pool has.
 
     Raises:
@@ -248,6 +291,7 @@ def make_method(config: ConfigDict, largest_pool: int) -> Method:
         sft_weight=config.sft_weight,
         uses_scores=config.method == "odpo" and config.odpo.offset == "score",
         odpo_alpha=config.odpo.alpha,
+        rank_top=config.pl_rank.top,
         frozen_features=config.selection.features == "reference" and settings.needs_features,
     )
 
@@ -277,6 +321,7 @@ def find_unread(config: ConfigDict) -> list[str]:
         and config.selection.refresh == "step"
         and spec.max_negatives != 0,
         "odpo.offset odpo.alpha": config.method == "odpo",
+        "pl_rank.top": config.method == "pl_rank",
         "beta model.reference_path": spec.uses_reference,
         "model.lora.alpha model.lora.targets model.lora.base": uses_lora,
         "model.scratch.": not config.model.path,

@@ -87,7 +87,7 @@ class Setup:
     def digests(self) -> dict[str, str]:
         """Returns, by split, a digest of the data as it is trained and evaluated on."""
         digests = {split: tokens.digest() for split, tokens in self.tokens.items()}
-        if self.method.uses_scores:
+        if self.method.uses_scores or self.method.uses_order:
             scores = np.ascontiguousarray(self.tokens["train"].scores, "<f4").tobytes()
             digests["train"] = hashlib.sha256(digests["train"].encode() + scores).hexdigest()
         return digests

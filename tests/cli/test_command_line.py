@@ -176,7 +176,7 @@ def test_settings_without_an_effect_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({}, "selection.draw odpo. model.lora. device_memory_gb"),
+        ({}, "selection.draw odpo. pl_rank. model.lora. device_memory_gb"),
         ({"selection.criterion": "all"}, "selection.ridge selection.refresh num_negatives"),
         ({"selection.criterion": "hardest"}, "selection.ridge selection.pooling"),
         ({"method": "sdpo"}, "selection.criterion selection.features"),
@@ -197,7 +197,8 @@ def test_settings_that_a_training_does_not_read(changes: dict[str, Any], expecte
         assert any(other.startswith(name) for other in found)
         assert not changes or not any(other.startswith(name) for other in usual)
     read = {
-        "odpo": "odpo.alpha", "pl_sampled": "selection.draw", "dpo_k": "num_negatives"
+        "odpo": "odpo.alpha", "pl_sampled": "selection.draw", "dpo_k": "num_negatives",
+        "pl_rank": "pl_rank.top",
     }  # fmt: skip
     for method, name in read.items():
         config.method = method

@@ -1,4 +1,4 @@
-"""Losses: closed forms, masks, extreme inputs."""
+"""Losses of one chosen response: closed forms, masks, extreme inputs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mass_dpo_jax import losses, selection
+from mass_dpo_jax.losses import graded, one_chosen
 
 pytestmark = pytest.mark.usefixtures("strict_jax")
 
@@ -316,6 +317,7 @@ def test_wrong_shapes_are_refused():
         losses.dpo(jnp.zeros((2, 3)), jnp.ones((2, 3), bool), 0.1)
 
 
-def test_the_examples_in_the_docstrings_run():
-    assert doctest.testmod(losses).failed == 0
-    assert doctest.testmod(losses).attempted > 0
+@pytest.mark.parametrize("module", [losses, one_chosen, graded])
+def test_the_examples_in_the_docstrings_run(module):
+    assert doctest.testmod(module).failed == 0
+    assert doctest.testmod(module).attempted > 0

@@ -236,6 +236,9 @@ METHODS_TO_TEST = [
     slow({"method": "odpo", "num_negatives": 5, "sft_weight": 0.5}, 2),
     slow({"method": "mppo", "num_negatives": 5}, 2),
     slow({"method": "mppo", "num_negatives": 5, "model.layout": "rectangle"}, 1),
+    slow({"method": "pl_rank"}, 2),
+    slow({"method": "lipo_lambda", "model.layout": "rectangle"}, 2),
+    slow({"method": "tree_po"}, 3),
     slow({"method": "sft"}, 1),
     # More at a time than there are picks, but fewer than candidates.
     slow({"method": "mass_dpo", "num_negatives": 2}, 4),

@@ -36,6 +36,6 @@ def test_advice(tmp_path: Path, method: str, spread: float | None, expected: str
 
 def test_no_advice_on_losses_of_another_kind(tmp_path: Path) -> None:
     config = config_lib.default()
-    for method in ("sft", "odpo", "mppo"):
+    for method in ("sft", "odpo", "mppo", *config_lib.LIST_METHODS):
         config.method = method
         assert advice.advise(config, tmp_path) == ""

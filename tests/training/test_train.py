@@ -181,6 +181,27 @@ def test_losses_at_the_reference(tmp_path: Path, data: Path) -> None:
     for method in ("pl_all", "pl_sampled"):
         found = first_loss(tmp_path, data, method=method, **some, **whole)
         assert found == pytest.approx(everyone, abs=1e-5)
+    # Lists: every response against the worse ones; or every pair of them, by its weight.
+    grades = [np.array([row["score_chosen"], *row["score_rejected"]]) for row in rows]
+    worse = [(g[:, None] > g).sum(1) for g in grades]
+    want = np.mean([np.log1p(count).sum() for count in worse])
+    assert first_loss(tmp_path, data, method="pl_rank", **whole) == pytest.approx(want, abs=1e-5)
+    want = np.mean([np.log1p(count.max()) for count in worse])
+    found = first_loss(tmp_path, data, method="pl_rank", **{"pl_rank.top": 1}, **whole)
+    assert found == pytest.approx(want, abs=1e-5)
+    low, high = min(map(np.min, grades)), max(map(np.max, grades))
+    lists, trees = [], []
+    for g in grades:
+        order = np.lexsort((np.arange(len(g)), g))  # All rewards are 0: the worst is first.
+        discount = np.empty(len(g))
+        discount[order] = 1 / np.log2(2 + np.arange(len(g)))
+        gain = 2 ** ((g - low) / (high - low))
+        change = np.abs(np.subtract.outer(gain, gain) * np.subtract.outer(discount, discount))
+        lists.append(math.log(2) * change[g[:, None] > g].sum())
+        trees.append(lists[-1] / max(math.comb(len(g), 2), 1))
+    for method, sums in {"lipo_lambda": lists, "tree_po": trees}.items():
+        found = first_loss(tmp_path, data, method=method, **some, **whole)
+        assert found == pytest.approx(np.mean(sums), abs=1e-5)
     # One negative: its margin is alpha log(9 - its score), or of its rank, 1 for the only one.
     for row in rows:
         row["rejected"], row["score_rejected"] = row["rejected"][:1], row["score_rejected"][:1]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from mass_dpo_jax import metrics
+from mass_dpo_jax.config import LIST_METHODS
 from mass_dpo_jax.reports.format import format_percent
 from mass_dpo_jax.reports.paper.layout import BETA, MODELS, TITLES, N, Row
 from mass_dpo_jax.reports.paper.runs import Run, experiment_settings, paper_differences
@@ -17,7 +18,8 @@ from mass_dpo_jax.reports.paper.runs import Run, experiment_settings, paper_diff
 DATASETS = tuple(TITLES)  # In the paper's order; others follow.
 # The paper's, in its order; then ours.
 METHODS = (
-    "dpo", "dmpo", "dpo_k", "sdpo", "mass_dpo", "pl_sampled", "pl_all", "odpo", "mppo", "sft",
+    "dpo", "dmpo", "dpo_k", "sdpo", "mass_dpo", "pl_sampled", "pl_all", "odpo", "mppo",
+    *LIST_METHODS, "sft",
 )  # fmt: skip
 # Which of the variants of a method is the paper's: Algorithm 1 with the current policy, and S-DPO's
 # negatives drawn anew at every step.

@@ -199,7 +199,8 @@ def describe_method(settings: Mapping[str, Any]) -> tuple[str, int | str | None,
         return method, None, None
     if method == "dpo":
         n = 1
-    if method == "pl_all" or (method, settings["selection.criterion"]) == ("mass_dpo", "all"):
+    whole = method == "pl_all" or method in config_lib.LIST_METHODS
+    if whole or (method, settings["selection.criterion"]) == ("mass_dpo", "all"):
         n = "all"
     if method == "mass_dpo":
         method = f"mass_dpo ({settings['selection.criterion']}, {refresh})"
@@ -225,8 +226,7 @@ def experiment_settings(run: Run) -> dict[str, Any]:
             for name in run.settings
             if name.startswith("selection.") and name.partition(".")[2] not in read
         ]
-    if method != "odpo":
-        unused.append("odpo.")
+    unused += [f"{other}." for other in ("odpo", "pl_rank") if other != method]
     if run.model != "scratch":
         unused.append("model.scratch.")
     settings = {k: v for k, v in run.settings.items() if not k.startswith(tuple(unused))}
