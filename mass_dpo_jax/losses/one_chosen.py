@@ -23,9 +23,10 @@ def plackett_luce(
          = -\log \sigma\Bigl(-\log \sum_{i \in S} \exp\bigl(\beta (r_i - r_0)\bigr)\Bigr)
     $$
 
-    with $r$ the log-ratios and $S$ the valid negatives. It is the loss of S-DPO, and of
-    MASS-DPO on the set it selects. With one negative it is DPO's. At zero log-ratios, where the
-    policy is the reference, it is $\log(1 + |S|)$ whatever the data.
+    with $r$ the log-ratios and $S$ the valid negatives. It is the loss of S-DPO (Softmax DPO; other
+    libraries call self-distillation policy optimization "SDPO"), and of MASS-DPO on the set it
+    selects. With one negative it is DPO's. At zero log-ratios, where the policy is the reference,
+    it is $\log(1 + |S|)$ whatever the data.
 
     Examples:
         >>> log_ratios = jnp.array([[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, jnp.nan]])
@@ -122,8 +123,10 @@ def dmpo(
         valid: True for the responses that count.
         beta: strength of the pull towards the reference, > 0.
 
-    Source: Bai et al., "Finetuning Large Language Model for Personalized Ranking", 2024. (In the
-    code released with it the reference cancels; here it does not.)
+    Source: Bai et al., "Finetuning Large Language Model for Personalized Ranking", 2024. Checked
+    against its abstract and its authors' code (github.com/BZX667/DMPO), without its formulas. That
+    code hands the reference's log-probability of the chosen response over twice, so that the
+    reference cancels; here it does not.
     """
     scores, negatives = negative_scores(log_ratios, valid, beta)
     loss = jax.nn.softplus(masked_mean(scores, negatives))
@@ -157,7 +160,9 @@ def odpo(
         margins: the margin Delta of each negative.
 
     Source: Amini, Vieira and Cotterell, "Direct Preference Optimization with an Offset", 2024, for
-    pairs; the mean over an example's pairs is ours.
+    pairs; the mean over an example's pairs is ours. Checked against its authors' code
+    (github.com/rycolab/odpo), where alpha is 1 by default. Margins are negative where grades differ
+    by less than 1, there too.
     """
     scores, negatives = negative_scores(log_ratios, valid, beta)
     margins = jnp.where(negatives, as_float32(margins), 0.0)
@@ -174,9 +179,9 @@ def mppo(
     p_i = \prod_{t=1}^{T_i} \pi(y_{i,t} \mid x, y_{i,<t})^{1 / T_i}
     $$
 
-    without reference and without beta. Its authors tried pointwise, pairwise and listwise rewards
-    and found pairwise best; of the pairwise forms this one, "Pair-MNM", which merges the pairs of
-    a prompt in one sigmoid (their Eq. 10).
+    without reference and without beta: the likelihood $p$ is the authors' Eq. 5. They tried
+    pointwise, pairwise and listwise losses and found pairwise best; of the pairwise forms this one,
+    "Pair-MNM", which merges the pairs of a prompt in one sigmoid (their Eq. 10).
 
     Examples:
         >>> logps = jnp.log(jnp.array([[0.25, 0.25]]))
@@ -190,7 +195,7 @@ def mppo(
         valid: True for the responses that count.
 
     Source: Xie et al., "MPPO: Multi Pair-wise Preference Optimization for LLMs with Arbitrary
-    Negative Samples", 2024.
+    Negative Samples", 2024. Checked against the paper.
     """
     likelihoods = likelihood_per_token(logps, num_tokens, valid)
     negatives = valid[:, 1:] & valid[:, :1]
