@@ -16,7 +16,7 @@ class Model(NamedTuple):
     Attributes:
         name: its name in numbers.csv.
         title: its name in the paper.
-        folder: the name of its folder as it is downloaded, in small letters.
+        folder: its name on the Hugging Face hub, and so of its folder, in small letters.
     """
 
     name: str

@@ -18,6 +18,7 @@ from mass_dpo_jax import config_checks
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.runs.metrics_files import read_complete_lines, read_metrics_json
 from mass_dpo_jax.runs.resume import NOT_COMPUTED, ROUNDING_ONLY
+from mass_dpo_jax.utils import hub
 from mass_dpo_jax.utils.files import read_json
 from mass_dpo_jax.utils.run_paths import explain_non_run
 
@@ -36,7 +37,7 @@ class Run:
     Attributes:
         folder: its path.
         settings: settings by name, such as "train.steps"; empty where config.json cannot be read.
-        model: the name of the folder that training first started from, or "scratch".
+        model: the name of the model that training first started from, or "scratch".
         start: the method of the run whose weights this one started from; "" if they were no run's.
         dataset: the dataset.
         method: its name, with what tells its variants apart.
@@ -169,7 +170,7 @@ def _origin(path: str, configs: Mapping[Path, Any]) -> tuple[str, str]:
         seen.add(path)
         settings = _settings_at(Path(path), configs)
         if settings is None:
-            return Path(path).name, start
+            return Path(hub.without_revision(path)).name, start
         start = start or describe_method(settings)[0]
         path = str(settings["model.path"])
     return "scratch", start

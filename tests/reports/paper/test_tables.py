@@ -215,12 +215,15 @@ def test_records_hold_every_number_and_both_rankings(grid: Path, tmp_path: Path)
 
 
 def test_only_the_same_model_stands_beside_the_papers(tmp_path: Path) -> None:
-    for name in ("Qwen3-0.6B", "Qwen3-4B-Base", "qwen3-4b", "Llama-3.2-3B-Instruct"):
+    names = ("Qwen3-0.6B", "Qwen3-4B-Base", "qwen3-4b", "Llama-3.2-3B-Instruct")
+    for name in names:
         write_run(tmp_path / name, start=f"models/{name}")
+    # Named as on the hub.
+    write_run(tmp_path / "smollm3", start="HuggingFaceTB/SmolLM3-3B@main")
     found, _ = cells.gather(find_runs([tmp_path]))
     groups = [(title, len(members)) for title, _, members in cells.group_by_model(found)]
     assert groups == [
-        ("Qwen3", 1), ("SmolLM3", 0), ("Llama3", 1), ("Qwen3-0.6B", 1), ("Qwen3-4B-Base", 1),
+        ("Qwen3", 1), ("SmolLM3", 1), ("Llama3", 1), ("Qwen3-0.6B", 1), ("Qwen3-4B-Base", 1),
     ]  # fmt: skip
 
 
