@@ -5,6 +5,7 @@ Environment variables that change a test run:
 - `MASS_DPO_TEST_DATA`: the folder with the real data sets; tests that need it skip without it.
 - `MASS_DPO_REQUIRE_DATA=1`: a skipped test is a failure (continuous integration sets it).
 - `MASS_DPO_TEST_ACCELERATOR=1`: run on the accelerator JAX finds, tests marked for one included.
+- `MASS_DPO_TEST_SMOLLM2`: a folder with SmolLM2-135M-Instruct, for the tests marked for it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,11 @@ import pytest
 
 from tests.support.processes import ACCELERATOR, xla_flags
 
+# Tests that are for some machines only, by their mark, and what has them run.
+OPTIONAL = {
+    "accelerator": ("MASS_DPO_TEST_ACCELERATOR=1", ACCELERATOR),
+    "smollm2": ("MASS_DPO_TEST_SMOLLM2=DIR", "MASS_DPO_TEST_SMOLLM2" in os.environ),
+}
 REQUIRE = os.environ.get("MASS_DPO_REQUIRE_DATA") == "1"
 CACHE = tempfile.mkdtemp(prefix="mass_dpo_jax_tests_")
 
@@ -55,11 +61,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for mark in item.iter_markers("slow"):
             if not mark.kwargs.get("reason"):
                 raise pytest.UsageError(f"{item.nodeid}: expected pytest.mark.slow(reason=...)")
-    if ACCELERATOR:
-        return
-    for item in items:
-        if item.get_closest_marker("accelerator"):
-            item.add_marker(pytest.mark.skip(reason="needs MASS_DPO_TEST_ACCELERATOR=1"))
+    for mark_name, (needed, is_given) in OPTIONAL.items():
+        for item in items:
+            if item.get_closest_marker(mark_name) and not is_given:
+                item.add_marker(pytest.mark.skip(reason=f"needs {needed}"))
 
 
 def _forbid_skip(report: Any) -> None:
@@ -73,7 +78,7 @@ def _forbid_skip(report: Any) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     report = yield
-    if not item.get_closest_marker("accelerator"):
+    if not any(map(item.get_closest_marker, OPTIONAL)):
         _forbid_skip(report)
     return report
 

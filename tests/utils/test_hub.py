@@ -199,7 +199,9 @@ def test_the_command_sends_what_it_writes(hub: Hub, model: Path, tmp_path: Path)
     said = run(f"--output={output}", "--push=me/new", "--dry_run")
     assert "me/new on the hub, private if it is new" in said and "model.safetensors" in said
     assert output.exists() and not hub.requests
-    assert "--push=OWNER/NAME, which is missing" in run(f"--output={tmp_path / 'other'}", "--public")
+    assert "--push=OWNER/NAME, which is missing" in run(
+        f"--output={tmp_path / 'other'}", "--public"
+    )
     assert not (tmp_path / "other").exists()
     said = run(f"--output={tmp_path / 'again'}", "--push=me/new", "--public")
     assert f"sent to {hub.endpoint}/me/new/commit/" in said
