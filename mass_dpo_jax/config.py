@@ -46,6 +46,8 @@ CRITERION_SUMMARIES = {
     "boundary": "ranked no lower than the chosen response, or the highest cluster (DynamicPO)",
     "kmedoids": "medoids of the pool's features (AMPO)",
 }
+# Names of the reader of preference rows: the first, and what it was called by kinds of files.
+PREFERENCES = ("preferences", "jsonl", "hub")
 # The values that a setting can have. Tests hold them equal to the code that reads them, which is
 # not imported here: --help should be quick.
 CHOICES = {
@@ -58,7 +60,15 @@ CHOICES = {
     "model.attention": ("auto", "plain", "fused"),
     "model.lora.base": ("float32", "bfloat16", "int8", "nf4"),
     "model.scratch.model_type": ("llama", "qwen2", "qwen3", "smollm3", "mistral"),
-    "data.name": ("jsonl", "hub", "lastfm", "movielens", "medmcqa", "qasc", "synthetic"),
+    "data.name": (
+        "preferences",
+        "lastfm",
+        "movielens",
+        "medmcqa",
+        "qasc",
+        "synthetic",
+        *PREFERENCES[1:],
+    ),
     "data.on_bad_row": ("error", "skip"),
     "data.long_prompt": ("cut", "drop", "error"),
     "data.long_response": ("error", "drop"),
@@ -133,17 +143,24 @@ def default() -> ConfigDict:
 
     # ---- Where the examples come from, and how they become prompts.
     c.data = Settings()
-    c.data.name = "jsonl"  # Format of the data.
-    # A file, or a folder with the splits. For hub, a dataset's name or saved folder; for synthetic,
-    # one of plain, clusters, long.
+    # Which data: preferences (in files of any kind, or a dataset of the Hugging Face hub) or one of
+    # the others. jsonl and hub are former names of preferences.
+    c.data.name = "preferences"
+    # A file; several, as a.jsonl,b.jsonl or pairs/*.parquet; a folder with the splits; or a dataset
+    # on the hub, OWNER/NAME or OWNER/NAME@REVISION. For synthetic, one of plain, clusters, long.
     c.data.path = ""
+    # Subset of a dataset, or folder of data.path, that has the splits.
+    c.data.subset = ""
+    # What the data calls its splits, where that is not train, validation and test:
+    # train:train_prefs,test:test_prefs. For a folder, names of files or patterns; + joins several.
+    c.data.splits = ""
     # How a prompt becomes text: tokenizer (the chat template that comes with it) | none | the path
     # of a template file.
     c.data.chat_template = "tokenizer"
     c.data.date = "26 Jul 2024"  # Date given to chat templates that ask for today's.
     # Further arguments of the chat template, as a JSON object: {"enable_thinking": true}.
     c.data.chat_template_kwargs = ""
-    # Names of the columns of jsonl and hub where they differ from ours, for example
+    # Names of the columns of preferences where they differ from ours, for example
     # prompt=question,rejected=wrong_answers. An empty id= numbers the rows instead of reading ids.
     c.data.columns = ""
     c.data.max_prompt_length = 1024  # Maximum tokens of a prompt, those of its template included.
@@ -153,7 +170,7 @@ def default() -> ConfigDict:
     c.data.max_response_length = 256  # Maximum tokens of a response, end of sequence included.
     # What to do with a longer response: error | drop (remove it from its pool and count it).
     c.data.long_response = "error"
-    c.data.list_candidates = True  # List the candidates in the prompt (not for jsonl and hub).
+    c.data.list_candidates = True  # List the candidates in the prompt (not for preferences).
     # Candidates of an example where they are drawn: movielens, medmcqa and raw lastfm.
     c.data.num_candidates = 20
     # For medmcqa: evaluate on a question's own 4 options instead of drawn candidates.

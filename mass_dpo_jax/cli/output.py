@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.utils.files import write_whole
+from mass_dpo_jax.utils.files import list_paths, write_whole
 from mass_dpo_jax.utils.run_paths import find_enclosing_run
 
 
@@ -37,7 +37,7 @@ def check_output(path: Path | None, kind: str, *inputs: str | Path) -> Path:
         raise UserError(f"--output={path}: no ordinary file; expected the {kind} file to write")
     if path.exists() and (run := find_enclosing_run(path.resolve())):
         raise UserError(f"--output={path}: is a part of the run {run}; name another file")
-    for read in (Path(name) for name in inputs if name):
+    for read in (file for names in inputs if names for file in list_paths(str(names))):
         inside = read.is_dir() and path.resolve().is_relative_to(read.resolve())
         if path.exists() and read.exists() and (inside or path.samefile(read)):
             target = f"a file in the folder of the data, {read}" if inside else f"the input {read}"

@@ -3,11 +3,15 @@
 In the order in which a row passes through them::
 
     readers/NAME.py       the reader of config.data.name=NAME, found by `load_examples` below
-      text_files.py       lines of plain and gzip files
+      sources.py          the files or the dataset that config.data.path names
+      split_files.py      which files of a folder a split consists of
+      splits.py           which rows of them
+      row_files.py        rows of files of any kind
+      text_files.py       lines of plain and compressed files
+      hf_datasets.py      datasets that Hugging Face's library opens
       rows.py             tables of rows, and what happens to a bad one
       fields.py           checks of single fields
-      splits.py           which file, and which of its rows, a split consists of
-      readers/preferences.py, columns.py, messages.py, row_warnings.py    for jsonl, hub
+      readers/columns.py, messages.py, row_warnings.py    for preferences
       readers/questions.py    for qasc, medmcqa
       readers/sequences.py    for movielens, lastfm
     examples.py           Example: a prompt with its chosen and its rejected responses
@@ -45,7 +49,7 @@ from collections.abc import Mapping, Sequence
 
 from ml_collections import ConfigDict
 
-from mass_dpo_jax.config import CHOICES
+from mass_dpo_jax.config import CHOICES, PREFERENCES
 from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.errors import UserError
 
@@ -84,15 +88,22 @@ def load_examples(data: ConfigDict, split: str, seed: int) -> list[Example]:
             f"config.data.path is empty: expected the file, folder or name of the data of "
             f"config.data.name={data.name}, as in --config.data.path=pairs.jsonl"
         )
-    if data.columns and data.name not in ("jsonl", "hub"):
+    if data.columns and data.name not in PREFERENCES:
         raise UserError(
             f"config.data.columns={data.columns!r}: config.data.name={data.name} has columns of "
-            "its own; expected one of jsonl, hub"
+            f"its own; expected {PREFERENCES[0]}"
         )
+    for setting in ("splits", "subset"):
+        if data[setting] and data.name in ("movielens", "synthetic"):
+            raise UserError(
+                f"config.data.{setting}={data[setting]!r}: config.data.name={data.name} has splits "
+                "of its own"
+            )
     if data.num_candidates < 2:
         raise UserError(f"config.data.num_candidates={data.num_candidates}: expected 2 or more")
     # A reader is the module of its name, imported when it is asked for.
-    reader = importlib.import_module(f"{__name__}.readers.{data.name}")
+    name = PREFERENCES[0] if data.name in PREFERENCES else data.name
+    reader = importlib.import_module(f"{__name__}.readers.{name}")
     examples: list[Example] = reader.load(data, split, seed)
     return splits.limit(examples, data, split, seed)
 

@@ -9,16 +9,14 @@ from __future__ import annotations
 import collections
 import logging
 import re
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Hashable, Iterable
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from ml_collections import ConfigDict
 
-from mass_dpo_jax.data import splits, text_files
+from mass_dpo_jax.data import splits
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.utils.files import parse_json
 
 LOOK_AHEAD = 1000  # Rows read after a bad one, to know whether skipping is good advice.
 MAX_REASONS = 5  # Reasons that get a line of their own in the log.
@@ -53,28 +51,6 @@ class Row(Protocol):
 
 
 Item = TypeVar("Item", bound=Row)
-
-
-def open_files(
-    path: Path, split: str, patterns: Sequence[str], without: Collection[str] = ()
-) -> Table:
-    """Opens the JSON lines of a file or folder; blank lines are no rows. See `splits.find_file`."""
-    file, source = splits.find_file(path, split, patterns, without)
-    text_files.check_json_lines(file)
-    return Table(str(file), source, _parse_lines(file))
-
-
-def _parse_lines(file: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in text_files.read_lines(file):
-        if not line.strip():
-            continue
-        location = f"{file}:{number}"
-        try:
-            text = text_files.decode(line, location)
-            row = parse_json(text, file, number, unique_keys=True)
-        except UserError as error:
-            row = error
-        yield location, row
 
 
 def collect(

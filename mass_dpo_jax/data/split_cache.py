@@ -24,9 +24,9 @@ from ml_collections import ConfigDict
 
 import mass_dpo_jax
 from mass_dpo_jax import data as data_lib
-from mass_dpo_jax.data import load_examples, warn_of_shared_prompts
+from mass_dpo_jax.config import PREFERENCES
+from mass_dpo_jax.data import hf_datasets, load_examples, sources, warn_of_shared_prompts
 from mass_dpo_jax.data.examples import Example, History
-from mass_dpo_jax.data.splits import name_split
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.utils.files import write_whole
 
@@ -83,7 +83,8 @@ def open_splits(
         warn_of_shared_prompts(examples)
         return examples
 
-    if not data.path or not Path(data.path).exists():  # Synthetic, or on the hub.
+    is_folder = data.name in ("synthetic", "movielens")  # Or a name of ours.
+    if not data.path or (is_folder and not Path(data.path).exists()):
         return {**load()}
     key = _make_key(data, splits, seed)
     file = folder / f"examples-{key}.json"
@@ -159,22 +160,27 @@ def _from_json(row: list[Any]) -> Example:
 
 
 def _make_key(data: ConfigDict, splits: Sequence[str], seed: int) -> str:
-    path = Path(data.path)
     versions = (mass_dpo_jax.__version__, importlib.metadata.version("datasets"), np.__version__)
-    sha = hashlib.sha256(repr((versions, list(splits), seed, str(path.resolve()))).encode())
+    place = str(Path(data.path).resolve())
+    sha = hashlib.sha256(repr((versions, list(splits), seed, place)).encode())
     sha.update(json.dumps(data.to_dict(), sort_keys=True).encode())
     sha.update(digest_code())
-    if path.is_file():
-        files = [path]
-    elif data.name == "jsonl" and path.is_dir():  # Logs and runs may lie beside the splits.
-        files = sorted(p for p in path.iterdir() if p.is_file() and name_split(p.name))
-    else:
-        files = sorted(p for p in path.rglob("*") if p.is_file())
+    files = _list_files(data)
     for file in files:
         with file.open("rb") as content:
             digest = hashlib.file_digest(content, "sha256").hexdigest()
-        sha.update(f"{file.relative_to(path.parent)} {digest}\n".encode("utf-8", "surrogateescape"))
+        sha.update(f"{file.resolve()} {digest}\n".encode("utf-8", "surrogateescape"))
+    if not files:  # On the hub.
+        sha.update(hf_datasets.find_fingerprint(data.path, data.subset).encode())
     return sha.hexdigest()[:32]
+
+
+def _list_files(data: ConfigDict) -> list[Path]:
+    """Returns the files that the rows of all splits may be in; none for a dataset on the hub."""
+    folder = Path(data.path)
+    if folder.is_dir() and data.name not in PREFERENCES:
+        return sorted(path for path in folder.rglob("*") if path.is_file())
+    return sources.list_files(data)
 
 
 # Shared with `token_cache`.

@@ -5,10 +5,7 @@ from __future__ import annotations
 import collections
 import functools
 import logging
-import re
-import shlex
-from collections.abc import Collection, Hashable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -17,12 +14,10 @@ from ml_collections import ConfigDict
 from mass_dpo_jax.errors import UserError
 
 NAMES: Mapping[str, tuple[str, ...]] = {
-    "train": ("train",),
+    "train": ("train", "training"),
     "validation": ("validation", "val", "valid", "dev", "eval", "evaluation"),
-    "test": ("test",),
+    "test": ("test", "testing"),
 }
-
-_ALIASES = frozenset(alias for aliases in NAMES.values() for alias in aliases)
 
 Row = TypeVar("Row")
 
@@ -141,54 +136,54 @@ def limit(rows: list[Row], data: ConfigDict, split: str, seed: int) -> list[Row]
     return [rows[i] for i in sorted(chosen)]
 
 
-def match_splits(words: Mapping[str, str], location: str) -> dict[str, str]:
-    """Returns which name stands for which split, given each name's word for one, such as "dev".
+def match_splits(names: Iterable[str], location: str) -> dict[str, str]:
+    """Returns by split which of a dataset's own names stands for it, such as "dev".
 
     Raises:
         UserError: two names stand for one split.
     """
     matches: dict[str, str] = {}
-    for split, aliases in NAMES.items():
-        for name, word in words.items():
-            if word.lower() not in aliases:
-                continue
-            if split in matches:
-                raise UserError(
-                    f"{location}: {matches[split]} and {name} could both be the {split} split; "
-                    "expected one of them"
-                )
+    for name in names:
+        split = next((split for split in NAMES if name.lower() in NAMES[split]), "")
+        if split in matches:
+            raise UserError(
+                f"{location}: {matches[split]} and {name} could both be the {split} split; "
+                f"expected one of them, or --config.data.splits={split}:{matches[split]}"
+            )
+        if split:
             matches[split] = name
     return matches
 
 
-def find_file(
-    path: Path, split: str, patterns: Sequence[str], without: Collection[str] = ()
-) -> tuple[Path, Source]:
-    """Finds the file that has a split's rows, and the split's part of them.
+def parse_splits(text: str) -> dict[str, list[str]]:
+    """Parses `data.splits`, as in `train:train_prefs+train_gen,test:test_prefs`.
 
-    Args:
-        path: a file, which holds all rows, or a folder with one file for each split.
-        split: "train", "validation", "test" or, for a file, "all".
-        patterns: names of files in the folder, with {} for the split's name.
-        without: splits of a folder to ignore.
+    Returns:
+        The data's own names of each split.
 
     Raises:
-        UserError: says what was looked for.
+        UserError: the text is something else.
     """
-    if path.is_file():
-        if split == "all":
-            return path, Source(path.name.split(".")[0], "all")
-        return path, Source(path.name.split(".")[0], resolve(split, ["train"], str(path)).part)
-    if not path.is_dir():
-        raise UserError(_describe_missing_path(path))
-    names = sorted(p.name + "/" * p.is_dir() for p in path.iterdir() if p.name[0] != ".")
-    files = match_splits({name: _extract_word(name, patterns) for name in names}, str(path))
-    if not files:
-        raise UserError(_describe_missing_files(path, names, patterns))
-    unread = tuple(name for name in names if name not in files.values())
-    log_unread(str(path), unread, tuple(files))
-    source = resolve(split, [name for name in files if name not in without], str(path))
-    return path / files[source.name], source
+    names: dict[str, list[str]] = {}
+    for part in text.split(",") if text else []:
+        ours, _, theirs = (word.strip() for word in part.partition(":"))
+        listed = [name for name in map(str.strip, theirs.split("+")) if name]
+        if ours not in NAMES or not listed or ours in names:
+            raise UserError(
+                f"config.data.splits={text!r}: {part!r}, expected each of {', '.join(NAMES)} at "
+                "most once, as in train:train_prefs,test:test_prefs; + joins several of the data's"
+            )
+        names[ours] = listed
+    return names
+
+
+def suggest_splits(names: Sequence[str]) -> str:
+    """Returns advice on `data.splits` for names that begin like splits; "" where none do."""
+    theirs = {}
+    for split, aliases in NAMES.items():
+        theirs[split] = next((n for n in names if n.lower().startswith(aliases)), "")
+    setting = ",".join(f"{split}:{name}" for split, name in theirs.items() if name)
+    return f"--config.data.splits={setting} takes these" if setting else ""
 
 
 @functools.cache  # Once, not for every split.
@@ -198,7 +193,7 @@ def log_unread(location: str, names: tuple[str, ...], read: tuple[str, ...]) -> 
     Warns of a file that is named like a split that is not `read`: `test.csv` beside `train.jsonl`.
     """
     if names := tuple(n for n in names if not n.startswith(("README", "LICENSE"))):
-        _log.info("%s: not read: %s", location, _list_names(names))
+        _log.info("%s: not read: %s", location, list_names(names))
     for name in names:
         split = name_split(name)
         if split and split not in read:
@@ -214,65 +209,6 @@ def name_split(name: str) -> str:
     return next((split for split, aliases in NAMES.items() if word in aliases), "")
 
 
-def _extract_word(name: str, patterns: Sequence[str]) -> str:
-    """Returns what stands for {} in a name; "" if it matches no pattern."""
-    for before, _, behind in (pattern.partition("{}") for pattern in patterns):
-        if name.startswith(before) and name.endswith(behind):
-            word = name[len(before) : len(name) - len(behind)]
-            if "." not in word:
-                return word
-    return ""
-
-
-def _describe_missing_path(path: Path) -> str:
-    text = str(path)
-    if path.exists():
-        return (
-            f"{path}: is a pipe or a device, and config.data.path is read several times; write it "
-            "to a file, as in zcat FILE.gz > pairs.jsonl"
-        )
-    if any(sign in text for sign in "*?,["):
-        return (
-            f"{path}: no such file or folder; config.data.path takes one, no pattern and no list: "
-            "cat FILE FILE > all.jsonl joins JSON lines"
-        )
-    advice = ""
-    if re.fullmatch(r"[\w.-]+/?[\w.-]+", text) and not path.suffix.startswith((".json", ".gz")):
-        advice = "; a dataset on the Hugging Face hub needs --config.data.name=hub"
-    return f"{path}: no such file or folder (config.data.path){advice}"
-
-
-def _describe_missing_files(folder: Path, names: Sequence[str], patterns: Sequence[str]) -> str:
-    """Describes a folder that has no file for any split, with advice."""
-    expected = ", ".join(patterns[0].format(split) for split in NAMES)
-    endings = [pattern.partition("{}")[2] for pattern in patterns[1:]]
-    also = f" (or with {', '.join(endings)})" if endings else ""
-    text = f"{folder}: expected files {expected}{also}; found {_list_names(names)}"
-    if patterns[0] != "{}.jsonl":
-        return text
-    if is_dataset(folder):
-        return f"{text}; a dataset of Hugging Face: set --config.data.name=hub"
-    array = next((n for n in names if _extract_word(n, ["{}.json"]).lower() in _ALIASES), "")
-    if array:
-        file, lines = shlex.quote(str(folder / array)), shlex.quote(str(folder / f"{array}l"))
-        return f"{text}; if {array} is a JSON array: jq -c '.[]' {file} > {lines}"
-    if any(n.endswith((".jsonl", ".jsonl.gz")) for n in names):
-        return f"{text}; name them so, or give one of them as config.data.path"
-    return text
-
-
-def is_dataset(folder: Path) -> bool:
-    """Whether the folder is one Hugging Face dataset: saved by it, or Parquet or Arrow files.
-
-    Arrow files in subfolders belong to several datasets that were saved side by side.
-    """
-    return is_saved(folder) or any(folder.rglob("*.parquet")) or any(folder.glob("*.arrow"))
-
-
-def is_saved(folder: Path) -> bool:
-    """Whether save_to_disk wrote the folder."""
-    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
-
-
-def _list_names(names: Sequence[str]) -> str:
+def list_names(names: Sequence[str]) -> str:
+    """Returns some names as text, and whether there are more."""
     return ", ".join(names[:8]) + (", ..." if names[8:] else "") if names else "nothing"

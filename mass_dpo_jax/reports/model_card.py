@@ -14,6 +14,8 @@ from ml_collections import ConfigDict
 
 import mass_dpo_jax
 from mass_dpo_jax import config as config_lib
+from mass_dpo_jax.config import PREFERENCES
+from mass_dpo_jax.data import hf_datasets
 from mass_dpo_jax.data.render import read_template_arguments
 from mass_dpo_jax.models.config import DecoderConfig
 from mass_dpo_jax.reports import templates
@@ -68,7 +70,7 @@ def write(
         dtype=dtype,
         base=base,
         method=_describe_method(config),
-        hub_dataset=data.path if data.name == "hub" and not _is_local(data.path) else "",
+        hub_dataset=data.path if data.name in PREFERENCES and _is_on_hub(data.path) else "",
         data_path="" if data.name == "synthetic" else _without_folders(data.path),
         template_arguments=arguments,
         template_call=call,
@@ -173,9 +175,11 @@ def _settings(config: ConfigDict) -> str:
 
 
 def _without_folders(path: str) -> str:
-    """Returns a path without the folders above it, and a name of the hub as it is."""
-    return Path(path).name if path and _is_local(path) else path
+    """Returns paths without the folders above them, and a name of the hub as it is."""
+    if not path or _is_on_hub(path):
+        return path
+    return ",".join(Path(part).name for part in path.split(","))
 
 
-def _is_local(path: str) -> bool:
-    return Path(path).is_absolute() or Path(path).exists()
+def _is_on_hub(path: str) -> bool:
+    return hf_datasets.is_name(path) and not Path(path).exists()

@@ -22,7 +22,7 @@ from mass_dpo_jax.models.config import load_config
 from mass_dpo_jax.models.folder import ADAPTER_SETTINGS as PEFT_SETTINGS
 from mass_dpo_jax.models.folder import ADAPTER_WEIGHTS as PEFT_WEIGHTS
 from mass_dpo_jax.models.folder import GENERATION
-from mass_dpo_jax.utils.files import read_json, write_whole
+from mass_dpo_jax.utils.files import list_paths, make_absolute, read_json, write_whole
 
 FILE = "origin.json"
 MODEL = "model"  # Folder with config.json and the tokenizer.
@@ -69,11 +69,12 @@ def write(workdir: Path, config: ConfigDict, weights: Mapping[str, str] | None) 
     elif not content["files"]:
         return  # It is gone, and with it what the files were.
     fields = dict(config_lib.flatten(config))
-    paths = {name: Path(fields[name]).absolute() for name in PATHS if is_path(config, name)}
+    paths = {name: make_absolute(fields[name]) for name in PATHS if is_path(config, name)}
     content["paths"] |= {
-        name: str(path)
+        name: path
         for name, path in paths.items()
-        if path.exists() and not is_same(path, workdir / ADAPTERS)
+        if any(other.exists() for other in list_paths(path))
+        and not is_same(Path(path), workdir / ADAPTERS)
     }
     write_whole(workdir / FILE, [json.dumps(content, indent=2) + "\n"])
 

@@ -24,7 +24,7 @@ from mass_dpo_jax.training import scoring
 from mass_dpo_jax.training.data_checks import log_small_pools
 from mass_dpo_jax.training.feature_files import mask_of_examples, read_features, to_float32
 from mass_dpo_jax.training.methods import Method, make_method
-from mass_dpo_jax.training.scored_model import ScoredModel, prepare_scoring
+from mass_dpo_jax.training.scored_model import ScoredModel, choose_split, prepare_scoring
 from mass_dpo_jax.training.step import Program
 from mass_dpo_jax.utils import distributed
 from mass_dpo_jax.utils.files import expand_path
@@ -60,7 +60,7 @@ def select_with_model(config: ConfigDict, workdir: Path | None, split: str | Non
     config = config_checks.resolve(config)
     workdir = None if workdir is None else resolve_run(workdir)
     config = _use_all_rows(config)
-    split = split or _default_split(config)
+    split = split or choose_split(config.data, "train")
     model = prepare_scoring(config, workdir, split, selecting=True)
     if model.setup.method.is_supervised:
         raise UserError(f"config.method={config.method} has no negatives to select")
@@ -144,7 +144,9 @@ def select_with_features(config: ConfigDict, path: Path, split: str | None) -> I
     mask = arrays.get("mask", np.ones((total, negatives), bool)).astype(bool)
     if config.data.path:
         config = _use_all_rows(config)
-        examples = load_examples(config.data, split or _default_split(config), config.seed)
+        examples = load_examples(
+            config.data, split or choose_split(config.data, "train"), config.seed
+        )
         if len(examples) != total:
             raise UserError(
                 f"{path}: features of {total} rows; the data has {len(examples)} examples"
@@ -243,7 +245,3 @@ def _use_all_rows(config: ConfigDict) -> ConfigDict:
     config = config.copy_and_resolve_references()
     config.data.update(max_train=0, max_validation=0, max_test=0, validation_share=0.0)
     return config
-
-
-def _default_split(config: ConfigDict) -> str:
-    return "all" if Path(config.data.path).is_file() else "train"

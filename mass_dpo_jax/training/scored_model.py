@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from mass_dpo_jax import config as config_lib
+from mass_dpo_jax.data import sources
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.runs import origin, run_config, run_folder
 from mass_dpo_jax.training.methods import METHODS
@@ -61,7 +62,7 @@ def prepare_scoring(
     """
     config = fetch_models(config)
     if split is None:
-        split = "all" if Path(config.data.path).is_file() else "test"
+        split = choose_split(config.data, "test")
     select_from = split if selecting else None
     if workdir is not None:
         return _prepare_run(config, workdir, split, select_from, ties)
@@ -76,6 +77,13 @@ def prepare_scoring(
         del params  # Before as many weights are read.
     params = setup.policy.weights(model.path, config.seed, model.lora.path)
     return ScoredModel(setup, split, params, reference)
+
+
+def choose_split(data: ConfigDict, default: str) -> str:
+    """Returns "all" for data without splits, and `default` for other data."""
+    if data.name == "synthetic" or not data.path:
+        return default
+    return default if Path(data.path).is_dir() or sources.has_splits(data) else "all"
 
 
 def _prepare_run(

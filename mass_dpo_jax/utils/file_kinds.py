@@ -10,7 +10,6 @@ from pathlib import Path
 HEAD_BYTES = 1 << 16  # How much of a file is looked at.
 
 _TO_UTF8 = "in {0}, expected UTF-8: iconv -f {0} -t UTF-8 {{}} > NEW"
-_HUB = "; --config.data.name=hub reads it"
 # First bytes, and what a file is that starts with them and what to do; {} is the file.
 _BINARY = (
     (b"\xff\xfe\x00\x00", _TO_UTF8.format("UTF-32")),
@@ -22,9 +21,9 @@ _BINARY = (
     (b"BZh", "compressed with bzip2: bunzip2 -c {} > NEW"),
     (b"\xfd7zXZ\x00", "compressed with xz: xz -dc {} > NEW"),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive: 7z x {}"),
-    (b"PAR1", "a Parquet file" + _HUB),
-    (b"ARROW1", "an Arrow file" + _HUB),
-    (b"\xff\xff\xff\xff", "an Arrow stream" + _HUB),
+    (b"PAR1", "a Parquet file"),
+    (b"ARROW1", "an Arrow file"),
+    (b"\xff\xff\xff\xff", "an Arrow stream"),
     (b"SQLite format 3\x00", "an SQLite database: export the table that has the rows"),
     (b"\x93NUMPY", "an array of NumPy"),
     (b"\x80\x02", "a Python pickle, which is not opened: a pickle can run code"),
@@ -38,8 +37,7 @@ _BINARY = (
     ),
 )
 _MARKUP = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype|html|head|body|\?xml|error\b)", re.I)
-_COLUMNS = re.compile(r"[\w .\-]{1,40}")
-_TO_LINES = "expected one object a line: {} > NEW.jsonl"
+_COLUMN = re.compile(r"[\w .\-/()]{1,60}")
 
 
 def describe_binary(head: bytes, path: Path) -> str:
@@ -66,64 +64,42 @@ def describe_binary(head: bytes, path: Path) -> str:
     return ""
 
 
-def describe_text(head: str, path: Path) -> str:
-    """Returns what a text that starts with `head` is and how to convert it; "" for JSON lines.
+def find_text_kind(head: str) -> str:
+    r"""Returns the kind of rows in a text that starts with `head`.
 
-    One broken line does not make another format: the reader of lines reports it.
+    That is "lines" (JSON lines), "json" (an array, or objects that are not one to a line), a
+    table's separator ("," or ";" or "\t"), or "python" (Python's dicts, one to a line). One broken
+    line does not make another format: the reader of lines reports it.
     """
-    file = shlex.quote(str(path))
     lines = [line for line in head.lstrip("\ufeff").splitlines() if line.strip()]
     if not lines:
-        return ""
+        return "lines"
     first = lines[0].strip()
-    value, rest = _parse_start(first)
-    if isinstance(value, dict) and rest.startswith("{"):
-        return "several objects in a line; " + _TO_LINES.format(f"jq -c . {file}")
-    if isinstance(value, dict) and rest == ",":
-        return "objects with commas between them; " + _TO_LINES.format(f"sed 's/,$//' {file}")
-    if value is not None and not rest:
-        if isinstance(value, list) and len(lines) == 1 and _is_array(first):
-            return "a JSON array; " + _TO_LINES.format(f"jq -c '.[]' {file}")
-        return ""
-    if first.startswith("["):
-        if _is_array("".join(lines[:2])):
-            return "a JSON array; " + _TO_LINES.format(f"jq -c '.[]' {file}")
-        return ""
+    if first.startswith("[") and re.match(r"\[\s*(?:[{\]]|$)", "".join(lines[:2])):
+        is_row = len(lines) > 1 and first.endswith("]") and lines[1].lstrip()[:1] == "{"
+        return "lines" if is_row else "json"
     if re.match(r"\{\s*'", first):
-        code = "import ast, json, sys; [print(json.dumps(ast.literal_eval(x))) for x in sys.stdin]"
-        return "Python's dicts, with single quotes, as print() writes them; " + _TO_LINES.format(
-            f"python -c {shlex.quote(code)} < {file}"
-        )
-    if first.startswith("{"):
-        if value is not None:
-            return ""  # A whole object, and something behind it.
-        value, _ = _parse_start("\n".join(lines))
-        if value is not None or (first == "{" and len(lines) > 1 and lines[1].strip()[0] == '"'):
-            return "JSON over several lines; " + _TO_LINES.format(f"jq -c . {file}")
-        return ""
-    return _describe_table(first, path)
+        return "python"
+    if not first.startswith("{"):
+        return _find_separator(first)
+    value, rest = _parse_start(first)
+    if value is not None:
+        return "json" if rest.startswith("{") or rest == "," else "lines"
+    value, _ = _parse_start("\n".join(lines))
+    if value is not None or (first == "{" and len(lines) > 1 and lines[1].strip()[0] == '"'):
+        return "json"
+    return "lines"
 
 
-def _describe_table(first: str, path: Path) -> str:
-    """Returns that a file is CSV or TSV, judged by its line of column names, or ""."""
-    for separator, name in (("\t", "TSV"), (",", "CSV"), (";", "CSV")):
+def _find_separator(first: str) -> str:
+    """Returns what stands between the column names in a table's first line; else "lines"."""
+    for separator in ("\t", ",", ";"):
         columns = [column.strip().strip('"') for column in first.split(separator)]
-        if len(columns) > 1 and all(_COLUMNS.fullmatch(column) for column in columns):
-            arguments = {",": "", ";": ', sep=";"', "\t": r', sep="\t"'}[separator]
-            code = (
-                f'import pandas as pd; pd.read_csv("{path}"{arguments})'
-                '.to_json("NEW.jsonl", orient="records", lines=True)'
-            )
-            return (
-                f"a {name} file with the columns {', '.join(columns)}? Expected one JSON object a "
-                f"line: python -c {shlex.quote(code)}"
-            )
-    return ""
-
-
-def _is_array(text: str) -> bool:
-    """Whether a JSON text starts like an array of objects, or an empty one."""
-    return re.match(r"\[\s*(?:[{\]]|$)", text) is not None
+        index_columns = columns[0] == ""  # Pandas writes the index as a column without a name.
+        columns = columns[index_columns:]
+        if len(columns) + index_columns > 1 and all(map(_COLUMN.fullmatch, columns)):
+            return separator
+    return "lines"
 
 
 def _parse_start(text: str) -> tuple[object, str]:

@@ -68,6 +68,36 @@ def expand_path(path: str | Path, location: str) -> Path:
     return Path(expand(str(path), location))
 
 
+def split_paths(paths: str) -> list[str]:
+    """Returns the paths and patterns that commas separate in a text, unless it is one path."""
+    if Path(paths).exists():
+        return [paths]
+    return [path for path in map(str.strip, paths.split(",")) if path]
+
+
+def list_paths(paths: str) -> list[Path]:
+    """Returns the files and folders that a text names, see `split_paths`; patterns in order."""
+    listed = []
+    for part in split_paths(paths):
+        pattern = Path(part)
+        if is_pattern(part):
+            base = Path(pattern.anchor)
+            listed += sorted(base.glob(str(pattern.relative_to(base))))
+        else:
+            listed.append(pattern)
+    return listed
+
+
+def is_pattern(path: str) -> bool:
+    """Whether a path is a pattern, as `pairs/*.jsonl`, and no file of that name."""
+    return re.search(r"[*?[]", path) is not None and not Path(path).exists()
+
+
+def make_absolute(paths: str) -> str:
+    """Returns absolute paths for those in a text, see `split_paths`."""
+    return ",".join(str(Path(part).absolute()) for part in split_paths(paths))
+
+
 def write_whole(path: Path, parts: Iterable[str | bytes], *, shared: bool = False) -> None:
     """Writes a file from its parts, whole or not at all; a link's target, not the link.
 
@@ -135,26 +165,75 @@ def parse_json(text: str, file: Path, line: int = 1, unique_keys: bool = False) 
     text = text.rstrip()  # A truncated file is then reported at its last line.
     try:
         value = json.loads(text, object_pairs_hook=_refuse_duplicates if unique_keys else None)
-        if (
-            text.count("[") + text.count("{") <= MAX_JSON_DEPTH
-            or _measure_depth(value) <= MAX_JSON_DEPTH
-        ):
-            return value
-        problem = "nested too deeply"
-    except json.JSONDecodeError as error:
-        broken = text.split("\n")[error.lineno - 1].strip()
-        problem = f"{error.msg} at column {error.colno}, in {shorten(broken)}"
-        line += error.lineno - 1
-    except _DuplicateKeyError as error:
+        _check_depth(text, value)
+        return value
+    except _JSON_ERRORS as error:
+        raise _make_json_error(text, error, file, line) from None
+
+
+def parse_json_values(text: str, file: Path) -> Iterator[Any]:
+    """Yields the elements of a JSON array, or JSON values that stand one after another.
+
+    Commas may stand between values. Objects must not have a key twice.
+
+    Args:
+        text: JSON.
+        file: origin of the text, for messages.
+
+    Raises:
+        UserError: as `parse_json`, or the array has no end.
+    """
+    text = text.rstrip()
+    decoder = json.JSONDecoder(object_pairs_hook=_refuse_duplicates)
+    is_open, position = False, 0
+    while (position := _skip_space(text, position)) < len(text):
+        if text[position] == ("]" if is_open else "["):
+            is_open = not is_open
+            position += 1
+            continue
+        try:
+            value, end = decoder.raw_decode(text, position)
+            _check_depth(text[position:end], value)
+        except _JSON_ERRORS as error:
+            raise _make_json_error(text, error, file, 1, position) from None
+        yield value
+        position = end
+    if is_open:
+        raise UserError(f"{file}: the JSON array has no end, ]: is the file whole?")
+
+
+def _skip_space(text: str, position: int) -> int:
+    match = _SPACE.match(text, position)
+    return position if match is None else match.end()
+
+
+_SPACE = re.compile(r"[\s,]*")
+_JSON_ERRORS = (ValueError, RecursionError)  # Numbers can have too many digits.
+
+
+def _make_json_error(
+    text: str, error: Exception, file: Path, line: int, start: int = 0
+) -> UserError:
+    """Makes the error of a text, from line `line` of a file, whose value at `start` is no JSON."""
+    position = error.pos if isinstance(error, json.JSONDecodeError) else start
+    line += text.count("\n", 0, position)
+    problem = "a number has too many digits"
+    if isinstance(error, json.JSONDecodeError):
+        begin = text.rfind("\n", 0, position) + 1
+        broken = text[begin:].partition("\n")[0].strip()
+        problem = f"{error.msg} at column {position - begin + 1}, in {shorten(broken)}"
+    elif isinstance(error, _DuplicateKeyError):
         problem = f"the key {error.args[0]!r} is there twice in one object: leave one of them"
-    except ValueError:
-        problem = "a number has too many digits"
-    except RecursionError:
+    elif isinstance(error, (RecursionError, _DepthError)):
         problem = "nested too deeply"
-    raise UserError(f"{file}:{line}: invalid JSON: {problem}")
+    return UserError(f"{file}:{line}: invalid JSON: {problem}")
 
 
-class _DuplicateKeyError(Exception):
+class _DepthError(ValueError):
+    """Values are nested too deeply."""
+
+
+class _DuplicateKeyError(ValueError):
     """An object has a key twice."""
 
 
@@ -164,6 +243,12 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         raise _DuplicateKeyError(next(key for key in keys if keys.count(key) > 1))
     return value
+
+
+def _check_depth(text: str, value: Any) -> None:
+    may_be_deep = text.count("[") + text.count("{") > MAX_JSON_DEPTH
+    if may_be_deep and _measure_depth(value) > MAX_JSON_DEPTH:
+        raise _DepthError
 
 
 def _measure_depth(value: Any) -> int:

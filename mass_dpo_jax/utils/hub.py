@@ -36,7 +36,7 @@ def is_name(path: str) -> bool:
 
 def without_revision(path: str) -> str:
     """Returns a model's name on the hub without its revision, and any other path as it is."""
-    return _split(path)[0] if is_name(path) else path
+    return split_name(path)[0] if is_name(path) else path
 
 
 def fetch_model(name: str, setting: str, weights: bool = True) -> str:
@@ -52,7 +52,7 @@ def fetch_model(name: str, setting: str, weights: bool = True) -> str:
     """
     from huggingface_hub import snapshot_download
 
-    repo, revision = _split(name)
+    repo, revision = split_name(name)
     patterns = [*SMALL, *(WEIGHTS if weights else ())]
     with _explain_errors(f"config.{setting}={name}"):
         folder = snapshot_download(
@@ -110,7 +110,8 @@ def check_push_name(name: str) -> None:
         raise UserError(f"--push={name}: expected OWNER/NAME, a model's name on the hub")
 
 
-def _split(name: str) -> tuple[str, str | None]:
+def split_name(name: str) -> tuple[str, str | None]:
+    """Returns the repository and the revision, if there is one, of a name."""
     match = _NAME.fullmatch(name)
     assert match, name
     return match["repo"], match["revision"]

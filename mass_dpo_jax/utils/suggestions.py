@@ -47,6 +47,8 @@ data.max_prompt_length,data.max_response_length: max_length max_len max_seq_leng
 data.max_response_length: max_completion_length max_target_length max_new_tokens response_length
 data.max_train: max_samples max_train_samples num_samples num_train_samples
 data.columns: column_mapping field_mapping columns_map
+data.subset: dataset_config dataset_config_name config_name hf_name subset_name
+data.splits: dataset_split dataset_train_split dataset_test_split hf_split split_names
 data.on_bad_row: skip_errors ignore_errors skip_bad_rows
 beta: dpo_beta pref_beta kl_coef
 method: loss loss_type algorithm algo objective pref_loss
@@ -71,7 +73,7 @@ _FOREIGN_CHOICES = {
     "16": "bfloat16", "fp32": "float32", "float": "float32", "full": "float32", "32": "float32",
     "4bit": "nf4", "int4": "nf4", "fp4": "nf4", "8bit": "int8",
     "flash": "fused", "flash_attention_2": "fused", "sdpa": "auto", "eager": "plain",
-    "json": "jsonl", "csv": "hub", "parquet": "hub", "huggingface": "hub", "hf": "hub",
+    **dict.fromkeys(("json", "csv", "tsv", "parquet", "arrow", "huggingface", "hf"), "preferences"),
     "dev": "validation", "val": "validation", "valid": "validation", "eval": "validation",
     "mean": "response", "ignore": "skip", "truncate": "drop",
 }  # fmt: skip

@@ -9,7 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
+from datasets import Dataset, DatasetDict
 
 from mass_dpo_jax.config import default
 from mass_dpo_jax.data import load_examples, split_cache
@@ -120,11 +122,81 @@ def test_every_file_of_a_folder_counts(tmp_path: Path, reads: list[str]) -> None
     assert len(reads) == 4 and len(found["train"]) == 30
 
 
+def _as_patterns(folder: Path) -> Path:
+    write(folder / "a.jsonl", 15)
+    (folder / "b.json").write_text(json.dumps([{**ROW, "prompt": f"b{i}"} for i in range(15)]))
+    return folder / "*.js*"
+
+
+def _as_table(folder: Path) -> Path:
+    (folder / "rows.csv").write_text(
+        "prompt,chosen,rejected\n" + "".join(f"{i},amber,basil\n" for i in range(30))
+    )
+    return folder / "rows.csv"
+
+
+def _as_shards(folder: Path) -> Path:
+    for i in range(2):
+        rows = [{**ROW, "prompt": f"{i} {j}"} for j in range(15)]
+        Dataset.from_list(rows).to_parquet(folder / f"train-0000{i}-of-00002.parquet")
+    return folder
+
+
+def _as_saved(folder: Path) -> Path:
+    table = Dataset.from_list([{**ROW, "prompt": str(i)} for i in range(30)])
+    DatasetDict(train=table).save_to_disk(folder / "saved")
+    return folder / "saved"
+
+
+ROW = {"chosen": "amber", "rejected": ["basil", "cedar"]}
+
+
+@pytest.mark.parametrize("make", [_as_patterns, _as_table, _as_shards, _as_saved])
+def test_files_of_any_kind_are_read_once(
+    tmp_path: Path, reads: list[str], make: Callable[[Path], Path]
+) -> None:
+    (tmp_path / "data").mkdir()
+    data = default().data
+    data.update(path=str(make(tmp_path / "data")), on_bad_row="skip")
+    first = split_cache.open_splits(tmp_path / "kept", data, SPLITS, 0)
+    second = split_cache.open_splits(tmp_path / "kept", data, SPLITS, 0)
+    assert len(reads) == 3
+    assert all(list(second[split]) == list(first[split]) for split in SPLITS)
+    assert len(first["train"]) == 27
+    changed = next(p for p in sorted((tmp_path / "data").rglob("*")) if p.suffix != ".json")
+    if changed.is_dir():
+        changed = next(p for p in changed.rglob("*.arrow"))
+    if changed.suffix == ".parquet":
+        Dataset.from_list([{**ROW, "prompt": "new"}]).to_parquet(changed)
+    else:
+        changed.write_bytes(changed.read_bytes() + b"\n")
+    split_cache.open_splits(tmp_path / "kept", data, SPLITS, 0)
+    assert len(reads) == 6
+
+
+def test_a_dataset_of_the_hub_is_read_once_by_its_fingerprint(
+    tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stands in for the hub with the function that opens it, which tests cannot reach."""
+    table = Dataset.from_list([{**ROW, "prompt": str(i)} for i in range(30)])
+    loaded = [DatasetDict(train=table)]
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, subset, revision: loaded[0])
+    data = default().data
+    data.update(path="someone/pairs@v1")
+    first = split_cache.open_splits(tmp_path / "kept", data, SPLITS, 0)
+    second = split_cache.open_splits(tmp_path / "kept", data, SPLITS, 0)
+    assert len(reads) == 3 and list(second["train"]) == list(first["train"])
+    loaded[0] = DatasetDict(train=table.select(range(20)))
+    third = split_cache.open_splits(tmp_path / "kept", data, SPLITS, 0)
+    assert len(reads) == 6 and len(third["train"]) == 18
+
+
 def test_all_that_an_example_has_is_kept() -> None:
     rows = [
         Example("a", History("x", ("y", "z"), "w", "; "), "c", ("d",), "file:1", (2.0, 1.0)),
         Example("b", [{"role": "user", "content": "q"}], "c", ("d",), "file:2"),
         Example("c", "q", [{"role": "assistant", "content": "x"}], ("d",), "file:3"),
+        Example("d", "q", "c", ("d", "e"), "file:4", None, ("f",), (0, 2, 1, 0)),
     ]
     for row in rows:
         again = split_cache._from_json(json.loads(json.dumps(split_cache._to_json(row))))

@@ -6,7 +6,6 @@ import collections
 import json
 import logging
 import os
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -171,7 +170,7 @@ def test_what_lies_beside_the_splits_is_said_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_lines(tmp_path / "train.jsonl", rows(20))
-    for name in ("extra.jsonl", "README.md", ".hidden", "train.csv"):
+    for name in ("extra.jsonl", "README.md", ".hidden", "train.txt"):
         (tmp_path / name).write_text("")
     (tmp_path / "more").mkdir()
     table = Dataset.from_list(rows(20))
@@ -184,68 +183,79 @@ def test_what_lies_beside_the_splits_is_said_once(
         r.getMessage() for r in caplog.records if "not read" in r.getMessage()
     )
     assert said == {
-        f"{tmp_path}: not read: extra.jsonl, more/, train.csv": 1,
+        f"{tmp_path}: not read: extra.jsonl, more/, train.txt": 1,
         f"{tmp_path / 'more' / 'saved'}: not read: train_sft": 1,
     }
 
 
-def test_splits_of_other_names_get_the_command_that_renames_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_splits_of_other_names_are_told_the_setting(tmp_path: Path) -> None:
     table = Dataset.from_list(rows(3))
     DatasetDict(train_prefs=table, test_prefs=table, train_sft=table).save_to_disk(tmp_path / "d")
     with pytest.raises(UserError) as error:
         load("hub", tmp_path / "d", "train")
     message = str(error.value)
     assert "found train_prefs, test_prefs, train_sft" in message
-    assert 'DatasetDict(train=d["train_prefs"], test=d["test_prefs"]).save_to_disk' in message
-    monkeypatch.chdir(tmp_path)
-    exec(shlex.split(message.partition("python -c ")[2].partition(", then")[0])[0])
-    assert [len(load("hub", tmp_path / "NEW", split)) for split in ("train", "test")] == [2, 3]
+    setting = message.partition("--config.data.splits=")[2].partition(" ")[0]
+    assert setting == "train:train_prefs,test:test_prefs"
+    sizes = [len(load("hub", tmp_path / "d", split, splits=setting)) for split in ("train", "test")]
+    assert sizes == [2, 3]
+    setting = "train:train_prefs+train_sft,test:train_sft"
+    joined = load("hub", tmp_path / "d", "train", splits=setting, validation_share=0.0)
+    assert len(joined) == 6 and joined[5].place == f"{tmp_path / 'd'} train_prefs+train_sft row 5"
+    for wrong, message in {
+        "train:train_pref": "no split 'train_pref'; found .* did you mean train_prefs",
+        "train": "'train', expected each of train, validation, test at most once",
+        "dev:test_prefs": "'dev:test_prefs', expected each",
+        "train:test_prefs,train:train_sft": "'train:train_sft', expected each",
+        "train:": "'train:', expected each",
+    }.items():
+        with pytest.raises(UserError, match=f"config.data.splits.*{message}"):
+            load("hub", tmp_path / "d", "train", splits=wrong)
 
 
 @pytest.mark.parametrize(
     ("files", "message"),
     [
         ([], "found nothing$"),
-        (
-            ["train.json"],
-            r"found train.json; if train.json is a JSON array: jq -c '\.\[\]' \S+json ",
-        ),
+        (["a.jsonl"], r"found a.jsonl; --config.data.path=\S+/a.jsonl reads rows without splits$"),
         (
             ["a.jsonl", "b.jsonl"],
-            "found a.jsonl, b.jsonl; name them so, or give one of them as conf",
+            r"found a.jsonl, b.jsonl; --config.data.path='?\S+/\*.jsonl'? reads",
         ),
-        (["dataset_dict.json", "x/"], "a dataset of Hugging Face: set --config.data.name=hub$"),
-        (["state.json", "data-00000-of-00001.arrow"], "set --config.data.name=hub$"),
-        (["data/", "data/train-0.parquet"], "set --config.data.name=hub$"),
-        (["part.arrow"], "set --config.data.name=hub$"),
+        (["a.jsonl", "b.csv"], r"--config.data.path=\S+/a.jsonl reads"),
+        (["train_x.jsonl", "dev_x.jsonl"], r"--config.data.splits=train:train_x,validation:dev_x "),
         (["notes.txt"], "found notes.txt$"),
+        (["dataset_infos.json"], "found dataset_infos.json$"),
     ],
 )
 def test_a_folder_without_splits_is_told_what_it_has(
     tmp_path: Path, files: list[str], message: str
 ) -> None:
     for name in files:
-        (tmp_path / name).mkdir() if name.endswith("/") else (tmp_path / name).write_text("{}")
+        (tmp_path / name).write_text("{}")
     with pytest.raises(UserError, match=message) as error:
         load("jsonl", tmp_path, "train")
-    assert "{" not in str(error.value)
-    assert "expected files train.jsonl, validation.jsonl, test.jsonl" in str(error.value)
+    assert "expected files called train, validation or test, as train.jsonl" in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("*.jsonl", "config.data.path takes one, no pattern and no list"),
-        ("a.jsonl,b.jsonl", "config.data.path takes one, no pattern and no list"),
-        ("part-[0-9].jsonl", "config.data.path takes one, no pattern and no list"),
+        ("*.jsonx", r"\*.jsonx: no file has such a name \(config.data.path\)$"),
+        ("part-[0-9].jsonl", r"part-\[0-9\].jsonl: no file has such a name"),
         ("gone.jsonl", r"gone.jsonl: no such file or folder \(config.data.path\)$"),
+        (
+            "gone",
+            r"gone: no such file or folder .*; a dataset on the Hugging Face hub is OWNER/NAME",
+        ),
     ],
 )
 def test_a_path_with_nothing_there(tmp_path: Path, name: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load("jsonl", tmp_path / name, "train")
+    write_lines(tmp_path / "there.jsonl", rows(3))
+    with pytest.raises(UserError, match=message):
+        load("jsonl", Path(f"{tmp_path}/there.jsonl,{tmp_path}/{name}"), "train")
 
 
 def test_pipes_and_devices_are_told_apart_from_nothing(tmp_path: Path) -> None:
@@ -258,9 +268,9 @@ def test_pipes_and_devices_are_told_apart_from_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "warned"),
     [
-        (("test.json",), ["test"]),
-        (("test.csv", "dev.parquet"), ["validation", "test"]),
-        (("train.json", "extra.jsonl", "testing.csv", "more.test.json", "README.md"), []),
+        (("test.txt",), ["test"]),
+        (("test.xlsx", "dev.html"), ["validation", "test"]),
+        (("train.txt", "extra.jsonl", "test_data.csv", "more.test.json", "README.md"), []),
     ],
 )
 def test_a_split_in_another_format_is_warned_of(
@@ -276,19 +286,11 @@ def test_a_split_in_another_format_is_warned_of(
     assert found == warned, said
 
 
-def test_a_name_of_the_hub_is_told_where_it_belongs(monkeypatch: Any, tmp_path: Path) -> None:
+def test_a_name_of_the_hub_that_cannot_be_read(monkeypatch: Any, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"needs --config.data.name=hub"):
-        load("jsonl", Path("someone/pairs"), "train")
-
-
-def test_one_parquet_or_arrow_file_is_a_dataset_without_splits(tmp_path: Path) -> None:
-    table = Dataset.from_list(rows(20))
-    table.to_parquet(tmp_path / "rows.parquet")
-    table.save_to_disk(tmp_path / "saved")
-    for file in (tmp_path / "rows.parquet", *(tmp_path / "saved").glob("*.arrow")):
-        assert [len(load("hub", file, split)) for split in ("train", "test", "all")] == [18, 2, 20]
-        with pytest.raises(
-            UserError, match=r"an? (Parquet|Arrow) .*; --config.data.name=hub reads"
-        ):
-            load("jsonl", file, "train")
+    with pytest.raises(
+        UserError, match=r"someone/pairs: no such file .* Hugging Face hub it cannot"
+    ):
+        load("preferences", Path("someone/pairs"), "train")
+    with pytest.raises(UserError, match=r"someone/pairs.jsonl: no such file or folder \(config"):
+        load("preferences", Path("someone/pairs.jsonl"), "train")

@@ -47,7 +47,7 @@ def write_jsonl(path: Path, examples: int = 24, negatives: int = 6, seed: int = 
 def tiny_config(data: Path, **changes: Any) -> ConfigDict:
     """Returns the settings of a run of seconds: 32 hidden units, four updates on `data`."""
     config = config_lib.default()
-    config.data.update(name="jsonl", path=str(data), chat_template="none")
+    config.data.update(name="preferences", path=str(data), chat_template="none")
     config.model.scratch.update(
         hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2,
         vocab_size=300,

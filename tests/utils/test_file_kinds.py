@@ -1,23 +1,17 @@
-"""Files that are no JSON lines: each is named by what it is, with a command that helps."""
+"""Files without rows: each is named by what it is, with a command that helps."""
 
 from __future__ import annotations
 
-import bz2
 import gzip
 import io
 import json
-import lzma
 import pickle
-import shlex
 import sqlite3
-import subprocess
-import sys
 import tarfile
 import zipfile
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 
 from mass_dpo_jax.errors import UserError
@@ -71,15 +65,10 @@ def database(tmp_path: Path) -> bytes:
         (LINES.encode("utf-16-le"), "in UTF-16LE, expected UTF-8: iconv -f UTF-16LE "),
         (b"\xfe\xff" + LINES.encode("utf-16-be"), "in UTF-16, expected UTF-8"),
         (LINES.encode("utf-32"), "in UTF-32, expected UTF-8"),
-        (bz2.compress(LINES.encode()), "compressed with bzip2: bunzip2 -c "),
-        (lzma.compress(LINES.encode()), "compressed with xz: xz -dc "),
-        (b"\x28\xb5\x2f\xfd" + bytes(20), "compressed with zstd: zstd -dc "),
         (gzip.compress(gzip.compress(LINES.encode())), "compressed with gzip, twice"),
         (zipped("rows.jsonl"), "a zip archive: unzip "),
         (zipped("[Content_Types].xml"), "an Excel workbook"),
         (tarred(), "a tar archive: tar -xf "),
-        (b"PAR1" + bytes(20), "a Parquet file; --config.data.name=hub"),
-        (b"ARROW1" + bytes(20), "an Arrow file; --config.data.name=hub"),
         (pickle.dumps(ROWS), "a Python pickle, which is not opened"),
         (b"  <!DOCTYPE html><html>404", "an HTML or XML page, perhaps of an error"),
         (b"<?xml version='1.0'?><Error>", "an HTML or XML page, perhaps of an error"),
@@ -94,50 +83,6 @@ def test_a_file_that_is_no_text_is_named(tmp_path: Path, content: bytes, message
 
 def test_a_database_is_named(tmp_path: Path) -> None:
     assert "an SQLite database" in error(tmp_path / "rows.jsonl", database(tmp_path))
-
-
-@pytest.mark.parametrize("what", ["array", "indented array", "indented", "one line", "commas"])
-def test_json_that_is_not_one_object_a_line_is_told_how_to_become_it(
-    tmp_path: Path, what: str
-) -> None:
-    content, message = {
-        "array": (json.dumps(ROWS), "a JSON array; expected one object a line: jq -c '.[]' "),
-        "indented array": (json.dumps(ROWS, indent=2), "a JSON array; expected one object a line"),
-        "indented": ("\n".join(json.dumps(r, indent=1) for r in ROWS), "JSON over several lines; "),
-        "one line": (LINES.replace("\n", " "), "several objects in a line; "),
-        "commas": (LINES.replace("\n", ",\n"), "objects with commas between them; "),
-    }[what]
-    for text in (content, f"\ufeff{content}", f"\n  \n{content}"):
-        assert message in error(tmp_path / "rows.jsonl", text)
-    long = [{**row, "prompt": "x" * 100_000} for row in ROWS]
-    if what == "array":
-        assert message in error(tmp_path / "rows.jsonl", json.dumps(long))
-    if what == "indented":
-        assert message in error(tmp_path / "rows.jsonl", json.dumps(long[0], indent=2))
-
-
-def test_a_table_is_named_and_the_command_turns_it_into_rows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for separator, name in ((",", "CSV"), ("\t", "TSV"), (";", "CSV")):
-        pd.DataFrame(ROWS).to_csv("my rows.csv", sep=separator, index=False)
-        path = tmp_path / "my rows.csv"
-        message = error(path, path.read_bytes())
-        assert f"a {name} file with the columns prompt, chosen, rejected?" in message
-        exec(shlex.split(message.partition("python -c ")[2])[0])
-        assert [e.prompt for e in load("jsonl", tmp_path / "NEW.jsonl")] == [
-            r["prompt"] for r in ROWS
-        ]
-
-
-def test_python_dicts_are_named_and_the_command_turns_them_into_rows(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    message = error(path, "".join(f"{row}\n" for row in ROWS))
-    assert "Python's dicts, with single quotes" in message
-    command = message.partition("expected one object a line: python")[2]
-    subprocess.run(f"{sys.executable}{command}", shell=True, check=True, cwd=tmp_path)
-    assert [e.prompt for e in load("jsonl", tmp_path / "NEW.jsonl")] == [r["prompt"] for r in ROWS]
 
 
 def test_gzip_is_read_under_any_name(tmp_path: Path) -> None:

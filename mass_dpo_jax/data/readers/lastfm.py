@@ -21,15 +21,13 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from mass_dpo_jax.data import splits, text_files
+from mass_dpo_jax.data import sources
 from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.data.fields import check_string
 from mass_dpo_jax.data.readers import sequences
-from mass_dpo_jax.data.rows import Table, collect
+from mass_dpo_jax.data.rows import collect
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.utils.files import parse_json
 
-PATTERNS = ("lastfm-{}.json", "lastfm-{}.json.gz")
 HETREC = sequences.Format(
     log=("user_taggedartists-timestamps.dat", "\t"),
     names=("artists.dat", "\t"),
@@ -57,18 +55,10 @@ def load(data: ConfigDict, split: str, seed: int) -> list[Example]:
         if not HETREC.is_in(path):
             raise UserError(f"{path}: HetRec's LastFM needs {HETREC.names[0]} and {HETREC.log[0]}")
         return sequences.load(HETREC, data, split, seed)
-    file, source = splits.find_file(path, split, PATTERNS)
-    lines = text_files.read_lines(file)
-    text = "".join(text_files.decode(line, f"{file}:{number}") for number, line in lines)
-    if not text.strip():
-        raise UserError(f"{file}: is empty, expected a JSON array")
-    rows = parse_json(text, file)
-    if not isinstance(rows, list):
-        raise UserError(f"{file}: expected a JSON array of rows, found {type(rows).__name__}")
-    table = Table(str(file), source, [(f"{file} row {i}", row) for i, row in enumerate(rows)])
+    table = sources.open_table(data, split)
 
     def make(row: Any, i: int, location: str) -> Example:
-        return _read_row(row, f"{source.name}-{i}", location, (seed, i), data.list_candidates)
+        return _read_row(row, f"{table.source.name}-{i}", location, (seed, i), data.list_candidates)
 
     return collect(table, make, data, seed)
 

@@ -33,7 +33,6 @@ from mass_dpo_jax.data.readers.questions import Question, check_text
 from mass_dpo_jax.data.rows import Table, collect
 from mass_dpo_jax.errors import UserError
 
-PATTERNS = ("{}.json", "{}.json.gz", "{}.jsonl", "{}.jsonl.gz")
 OPTIONS = ("opa", "opb", "opc", "opd")
 
 _log = logging.getLogger(__name__)
@@ -55,7 +54,7 @@ def load(data: ConfigDict, split: str, seed: int) -> list[Example]:
             something is missing, `cop` is no option, every option has the answer's text, or the
             subject has fewer than `data.num_candidates` different answers.
     """
-    table = questions.open_table(data.path, split, PATTERNS, lambda row: _read_cop(row) is not None)
+    table = questions.open_table(data, split, lambda row: _read_cop(row) is not None)
     table = table._replace(rows=list(table.rows))
     first = _find_first_option(table)
     enlarge = split in ("train", "all") or not data.native_eval

@@ -1,7 +1,7 @@
 """Preference rows: `{"id"?, "prompt"?, "chosen", "rejected", ...}`, a superset of TRL's format.
 
-`read_split` serves the readers `jsonl` and `hub`, `read_preferences` also the library's own rows;
-`read_row` says what a row may look like.
+`load` reads files and datasets, `read_preferences` also the library's own rows; `read_row` says
+what a row may look like.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from mass_dpo_jax.data import sources
 from mass_dpo_jax.data.examples import Example, Message, Text, check_not_rejected
 from mass_dpo_jax.data.fields import (
     check_id,
@@ -43,11 +44,16 @@ UNSUPPORTED_COLUMNS = {
 }
 
 
-def read_split(table: Table, data: ConfigDict, seed: int) -> list[Example]:
-    """Reads the part of a table that its `source` names, as `read_preferences` and `take_part` do.
+def load(data: ConfigDict, split: str, seed: int) -> list[Example]:
+    """Loads a split of the files or the dataset `data.path`, see `sources` and `splits`.
 
-    An example without an id is named after its split (or file) and its row, counted from 0.
+    An example without an id is named after its split (or file) and its row, counted from 0. Reads
+    `path`, `subset`, `splits` and `validation_share` of `data`, and what `read_preferences` reads.
+
+    Raises:
+        UserError: the data cannot be read, or a row is wrong: names it and the field.
     """
+    table = sources.open_table(data, split)
     examples = read_preferences(table, f"{table.source.name}-", data, log_once=True)
     return take_part(table, examples, data, seed)
 

@@ -26,8 +26,6 @@ from mass_dpo_jax.data.readers.questions import Question, check_text
 from mass_dpo_jax.data.rows import collect
 from mass_dpo_jax.errors import UserError
 
-PATTERNS = ("{}.jsonl", "{}.jsonl.gz")
-
 
 def load(data: ConfigDict, split: str, seed: int) -> list[Example]:
     """Loads a split of `data.path`; candidates are in an order drawn by seed and row.
@@ -39,7 +37,7 @@ def load(data: ConfigDict, split: str, seed: int) -> list[Example]:
         UserError: names the file, the line and the field: something is missing, the answer key is
             no choice, or another choice has the answer's text.
     """
-    table = questions.open_table(data.path, split, PATTERNS, lambda row: bool(row.get("answerKey")))
+    table = questions.open_table(data, split, lambda row: bool(row.get("answerKey")))
 
     def make(row: Any, index: int, location: str) -> Question:
         return _read_question(row, index, f"{table.source.name}-{index}", location)

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
-from mass_dpo_jax.data import splits
+from mass_dpo_jax.data import sources
 from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.data.fields import check_string, describe_value
-from mass_dpo_jax.data.readers import hub
-from mass_dpo_jax.data.rows import Table, open_files
+from mass_dpo_jax.data.rows import Table
 from mass_dpo_jax.errors import UserError
 
 LISTED = "{}\n\nOne of these is the answer:\n{}\n\nAnswer:\n"
@@ -53,32 +52,25 @@ class Question:
 
 
 def open_table(
-    path: str, split: str, patterns: Sequence[str], has_answer: Callable[[Mapping[str, Any]], bool]
+    data: ConfigDict, split: str, has_answer: Callable[[Mapping[str, Any]], bool]
 ) -> Table:
-    """Opens the rows of JSON lines or of a dataset (see `hub`); a test split needs answers.
+    """Opens the rows of a split (see `sources`); a test split needs answers.
 
     Test splits are published without answers. If no row has one, the split counts as absent, so
     that validation (or what is held out for it) serves as test; the log says so.
     """
-    table = _open(path, split, patterns, ())
-    if split != "test" or Path(path).is_file():
+    table = sources.open_table(data, split)
+    if split != "test" or not sources.has_splits(data):
         return table
     if table.source.name == "test":
         rows = list(table.rows)
         if any(has_answer(row) for _, row in rows if isinstance(row, Mapping)):
             return table._replace(rows=rows)
         _log.info("%s: no row has an answer", table.name)
-        table = _open(path, split, patterns, ("test",))
+        table = sources.open_table(data, split, without=("test",))
     rows_used = "rows held out of it" if table.source.part == "held_out" else "its rows"
     _log.info("%s: %s serve as test", table.name, rows_used)
     return table
-
-
-def _open(path: str, split: str, patterns: Sequence[str], without: Collection[str]) -> Table:
-    folder = Path(path)
-    if folder.exists() and not splits.is_dataset(folder):
-        return open_files(folder, split, patterns, without)
-    return hub.open_dataset(path, split, without)
 
 
 def check_object(row: Any, fields: Iterable[str], location: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax import config_checks
+from mass_dpo_jax.config import PREFERENCES
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.runs.metrics_files import read_complete_lines, read_metrics_json
 from mass_dpo_jax.runs.resume import NOT_COMPUTED, ROUNDING_ONLY
@@ -135,7 +136,7 @@ def _read_run(folder: Path, configs: Mapping[Path, Any]) -> Run:
     method, n, beta = describe_method(settings)
     model, start = _origin(str(settings["model.path"]), configs)
     dataset = settings["data.name"]
-    if dataset in ("jsonl", "hub"):  # Formats; the path names the data.
+    if dataset in PREFERENCES:  # The path names the data.
         dataset = f"{dataset} {Path(str(settings['data.path'])).name}"
     return Run(
         folder, settings, model, start, dataset, method, n, beta, settings["seed"], state, metrics

@@ -73,7 +73,7 @@ def test_order_does_not_tell_the_answer(tmp_path: Path) -> None:
         ("", "lastfm-test.json: is empty"),
         ([], "lastfm-test.json: is empty"),
         ('[\n{"historyList": }]', "lastfm-test.json:2: invalid JSON"),
-        ({"rows": []}, "expected a JSON array of rows, found dict"),
+        ({"rows": []}, "json:1: field 'historyList' is missing; found rows"),
         ([ROW, 3], "row 1: expected an object, found int"),
         ([{"historyList": "A"}], "row 0: field 'itemList' is missing; found historyList"),
         ([{**ROW, "historyList": ["A"]}], "field 'historyList' must be a string, found a list"),

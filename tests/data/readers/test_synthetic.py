@@ -29,7 +29,10 @@ def test_the_plain_world_never_changes():
     digest = hashlib.sha256()
     for split in synthetic.ROWS:
         for listed in (False, True):
-            digest.update(repr(load(split, 3, listed)).encode())
+            text = repr(load(split, 3, listed))
+            for field in (", also_chosen=()", ", ranks=None"):  # Newer than the digest.
+                text = text.replace(field, "")
+            digest.update(text.encode())
     assert digest.hexdigest() == "4b92dcae2e925b9f2fe8d6dc53baac7d97a6080557617b8822ea80bd45a3b774"
     assert load("test") == load("test", world="plain")
 

@@ -76,7 +76,9 @@ def test_errors(tmp_path: Path) -> None:
     DatasetDict(train_sft=table(1)).save_to_disk(tmp_path / "other")
     with pytest.raises(UserError, match="no split train, validation or test; found train_sft"):
         load(tmp_path / "other", "train")
-    with pytest.raises(UserError, match="is no folder written by save_to_disk"):
+    with pytest.raises(UserError, match="expected files called train, validation or test"):
         load(tmp_path, "train")
-    with pytest.raises(UserError, match="no-such/dataset: the dataset cannot be read"):
+    with pytest.raises(
+        UserError, match="no-such/dataset: no such file or folder, and as a dataset"
+    ):
         load("no-such/dataset", "train")
