@@ -236,12 +236,15 @@ def experiment_settings(run: Run) -> dict[str, Any]:
 
 
 def paper_differences(run: Run) -> dict[str, Any]:
-    """Returns the settings of a run's experiment that are not the paper's, with its values."""
+    """Returns the settings of a run's experiment that are not the paper's, with its values.
+
+    A setting that other versions of this program had, and this one has not, is among them.
+    """
     paper = {**_paper_settings(run.settings["data.name"]), "start": "model"}
     return {
         name: value
         for name, value in experiment_settings(run).items()
-        if not name.startswith(ROUNDING_ONLY) and value != paper[name]
+        if not name.startswith(ROUNDING_ONLY) and value != paper.get(name)
     }
 
 

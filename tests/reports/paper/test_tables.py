@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -225,6 +226,16 @@ def test_only_the_same_model_stands_beside_the_papers(tmp_path: Path) -> None:
     assert groups == [
         ("Qwen3", 1), ("SmolLM3", 1), ("Llama3", 1), ("Qwen3-0.6B", 1), ("Qwen3-4B-Base", 1),
     ]  # fmt: skip
+
+
+def test_settings_of_other_versions_are_not_the_papers(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", start=QWEN, **{"data.max_train": 20_000})
+    config = json.loads((run / "config.json").read_text())
+    config["selection"]["search"] = "exchange"  # Gone since.
+    (run / "config.json").write_text(json.dumps(config))
+    make_report([tmp_path], tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "that are not the paper's: model.dtype=float32, selection.search=exchange." in text
 
 
 def test_the_papers_row_takes_its_own_method_and_settings(tmp_path: Path) -> None:
