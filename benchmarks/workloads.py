@@ -54,18 +54,20 @@ class Workload:
     kv_heads: int = 2
     mlp: int = 1024
     vocabulary: int = 8192
+    family: str = "llama"
 
     @property
     def model(self) -> DecoderConfig:
         return DecoderConfig.from_hf(
             {
-                "model_type": "llama",
+                "model_type": self.family,
                 "vocab_size": self.vocabulary,
                 "hidden_size": self.width,
                 "intermediate_size": self.mlp,
                 "num_hidden_layers": self.layers,
                 "num_attention_heads": self.heads,
                 "num_key_value_heads": self.kv_heads,
+                "head_dim": self.width // self.heads,
                 "max_position_embeddings": 4096,
                 "rms_norm_eps": 1e-5,
                 "initializer_range": self.width**-0.5,

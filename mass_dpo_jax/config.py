@@ -59,7 +59,10 @@ CHOICES = {
     "model.layout": ("packed", "rectangle"),
     "model.attention": ("auto", "plain", "fused"),
     "model.lora.base": ("float32", "bfloat16", "int8", "nf4"),
-    "model.scratch.model_type": ("llama", "qwen2", "qwen3", "smollm3", "mistral"),
+    "model.scratch.model_type": (
+        *("llama", "qwen2", "qwen3", "smollm3", "mistral"),
+        *("gemma2", "gemma3_text"),
+    ),
     "data.name": (
         "preferences",
         "lastfm",

@@ -15,7 +15,7 @@ import numpy as np
 from benchmarks import cost
 from benchmarks.workloads import Workload
 from mass_dpo_jax.models.config import DecoderConfig
-from mass_dpo_jax.models.positions import Llama3Scaling
+from mass_dpo_jax.models.positions import Llama3Scaling, Rope
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +27,14 @@ class Llama(Workload):
         return dataclasses.replace(
             super().model,
             max_positions=131072,
-            rope_theta=500000.0,
-            rope_scaling=Llama3Scaling(
-                factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192
+            rope=Rope(
+                500000.0,
+                Llama3Scaling(
+                    factor=32.0,
+                    low_freq_factor=1.0,
+                    high_freq_factor=4.0,
+                    original_max_positions=8192,
+                ),
             ),
         )
 

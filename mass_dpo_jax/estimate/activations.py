@@ -54,12 +54,13 @@ def last_layer_record_bytes(model: DeviceModel, layout: BatchLayout) -> int:
 def _recorded_products(model: DeviceModel) -> tuple[int, int]:
     """Counts recorded values per token and layer: keys and values, and other products.
 
-    A layer's last product is not recorded.
+    A layer's last product is not recorded, unless a norm follows it.
     """
     if model.remat == "full":
         return 0, 0
     # Attention's output projection, queries, and the MLP's gate and up.
-    return 2 * model.key_width, model.hidden + model.query_width + 2 * model.inner
+    others = model.hidden + model.query_width + 2 * model.inner
+    return 2 * model.key_width, others + (model.hidden if model.norms_outputs else 0)
 
 
 # Temporaries. Tokens hold values of the compute type, pairs float32 scores for every head.

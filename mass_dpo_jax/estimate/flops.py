@@ -70,10 +70,11 @@ def training_flops(model: DeviceModel, layout: BatchLayout, recorded: bool = Fal
         recorded: whether scoring the pool was the forward pass, and is counted there.
     """
     # The backward pass computes logits and attention again, with remat=full also all products of
-    # the layers but their last.
+    # the layers, but their last if no norm follows.
     recomputed = attention_flops(model, layout) + logits_flops(model, layout)
     if model.remat == "full":
-        weights = model.layer_weights - model.inner * model.hidden
+        last = 0 if model.norms_outputs else model.inner * model.hidden
+        weights = model.layer_weights - last
         recomputed += product_flops(model, layout, weights, model.key_value_weights)
     # Gradients of weights are half of the backward pass; frozen ones have none.
     frozen = 0

@@ -149,6 +149,7 @@ class DeviceModel:
         head_dim: d, size of a head.
         itemsize: bytes of a value of the compute type.
         remat: "dots" or "full", as `config.model.remat`.
+        norms_outputs: whether norms follow attention and MLP.
         gathers_weights: whether weights are stored in parts, on devices that compute with them
             whole.
         fused: whether attention is a fused kernel.
@@ -168,6 +169,7 @@ class DeviceModel:
     head_dim: int
     itemsize: int
     remat: str
+    norms_outputs: bool = False
     gathers_weights: bool = False
     fused: bool = False
     max_logits: int = MAX_LOGITS
@@ -203,6 +205,7 @@ class DeviceModel:
             head_dim=config.head_dim,
             itemsize=itemsize,
             remat=remat,
+            norms_outputs="mlp_output_norm" in config.family.norms,
             gathers_weights=fsdp > 1,
             fused=fused,
             max_logits=max_logits,

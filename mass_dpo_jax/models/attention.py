@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from mass_dpo_jax.models.interfaces import WHOLE, Attend, Attention, Window
+from mass_dpo_jax.models.interfaces import NO_LIMITS, Attend, Attention, Limits
 
 # Finite, so that a query without keys gives a mean of garbage and not NaN.
 MASKED = -1e30
@@ -30,7 +30,7 @@ def attend_causally(
     key_BTGd: Float[Array, "B T G d"],
     value_BTGd: Float[Array, "B T G d"],
     layer_input: Any = None,
-    window: Window = WHOLE,
+    limits: Limits = NO_LIMITS,
     /,
 ) -> tuple[Float[Array, "B T H d"], tuple[Array, Array]]:
     """Lets every token see itself and those before it; keeps (keys, values). An `Attend`.
@@ -40,46 +40,46 @@ def attend_causally(
     del layer_input
     batch, length = query_BTHd.shape[:2]
     query_BGEQWd, key_BGEWd, value_BGEWd = _put_heads_first(query_BTHd, key_BTGd, value_BTGd, 1)
-    scores_BGEQWW = einsum_f32("bgeqwd,bgesd->bgeqws", query_BGEQWd, key_BGEWd)
-    visible_WW = see_causally(length, window)[(None,) * 4]
+    scores_BGEQWW = score("bgeqwd,bgesd->bgeqws", query_BGEQWd, key_BGEWd, limits)
+    visible_WW = see_causally(length, limits)[(None,) * 4]
     scores_BGEQWW = jnp.where(visible_WW, scores_BGEQWW, MASKED)
     attended = _weigh_values([scores_BGEQWW], [value_BGEWd], ["bgeqws,bgesd->bgeqwd"])
     attended_BTHd = _put_tokens_first(attended.astype(query_BTHd.dtype), batch, length)
     return attended_BTHd, (key_BTGd, value_BTGd)
 
 
-def see_causally(length: int, window: Window) -> Bool[Array, "T T"]:
+def see_causally(length: int, limits: Limits) -> Bool[Array, "T T"]:
     """Returns which tokens of a text each of them sees: itself and those before it."""
     visible = jnp.tri(length, dtype=bool)
-    if window.reaches(length):
+    if limits.reach(length):
         return visible
     places = jnp.arange(length)
-    return visible & window.shows(places[:, None] - places[None])
+    return visible & limits.show(places[:, None] - places[None])
 
 
 def see_prompt(
     prompt_size: int,
     prompt_lengths_B: Int[Array, " B"],
     offsets_BEW: Int[Array, "B E W"],
-    window: Window,
+    limits: Limits,
 ) -> Bool[Array, "B E W P"]:
     """Returns which tokens of the prompt each token of a response sees; E = W = 1: all the same."""
     places_111P = jnp.arange(prompt_size)[None, None, None]
     lengths_B111 = prompt_lengths_B[:, None, None, None]
     real_B11P = places_111P < lengths_B111
-    if window.reaches(prompt_size + offsets_BEW.shape[-1]):
+    if limits.reach(prompt_size + offsets_BEW.shape[-1]):
         return real_B11P
     # Positions go on from the prompt's own length, wherever the token lies in its group.
-    return real_B11P & window.shows(lengths_B111 + offsets_BEW[..., None] - places_111P)
+    return real_B11P & limits.show(lengths_B111 + offsets_BEW[..., None] - places_111P)
 
 
-def see_own(segments_BEW: Int[Array, "B E W"], window: Window) -> Bool[Array, "B E W W"]:
+def see_own(segments_BEW: Int[Array, "B E W"], limits: Limits) -> Bool[Array, "B E W W"]:
     """Returns which tokens of its group each one sees: those of its own segment, not after it.
 
     A segment's tokens lie side by side, so they are as far apart as their positions.
     """
     same_BEWW = segments_BEW[..., :, None] == segments_BEW[..., None, :]
-    return same_BEWW & see_causally(segments_BEW.shape[-1], window)[None, None]
+    return same_BEWW & see_causally(segments_BEW.shape[-1], limits)[None, None]
 
 
 def make_response_attend(
@@ -101,7 +101,7 @@ def make_response_attend(
     """
 
     def attend(
-        query_BTHd: Array, key_BTGd: Array, value_BTGd: Array, layer_input: Any, window: Window, /
+        query_BTHd: Array, key_BTGd: Array, value_BTGd: Array, layer_input: Any, limits: Limits, /
     ) -> tuple[Array, None]:
         batch, length = query_BTHd.shape[:2]
         groups = segments_BEW.shape[1]
@@ -110,15 +110,15 @@ def make_response_attend(
             query_BTHd, key_BTGd, value_BTGd, groups
         )
 
-        prompt_scores_BGEQWP = einsum_f32("bgeqwd,bgpd->bgeqwp", query_BGEQWd, prompt_key_BGPd)
-        visible_BEWP = see_prompt(prompt_key_BGPd.shape[2], prompt_lengths_B, offsets_BEW, window)
+        prompt_scores_BGEQWP = score("bgeqwd,bgpd->bgeqwp", query_BGEQWd, prompt_key_BGPd, limits)
+        visible_BEWP = see_prompt(prompt_key_BGPd.shape[2], prompt_lengths_B, offsets_BEW, limits)
         prompt_scores_BGEQWP = jnp.where(
             visible_BEWP[:, None, :, None], prompt_scores_BGEQWP, MASKED
         )
 
-        response_scores_BGEQWW = einsum_f32("bgeqwd,bgesd->bgeqws", query_BGEQWd, key_BGEWd)
+        response_scores_BGEQWW = score("bgeqwd,bgesd->bgeqws", query_BGEQWd, key_BGEWd, limits)
         response_scores_BGEQWW = jnp.where(
-            see_own(segments_BEW, window)[:, None, :, None], response_scores_BGEQWW, MASKED
+            see_own(segments_BEW, limits)[:, None, :, None], response_scores_BGEQWW, MASKED
         )
 
         attended = _weigh_values(
@@ -150,17 +150,30 @@ def make_shared_prefix_attend(
     attend_responses = attention.make_response_attend(prompt_lengths_B, segments_BEW, offsets_BEW)
 
     def attend(
-        query_BTHd: Array, key_BTGd: Array, value_BTGd: Array, layer_input: Any, window: Window, /
+        query_BTHd: Array, key_BTGd: Array, value_BTGd: Array, layer_input: Any, limits: Limits, /
     ) -> tuple[Array, None]:
         del layer_input
         arrays = query_BTHd, key_BTGd, value_BTGd
         query, key, value = (x[:, :prompt_size] for x in arrays)
-        prompt_BPHd, keys_values = attention.attend_causally(query, key, value, None, window)
+        prompt_BPHd, keys_values = attention.attend_causally(query, key, value, None, limits)
         query, key, value = (x[:, prompt_size:] for x in arrays)
-        responses, _ = attend_responses(query, key, value, keys_values, window)
+        responses, _ = attend_responses(query, key, value, keys_values, limits)
         return jnp.concatenate([prompt_BPHd, responses], axis=1), None
 
     return attend
+
+
+def score(spec: str, queries: Array, keys: Array, limits: Limits) -> Float[Array, "*scores"]:
+    """Computes float32 scores of queries and keys by an einsum, and caps them softly."""
+    scores = einsum_f32(spec, queries, keys)
+    if limits.soft_cap is None:
+        return scores
+    return cap_softly(scores, limits.soft_cap)
+
+
+def cap_softly(x: Array, cap: float) -> Array:
+    """Returns cap * tanh(x / cap): nearly x where it is small, never beyond +-cap."""
+    return cap * jnp.tanh(x / cap)
 
 
 def _weigh_values(scores: list[Array], values: list[Array], products: list[str]) -> Array:

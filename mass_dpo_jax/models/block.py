@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -19,20 +20,28 @@ from mass_dpo_jax.models.quantize import matmul
 from mass_dpo_jax.models.rotary import rotate
 
 EMPTY: Mapping[str, Any] = MappingProxyType({})
+ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 
 
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps) * scale over the last axis, computed in float32."""
+    """x / sqrt(mean(x^2) + eps) * (offset + scale) over the last axis, computed in float32.
 
-    def __init__(self, size: int, eps: float, dim: str | None):
-        self.scale = nnx.Param(jnp.ones(size, jnp.float32), dims=(dim,))
+    A new norm multiplies by 1: its scale is 1 - offset.
+    """
+
+    def __init__(self, size: int, eps: float, dim: str | None, offset: float):
+        self.scale = nnx.Param(jnp.full(size, 1.0 - offset, jnp.float32), dims=(dim,))
         self.eps = eps
+        self.offset = offset
 
     def __call__(self, x: Float[Array, "*tokens size"]) -> Float[Array, "*tokens size"]:
         """Returns x divided by its root mean square, times the scale."""
         wide = x.astype(jnp.float32)
         inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        scale = jnp.expand_dims(self.scale[...], range(x.ndim - 1))
+        scale = jnp.expand_dims(self.scale[...] + self.offset, range(x.ndim - 1))
         return (wide * inverse * scale).astype(x.dtype)
 
 
@@ -66,22 +75,27 @@ class Block(nnx.Module):
             has_bias = name in config.family.biases
             return Linear(*config.projections[name], config.initializer_range, has_bias, rngs)
 
-        def norm(name: str, size: int, dim: str | None) -> RMSNorm | None:
-            return RMSNorm(size, eps, dim) if name in config.family.norms else None
+        def norm(name: str, size: int = config.hidden_size, dim: str | None = "embed") -> Any:
+            if name not in config.family.norms:
+                return None
+            return RMSNorm(size, config.rms_norm_eps, dim, config.family.norm_offset)
 
-        embed, eps = config.hidden_size, config.rms_norm_eps
         self.head_dim = config.head_dim
-        self.attention_norm = RMSNorm(embed, eps, "embed")
+        self.query_scale = config.query_pre_attn_scalar**-0.5
+        self.activation = ACTIVATIONS[config.activation]
+        self.attention_norm = norm("attention_norm")
         self.query = linear("query")
         self.key = linear("key")
         self.value = linear("value")
         self.query_norm = norm("query_norm", config.head_dim, None)
         self.key_norm = norm("key_norm", config.head_dim, None)
         self.output = linear("output")
-        self.mlp_norm = RMSNorm(embed, eps, "embed")
+        self.attention_output_norm = norm("attention_output_norm")
+        self.mlp_norm = norm("mlp_norm")
         self.gate = linear("gate")
         self.up = linear("up")
         self.down = linear("down")
+        self.mlp_output_norm = norm("mlp_output_norm")
 
     def __call__(
         self,
@@ -105,7 +119,8 @@ class Block(nnx.Module):
             outputs: the only tokens for which the last layer computes more than keys and values.
 
         Returns:
-            The stream [B * O, D], what `attend` keeps, and every projection but "down".
+            The stream [B * O, D], what `attend` keeps, and every projection that the backward pass
+            needs: all but "down", unless a norm follows it.
         """
         projections = {}
 
@@ -125,7 +140,7 @@ class Block(nnx.Module):
             return x.reshape(len(cos), -1, x.shape[-1] // self.head_dim, self.head_dim)
 
         with jax.named_scope("attention"):
-            y = self.attention_norm(x)
+            y = _normalize(self.attention_norm, x)
             key = split_heads(project_and_keep("key", y))
             value = split_heads(project_and_keep("value", y))
             angles = cos, sin
@@ -136,16 +151,24 @@ class Block(nnx.Module):
                 )
                 angles = gather(cos), gather(sin)
             query = split_heads(project_and_keep("query", y))
-            if self.query_norm is not None and self.key_norm is not None:
-                query, key = self.query_norm(query), self.key_norm(key)
-            query = rotate(query, *angles, scale=self.head_dim**-0.5)
+            query, key = _normalize(self.query_norm, query), _normalize(self.key_norm, key)
+            query = rotate(query, *angles, scale=self.query_scale)
             key = rotate(key, cos, sin)
             attended, kept = attend(query, key, value)
-            x = x + project_and_keep("output", attended.reshape(x.shape[0], -1))
+            y = project_and_keep("output", attended.reshape(x.shape[0], -1))
+            x = x + _normalize(self.attention_output_norm, y)
         with jax.named_scope("mlp"):
-            y = self.mlp_norm(x)
-            hidden = jax.nn.silu(project_and_keep("gate", y)) * project_and_keep("up", y)
-            return x + project("down", hidden), kept, projections
+            y = _normalize(self.mlp_norm, x)
+            y = self.activation(project_and_keep("gate", y)) * project_and_keep("up", y)
+            # The backward pass needs the result only if a norm follows.
+            project_down = project if self.mlp_output_norm is None else project_and_keep
+            x = x + _normalize(self.mlp_output_norm, project_down("down", y))
+        return x, kept, projections
+
+
+def _normalize(norm: RMSNorm | None, x: Array) -> Array:
+    """Applies a norm, where the family has it."""
+    return x if norm is None else norm(x)
 
 
 def _project(
@@ -154,7 +177,7 @@ def _project(
     """Returns x W + bias + (x A) B of x [tokens, in], in its type."""
     y = matmul(x, weights)
     if bias is not None:
-        y = y + bias.astype(x.dtype)
+        y = y + bias.astype(x.dtype)[None]
     if adapter is None:
         return y
     return y + (x @ adapter["a"].astype(x.dtype)) @ adapter["b"].astype(x.dtype)

@@ -71,7 +71,9 @@ def score_candidates(
     sharding = None if model.hidden_shardings is None else model.hidden_shardings.stream
 
     def compute(previous: Array, weights: Array, targets: Array) -> Array:
-        return compute_token_logps(previous, weights, targets, max_logits, sharding)
+        return compute_token_logps(
+            previous, weights, targets, max_logits, sharding, model.config.logit_soft_cap
+        )
 
     args = (
         previous.reshape(batch, -1, size),

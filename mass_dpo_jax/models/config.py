@@ -9,14 +9,15 @@ from typing import Any
 
 from mass_dpo_jax.config import split_targets
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.models.families import FAMILIES, PROJECTIONS, Family
+from mass_dpo_jax.models.families import FAMILIES, MULTIMODAL, PROJECTIONS, Family
 from mass_dpo_jax.models.fields import FieldReader
 from mass_dpo_jax.models.folder import explain_missing_config
 from mass_dpo_jax.models.positions import (
-    Scaling,
+    Rope,
     read_rope,
     read_rope_layers,
     read_windows,
+    write_rope,
     write_windows,
 )
 from mass_dpo_jax.utils.files import read_json
@@ -43,8 +44,24 @@ def parse_targets(text: str) -> tuple[str, ...]:
     return tuple(ours for theirs, ours in TARGETS.items() if theirs in names)
 
 
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
+# Fields that change what some families compute, and that transformers ignores in the others.
+COMPUTED_IN_SOME = (
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "rope_local_base_freq",
+)
+QUANTIZED = ("quantization_config", "quantization", "compression_config")
+OF_THE_WHOLE = ("bos_token_id", "eos_token_id")  # Fields that a multimodal model has outside.
 # Fields in which a model and one tuned from it often differ.
-NOT_COMPUTED = ("initializer_range", "max_positions", "bos_token_id", "eos_token_ids")
+NOT_COMPUTED = (
+    "initializer_range",
+    "max_positions",
+    "bos_token_id",
+    "eos_token_ids",
+    "part_of",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +69,15 @@ class DecoderConfig:
     """The shape of a decoder: sizes, positions, and which family's details it has.
 
     Attributes:
+        activation: the nonlinear function of the MLP's gate.
+        query_pre_attn_scalar: scores are divided by its square root.
+        attention_soft_cap: the bound of scores, see `interfaces.Limits`; None: there is none.
+        logit_soft_cap: that of logits.
+        rope: rotary settings.
         rope_layers: [num_layers], False: this layer sees no positions.
         window: the tokens that a token of a local layer sees, itself included; None: all.
         local_layers: [num_layers], which layers have the window.
+        part_of: the `model_type` of the multimodal model whose text model this is, if any.
     """
 
     model_type: str
@@ -66,8 +89,11 @@ class DecoderConfig:
     num_kv_heads: int
     head_dim: int
     rms_norm_eps: float
-    rope_theta: float
-    rope_scaling: Scaling | None
+    activation: str
+    query_pre_attn_scalar: int
+    attention_soft_cap: float | None
+    logit_soft_cap: float | None
+    rope: Rope
     rope_layers: tuple[bool, ...]
     window: int | None
     local_layers: tuple[bool, ...]
@@ -76,6 +102,7 @@ class DecoderConfig:
     max_positions: int
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    part_of: str = ""
 
     @property
     def family(self) -> Family:
@@ -115,12 +142,14 @@ class DecoderConfig:
         """Reads the contents of a `config.json`, named `location` in messages.
 
         Both schemas of rotary settings are read: `rope_parameters` (transformers 5) and
-        `rope_theta` with `rope_scaling` (before).
+        `rope_theta` with `rope_scaling` (before). Of a multimodal model, the text model is read.
 
         Raises:
             UserError: the decoder does not compute exactly this: better no model than a subtly
                 different one.
         """
+        if config.get("model_type") in MULTIMODAL:
+            return _read_text_model(FieldReader(config, location))
         family = _find_family(FieldReader(config, location))
         reader = FieldReader({**family.defaults, **config}, location)
         _check_supported(reader, family)
@@ -134,7 +163,6 @@ class DecoderConfig:
         if head_dim % 2:
             raise reader.error("head_dim", head_dim, "an even number")
         max_positions = reader.read_integer("max_position_embeddings")
-        rope_theta, rope_scaling = read_rope(reader, max_positions)
         rope_layers = read_rope_layers(reader, family, num_layers)
         window, local_layers = read_windows(reader, family, rope_layers)
         vocab_size = reader.read_integer("vocab_size")
@@ -151,8 +179,11 @@ class DecoderConfig:
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             rms_norm_eps=reader.read_number("rms_norm_eps", 1e-6),
-            rope_theta=rope_theta,
-            rope_scaling=rope_scaling,
+            activation=_read_activation(reader, family),
+            query_pre_attn_scalar=reader.read_integer("query_pre_attn_scalar", head_dim),
+            attention_soft_cap=reader.read_optional_number("attn_logit_softcapping"),
+            logit_soft_cap=reader.read_optional_number("final_logit_softcapping"),
+            rope=read_rope(reader, family, max_positions),
             rope_layers=rope_layers,
             window=window,
             local_layers=local_layers,
@@ -166,11 +197,12 @@ class DecoderConfig:
     def to_hf(self) -> dict[str, Any]:
         """Returns the contents of a `config.json` for transformers, before and after version 5.
 
+        Of a multimodal model's text model it is that of the whole, without its other parts.
+
         Readers before 5 look only at `rope_theta` and `rope_scaling` and silently fall back to
         10000 without them, so both schemas are written; they say the same thing.
         """
         family, eos = self.family, self.eos_token_ids
-        scaling = None if self.rope_scaling is None else self.rope_scaling.to_hf()
         config: dict[str, Any] = {
             "architectures": [family.architecture],
             "model_type": self.model_type,
@@ -181,12 +213,8 @@ class DecoderConfig:
             "num_attention_heads": self.num_heads,
             "num_key_value_heads": self.num_kv_heads,
             "head_dim": self.head_dim,
-            "hidden_act": "silu",
+            family.activation_field: self.activation,
             "rms_norm_eps": self.rms_norm_eps,
-            "rope_theta": self.rope_theta,
-            "rope_scaling": scaling,
-            "rope_parameters": {"rope_theta": self.rope_theta}
-            | (scaling or {"rope_type": "default"}),
             "tie_word_embeddings": self.tie_embeddings,
             "initializer_range": self.initializer_range,
             "max_position_embeddings": self.max_positions,
@@ -197,7 +225,22 @@ class DecoderConfig:
             config |= {"attention_bias": False, "mlp_bias": False}
         if "no_rope_layer_interval" in family.defaults:
             config["no_rope_layers"] = [int(used) for used in self.rope_layers]
-        return config | write_windows(family, self.window, self.local_layers)
+        for field, value in (
+            ("query_pre_attn_scalar", self.query_pre_attn_scalar),
+            ("attn_logit_softcapping", self.attention_soft_cap),
+            ("final_logit_softcapping", self.logit_soft_cap),
+        ):
+            if field in family.defaults:
+                config[field] = value
+        config |= write_rope(self.rope) | write_windows(family, self.window, self.local_layers)
+        if not self.part_of:
+            return config
+        return {
+            "architectures": [MULTIMODAL[self.part_of][0]],
+            "model_type": self.part_of,
+            "tie_word_embeddings": self.tie_embeddings,
+            "text_config": config,
+        }
 
 
 def load_config(folder: str | Path) -> DecoderConfig:
@@ -215,11 +258,32 @@ def load_config(folder: str | Path) -> DecoderConfig:
     return DecoderConfig.from_hf(config, str(path))
 
 
+def _read_text_model(reader: FieldReader) -> DecoderConfig:
+    """Reads the text model of a multimodal one."""
+    config, model_type = reader.config, reader.config["model_type"]
+    architecture, text_type = MULTIMODAL[model_type]
+    for name in reader.read_list("architectures"):
+        if name != architecture:
+            raise reader.error("architectures", name, architecture)
+    text = {"model_type": text_type, **reader.read_object("text_config"), "architectures": None}
+    if text["model_type"] != text_type:
+        raise reader.error("text_config.model_type", text["model_type"], repr(text_type))
+    # The whole model's settings.
+    default = FAMILIES[text_type].defaults["tie_word_embeddings"]
+    tied = reader.read_flag("tie_word_embeddings", default)
+    if (found := text.get("tie_word_embeddings", tied)) != tied:
+        raise reader.error("text_config.tie_word_embeddings", found, f"{tied}, as outside of it")
+    whole = {name: config[name] for name in (*OF_THE_WHOLE, *QUANTIZED) if name in config}
+    text |= {"tie_word_embeddings": tied, **whole}
+    read = DecoderConfig.from_hf(text, f"{reader.location}: text_config")
+    return dataclasses.replace(read, part_of=model_type)
+
+
 def _find_family(reader: FieldReader) -> Family:
     """Returns the family that `model_type` names; UserError if it is not supported."""
     model_type = reader.config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        expected = f"one of {', '.join(FAMILIES)} (other families are not supported)"
+        expected = f"one of {', '.join((*FAMILIES, *MULTIMODAL))} (others are not supported)"
         raise reader.error("model_type", model_type, expected)
     family = FAMILIES[model_type]
     for name in reader.read_list("architectures"):
@@ -231,17 +295,27 @@ def _find_family(reader: FieldReader) -> Family:
 def _check_supported(reader: FieldReader, family: Family) -> None:
     """Raises UserError for settings of models that the decoder does not compute."""
     config = reader.config
-    if (activation := config.get("hidden_act", "silu")) != "silu":
-        raise reader.error("hidden_act", activation, "'silu'")
+    for field in COMPUTED_IN_SOME:
+        if config.get(field) is not None and field not in family.defaults:
+            raise reader.error(field, config[field], f"null in a {config['model_type']} model")
+    if config.get("use_bidirectional_attention"):
+        raise reader.error("use_bidirectional_attention", True, "false (true is not supported)")
     # Where a family has biases of its own, transformers does not read these.
     for field in ("attention_bias", "mlp_bias"):
         if config.get(field) and not family.biases:
             raise reader.error(field, config[field], "false (true is not supported)")
-    for field in ("quantization_config", "quantization", "compression_config"):
+    for field in QUANTIZED:
         if config.get(field) is not None:
             raise reader.error(field, f"{_name_quantization(config[field])} weights", UNQUANTIZED)
     if config.get("partial_rotary_factor", 1.0) not in (None, 1, 1.0):
         raise reader.error("partial_rotary_factor", config["partial_rotary_factor"], "1.0")
+
+
+def _read_activation(reader: FieldReader, family: Family) -> str:
+    activation = reader.config.get(family.activation_field, "silu")
+    if activation not in ACTIVATIONS:
+        raise reader.error(family.activation_field, activation, " or ".join(map(repr, ACTIVATIONS)))
+    return activation
 
 
 def _name_quantization(settings: Any) -> str:

@@ -27,10 +27,11 @@ from mass_dpo_jax.models.interfaces import (
     HiddenShardings,
     LayerKinds,
     LayerRecord,
+    Limits,
     OutputTokens,
-    Window,
 )
 from mass_dpo_jax.models.lora import Adapters, Lora
+from mass_dpo_jax.models.positions import Scaling
 from mass_dpo_jax.models.rotary import compute_rope_frequencies
 
 REMAT = ("dots", "full")
@@ -88,7 +89,8 @@ class Decoder(nnx.Module):
         self.blocks = make_blocks(rngs)
         for _, parameter in nnx.to_flat_state(nnx.state(self.blocks, nnx.Param)):
             parameter.set_metadata(dims=("layer", *parameter.get_metadata("dims")))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, "embed")
+        offset = config.family.norm_offset
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, "embed", offset)
         self.head = None if config.tie_embeddings else make_vocabulary()
         self.adapters = None if lora is None else Adapters(config, lora, rngs=rngs)
 
@@ -189,8 +191,11 @@ class Decoder(nnx.Module):
 
     @jax.named_scope("embed")
     def embed_tokens(self, tokens: Int[Array, "B T"]) -> Float[Array, "tokens D"]:
-        """Looks embeddings up, [B * T, D] in the compute type."""
+        """Looks embeddings up, and scales them if the family does; in the compute type."""
         x = self.embed[...][tokens.reshape(-1)].astype(self.dtype)
+        if self.config.family.scales_embeddings:
+            # Rounded to the compute type, as transformers rounds it.
+            x *= jnp.float32(self.config.hidden_size**0.5).astype(self.dtype)
         if self.hidden_shardings is not None:
             x = jax.lax.with_sharding_constraint(x, self.hidden_shardings.embedded)
         return self._constrain(x)
@@ -225,11 +230,15 @@ class Decoder(nnx.Module):
         if outputs is not None:
             attend = outputs.attend
         config = self.config
-        frequencies = compute_rope_frequencies(
-            config.head_dim, config.rope_theta, config.rope_scaling
-        )
-        angles = positions[..., None] * frequencies[None, None]
-        cos, sin = jnp.cos(angles), jnp.sin(angles)
+
+        def compute_turns(theta: float, scaling: Scaling | None) -> tuple[Array, Array]:
+            frequencies = compute_rope_frequencies(config.head_dim, theta, scaling)
+            angles = positions[..., None] * frequencies[None, None]
+            return jnp.cos(angles), jnp.sin(angles)
+
+        turns = local_turns = compute_turns(config.rope.theta, config.rope.scaling)
+        if config.rope.local_theta is not None:
+            local_turns = compute_turns(config.rope.local_theta, None)
         definition, _ = nnx.split(self.blocks)
 
         def apply_layer(
@@ -239,13 +248,16 @@ class Decoder(nnx.Module):
             layer_input: Any = None,
         ) -> tuple[Array, Any, dict[str, Array]]:
             weights, kind = layer
-            window = Window(config.window, kind.is_local)
+            cos, sin = turns
+            if config.rope.local_theta is not None:
+                cos, sin = (jnp.where(kind.is_local, *pair) for pair in zip(local_turns, turns))
+            limits = Limits(config.window, kind.is_local, config.attention_soft_cap)
             adapters = {} if self.lora is None else self.lora.scale_adapters(weights["adapters"])
             x, attend_outputs, projections = nnx.merge(definition, weights["blocks"])(
                 x,
                 jnp.where(kind.has_positions, cos, 1.0),
                 jnp.where(kind.has_positions, sin, 0.0),
-                lambda query, key, value: attend(query, key, value, layer_input, window),
+                lambda query, key, value: attend(query, key, value, layer_input, limits),
                 recorded_projections,
                 adapters,
                 outputs,

@@ -21,6 +21,13 @@ NORMS_BEFORE = {
     "attention_norm": "input_layernorm",
     "mlp_norm": "post_attention_layernorm",
 }
+# ... before and after each of them ...
+NORMS_AROUND = {
+    "attention_norm": "input_layernorm",
+    "attention_output_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_output_norm": "post_feedforward_layernorm",
+}
 # ... and of each head of queries and keys.
 HEAD_NORMS = {"query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm"}
 
@@ -33,19 +40,42 @@ class Family:
         architecture: the class of transformers.
         defaults: fields that transformers assumes where `config.json` is silent.
         norms: the norms of a layer, by our names, and Hugging Face's names within a layer.
+        norm_offset: what is added to the weights of a norm.
         biases: projections with a bias.
+        scales_embeddings: whether hidden states start as embeddings times sqrt(hidden_size).
+        activation_field: the field that names the activation of the MLP's gate.
         window: the layers in which a token sees no more than `sliding_window` tokens, unless
-            `layer_types` lists them: "none", "all", "last" (from `max_window_layers` on) or
-            "no_rope" (those without rotary positions).
+            `layer_types` lists them: "none", "all", "last" (from `max_window_layers` on), "no_rope"
+            (those without rotary positions) or "interval" (all but every n-th).
     """
 
     architecture: str
     defaults: Mapping[str, Any]
     norms: Mapping[str, str] = dataclasses.field(default_factory=lambda: NORMS_BEFORE)
+    norm_offset: float = 0.0
     biases: tuple[str, ...] = ()
+    scales_embeddings: bool = False
+    activation_field: str = "hidden_act"
     window: str = "none"
 
 
+GEMMA: dict[str, Any] = {
+    "vocab_size": 256_000,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 8192,
+    "rope_theta": 10_000.0,
+    "tie_word_embeddings": True,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+}
 FAMILIES = {
     "llama": Family(
         "LlamaForCausalLM",
@@ -100,4 +130,32 @@ FAMILIES = {
         },
         window="all",
     ),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        GEMMA | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        norms=NORMS_AROUND,
+        norm_offset=1.0,
+        scales_embeddings=True,
+        activation_field="hidden_activation",
+        window="interval",
+    ),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        GEMMA
+        | {
+            "vocab_size": 262_208,
+            "max_position_embeddings": 131_072,
+            "rope_theta": 1_000_000.0,
+            "rope_local_base_freq": 10_000.0,
+            "sliding_window_pattern": 6,
+            "final_logit_softcapping": None,
+        },
+        norms=NORMS_AROUND | HEAD_NORMS,
+        norm_offset=1.0,
+        scales_embeddings=True,
+        activation_field="hidden_activation",
+        window="interval",
+    ),
 }
+# Models of which the text model alone is read: their class, and the family of their `text_config`.
+MULTIMODAL = {"gemma3": ("Gemma3ForConditionalGeneration", "gemma3_text")}

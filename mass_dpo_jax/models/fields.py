@@ -47,6 +47,13 @@ class FieldReader:
             raise self.error(field, value, "a list")
         return value or []
 
+    def read_object(self, field: str) -> Mapping[str, Any]:
+        """Reads an object, empty if the field is absent or null."""
+        value = self.config.get(field)
+        if value is not None and not isinstance(value, dict):
+            raise self.error(field, value, "an object")
+        return value or {}
+
     def read_token_ids(self, field: str, size: int) -> tuple[int, ...]:
         """Reads one or several token ids of a vocabulary of `size`; none if absent or null.
 
@@ -69,6 +76,11 @@ class FieldReader:
     def read_number(self, field: str, default: float) -> float:
         """Reads a positive number."""
         return self.check_positive(field, self.config.get(field, default))
+
+    def read_optional_number(self, field: str) -> float | None:
+        """Reads a positive number, None if the field is absent or null."""
+        value = self.config.get(field)
+        return None if value is None else self.check_positive(field, value)
 
     def check_positive(self, field: str, value: Any) -> float:
         """Checks that a field's value is a positive number."""

@@ -36,7 +36,7 @@ from jaxtyping import Float, Int
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models import attention as plain
 from mass_dpo_jax.models.config import DecoderConfig
-from mass_dpo_jax.models.interfaces import WHOLE, Attend, Attention, Window
+from mass_dpo_jax.models.interfaces import NO_LIMITS, Attend, Attention, Limits
 from mass_dpo_jax.utils import distributed
 from mass_dpo_jax.utils.mesh_axes import BATCH_AXES
 
@@ -80,7 +80,7 @@ class FusedAttention:
         key_BTGd: Float[Array, "B T G d"],
         value_BTGd: Float[Array, "B T G d"],
         layer_input: Any = None,
-        window: Window = WHOLE,
+        limits: Limits = NO_LIMITS,
         /,
     ) -> tuple[Float[Array, "B T H d"], tuple[Array, Array]]:
         """Computes what attention.py does."""
@@ -88,8 +88,8 @@ class FusedAttention:
         batch, length = query_BTHd.shape[:2]
         q, k, v = (_pad(x, -length % ALIGNMENT) for x in (query_BTHd, key_BTGd, value_BTGd))
         visible = None  # No real token comes after padding, so it needs no mask.
-        if not window.reaches(length):
-            visible = plain.see_causally(q.shape[1], window)
+        if not limits.reach(length):
+            visible = plain.see_causally(q.shape[1], limits)
             visible = jnp.broadcast_to(visible, (batch, 1, *visible.shape))
         return self._attend(q, k, v, visible)[:, :length], (key_BTGd, value_BTGd)
 
@@ -108,7 +108,7 @@ class FusedAttention:
             key_BTGd: Array,
             value_BTGd: Array,
             layer_input: Any,
-            window: Window,
+            limits: Limits,
             /,
         ) -> tuple[Array, None]:
             prompt_key_BPGd, prompt_value_BPGd = layer_input
@@ -125,7 +125,7 @@ class FusedAttention:
                 return _pad(jnp.concatenate([repeated, to_rows(own_BTGd)], axis=1), missing_keys)
 
             visible = _compute_mask(
-                prompt_size, prompt_lengths_B, segments_BEW, offsets_BEW, window
+                prompt_size, prompt_lengths_B, segments_BEW, offsets_BEW, limits
             )
             # A query without any key would make the kernel subtract huge numbers from each other,
             # so queries of padding see all keys; their gradient is zero.
@@ -188,14 +188,14 @@ def _compute_mask(
     prompt_lengths_B: Array,
     segments_BEW: Array,
     offsets_BEW: Array,
-    window: Window,
+    limits: Limits,
 ) -> Array:
     """Computes which keys of the prompt and of its own group a response's token sees.
 
     The result is bool [B * E, W, P + W]. A token sees at least itself.
     """
-    own_BEWW = plain.see_own(segments_BEW, window)
-    prompt_BEWP = plain.see_prompt(prompt_size, prompt_lengths_B, offsets_BEW, window)
+    own_BEWW = plain.see_own(segments_BEW, limits)
+    prompt_BEWP = plain.see_prompt(prompt_size, prompt_lengths_B, offsets_BEW, limits)
     prompt_BEWP = jnp.broadcast_to(prompt_BEWP, (*own_BEWW.shape[:-1], prompt_size))
     mask = jnp.concatenate([prompt_BEWP, own_BEWW], axis=-1)
     return mask.reshape(-1, *mask.shape[2:])
@@ -233,6 +233,8 @@ def find_obstacle(config: DecoderConfig, dtype: jnp.dtype, mesh: Mesh) -> str | 
         return f"the kernel is cuDNN's, and this run is on {platform}"
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"the kernel needs config.model.dtype=bfloat16, not {dtype.name}"
+    if config.attention_soft_cap is not None:
+        return f"the kernel has no soft cap of scores, as {config.model_type} has"
     if config.num_kv_heads % tensor:
         return f"config.mesh.tensor={tensor} does not divide {config.num_kv_heads} key-value heads"
     if distributed.is_multiprocess():
@@ -268,7 +270,7 @@ def measure_error(fused: FusedAttention, config: DecoderConfig, dtype: DTypeLike
 # Compiled once, if it is asked for again.
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _measure_error(
-    fused: FusedAttention, heads: tuple[int, int, int], dtype: jnp.dtype, window_size: int | None
+    fused: FusedAttention, heads: tuple[int, int, int], dtype: jnp.dtype, window: int | None
 ) -> Array:
     prompt, length, parts = 21, 13, fused.batch_shards
     query_heads, kv_heads, size = heads
@@ -276,7 +278,7 @@ def _measure_error(
     segments = jnp.array([[[0] * 5 + [2] * 7 + [3]], [[1] * 4 + [3] * 9]])
     offsets = jnp.array([[[*range(5), *range(7), 0]], [[*range(4), *range(9)]]])
     segments, offsets = (jnp.tile(x, (parts, 1, 1)) for x in (segments, offsets))
-    window = Window(window_size)
+    limits = Limits(window)
     keys = jax.random.split(jax.random.key(0), 4)
     query, key, value, weights = (
         jax.random.normal(k, (2 * parts, prompt + length, n, size), jnp.float32).astype(dtype)
@@ -294,8 +296,8 @@ def _measure_error(
         def compute_outputs(query: Array, key: Array, value: Array) -> Any:
             keys_values = key[:, :prompt], value[:, :prompt]
             k, v = (jnp.take_along_axis(x, last[:, None, None, None], 1) for x in keys_values)
-            last_token, _ = attend_last(query[:, :1], k, v, keys_values, window)
-            return attend(query, key, value, None, window)[0], last_token
+            last_token, _ = attend_last(query[:, :1], k, v, keys_values, limits)
+            return attend(query, key, value, None, limits)[0], last_token
 
         outputs, vjp = jax.vjp(compute_outputs, query, key, value)
         return *outputs, *vjp((weights, weights[:, :1]))

@@ -83,6 +83,17 @@ def check_dtype(dtype: str) -> None:
         raise UserError(f"dtype={dtype!r}: expected {' or '.join(EXPORT_DTYPES)}")
 
 
+def check_whole(decoder: DecoderConfig) -> None:
+    """Raises UserError for the text model of a multimodal one, whose other parts would be lost."""
+    if decoder.part_of:
+        raise UserError(
+            f"the model is the text model of a {decoder.part_of} model, and a folder of it would "
+            "lack the other parts; export the adapters of a run with LoRA, which PEFT adds to the "
+            "whole model, or train a folder that has the text model alone (docs/models.md says how "
+            "to write it)"
+        )
+
+
 def check_free(output: Path) -> None:
     """Raises UserError if no new folder can be written at `output`."""
     if output.name in ("", ".."):

@@ -28,35 +28,38 @@ class LayerKinds(NamedTuple):
 
     Attributes:
         has_positions: whether queries and keys are rotated by their positions.
-        is_local: whether tokens see no more than `DecoderConfig.window` tokens.
+        is_local: whether tokens see no more than `DecoderConfig.window` tokens, and are rotated by
+            the base `Rope.local_theta` where there is one.
     """
 
     has_positions: Array
     is_local: Array
 
 
-class Window(NamedTuple):
-    """How far back the tokens of a layer see.
+class Limits(NamedTuple):
+    """The limits of a layer's attention.
 
     Attributes:
-        size: the tokens that each sees, itself included; None: all. Static.
+        window: the tokens that each sees, itself included; None: all. Static.
         is_local: whether that is so in this layer: a scalar.
+        soft_cap: scores s become soft_cap * tanh(s / soft_cap); None: they stay. Static.
     """
 
-    size: int | None = None
+    window: int | None = None
     is_local: Array | bool = True
+    soft_cap: float | None = None
 
-    def reaches(self, distance: int) -> bool:
+    def reach(self, distance: int) -> bool:
         """Whether tokens see all that are less than `distance` positions before them."""
-        return self.size is None or self.size >= distance
+        return self.window is None or self.window >= distance
 
-    def shows(self, distances: Array) -> Array:
+    def show(self, distances: Array) -> Array:
         """Returns whether a token sees those that are so many positions before it."""
-        assert self.size is not None
-        return (distances < self.size) | ~jnp.asarray(self.is_local)
+        assert self.window is not None
+        return (distances < self.window) | ~jnp.asarray(self.is_local)
 
 
-WHOLE = Window()
+NO_LIMITS = Limits()
 
 
 @runtime_checkable
@@ -64,7 +67,7 @@ class Attend(Protocol):
     """One layer's attention. The caller supplies the attention pattern."""
 
     def __call__(
-        self, query: Array, key: Array, value: Array, layer_input: Any, window: Window, /
+        self, query: Array, key: Array, value: Array, layer_input: Any, limits: Limits, /
     ) -> tuple[Array, Any]:
         """Attends with queries [B, O, H, d] to keys and values [B, T, G, d].
 
@@ -73,7 +76,7 @@ class Attend(Protocol):
             key: keys of all tokens.
             value: values of all tokens.
             layer_input: this layer's slice of what was passed to `Decoder.__call__`, or None.
-            window: how far back tokens see in this layer.
+            limits: how far back tokens see in this layer, and how high scores are.
 
         Returns:
             The attended values [B, O, H, d], and what to keep of this layer.
@@ -91,7 +94,7 @@ class Attention(Protocol):
         key: Array,
         value: Array,
         layer_input: Any = None,
-        window: Window = WHOLE,
+        limits: Limits = NO_LIMITS,
         /,
     ) -> tuple[Array, tuple[Array, Array]]:
         """Lets each token attend to itself and those before it; also returns keys and values."""

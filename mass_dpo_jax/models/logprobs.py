@@ -10,7 +10,7 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
-from mass_dpo_jax.models.attention import einsum_f32
+from mass_dpo_jax.models.attention import cap_softly, einsum_f32
 
 # Logits held at once on a device: 2^24 float32 are 64 MiB, enough for a CPU's matrix products to
 # run at full speed. Accelerators multiply so fast that reading and casting the weights of the head
@@ -32,6 +32,7 @@ def compute_token_logps(
     targets: Int[Array, "B T"],
     max_logits: int = MAX_LOGITS,
     sharding: NamedSharding | None = None,
+    soft_cap: float | None = None,
 ) -> Float[Array, "B T"]:
     """Computes log softmax(hidden @ weights.T)[target] in float32.
 
@@ -46,16 +47,17 @@ def compute_token_logps(
         sharding: split of B over devices. Each then runs its own chunks: weights are gathered
             before the first and their gradient is summed over devices after the last, not in
             every one.
+        soft_cap: logits l become soft_cap * tanh(l / soft_cap); None: they stay.
     """
     axes = () if sharding is None else sharding.spec[0]
     # Where only the vocabulary is split, XLA (of jax 0.10) fails on a map over axes of size 1.
     if sharding is None or math.prod(sharding.mesh.shape[axis] for axis in axes) == 1:
-        return _compute_in_chunks(hidden, weights, targets, max_logits)
+        return _compute_in_chunks(hidden, weights, targets, max_logits, soft_cap)
 
     def compute_on_device(hidden: Array, weights: Array, targets: Array) -> Array:
         # Without this, the gradient would be summed over devices inside the loop.
         weights = jax.lax.pcast(weights, axes, to="varying")
-        return _compute_in_chunks(hidden, weights, targets, max_logits)
+        return _compute_in_chunks(hidden, weights, targets, max_logits, soft_cap)
 
     split = PartitionSpec(axes)
     return jax.shard_map(
@@ -67,7 +69,9 @@ def compute_token_logps(
     )(hidden, weights, targets)
 
 
-def _compute_in_chunks(hidden: Array, weights: Array, targets: Array, max_logits: int) -> Array:
+def _compute_in_chunks(
+    hidden: Array, weights: Array, targets: Array, max_logits: int, soft_cap: float | None
+) -> Array:
     batch, length, size = hidden.shape
     longest = max(1, max_logits // (batch * weights.shape[0]))
     chunks = max(1, -(-length // longest))
@@ -79,6 +83,8 @@ def _compute_in_chunks(hidden: Array, weights: Array, targets: Array, max_logits
     @jax.checkpoint
     def compute_chunk(hidden: Array, targets: Array, weights: Array) -> Array:
         logits = einsum_f32("btd,vd->btv", hidden, weights.astype(hidden.dtype))
+        if soft_cap is not None:
+            logits = cap_softly(logits, soft_cap)
         highest = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
         shifted = logits - highest
         # A comparison and a sum, not a gather: it stays local where V is sharded, and its

@@ -30,6 +30,9 @@ from mass_dpo_jax.models.tensors import (
 from mass_dpo_jax.utils.files import check_links, read_json
 
 NAME = "base_model.model.model.layers.{layer}.{module}.lora_{part}.weight"
+# How names begin in a text model, and in one that is part of a multimodal model.
+TEXT_MODEL = "base_model.model.model."
+PARTS_OF = ("base_model.model.model.language_model.", "base_model.model.language_model.model.")
 PARTS = {"a": "A", "b": "B"}
 MAX_ALPHA = float(np.finfo(np.float32).max)
 
@@ -54,7 +57,7 @@ SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
 }
 
 
-def save_peft(folder: Path, adapters: Any, lora: Lora, base: str) -> None:
+def save_peft(folder: Path, adapters: Any, lora: Lora, base: str, part_of: str = "") -> None:
     """Writes adapters as PEFT reads them, float32: `PeftModel.from_pretrained(model, folder)`.
 
     Args:
@@ -62,6 +65,7 @@ def save_peft(folder: Path, adapters: Any, lora: Lora, base: str) -> None:
         adapters: `params["adapters"]`, on any devices.
         lora: the adapters' settings.
         base: the name or folder of the model that they adapt.
+        part_of: `DecoderConfig.part_of`.
 
     Raises:
         UserError: the file of tensors cannot be written.
@@ -72,9 +76,14 @@ def save_peft(folder: Path, adapters: Any, lora: Lora, base: str) -> None:
         for part, array in parts.items():
             for layer, matrix in enumerate(np.asarray(array)):
                 key = NAME.format(layer=layer, module=PROJECTIONS[name], part=PARTS[part])
+                if part_of:
+                    key = key.replace(TEXT_MODEL, PARTS_OF[0])
                 tensors[key] = np.ascontiguousarray(matrix.T)
     write_tensors(tensors, folder / WEIGHTS)
     peft_names = {ours: theirs for theirs, ours in TARGETS.items()}
+    targets: Any = [peft_names[name] for name in lora.targets]
+    if part_of:  # The other parts have modules of these names, too.
+        targets = rf".*\blanguage_model\b.*\.({'|'.join(targets)})"
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -82,7 +91,7 @@ def save_peft(folder: Path, adapters: Any, lora: Lora, base: str) -> None:
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": 0.0,
-        "target_modules": [peft_names[name] for name in lora.targets],
+        "target_modules": targets,
         "bias": "none",
         "inference_mode": True,
     }
@@ -252,9 +261,15 @@ def _list_tensors(at: Any, config: DecoderConfig) -> list[str]:
 def _map_names(path: Path, names: Sequence[str]) -> dict[str, str]:
     """Maps names without the adapters' own in `lora_A.NAME.weight` to those of a file.
 
-    The state of a model with adapters has that name, a saved folder has not.
+    The state of a model with adapters has that name, a saved folder has not. Names of a multimodal
+    model's text model become those of a text model.
     """
-    plain = {re.sub(r"(\.lora_[AB])\.[^.]+\.weight$", r"\1.weight", name): name for name in names}
+    plain = {}
+    for name in names:
+        short = re.sub(r"(\.lora_[AB])\.[^.]+\.weight$", r"\1.weight", name)
+        for start in PARTS_OF:
+            short = short.replace(start, TEXT_MODEL)
+        plain[short] = name
     if len(plain) < len(names):
         several = {name.rsplit(".", 2)[1] for name in names if name.endswith(".weight")}
         raise UserError(f"{path}: several adapters in one file: {', '.join(sorted(several))}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from mass_dpo_jax.models.families import Family
 from mass_dpo_jax.models.fields import FieldReader
@@ -46,13 +46,23 @@ class LinearScaling:
 Scaling = Llama3Scaling | LinearScaling
 
 
-def read_rope(reader: FieldReader, max_positions: int) -> tuple[float, Scaling | None]:
-    """Reads the rotary base and its scaling.
+class Rope(NamedTuple):
+    """Rotary settings: the base, its scaling, and the base of local layers where it is another."""
+
+    theta: float
+    scaling: Scaling | None = None
+    local_theta: float | None = None
+
+
+def read_rope(reader: FieldReader, family: Family, max_positions: int) -> Rope:
+    """Reads rotary settings.
 
     As in transformers 5, a scaling outside wins over one in `rope_parameters`, and a base inside
     wins over one outside.
     """
     config = reader.config
+    if "rope_local_base_freq" in family.defaults:
+        return _read_ropes_by_layer_type(reader, max_positions)
     field = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     rope = config.get(field) or {}
     if not isinstance(rope, Mapping):
@@ -61,7 +71,44 @@ def read_rope(reader: FieldReader, max_positions: int) -> tuple[float, Scaling |
         if layer_type in rope:
             raise reader.error(f"{field}.{layer_type}", rope[layer_type], "settings of all layers")
     theta = reader.check_positive("rope_theta", rope.get("rope_theta", config["rope_theta"]))
-    return theta, _read_scaling(reader, field, rope, max_positions)
+    return Rope(theta, _read_scaling(reader, field, rope, max_positions))
+
+
+def _read_ropes_by_layer_type(reader: FieldReader, max_positions: int) -> Rope:
+    """Reads the settings of Gemma 3, whose local layers have a base of their own.
+
+    `rope_parameters` has an object for each type of layer; `rope_scaling` is of global layers.
+    """
+    config = reader.config
+    by_type = reader.read_object("rope_parameters")
+    if unknown := by_type.keys() - set(LAYER_TYPES):
+        raise reader.error("rope_parameters", min(unknown), f"only {' and '.join(LAYER_TYPES)}")
+    whole, local = (FieldReader(by_type, "").read_object(name) for name in LAYER_TYPES)
+    whole = {"rope_type": "default", **whole, **reader.read_object("rope_scaling")}
+    field = "rope_scaling" if config.get("rope_scaling") else f"rope_parameters.{LAYER_TYPES[0]}"
+    scaling = _read_scaling(reader, field, whole, max_positions)
+    field = f"rope_parameters.{LAYER_TYPES[1]}"
+    if _read_scaling(reader, field, local, max_positions) is not None:
+        raise reader.error(f"{field}.rope_type", local["rope_type"], "'default'")
+    theta, local_theta = (
+        reader.check_positive(name, rope.get("rope_theta", config[name]))
+        for name, rope in (("rope_theta", whole), ("rope_local_base_freq", local))
+    )
+    return Rope(theta, scaling, local_theta)
+
+
+def write_rope(rope: Rope) -> dict[str, Any]:
+    """Returns the fields from which `read_rope` reads this, in both schemas."""
+    scaling = None if rope.scaling is None else rope.scaling.to_hf()
+    parameters: dict[str, Any] = {"rope_theta": rope.theta} | (scaling or {"rope_type": "default"})
+    config = {"rope_theta": rope.theta, "rope_scaling": scaling}
+    if rope.local_theta is None:
+        return config | {"rope_parameters": parameters}
+    local = {"rope_type": "default", "rope_theta": rope.local_theta}
+    return config | {
+        "rope_local_base_freq": rope.local_theta,
+        "rope_parameters": dict(zip(LAYER_TYPES, (parameters, local))),
+    }
 
 
 def _read_scaling(
@@ -69,6 +116,8 @@ def _read_scaling(
 ) -> Scaling | None:
     """Reads how rotary frequencies are scaled; `field` names the object `rope`."""
     rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope.get("type", rope_type) != rope_type:
+        raise reader.error(f"{field}.type", rope["type"], f"the rope_type, {rope_type!r}, or none")
     if rope_type not in ("default", "linear", "llama3"):
         raise reader.error(f"{field}.rope_type", rope_type, "'default', 'linear' or 'llama3'")
     if rope.get("partial_rotary_factor", 1.0) not in (None, 1, 1.0):
@@ -84,7 +133,10 @@ def _read_scaling(
     low, high = read_number("low_freq_factor"), read_number("high_freq_factor")
     if high <= low:
         raise reader.error(f"{field}.high_freq_factor", high, f"more than low_freq_factor, {low}")
-    original = read_number("original_max_position_embeddings", max_positions)
+    name = "original_max_position_embeddings"
+    original = read_number(name, max_positions)
+    if reader.config.get(name, original) != original:  # Which one counts depends on the reader.
+        raise reader.error(name, reader.config[name], f"{original:g}, as in {field}, or none")
     return Llama3Scaling(read_number("factor"), low, high, int(original))
 
 
@@ -114,14 +166,20 @@ def read_windows(
         for field in ("sliding_window", "use_sliding_window"):
             if reader.config.get(field):
                 raise reader.error(field, reader.config[field], "null (it has no windows)")
-    used = reader.read_flag("use_sliding_window", family.window != "none")
+    # The others do not read it.
+    used = "use_sliding_window" not in family.defaults or reader.read_flag("use_sliding_window")
     window = None
-    if used and reader.config.get("sliding_window") is not None:
+    if used and (reader.config.get("sliding_window") is not None or family.window == "interval"):
         window = reader.read_integer("sliding_window")
     if window is None:
         local = tuple(False for _ in layers)
     elif family.window == "all":
         local = tuple(True for _ in layers)
+    elif family.window == "interval":
+        interval = reader.read_integer("sliding_window_pattern", 2)
+        if interval != 2 and "sliding_window_pattern" not in family.defaults:
+            raise reader.error("sliding_window_pattern", interval, "2, or layer_types instead")
+        local = tuple((layer + 1) % interval != 0 for layer in layers)
     elif family.window == "last":
         first = reader.read_integer("max_window_layers", minimum=0)
         local = tuple(layer >= first for layer in layers)
@@ -134,7 +192,9 @@ def read_windows(
             expected = f"{LAYER_TYPES[window is not None]!r} (sliding_window is {window})"
             raise reader.error("layer_types", reader.config["layer_types"], expected)
         local = types
-    return (window if any(local) else None), local
+    if not any(local) and family.window != "interval":
+        window = None
+    return window, local
 
 
 def _read_layer_types(reader: FieldReader, num_layers: int) -> tuple[bool, ...] | None:
@@ -164,4 +224,7 @@ def write_windows(
         # For readers that do not know layer_types.
         if family.window == "last":
             config["max_window_layers"] = local_layers.index(True)
+        if "sliding_window_pattern" in family.defaults:
+            whole = [layer for layer, local in enumerate(local_layers) if not local]
+            config["sliding_window_pattern"] = (whole or [len(local_layers)])[0] + 1
     return config

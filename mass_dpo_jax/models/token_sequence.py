@@ -12,7 +12,7 @@ from jax import Array
 from jaxtyping import Int
 
 from mass_dpo_jax.models import attention as plain_attention
-from mass_dpo_jax.models.interfaces import Attend, Attention, OutputTokens, Window
+from mass_dpo_jax.models.interfaces import Attend, Attention, Limits, OutputTokens
 from mass_dpo_jax.models.response_layout import Groups
 
 
@@ -83,21 +83,21 @@ def _make_outputs(
     attend_last = attention.make_response_attend(last_B, zeros, zeros)
 
     def attend(
-        query_BOHd: Array, key_BTGd: Array, value_BTGd: Array, layer_input: Any, window: Window, /
+        query_BOHd: Array, key_BTGd: Array, value_BTGd: Array, layer_input: Any, limits: Limits, /
     ) -> tuple[Array, Any]:
         del layer_input
         keys_values = key_BTGd[:, :prompt_size], value_BTGd[:, :prompt_size]
         own_key, own_value = (
             jnp.take_along_axis(x, last_B[:, None, None, None], axis=1) for x in keys_values
         )
-        attended, _ = attend_last(query_BOHd[:, :1], own_key, own_value, keys_values, window)
+        attended, _ = attend_last(query_BOHd[:, :1], own_key, own_value, keys_values, limits)
         if groups is None:
             return attended, keys_values
         attend_responses = attention.make_response_attend(
             prompt_lengths_B, groups.segments, groups.offsets
         )
         key, value = (x[:, prompt_size:] for x in (key_BTGd, value_BTGd))
-        responses, _ = attend_responses(query_BOHd[:, 1:], key, value, keys_values, window)
+        responses, _ = attend_responses(query_BOHd[:, 1:], key, value, keys_values, limits)
         return jnp.concatenate([attended, responses], axis=1), None
 
     return OutputTokens(last_B, prompt_size, attend)

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +17,15 @@ from flax import nnx
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
-from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models.config import DecoderConfig
 from mass_dpo_jax.models.decoder import abstract_decoder
 from mass_dpo_jax.models.families import PROJECTIONS
-from mass_dpo_jax.models.folder import CUT_SHORT, INDEX, describe_damage, explain_missing_weights
+from mass_dpo_jax.models.folder import INDEX
 from mass_dpo_jax.models.folder import WEIGHTS as SINGLE
-from mass_dpo_jax.models.tensors import (
-    check_finite,
-    check_type,
-    open_tensors,
-    suggest_tensor,
-    write_tensors,
-)
-from mass_dpo_jax.utils.files import read_json
+from mass_dpo_jax.models.tensors import check_finite, write_tensors
+from mass_dpo_jax.models.weight_files import EMBED, HEAD, WeightFiles
 
 SHARD = "model-{:05}-of-{:05}.safetensors"
-EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,11 +69,17 @@ def list_entries(config: DecoderConfig) -> list[Entry]:
     return entries
 
 
-def check_hf(folder: str | Path, config: DecoderConfig) -> _Files:
+def check_hf(folder: str | Path, config: DecoderConfig) -> WeightFiles:
     """Opens a folder's files; raises UserError where `load_hf` would, but for NaN."""
-    files = _Files(Path(folder))
+    files = WeightFiles(Path(folder), config)
     shapes = _flatten(nnx.state(abstract_decoder(config), nnx.Param))
-    files.check({entry: shapes[entry.path].shape for entry in list_entries(config)}, config)
+    expected: dict[str, tuple[int, ...]] = {}
+    for entry in list_entries(config):
+        shape = shapes[entry.path].shape
+        shape = shape[1:] if entry.is_stacked else shape
+        shape = shape[::-1] if entry.transposed else shape
+        expected |= dict.fromkeys(entry.list_names(config), shape)
+    files.check(expected)
     return files
 
 
@@ -216,7 +214,7 @@ def _flatten(tree: Any) -> dict[tuple[str, ...], Any]:
 
 
 def _read(
-    files: _Files,
+    files: WeightFiles,
     entry: Entry,
     config: DecoderConfig,
     shape: tuple[int, ...],
@@ -237,105 +235,8 @@ def _read(
             for name, part in zip(layers, array if entry.is_stacked else [array], strict=True):
                 with np.errstate(over="ignore"):  # What is too large for `dtype` is infinite.
                     part[...] = files.read(name, layer_index, entry.transposed)
-                check_finite(part, files.paths[name], name)
+                check_finite(part, *files.find(name))
             shards[key] = array
         return shards[key]
 
     return jax.make_array_from_callback(shape, sharding, read_shard, dtype=dtype)
-
-
-class _Files:
-    """The open safetensors files of one folder, and which tensor is in which."""
-
-    def __init__(self, folder: Path):
-        if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder; expected a Hugging Face model")
-        index = folder / INDEX
-        if (folder / SINGLE).is_file():
-            self.listing = folder / SINGLE  # What messages about the whole name.
-            weight_map = None
-            names = [SINGLE]
-        elif index.is_file():
-            self.listing = index
-            weight_map = _read_index(index)
-            names = sorted(set(weight_map.values()))
-        else:
-            raise UserError(f"{folder}: {explain_missing_weights(folder)}")
-        present = {path.name for path in folder.iterdir() if path.is_file()}
-        if missing := [name for name in names if name not in present]:
-            raise UserError(
-                f"{self.listing}: names {missing[0]}, which is not in the folder ({len(missing)} "
-                f"of {len(names)} files are missing); {CUT_SHORT}"
-            )
-        self.paths: dict[str, Path] = {}
-        self.open: dict[Path, Any] = {}
-        for name in names:
-            path = folder / name
-            self.open[path] = open_tensors(path)
-            self.paths |= dict.fromkeys(self.open[path].keys(), path)
-        for tensor, name in (weight_map or {}).items():
-            if self.paths.get(tensor) != folder / name:
-                raise UserError(f"{folder / name}: missing tensor {tensor}, which {INDEX} lists")
-
-    def check(self, shapes: Mapping[Entry, tuple[int, ...]], config: DecoderConfig) -> None:
-        """Raises UserError unless the files hold exactly the tensors of these parameters."""
-        unknown = set(self.paths)
-        for entry, shape in shapes.items():
-            layer_shape = shape[1:] if entry.is_stacked else shape
-            expected = list(reversed(layer_shape) if entry.transposed else layer_shape)
-            for name in entry.list_names(config):
-                if name not in self.paths:
-                    hint = suggest_tensor(name, sorted(self.paths))
-                    raise UserError(
-                        f"{self.listing}: missing tensor {name}, shape {expected}{hint}"
-                    )
-                tensor = self.open[self.paths[name]].get_slice(name)
-                if (found_shape := list(tensor.get_shape())) != expected:
-                    location = f"{self.paths[name]}: tensor {name}"
-                    raise UserError(f"{location}: found shape {found_shape}, expected {expected}")
-                check_type(self.open[self.paths[name]], self.paths[name], name)
-                unknown.discard(name)
-        # Some writers store these although the config already determines them.
-        for name in sorted(unknown):
-            if name.endswith("rotary_emb.inv_freq"):
-                continue
-            if name == HEAD and config.tie_embeddings:
-                self._check_tied(config)
-                continue
-            raise UserError(f"{self.paths[name]}: unexpected tensor {name} for this config.json")
-
-    def _check_tied(self, config: DecoderConfig) -> None:
-        """Raises UserError unless a file's head equals the embeddings, as `config` says."""
-        rows = np.array_split(np.arange(config.vocab_size), -(-config.vocab_size // 4096))
-        head, embed = (self.open[self.paths[n]].get_slice(n) for n in (HEAD, EMBED))
-        same = head.get_shape() == embed.get_shape() and all(
-            np.array_equal(*(x[r[0] : r[-1] + 1].astype(np.float32) for x in (head, embed)))
-            for r in rows
-        )
-        if not same:
-            raise UserError(
-                f"{self.paths[HEAD]}: {HEAD} differs from {EMBED}, but config.json has "
-                "tie_word_embeddings true (or leaves it out), where transformers before version 5 "
-                f"ignores {HEAD} and later ones use it; to train the model with it, set "
-                '"tie_word_embeddings": false in config.json'
-            )
-
-    def read(self, name: str, index: tuple[slice, ...], transposed: bool) -> np.ndarray:
-        """Reads a slice of a tensor; `transposed` if index and result are of its transpose."""
-        tensor = self.open[self.paths[name]].get_slice(name)
-        part = tensor[tuple(reversed(index)) if transposed else index]
-        return part.T if transposed else part
-
-
-def _read_index(index: Path) -> dict[str, str]:
-    if problem := describe_damage(index):
-        raise UserError(f"{index}: {problem}")
-    content = read_json(index)
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict):
-        raise UserError(f"{index}: expected a JSON object with a 'weight_map' object")
-    for name in weight_map.values():
-        # The index is downloaded: it must not make us open files elsewhere.
-        if not isinstance(name, str) or Path(name).name != name or name == ".." or "\\" in name:
-            raise UserError(f"{index}: weight_map: found {name!r}, expected a plain file name")
-    return weight_map

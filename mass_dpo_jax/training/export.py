@@ -27,6 +27,7 @@ from mass_dpo_jax.models.hf_folder import (
     ReadArray,
     check_dtype,
     check_free,
+    check_whole,
     write_complete_folder,
     write_folder,
 )
@@ -81,9 +82,11 @@ def export_run(
     if adapters:
         if dtype not in (None, "float32"):
             raise UserError(f"--dtype={dtype}: adapters are written in float32; leave it out")
-        _save_adapters(workdir, step, output, base_model or hub.without_revision(config.model.path))
+        base = base_model or hub.without_revision(config.model.path)
+        _save_adapters(workdir, step, output, base, load_config(folder))
         return
     decoder, tokenizer = load_config(folder), load_tokenizer(folder)
+    check_whole(decoder)
     dtype = dtype or config.model.dtype
     read = Reader(workdir, step)
 
@@ -136,6 +139,7 @@ def save_model(
     """
     check_dtype(dtype)
     check_free(output)
+    check_whole(policy.config)
     if policy.lora is not None:
         params = merge_adapters(params, policy.lora)
     tokenizer = set_chat_template(policy, data.chat_template)
@@ -143,7 +147,9 @@ def save_model(
     write_folder(output, policy.config, _read_from(params), tokenizer, generation, dtype)
 
 
-def _save_adapters(workdir: Path, step: int, output: Path, base_model: str) -> None:
+def _save_adapters(
+    workdir: Path, step: int, output: Path, base_model: str, decoder: DecoderConfig
+) -> None:
     lora = read_lora(load_model_settings(workdir).lora)
     if lora is None:
         raise UserError(f"--adapters: {workdir} is a run without LoRA")
@@ -151,7 +157,7 @@ def _save_adapters(workdir: Path, step: int, output: Path, base_model: str) -> N
     adapters = read_adapters(read, lora)
     read.check()
     with write_complete_folder(output) as temporary:
-        peft_format.save_peft(temporary, adapters, lora, base_model)
+        peft_format.save_peft(temporary, adapters, lora, base_model, decoder.part_of)
     _log.info(f"step {step} of {workdir}, adapters, written to {output}")
 
 

@@ -20,6 +20,7 @@ from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models import peft_format
 from mass_dpo_jax.models.config import DecoderConfig, load_config
 from mass_dpo_jax.models.decoder import abstract_decoder
+from mass_dpo_jax.models.families import FAMILIES
 from mass_dpo_jax.models.folder import GENERATION
 from mass_dpo_jax.runs import origin, run_config
 from mass_dpo_jax.runs.run_folder import find_run, latest_step
@@ -147,6 +148,8 @@ def _describe_scratch(
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }
+    if "query_pre_attn_scalar" in FAMILIES[scratch.model_type].defaults:
+        description["query_pre_attn_scalar"] = description["head_dim"]
     return DecoderConfig.from_hf(description, "config.model.scratch")
 
 

@@ -150,7 +150,9 @@ class Policy:
             return self._store(path_in_tree, array)
 
         shardings = _shardings(abstract)
-        state = load_hf(path, self.config, shardings=shardings, convert=keep, progress=True)
+        # Its own configuration: tensors have other names in a multimodal model.
+        config = load_config(find_description(Path(path)))
+        state = load_hf(path, config, shardings=shardings, convert=keep, progress=True)
         params = nnx.to_pure_dict(state)
         if self.lora is None:
             return Weights(params, fingerprint.fingerprint(params))

@@ -34,14 +34,18 @@ def assert_same(ours: DecoderConfig, config: Any) -> None:
     assert ours.head_dim == (head_dim or config.hidden_size // config.num_attention_heads)
     assert ours.tie_embeddings == config.tie_word_embeddings
     assert ours.rms_norm_eps == config.rms_norm_eps
-    assert ours.rope_theta == config.rope_parameters["rope_theta"]
-    kind = config.rope_parameters["rope_type"]
-    scaling = ours.rope_scaling
+    rope, scaling = config.rope_parameters, ours.rope.scaling
+    if ours.model_type == "gemma3_text":
+        local = rope["sliding_attention"]
+        assert local == {"rope_type": "default", "rope_theta": ours.rope.local_theta}
+        rope = rope["full_attention"]
+    assert ours.rope.theta == rope["rope_theta"]
+    kind = rope["rope_type"]
     assert kind == ("default" if scaling is None else scaling.to_hf()["rope_type"])
     if scaling is not None:
-        assert scaling.factor == config.rope_parameters["factor"]
+        assert scaling.factor == rope["factor"]
     if isinstance(scaling, Llama3Scaling):
-        context = config.rope_parameters["original_max_position_embeddings"]
+        context = rope["original_max_position_embeddings"]
         assert scaling.original_max_positions == context
     if config.model_type == "smollm3":
         assert ours.rope_layers == tuple(bool(x) for x in config.no_rope_layers)
@@ -52,11 +56,13 @@ def test_defaults_are_those_of_transformers(model_type: str) -> None:
     """Fields that a config.json leaves out mean what transformers takes them to mean."""
     config = hf_config(model_type, num_attention_heads=32, hidden_size=64)
     optional = "num_key_value_heads head_dim tie_word_embeddings rms_norm_eps rope_parameters"
+    if model_type.startswith("gemma"):
+        optional = " ".join(config.keys() - {"model_type", "pad_token_id"})
     for field in optional.split():
         del config[field]
     assert_same(read(config), theirs(config))
     config["num_key_value_heads"] = None
-    if model_type == "mistral":
+    if model_type in ("mistral", "gemma2", "gemma3_text"):
         return  # transformers refuses it.
     assert read(config).num_kv_heads == theirs(config).num_key_value_heads == 32
 
@@ -66,21 +72,28 @@ def test_defaults_are_those_of_transformers(model_type: str) -> None:
 def test_both_schemas_of_rope_are_read_and_written(
     model_type: str, scaling: dict[str, Any] | None
 ) -> None:
-    new = {"rope_theta": 5e5, **(scaling or {"rope_type": "default"})}
+    new: Any = {"rope_theta": 5e5, **(scaling or {"rope_type": "default"})}
+    local = {"rope_theta": 2e4, "rope_type": "default"}
+    if model_type == "gemma3_text":
+        new = {"full_attention": new, "sliding_attention": local}
     config = hf_config(model_type, rope_parameters=new)
     before_5 = hf_config(model_type, rope_theta=5e5, rope_scaling=scaling)
     del before_5["rope_parameters"]
+    if model_type == "gemma3_text":
+        before_5["rope_local_base_freq"] = 2e4
     ours = read(config)
     assert ours == read(before_5)
-    assert ours.rope_theta == 5e5
+    assert ours.rope.theta == 5e5
+    assert ours.rope.local_theta == (2e4 if model_type == "gemma3_text" else None)
     expected = {None: None, "llama3": SCALING, "linear": LinearScaling(4.0)}
-    assert ours.rope_scaling == expected[scaling and scaling["rope_type"]]
+    assert ours.rope.scaling == expected[scaling and scaling["rope_type"]]
     for form in (config, before_5, ours.to_hf()):
         assert_same(ours, theirs(form))
         assert read(theirs(form).to_dict()) == ours
     written = ours.to_hf()
     assert read(written) == ours
-    for schema in (("rope_parameters",), ("rope_theta", "rope_scaling")):
+    before = ("rope_theta", "rope_scaling", "rope_local_base_freq")
+    for schema in (("rope_parameters",), before):
         assert read({k: v for k, v in written.items() if k not in schema}) == ours
 
 
@@ -121,6 +134,21 @@ def test_windows() -> None:
         assert (ours.window, ours.local_layers) == (window, (window is not None,) * 4)
         assert read(ours.to_hf()) == ours
         assert theirs(ours.to_hf()).sliding_window == window
+    for model_type, changes in (
+        ("gemma2", {}),
+        ("gemma2", {"layer_types": [*FULL[2:], *SLIDING * 2]}),
+        ("gemma2", {"layer_types": FULL}),
+        ("gemma3_text", {}),
+        ("gemma3_text", {"sliding_window_pattern": 5}),
+        ("gemma3_text", {"layer_types": [*SLIDING * 2, *FULL[2:]]}),
+    ):
+        config = hf_config(model_type, **changes)
+        ours = read(config)
+        assert ours.local_layers == tuple(
+            x == "sliding_attention" for x in theirs(config).layer_types
+        )
+        assert ours.window == theirs(config).sliding_window == 6
+        assert read(ours.to_hf()) == ours
     silent = hf_config("mistral")
     del silent["sliding_window"]
     assert read(silent).window == theirs(silent).sliding_window == 4096
@@ -183,7 +211,7 @@ def test_configs_of_the_real_models(real_data: Path) -> None:
         assert_same(found[path.name], theirs(config))
     assert len(found) == 5
     llama = found["config.Llama-3.2-3B-Instruct.json"]
-    assert (llama.rope_theta, llama.rope_scaling) == (5e5, Llama3Scaling(32.0, 1.0, 4.0, 8192))
+    assert llama.rope == (5e5, Llama3Scaling(32.0, 1.0, 4.0, 8192), None)
     assert found["config.Qwen3-0.6B.json"].family.norms.keys() > HEAD_NORMS.keys()
     assert not found["config.SmolLM3-3B.json"].rope_layers[3]
 
@@ -195,6 +223,29 @@ def test_configs_of_the_real_models(real_data: Path) -> None:
         ({"model_type": None}, ["model_type", "None"]),
         ({"architectures": ["LlamaForSequenceClassification"]}, ["LlamaForSequence", "CausalLM"]),
         ({"hidden_act": "gelu"}, ["hidden_act", "'gelu'", "'silu'"]),
+        ({"model_type": "gemma2", "hidden_activation": None}, ["hidden_activation", "None"]),
+        ({"attn_logit_softcapping": 50.0}, ["attn_logit_softcapping", "null in a llama model"]),
+        (
+            {"model_type": "gemma3_text", "attn_logit_softcapping": 50.0},
+            ["attn_logit_softcapping", "null in a gemma3_text"],
+        ),
+        ({"model_type": "gemma2", "final_logit_softcapping": 0}, ["final_logit_softcapping", "0"]),
+        ({"model_type": "gemma2", "use_bidirectional_attention": True}, ["bidirectional"]),
+        ({"model_type": "gemma2", "sliding_window": None}, ["sliding_window", "None"]),
+        ({"model_type": "gemma2", "sliding_window_pattern": 3}, ["sliding_window_pattern", "3"]),
+        ({"model_type": "gemma3_text"}, ["rope_parameters", "rope_", "full_attention and sliding"]),
+        (
+            {"model_type": "gemma3_text", "rope_parameters": {"sliding_attention": LINEAR}},
+            ["rope_parameters.sliding_attention.rope_type", "'linear'"],
+        ),
+        (
+            {
+                "model_type": "gemma3_text",
+                "rope_parameters": None,
+                "rope_scaling": {"type": "linear", "factor": 8.0},
+            },
+            ["rope_scaling.type", "'linear'", "rope_type"],
+        ),
         ({"attention_bias": True}, ["attention_bias"]),
         ({"mlp_bias": True}, ["mlp_bias"]),
         ({"use_sliding_window": True}, ["use_sliding_window"]),

@@ -38,7 +38,8 @@ def random_folder(torch: ModuleType, folder: Path, config: dict[str, Any]) -> An
     ).float()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.normal_(1.0 if "norm" in name else 0.0, 0.2)
+            ones = "norm" in name and not config["model_type"].startswith("gemma")
+            parameter.normal_(1.0 if ones else 0.0, 0.2)
     model.save_pretrained(folder, max_shard_size="100KB")
     return model
 
@@ -94,6 +95,28 @@ CASES = {
         {"sliding_window": 5, "tie_word_embeddings": True, "num_key_value_heads": 4},
     ),
     "mistral, no window": ("mistral", {"sliding_window": None}),
+    "gemma2 tied": ("gemma2", {"tie_word_embeddings": True}),
+    "gemma2 untied, one head each, other layers local": (
+        "gemma2",
+        {"num_key_value_heads": 4, "layer_types": ["full_attention", "sliding_attention"] * 2},
+    ),
+    "gemma2, scores and logits without bounds": (
+        "gemma2",
+        {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+    ),
+    "gemma3 tied, linear scaling": (
+        "gemma3_text",
+        {
+            "tie_word_embeddings": True,
+            "rope_parameters": None,
+            "rope_theta": 5e4,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        },
+    ),
+    "gemma3 untied, capped logits": (
+        "gemma3_text",
+        {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 7},
+    ),
     "qwen3 tied": ("qwen3", {"tie_word_embeddings": True}),
     "qwen3 untied": ("qwen3", {}),
     "smollm3 tied": ("smollm3", {"tie_word_embeddings": True}),
@@ -136,7 +159,7 @@ def test_llama3_frequencies(torch: ModuleType, tmp_path: Path) -> None:
     theirs = random_folder(torch, tmp_path, hf_config("llama"))
     config = load_config(tmp_path)
     frequencies = np.asarray(
-        compute_rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        compute_rope_frequencies(config.head_dim, config.rope.theta, config.rope.scaling)
     )
     expected = theirs.model.rotary_emb.inv_freq.numpy()
     np.testing.assert_allclose(frequencies, expected, rtol=1e-6)

@@ -75,7 +75,7 @@ HARMFUL: dict[str, tuple[Callable[[Path], Any], str]] = {
             rope_parameters={"rope_type": "default", "rope_theta": 123.0},
             rope_theta=123.0,
         ),
-        "base: its architecture differs from the policy's: rope_theta",
+        "base: its architecture differs from the policy's: rope",
     ),
     "the base is deleted": (lambda home: remove(home / "base"), "base.*(is gone|no such folder)"),
     "its tokenizer is edited": (

@@ -19,7 +19,7 @@ from mass_dpo_jax.models.shared_prefix import CandidateScores, score
 from mass_dpo_jax.models.weights import list_entries
 
 VOCABULARY = 101
-FAMILIES = ("llama", "qwen2", "qwen3", "smollm3", "mistral")
+FAMILIES = ("llama", "qwen2", "qwen3", "smollm3", "mistral", "gemma2", "gemma3_text")
 
 # Frequencies of a 16-wide head fall into all three bands: fast, blended and slow.
 LLAMA3_SCALING = {
@@ -52,8 +52,18 @@ def hf_config(model_type: str = "llama", **changes: Any) -> dict[str, Any]:
     }
     if model_type == "llama":
         config["rope_parameters"] = {"rope_theta": 10000.0, **LLAMA3_SCALING}
-    if model_type == "mistral":
+    if model_type in ("mistral", "gemma2", "gemma3_text"):
         config["sliding_window"] = 6  # Shorter than prompts.
+    if model_type.startswith("gemma"):
+        config["query_pre_attn_scalar"] = 24
+    if model_type == "gemma2":  # Bounds that bind: random scores are near 1.
+        config |= {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0}
+    if model_type == "gemma3_text":
+        config["sliding_window_pattern"] = 3
+        config["rope_parameters"] = {
+            "full_attention": {"rope_theta": 1e5, "rope_type": "default"},
+            "sliding_attention": {"rope_theta": 1e3, "rope_type": "default"},
+        }
     return config | changes
 
 
