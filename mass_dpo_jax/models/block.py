@@ -34,6 +34,7 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, size: int, eps: float, dim: str | None, offset: float):
         self.scale = nnx.Param(jnp.full(size, 1.0 - offset, jnp.float32), dims=(dim,))
+        self.size = size
         self.eps = eps
         self.offset = offset
 
@@ -80,6 +81,12 @@ class Block(nnx.Module):
                 return None
             return RMSNorm(size, config.rms_norm_eps, dim, config.family.norm_offset)
 
+        def head_norm(projection: str) -> Any:
+            if not config.family.norms_all_heads:
+                return norm(f"{projection}_norm", config.head_dim, None)
+            (_, size), (_, dim) = config.projections[projection]
+            return norm(f"{projection}_norm", size, dim)
+
         self.head_dim = config.head_dim
         self.query_scale = config.query_pre_attn_scalar**-0.5
         self.activation = ACTIVATIONS[config.activation]
@@ -87,8 +94,8 @@ class Block(nnx.Module):
         self.query = linear("query")
         self.key = linear("key")
         self.value = linear("value")
-        self.query_norm = norm("query_norm", config.head_dim, None)
-        self.key_norm = norm("key_norm", config.head_dim, None)
+        self.query_norm = head_norm("query")
+        self.key_norm = head_norm("key")
         self.output = linear("output")
         self.attention_output_norm = norm("attention_output_norm")
         self.mlp_norm = norm("mlp_norm")
@@ -151,7 +158,8 @@ class Block(nnx.Module):
                 )
                 angles = gather(cos), gather(sin)
             query = split_heads(project_and_keep("query", y))
-            query, key = _normalize(self.query_norm, query), _normalize(self.key_norm, key)
+            query = _normalize_heads(self.query_norm, query)
+            key = _normalize_heads(self.key_norm, key)
             query = rotate(query, *angles, scale=self.query_scale)
             key = rotate(key, cos, sin)
             attended, kept = attend(query, key, value)
@@ -169,6 +177,11 @@ class Block(nnx.Module):
 def _normalize(norm: RMSNorm | None, x: Array) -> Array:
     """Applies a norm, where the family has it."""
     return x if norm is None else norm(x)
+
+
+def _normalize_heads(norm: RMSNorm | None, x: Array) -> Array:
+    """Applies a norm to each head of x [B, T, H, d], or to all together, as large as it is."""
+    return x if norm is None else norm(x.reshape(*x.shape[:2], -1, norm.size)).reshape(x.shape)
 
 
 def _project(

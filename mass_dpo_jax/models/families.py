@@ -28,7 +28,12 @@ NORMS_AROUND = {
     "mlp_norm": "pre_feedforward_layernorm",
     "mlp_output_norm": "post_feedforward_layernorm",
 }
-# ... and of each head of queries and keys.
+# ... after each alone ...
+NORMS_AFTER = {
+    "attention_output_norm": "post_attention_layernorm",
+    "mlp_output_norm": "post_feedforward_layernorm",
+}
+# ... and of queries and keys.
 HEAD_NORMS = {"query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm"}
 
 
@@ -40,6 +45,7 @@ class Family:
         architecture: the class of transformers.
         defaults: fields that transformers assumes where `config.json` is silent.
         norms: the norms of a layer, by our names, and Hugging Face's names within a layer.
+        norms_all_heads: whether queries and keys are normed over all heads together.
         norm_offset: what is added to the weights of a norm.
         biases: projections with a bias.
         scales_embeddings: whether hidden states start as embeddings times sqrt(hidden_size).
@@ -52,6 +58,7 @@ class Family:
     architecture: str
     defaults: Mapping[str, Any]
     norms: Mapping[str, str] = dataclasses.field(default_factory=lambda: NORMS_BEFORE)
+    norms_all_heads: bool = False
     norm_offset: float = 0.0
     biases: tuple[str, ...] = ()
     scales_embeddings: bool = False
@@ -129,6 +136,17 @@ FAMILIES = {
             "sliding_window": 4096,
         },
         window="all",
+    ),
+    "olmo2": Family(
+        "Olmo2ForCausalLM",
+        {
+            "rope_theta": 10_000.0,
+            "tie_word_embeddings": False,
+            "num_key_value_heads": None,
+            "rms_norm_eps": 1e-5,
+        },
+        norms=NORMS_AFTER | HEAD_NORMS,
+        norms_all_heads=True,
     ),
     "gemma2": Family(
         "Gemma2ForCausalLM",

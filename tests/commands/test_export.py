@@ -70,6 +70,9 @@ CASES = {
         {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2},
     ),
     "mistral": ("mistral", {"sliding_window": 9}),
+    "olmo2": ("olmo2", {}),
+    "gemma2 tied": ("gemma2", {"tie_word_embeddings": True}),
+    "gemma3": ("gemma3_text", {}),
 }
 
 
@@ -84,7 +87,8 @@ def model_folder(torch: ModuleType, folder: Path, model_type: str, **changes: An
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type].from_dict(config)).float()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.normal_(1.0 if "norm" in name else 0.0, 0.1)
+            ones = "norm" in name and not model_type.startswith("gemma")
+            parameter.normal_(1.0 if ones else 0.0, 0.1)
     model.save_pretrained(folder)
     return model
 
@@ -117,7 +121,9 @@ def our_logits(params: Any, folder: Path, ids: np.ndarray) -> np.ndarray:
     model = nnx.merge(graphdef, params)
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
     hidden, _ = jax.jit(lambda t, p: model(t, p, attention.attend_causally))(ids, positions)
-    return np.asarray(hidden @ model.vocabulary_weights().T)
+    logits = hidden @ model.vocabulary_weights().T
+    cap = model.config.logit_soft_cap
+    return np.asarray(logits if cap is None else cap * jnp.tanh(logits / cap))
 
 
 @pytest.mark.usefixtures("one_device")

@@ -60,7 +60,9 @@ def write_both(folder: Path, model_type: str, targets: str) -> tuple[Any, np.nda
     def logps(params: Any) -> jax.Array:
         decoder = nnx.merge(graphdef, params)
         hidden, _ = decoder(tokens, positions, attention.attend_causally)
-        return jax.nn.log_softmax(hidden @ decoder.vocabulary_weights().T)
+        logits = hidden @ decoder.vocabulary_weights().T
+        cap = model.logit_soft_cap
+        return jax.nn.log_softmax(logits if cap is None else cap * jnp.tanh(logits / cap))
 
     return tokens, np.asarray(logps(params))
 
@@ -73,6 +75,9 @@ def write_both(folder: Path, model_type: str, targets: str) -> tuple[Any, np.nda
         ("qwen3", "q_proj,v_proj,down_proj"),
         ("smollm3", "all"),
         ("mistral", "all"),
+        ("olmo2", "o_proj,gate_proj"),
+        ("gemma2", "all"),
+        ("gemma3_text", "all"),
     ],
 )
 def test_log_probs_equal_pytorchs(

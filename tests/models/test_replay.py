@@ -110,6 +110,8 @@ def _gradients(
         ("llama", "dots", "rectangle, 2 at a time"),
         ("qwen2", "dots", "packed, few logits"),
         ("mistral", "dots", "rectangle, 2 at a time"),
+        ("gemma3_text", "dots", "packed"),
+        ("olmo2", "full", "rectangle, 2 at a time"),
     ],
 )
 def test_gradients_are_those_of_a_pass_of_its_own(model_type: str, remat: str, layout: str) -> None:

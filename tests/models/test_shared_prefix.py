@@ -68,7 +68,7 @@ def alone(model: Decoder, pool: Candidates, pooling: str) -> CandidateScores:
     return jax.tree.map(lambda x: x.reshape(batch, candidates, *x.shape[2:]), found)
 
 
-@pytest.mark.parametrize("model_type", ["qwen3", "smollm3", "mistral"])
+@pytest.mark.parametrize("model_type", ["qwen3", "smollm3", "mistral", "gemma3_text"])
 def test_all_layouts_equal_one_row_per_response(model_type: str) -> None:
     model = random_decoder(tiny_config(model_type))
     pool = random_candidates(response=RESPONSE)

@@ -117,6 +117,8 @@ CASES = {
         "gemma3_text",
         {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 7},
     ),
+    "olmo2 tied": ("olmo2", {"tie_word_embeddings": True}),
+    "olmo2 untied, one head each": ("olmo2", {"num_key_value_heads": 4}),
     "qwen3 tied": ("qwen3", {"tie_word_embeddings": True}),
     "qwen3 untied": ("qwen3", {}),
     "smollm3 tied": ("smollm3", {"tie_word_embeddings": True}),

@@ -19,7 +19,7 @@ from mass_dpo_jax.models.shared_prefix import CandidateScores, score
 from mass_dpo_jax.models.weights import list_entries
 
 VOCABULARY = 101
-FAMILIES = ("llama", "qwen2", "qwen3", "smollm3", "mistral", "gemma2", "gemma3_text")
+FAMILIES = ("llama", "qwen2", "qwen3", "smollm3", "mistral", "olmo2", "gemma2", "gemma3_text")
 
 # Frequencies of a 16-wide head fall into all three bands: fast, blended and slow.
 LLAMA3_SCALING = {

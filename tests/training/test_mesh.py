@@ -33,9 +33,20 @@ def start(config: Any, workdir: Path) -> tuple[Setup, Any, TrainState, Reference
     return setup, optimizer, first_state(like, optimizer, params), setup.score_reference(params)
 
 
-@pytest.mark.parametrize("fused", [False, slow(True)])
+@pytest.mark.parametrize(
+    ("model_type", "fused"),
+    [
+        ("llama", False),
+        slow("llama", True),
+        slow("qwen2", False),
+        slow("mistral", True),
+        slow("olmo2", False),
+        slow("gemma2", False),
+        slow("gemma3_text", True),
+    ],
+)
 def test_eight_devices_equal_one(
-    fused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_type: str, fused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert len(jax.devices()) == 8
     data = write_jsonl(tmp_path / "data.jsonl", examples=40)
@@ -45,7 +56,7 @@ def test_eight_devices_equal_one(
     monkeypatch.setattr(optax, "scale_by_adam", adam)
     changes = {
         "train.steps": STEPS, "train.micro_batch_size": 4, "train.learning_rate": 1e-3,
-        "data.validation_share": 0.0, "beta": 1.0,
+        "data.validation_share": 0.0, "beta": 1.0, "model.scratch.model_type": model_type,
     }  # fmt: skip
     config = tiny_config(data, **changes)
     eight = tiny_config(data, **changes)
