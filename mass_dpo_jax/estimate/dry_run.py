@@ -24,7 +24,7 @@ from mass_dpo_jax.estimate import activations, memory
 from mass_dpo_jax.estimate import flops as flops_lib
 from mass_dpo_jax.estimate.memory import MemoryEstimate, StepLayout
 from mass_dpo_jax.estimate.sizes import BatchLayout, Chunks, DeviceModel
-from mass_dpo_jax.models.fused_attention import FusedAttention
+from mass_dpo_jax.models.fused_attention import FusedAttention, check_supported
 from mass_dpo_jax.models.logprobs import choose_max_logits
 from mass_dpo_jax.runs.run_folder import latest_step
 from mass_dpo_jax.training.mesh import abstract_mesh, check_batch
@@ -33,6 +33,25 @@ from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.prepare import prepare
 from mass_dpo_jax.training.setup import Setup
 from mass_dpo_jax.utils import mesh_axes
+
+
+class RunEstimate(NamedTuple):
+    """Bytes on one device during a run.
+
+    Attributes:
+        shape: the shape of batches whose steps take the most.
+        step: a step on them.
+        evaluation: all that an evaluation holds at once.
+    """
+
+    shape: Shape
+    step: MemoryEstimate
+    evaluation: int
+
+    @property
+    def peak(self) -> int:
+        """The most that is held at once."""
+        return max(self.step.peak, self.evaluation)
 
 
 class StepFlops(NamedTuple):
@@ -62,29 +81,28 @@ def dry_run(config: ConfigDict, workdir: Path | None, splits: Sequence[str]) -> 
     for name in ("train.micro_batch_size", "eval.batch_size"):
         group, field = name.split(".")
         check_batch(mesh, name, config[group][field])
-    setup = _prepare(config, workdir, splits)
-    estimates = {
-        shape: estimate_shape(setup, mesh, shape) for shape in setup.buckets["train"].shapes
-    }
-    shape = max(estimates, key=lambda shape: estimates[shape].peak)
-    estimate = estimates[shape]
-    evaluation = estimate.parameters + estimate.batch + _evaluation_bytes(setup, mesh)
-    if not config.train.offload_moments:
-        evaluation += estimate.optimizer
+    setup = prepare_dry_run(config, workdir, splits)
+    run = estimate_run(setup, mesh)
     lines = [
-        _header(config, mesh, shape),
-        *_memory_lines(estimate, config, evaluation),
+        _header(config, mesh, run.shape),
+        *_memory_lines(run, config),
         *_flops_lines(count_flops(setup), mesh.size),
     ]
     if config.device_memory_gb:
-        need, available = max(estimate.peak, evaluation), config.device_memory_gb
+        need, available = run.peak, config.device_memory_gb
         verdict = "fits" if need <= available * 1e9 else "does not fit"
         lines.append(f"{verdict}: needs {need / 1e9:.2f} GB of {available:g} GB")
     return "\n".join(lines)
 
 
-def _prepare(config: ConfigDict, workdir: Path | None, splits: Sequence[str]) -> Setup:
-    """Prepares training on the devices of this machine, which need not fit the configuration."""
+def prepare_dry_run(config: ConfigDict, workdir: Path | None, splits: Sequence[str]) -> Setup:
+    """Prepares training on the devices of this machine, which need not fit the configuration.
+
+    Logits are held as on an accelerator where attention is fused or the memory of a device is told.
+
+    Raises:
+        UserError: as training would.
+    """
     config = fetch_models(config, weights=False)
     fused = config.model.attention == "fused"
     config.dry_run = True  # A caller may not have set it; it says that no weights are needed.
@@ -95,13 +113,27 @@ def _prepare(config: ConfigDict, workdir: Path | None, splits: Sequence[str]) ->
         started = workdir is not None and latest_step(workdir) is not None
         folder = workdir if started else Path(empty)
         setup = prepare(config, None if config.model.path else folder, splits)
-    if not fused:
-        return setup
     program = setup.program
-    scorer = dataclasses.replace(
-        program.scorer, attention=FusedAttention(), max_logits=choose_max_logits("gpu")
-    )
+    scorer = program.scorer
+    if fused or config.device_memory_gb:
+        scorer = dataclasses.replace(scorer, max_logits=choose_max_logits("gpu"))
+    if fused:
+        check_supported(setup.policy.config)
+        scorer = dataclasses.replace(scorer, attention=FusedAttention())
     return dataclasses.replace(setup, program=dataclasses.replace(program, scorer=scorer))
+
+
+def estimate_run(setup: Setup, mesh: Mesh) -> RunEstimate:
+    """Estimates the memory of a run on one device of a mesh."""
+    estimates = {
+        shape: estimate_shape(setup, mesh, shape) for shape in setup.buckets["train"].shapes
+    }
+    shape = max(estimates, key=lambda shape: estimates[shape].peak)
+    step = estimates[shape]
+    evaluation = step.parameters + step.batch + _evaluation_bytes(setup, mesh)
+    if not setup.train.offload_moments:
+        evaluation += step.optimizer
+    return RunEstimate(shape, step, evaluation)
 
 
 def estimate_shape(setup: Setup, mesh: Mesh, shape: Shape) -> MemoryEstimate:
@@ -244,9 +276,9 @@ def _header(config: ConfigDict, mesh: Mesh, shape: Shape) -> str:
     )
 
 
-def _memory_lines(estimate: MemoryEstimate, config: ConfigDict, evaluation: int) -> list[str]:
+def _memory_lines(run: RunEstimate, config: ConfigDict) -> list[str]:
     """Formats the estimate and what an evaluation needs, a line for each term."""
-    train, dtype = config.train, config.model.dtype
+    train, dtype, estimate = config.train, config.model.dtype, run.step
     weights = "weights, float32"
     if uses_lora(config.model.lora):
         weights = f"weights, {config.model.lora.base}, and adapters, float32"
@@ -267,8 +299,8 @@ def _memory_lines(estimate: MemoryEstimate, config: ConfigDict, evaluation: int)
     ]
     terms += [(f"all at once: {name}", size) for name, size in estimate.phases.items()]
     terms += [
-        (f"all at once: evaluation, eval.batch_size={config.eval.batch_size}", evaluation),
-        ("peak", max(estimate.peak, evaluation)),
+        (f"all at once: evaluation, eval.batch_size={config.eval.batch_size}", run.evaluation),
+        ("peak", run.peak),
     ]
     return [f"{name:<64}{size / 1e9:>12.3f} GB" for name, size in terms]
 

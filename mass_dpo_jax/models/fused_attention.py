@@ -48,6 +48,7 @@ ALIGNMENT = 8
 # Bounds the error of outputs and gradients: two roundings to bfloat16 differ by some 0.005, a
 # single key that one query sees and should not by 0.03.
 MAX_RELATIVE_ERROR = 0.02
+NO_SOFT_CAP = "the kernel has no soft cap of scores (attn_logit_softcapping)"
 SHORT_WINDOW = 9  # Tokens of the window that the small example tries.
 
 
@@ -226,6 +227,12 @@ def choose_attention(
     return plain
 
 
+def check_supported(config: DecoderConfig) -> None:
+    """Raises UserError for a model that the kernel does not compute on any device."""
+    if config.attention_soft_cap is not None:
+        raise UserError(f"config.model.attention=fused: {NO_SOFT_CAP}; expected auto or plain")
+
+
 def find_obstacle(config: DecoderConfig, dtype: jnp.dtype, mesh: Mesh) -> str | None:
     """Returns why the kernel cannot run on these devices, or None if it can."""
     platform, tensor = mesh.devices.flat[0].platform, mesh.shape["tensor"]
@@ -234,7 +241,7 @@ def find_obstacle(config: DecoderConfig, dtype: jnp.dtype, mesh: Mesh) -> str | 
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"the kernel needs config.model.dtype=bfloat16, not {dtype.name}"
     if config.attention_soft_cap is not None:
-        return f"the kernel has no soft cap of scores, as {config.model_type} has"
+        return NO_SOFT_CAP
     if config.num_kv_heads % tensor:
         return f"config.mesh.tensor={tensor} does not divide {config.num_kv_heads} key-value heads"
     if distributed.is_multiprocess():
