@@ -54,11 +54,13 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "Qwen2.5-0.5B-Instruct": QWEN2 | {
         "vocab_size": 151936, "hidden_size": 896, "num_hidden_layers": 24,
-        "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True,
+        "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
     },
     "Qwen2.5-1.5B-Instruct": QWEN2 | {
         "vocab_size": 151936, "hidden_size": 1536, "num_hidden_layers": 28,
-        "intermediate_size": 8960, "num_attention_heads": 12, "num_key_value_heads": 2, "tie_word_embeddings": True,
+        "intermediate_size": 8960, "num_attention_heads": 12, "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
     },
     "Qwen2.5-3B-Instruct": QWEN2 | {
         "vocab_size": 151936, "hidden_size": 2048, "num_hidden_layers": 36,
