@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import jax
@@ -72,12 +73,16 @@ def float64_of_list(name, rewards, grades):
     return value, gradient
 
 
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def pull_back(loss, log_ratios, valid, beta, grades):
+    values, pull = jax.vjp(lambda r: loss(r, valid, beta, grades), log_ratios)
+    return values, pull(jnp.ones_like(values))[0]
+
+
 def value_and_grad(loss, log_ratios, valid, beta, grades):
     """Values [B] and d(sum of values)/d(log_ratios)."""
-    values, pull = jax.vjp(
-        lambda r: loss(r, jnp.asarray(valid), beta, jnp.asarray(grades)), jnp.asarray(log_ratios)
-    )
-    return np.asarray(values), np.asarray(pull(jnp.ones_like(values))[0])
+    log_ratios, valid, grades = (jnp.asarray(x) for x in (log_ratios, valid, grades))
+    return tuple(np.asarray(x) for x in pull_back(loss, log_ratios, valid, beta, grades))
 
 
 @settings(deadline=None, max_examples=25)
