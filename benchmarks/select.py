@@ -34,7 +34,7 @@ from jax import lax
 from benchmarks import machine
 from mass_dpo_jax import cli, selection
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.selection import Settings, catalogue, sharded_search
+from mass_dpo_jax.selection import Settings, catalogue, sharded_search, shards
 
 RIDGE = Settings().ridge
 # In other words than a tie: sums in another order, and gains that are a difference of large ones.
@@ -287,8 +287,8 @@ def large_pool(size: int, width: int, n: int, case: Case) -> tuple[dict[str, Pro
     h = rng.standard_normal((size, width), dtype=np.float32)
     h *= np.arange(1, width + 1, dtype=np.float32) ** -case.decay
     scores = rng.standard_normal(size, dtype=np.float32) * np.float32(case.spread)
-    mesh = catalogue.make_mesh()
-    arrays = [catalogue.shard_rows(mesh, x) for x in (h, scores, np.ones(size, bool))]
+    mesh = shards.make_mesh()
+    arrays = [shards.shard_rows(mesh, x) for x in (h, scores, np.ones(size, bool))]
     static = n, "pool_fisher", "none", mesh
     scale, unused = jnp.float32(1 / case.ridge), jnp.zeros(width)
     on_device, their_scores = jnp.asarray(h), jnp.asarray(scores)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mass_dpo_jax.errors import UserError
     from mass_dpo_jax.selection import select_negatives
     from mass_dpo_jax.selection.catalogue import select_from_catalogue
+    from mass_dpo_jax.selection.prompts import select_prompts
     from mass_dpo_jax.training.step import TrainState
     from mass_dpo_jax.training.updates import Batches, StepBatch, TrainStep
 
@@ -42,6 +43,7 @@ __all__ = [
     "metrics",
     "select_from_catalogue",
     "select_negatives",
+    "select_prompts",
     "selection",
 ]
 
@@ -72,6 +74,7 @@ _MODULES = {
     "make_train_step": "api",
     "select_from_catalogue": "selection.catalogue",
     "select_negatives": "selection",
+    "select_prompts": "selection.prompts",
 }
 
 

@@ -30,6 +30,7 @@ from mass_dpo_jax.training.open_policy import open_policy
 from mass_dpo_jax.training.optimizer import make_optimizer, skip_if_not_finite
 from mass_dpo_jax.training.policy import Policy
 from mass_dpo_jax.training.prepare import open_mesh, prepare_examples
+from mass_dpo_jax.training.prompts import check_gaps
 from mass_dpo_jax.training.setup import Reference
 from mass_dpo_jax.training.step import TrainState
 from mass_dpo_jax.training.updates import Batches, TrainStep
@@ -205,13 +206,17 @@ def batches(
         reference: the reference policy; None: the model as it is now. Its log-probabilities are
             computed here, once, and kept in `cache_dir`.
 
+    Prompts (`selection.prompts`) are chosen here too, by the model as it is now.
+
     Returns:
         A sequence of `StepBatch`, one for each update: it has a `len`, can be iterated over, and
         `batches[step]` is the batch of a step.
 
     Raises:
-        UserError: a setting is invalid, or a row as in `Model.score`.
+        UserError: a setting is invalid, as `selection.prompt_refresh=epoch` is here if the policy
+            chooses the prompts: batches are known before the steps; or a row as in `Model.score`.
     """
+    is_reference = reference is None or reference is model
     reference = model if reference is None else reference
     for name, given in (("model", model), ("reference", reference)):
         check_type(given, Model, name, MODEL)
@@ -221,9 +226,19 @@ def batches(
     model.policy.check_like(reference.architecture, "reference")
     if reference.policy.lora != model.policy.lora:
         raise UserError("reference: its adapters are of another form than the policy's")
-    if not setup.method.uses_reference:
-        return Batches(setup, Reference({}))
-    return Batches(setup, setup.score_reference(reference.params))
+    scores = Reference({})
+    if setup.method.uses_reference:
+        scores = setup.score_reference(reference.params)
+    made = Batches(setup, scores)
+    if setup.prompts.needs_policy:
+        if setup.prompts.refresh != "once":
+            raise UserError(
+                "config.selection.prompt_refresh=epoch chooses prompts while a run trains, which "
+                "python -m mass_dpo_jax.train does; expected once"
+            )
+        check_gaps(setup.prompts, has_other_reference=not is_reference)
+        made.prompts.choose(0, model.params, setup.key(0), is_reference)
+    return made
 
 
 def make_train_step(

@@ -80,6 +80,8 @@ CHOICES = {
     "selection.features": ("policy", "reference"),
     "selection.feature_norm": ("none", "l2"),
     "selection.pooling": ("response", "all"),
+    "selection.prompts": ("all", "design", "uncertain", "random"),
+    "selection.prompt_refresh": ("once", "epoch"),
 }
 FEATURE_DRAWS = ("local", "partition")  # Values of `selection.draw` that read features.
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -212,6 +214,16 @@ def default() -> ConfigDict:
     c.selection.draw = "pivotal"
 
     c.selection.top = 10  # For the criterion topk: how many it draws from.
+    # Which prompts are trained on: all | design (the largest information of prompt and set) |
+    # uncertain (the smallest gap between the rewards of the chosen response and of the hardest
+    # negative) | random.
+    c.selection.prompts = "all"
+    # How many: a share of the training rows if below 1, else a number. An epoch is a pass over
+    # them.
+    c.selection.prompt_budget = 0.25
+    # When they are chosen: once (before the first update, the same for all epochs) | epoch (anew,
+    # by the policy as it is then).
+    c.selection.prompt_refresh = "once"
 
     # ---- Margins of the method odpo.
     c.odpo = Settings()
@@ -335,6 +347,22 @@ def parse_refresh(refresh: str, steps_per_epoch: int) -> int:
     raise UserError(
         f"config.selection.refresh={refresh!r}: expected step, epoch, once or a number of steps"
     )
+
+
+def parse_budget(budget: float, rows: int, name: str = "config.selection.prompt_budget") -> int:
+    """Returns the number of prompts that `selection.prompt_budget` allows of so many rows.
+
+    Raises:
+        UserError: it is neither a share nor a whole number, or more than there are.
+    """
+    if not (0 < budget < 1 or (budget > 1 and budget == int(budget))):
+        raise UserError(
+            f"{name}={budget:g}: expected a share of the prompts below 1, or a number of them "
+            "above 1"
+        )
+    if budget > rows:
+        raise UserError(f"{name}={budget:.0f}: expected at most {rows}, all prompts that there are")
+    return max(1, round(budget * rows)) if budget < 1 else int(budget)
 
 
 def split_targets(targets: str) -> tuple[str, ...]:

@@ -18,6 +18,10 @@ The third form needs no model. --features is a .npy file [M, C, D], the chosen r
 .safetensors file with `features` and optionally `scores` [M, C - 1] and `mask` [M, C - 1]. With
 --config.data.path it also writes the texts of that data, whose rows must be in the same order.
 
+--prompts=5000 or --prompts=0.25 writes only so many prompts, in the order in which they are chosen:
+by the information of each prompt with its selected negatives, or as config.selection.prompts says.
+Each object then has `prompt_gain`, the growth of the log-determinant, or `prompt_gap`.
+
 Without a reference (--config.model.reference_path, or that of the run in --workdir; `scores` in the
 third form) all scores are 0, as at the start of training. All rows are used: config.data.max_* is
 not applied.
@@ -31,6 +35,7 @@ from mass_dpo_jax import cli, config_checks
 from mass_dpo_jax import config as config_lib
 
 FORMATS = ("lists", "pairs")
+UNREAD = ("selection.refresh", "selection.prompt_budget", "selection.prompt_refresh")
 
 FLAGS = flags.FLAGS
 
@@ -46,10 +51,12 @@ def main() -> None:
         split_into_pairs,
     )
 
+    if FLAGS.prompts is None:
+        cli.log_unread("select without --prompts", ["selection.prompts"])
     if FLAGS.features:
-        rows = select_with_features(config, FLAGS.features, FLAGS.split)
+        rows = select_with_features(config, FLAGS.features, FLAGS.split, FLAGS.prompts)
     else:
-        rows = select_with_model(cli.read_config(), FLAGS.workdir, FLAGS.split)
+        rows = select_with_model(cli.read_config(), FLAGS.workdir, FLAGS.split, FLAGS.prompts)
     if FLAGS.format == "pairs":
         rows = split_into_pairs(
             rows, chat=not FLAGS.features and config.data.chat_template != "none"
@@ -65,5 +72,6 @@ if __name__ == "__main__":
     cli.define_split()
     cli.define_path("features", "A .npy or .safetensors file, no model.")
     flags.DEFINE_enum("format", "lists", FORMATS, "Rows per prompt, or per pair.")
+    flags.DEFINE_float("prompts", None, "Number or share of the prompts to choose; default: all.")
     cli.define_path("output", "The JSON-lines file to write.")
-    cli.run(main, default=config_lib.__file__, unread=[*cli.TRAINING, *cli.LIMITS])
+    cli.run(main, default=config_lib.__file__, unread=[*cli.TRAINING, *cli.LIMITS, *UNREAD])

@@ -8,7 +8,7 @@ a state, so a resumed run sees the same examples whatever happened before.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -171,19 +171,36 @@ def _next_larger(sizes: Any, g: int) -> int:
 class Order:
     """The order of training: `order(step)` returns the rows of an update, and their shape.
 
-    Every epoch is a new permutation in which each example occurs once. Its batches are cut within
-    one bucket, the left-over rows of a bucket move on to the next larger one, and the batches come
-    in random order. The last left-over batch is filled up with other examples of the split.
+    Every epoch is a new permutation in which each of its examples occurs once. Its batches are cut
+    within one bucket, the left-over rows of a bucket move on to the next larger one, and the
+    batches come in random order. The last left-over batch is filled up with other examples of the
+    epoch.
+
+    Args:
+        buckets: the split's examples by shape.
+        batch_size: rows of an update.
+        seed: seed of the permutations.
+        rows: a function from an epoch to the rows it has, int [size]; None: the whole split.
+        size: how many rows that are.
 
     Attributes:
         steps_per_epoch: the number of updates in an epoch.
     """
 
-    def __init__(self, buckets: Buckets, batch_size: int, seed: int):
+    def __init__(
+        self,
+        buckets: Buckets,
+        batch_size: int,
+        seed: int,
+        rows: Callable[[int], np.ndarray] | None = None,
+        size: int | None = None,
+    ):
         self._buckets = buckets
+        self._rows = rows or (lambda _: np.arange(len(buckets.group)))
+        size = len(buckets.group) if size is None else size
         self._batch_size = batch_size
         self._seed = seed
-        self.steps_per_epoch = -(-len(buckets.group) // batch_size)
+        self.steps_per_epoch = -(-size // batch_size)
         self._last: tuple[int, list[tuple[np.ndarray, Shape]]] = (-1, [])
 
     def __call__(self, step: int) -> tuple[np.ndarray, Shape]:
@@ -200,7 +217,7 @@ class Order:
 
     def _make_epoch(self, epoch: int) -> list[tuple[np.ndarray, Shape]]:
         rng = np.random.default_rng([self._seed, epoch])
-        rows = rng.permutation(len(self._buckets.group)).astype(np.int32)
+        rows = rng.permutation(self._rows(epoch)).astype(np.int32)
         batches = list(_cut_batches(self._buckets, rows, self._batch_size, rng))
         last, shape = batches[-1]
         missing = self._batch_size - len(last)

@@ -1,7 +1,7 @@
 """The folder of a run: how to recognize it, the checkpoints in it, and the lock that guards it.
 
-It holds config.json, origin.json, metrics.jsonl, metrics.json, checkpoints/, model/, adapters/ and
-what loggers and reports add.
+It holds config.json, origin.json, metrics.jsonl, metrics.json, prompts.jsonl, checkpoints/, model/,
+adapters/ and what loggers and reports add.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from mass_dpo_jax.utils import distributed
 from mass_dpo_jax.utils.files import read_json, write_whole
 from mass_dpo_jax.utils.run_paths import CHECKPOINTS
 
+PROMPTS = "prompts.jsonl"  # Which prompts epochs were trained on, where not all.
 NO_CHECKPOINT = (
     "a run that has saved no checkpoint yet; go on with mass_dpo_jax.train and the same --workdir"
 )
@@ -171,6 +172,21 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     if distributed.is_primary():
         with explain_write_errors(path):
             write_whole(path, [json.dumps(content, indent=2) + "\n"])
+
+
+def add_prompts(workdir: Path, choice: Mapping[str, Any]) -> None:
+    """Adds a choice of prompts to prompts.jsonl, on the primary process.
+
+    Choices of the same epoch and later ones are replaced: those of a run that was interrupted, and
+    now makes the same steps again.
+    """
+    if not distributed.is_primary():
+        return
+    path = workdir / PROMPTS
+    lines = path.read_text(encoding="utf-8").splitlines() if choice["epoch"] else []
+    earlier = [line for line in lines if json.loads(line)["epoch"] < choice["epoch"]]
+    with explain_write_errors(path):
+        write_whole(path, (f"{line}\n" for line in [*earlier, json.dumps(choice)]))
 
 
 def write_table(path: Path, table: np.ndarray) -> None:

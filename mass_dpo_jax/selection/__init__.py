@@ -2,7 +2,10 @@
 
 batch.py           in the pools of a batch: `select`, `select_negatives`, diagnostics
 catalogue.py       in one pool of up to a million: `select_from_catalogue`
-sharded_search.py  its greedy search, over devices
+prompts.py         which prompts: `select_prompts`
+sharded_search.py  greedy search for both, over devices
+shards.py          candidates that are split over devices
+blocks.py          what several vectors at once add to a determinant
 registry.py        `Settings`; `criterion` and `design` register a criterion
 criteria.py        the built-in criteria
 baselines.py       criteria of other papers

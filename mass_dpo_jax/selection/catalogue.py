@@ -14,7 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax import lax
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
@@ -22,10 +23,19 @@ from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.selection import criteria
 from mass_dpo_jax.selection.arrays import as_array, as_integer, as_mask
 from mass_dpo_jax.selection.batch import refuse_unknown
+from mass_dpo_jax.selection.gram import multiply, normalize_features
 from mass_dpo_jax.selection.registry import Settings, check_name
-from mass_dpo_jax.selection.sharded_search import Shard, search_shard, subtract_mean
+from mass_dpo_jax.selection.sharded_search import search_shard
+from mass_dpo_jax.selection.shards import (
+    Chunk,
+    Shard,
+    Take,
+    fold_chunks,
+    list_axes,
+    make_mesh,
+    shard_rows,
+)
 from mass_dpo_jax.selection.types import Selection
-from mass_dpo_jax.utils.mesh_axes import BATCH_AXES
 
 CRITERIA = ("pool_fisher", "contrast")
 SETTINGS = ("criterion", "ridge", "feature_norm", "fisher_scale", "beta")
@@ -130,24 +140,6 @@ def _read_rows(x: Any, name: str) -> Any:
     return x if isinstance(x, np.ndarray) else as_array(x, name)
 
 
-def make_mesh() -> Mesh:
-    """Makes a mesh of one axis over all devices."""
-    return jax.make_mesh((jax.device_count(),), BATCH_AXES[:1], axis_types=(AxisType.Auto,))
-
-
-def _axes(mesh: Mesh) -> tuple[str, ...]:
-    return tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)
-
-
-def shard_rows(mesh: Mesh, x: Any) -> Array:
-    """Splits an array [N, ...] over the devices, padded by zeros to a multiple of their number."""
-    missing = -x.shape[0] % math.prod(mesh.shape[axis] for axis in _axes(mesh))
-    if missing:
-        pad = np.pad if isinstance(x, np.ndarray) else jnp.pad
-        x = pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
-    return jax.device_put(x, NamedSharding(mesh, P(_axes(mesh))))
-
-
 @functools.partial(jax.jit, static_argnums=(5, 6, 7, 8))
 def search_greedily(
     features: Float[Array, "N D"],
@@ -166,18 +158,18 @@ def search_greedily(
     1 / ridge, multiplies products of design vectors. All that follows it is static.
     """
     weights = criteria.pool_weights(scores, mask)
-    axes = _axes(mesh)
+    axes = list_axes(mesh)
 
     def search(
         features: Array, weights: Array, mask: Array, chosen: Array, scale: Array
     ) -> tuple[Selection, Array]:
         roots = jnp.sqrt(weights * scale)
-        shard = Shard(features, roots, chosen, 0 * chosen, feature_norm, axes)
+        candidates = _Candidates(features, roots, chosen, 0 * chosen, feature_norm)
         if criterion == "contrast":
-            shard = dataclasses.replace(shard, origin=shard.read(chosen))
+            candidates = dataclasses.replace(candidates, origin=candidates.read(chosen))
         else:
-            shard = subtract_mean(shard, weights)
-        return search_shard(shard, mask, n)
+            candidates = _subtract_mean(candidates, weights, axes)
+        return search_shard(candidates.as_shard(axes), mask, n)
 
     return jax.shard_map(
         search,
@@ -186,3 +178,65 @@ def search_greedily(
         out_specs=P(),
         check_vma=False,
     )(features, weights, mask, chosen.astype(jnp.float32), scale)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Candidates:
+    """The candidates of one device, each with one design vector.
+
+    Attributes:
+        features: [m, D], of any type.
+        roots: float32 [m], square roots of what multiplies v v': the weight over the ridge.
+        origin: float32 [D], subtracted from every feature first.
+        mean: float32 [D], subtracted from the remainder.
+        feature_norm: the same as in `Settings`.
+    """
+
+    features: Float[Array, "m D"]
+    roots: Float[Array, " m"]
+    origin: Float[Array, " D"]
+    mean: Float[Array, " D"]
+    feature_norm: str
+
+    def as_shard(self, axes: tuple[str, ...]) -> Shard:
+        """Returns what is searched, over the axes of a mesh."""
+        size, width = self.features.shape
+
+        def read(take: Take) -> Array:
+            return self.design_vectors(take(self.features), take(self.roots))[:, None]
+
+        return Shard((size, 1, width), read, axes)
+
+    def read(self, features: Array) -> Array:
+        """Returns features [..., D] as `gram.normalize_features` does."""
+        return normalize_features(features, self.feature_norm)
+
+    def design_vectors(self, features_cD: Array, roots_c: Array) -> Array:
+        """Computes design vectors over the root of the ridge, [c, D]; 0 without weight."""
+        roots_c1 = roots_c[:, None]
+        centred_cD = self.read(features_cD) - self.origin[None] - self.mean[None]
+        return jnp.where(roots_c1 > 0, roots_c1 * centred_cD, 0.0)
+
+
+def _subtract_mean(
+    candidates: _Candidates, weights_m: Float[Array, " m"], axes: tuple[str, ...]
+) -> _Candidates:
+    """Returns the candidates with the weighted mean over all devices as what is subtracted."""
+    # The mean lies close to the heaviest candidate, so with that as origin little cancels.
+    weights_m = jnp.where(weights_m > 0, weights_m, 0.0)
+    shard = candidates.as_shard(axes)
+    largest = shard.find_largest(weights_m)
+    heaviest = shard.find_first(weights_m, jnp.arange(shard.size), largest)
+    origin_D = shard.broadcast_from_owner(
+        heaviest, lambda take: candidates.read(take(candidates.features))
+    )
+    shifted = dataclasses.replace(candidates, origin=origin_D)
+
+    def add(total_D: Array, chunk: Chunk) -> Array:
+        weights_c = jnp.where(chunk.is_new, chunk.take(weights_m), 0.0)
+        features_cD = chunk.take(candidates.features)
+        differences_cD = shifted.design_vectors(features_cD, jnp.sign(weights_c))
+        return total_D + multiply(weights_c, differences_cD)
+
+    mean_D = lax.psum(fold_chunks(shard, add, candidates.mean), axes)
+    return dataclasses.replace(shifted, mean=mean_D)

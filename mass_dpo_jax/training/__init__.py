@@ -9,6 +9,7 @@ From the outside in:
     methods.py            what `config.method` means: loss, criterion, reference
     scorer.py             the decoder as a function of weights and a batch
     negatives.py          negatives that are kept for more than a step (`selection.refresh`)
+    prompts.py            which prompts an epoch trains on (`selection.prompts`)
     optimizer.py          AdamW, its schedule, and updates that are skipped
 
 Around it:

@@ -23,6 +23,7 @@ from mass_dpo_jax.training.model_paths import fetch_models
 from mass_dpo_jax.training.open_policy import save_description
 from mass_dpo_jax.training.optimizer import learning_rate, make_optimizer
 from mass_dpo_jax.training.prepare import list_models_read, prepare
+from mass_dpo_jax.training.prompts import check_gaps, choose_for_step, read_settings
 from mass_dpo_jax.training.setup import Reference, Setup
 from mass_dpo_jax.training.step import TrainState
 from mass_dpo_jax.training.step_log import BadSteps, StepLog
@@ -96,6 +97,7 @@ class _Run:
     settings: ConfigDict
     draw_noise_every: int
     notes: dict[str, Any]
+    workdir: Path
     batches: Batches
     train_step: TrainStep
     state: TrainState
@@ -123,7 +125,8 @@ class _Run:
     def save(self) -> None:
         """Starts writing a checkpoint, unless no update has been made yet."""
         if step := int(self.state.step):
-            notes = {**self.notes, **self.batches.order.locate(step)}
+            batches = self.batches
+            notes = {**self.notes, **batches.order.locate(step), **batches.prompts.notes()}
             self.checkpoints.save(self.state, self.train_step.sets.state, notes)
 
     def close(self) -> None:
@@ -152,6 +155,7 @@ def _check_folder(
     if metrics is None:
         distributed.run_on_primary(lambda: run_folder.check_writable(workdir))
         check_best(config.train, config.method, SPLITS)
+        check_gaps(read_settings(config), bool(config.model.reference_path))
     return metrics
 
 
@@ -229,7 +233,8 @@ def _restore_or_start(
     # 2. The model at model.path: a Hugging Face folder, another run or one of its checkpoints; with
     #    LoRA its adapters from model.lora.path, or new ones.
     # 3. Random weights.
-    state, frozen, negatives = _restore_state(start, optimizer, checkpoints)
+    state, frozen, negatives, notes = _restore_state(start, optimizer, checkpoints)
+    batches.prompts.restore(notes)
     step = int(state.step)
     if step:
         _log.info(f"{workdir}: going on from step {step} of {total}")
@@ -245,6 +250,7 @@ def _restore_or_start(
         settings=settings,
         draw_noise_every=_draw_noise_every(start.config),
         notes={"config": start.config.to_dict(), "data": start.digests},
+        workdir=workdir,
         batches=batches,
         train_step=TrainStep(batches, optimizer, frozen, negatives),
         state=state,
@@ -280,16 +286,16 @@ def _open_checkpoints(
 
 def _restore_state(
     start: _Start, optimizer: optax.GradientTransformation, checkpoints: checkpoint.Checkpoints
-) -> tuple[TrainState, Any, np.ndarray | None]:
-    """Returns the training state, the frozen weights, and the negatives of a checkpoint, if any."""
+) -> tuple[TrainState, Any, np.ndarray | None, dict[str, Any]]:
+    """Returns training state, frozen weights, and a checkpoint's negatives and notes, if any."""
     trained, frozen = start.setup.policy.split(start.params)
     start.params = None
     abstract = abstract_state(start.setup, optimizer)
     if checkpoints.latest() is None:
-        return first_state(abstract, optimizer, trained), frozen, None
+        return first_state(abstract, optimizer, trained), frozen, None, {}
     del trained  # Before as many weights are read.
-    state, negatives, _ = checkpoints.restore(abstract)
-    return state, frozen, negatives
+    state, negatives, notes = checkpoints.restore(abstract)
+    return state, frozen, negatives, notes
 
 
 def _run_steps(run: _Run) -> dict[str, Any]:
@@ -328,12 +334,16 @@ def _run_steps(run: _Run) -> dict[str, Any]:
 
 def _train_one_step(run: _Run, step: int, rate: Any) -> None:
     """Makes one update; its figures are logged while the next one computes."""
+    window = run.train_step.sets.window
+    if text := choose_for_step(run.batches, step, run.params, window, run.workdir):
+        run.step_log.print_line(text)
+        run.step_log.restart_clock()
     batch = run.batches[step]
     draw_noise: dict[str, Any] = {}
-    if run.draw_noise_every and (step + 1) % run.draw_noise_every == 0 and len(run.batches) > 1:
-        other = run.batches[step + 1 if step + 1 < len(run.batches) else step - 1]
-        share = run.train_step.measure_draw_noise(run.state, batch, other)
-        draw_noise = {"selection/draw_noise": share}
+    if run.draw_noise_every and (step + 1) % run.draw_noise_every == 0:
+        if (other := run.batches.find_other(step)) is not None:
+            share = run.train_step.measure_draw_noise(run.state, batch, run.batches[other])
+            draw_noise = {"selection/draw_noise": share}
     run.state, trained, figures = run.train_step.update(run.state, batch)
     interruption.defer_signals()
     changed = run.train_step.sets.fraction_changed(batch.rows, trained.candidate_ids)

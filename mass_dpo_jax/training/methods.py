@@ -308,10 +308,14 @@ def find_unread(config: ConfigDict) -> list[str]:
     is_design = criterion.design is not None and spec.max_negatives != 0
     draws_by_features = criterion.weighted and config.selection.draw in config_lib.FEATURE_DRAWS
     reads_features = (criterion.needs_features and spec.max_negatives != 0) or draws_by_features
+    by_design = config.selection.prompts == "design"
     is_read = {
         "selection.criterion": not spec.criterion,
-        "selection.ridge selection.fisher_scale": is_design,
-        "selection.feature_norm selection.features selection.pooling": reads_features,
+        "selection.ridge": is_design or by_design,
+        "selection.fisher_scale": is_design,
+        "selection.feature_norm selection.pooling": reads_features or by_design,
+        "selection.features": reads_features,
+        "selection.prompt_budget selection.prompt_refresh": config.selection.prompts != "all",
         "selection.draw": criterion.weighted,
         "selection.top": criterion is CRITERIA["topk"],
         "selection.refresh": selects,

@@ -13,14 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from mass_dpo_jax import config as config_lib
 from mass_dpo_jax import config_checks
 from mass_dpo_jax.data import load_examples
 from mass_dpo_jax.data.batches import Batch
 from mass_dpo_jax.data.examples import Example, Message, Text, as_text
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.selection import Selection
+from mass_dpo_jax.selection import Pool, Selection
 from mass_dpo_jax.selection import batch as batch_lib
-from mass_dpo_jax.training import scoring
+from mass_dpo_jax.training import prompts, scoring
 from mass_dpo_jax.training.data_checks import log_small_pools
 from mass_dpo_jax.training.feature_files import mask_of_examples, read_features, to_float32
 from mass_dpo_jax.training.methods import Method, make_method
@@ -42,17 +43,21 @@ ROWS_AT_A_TIME = 256  # Rows of features on the device.
 Row = dict[str, Any]
 
 
-def select_with_model(config: ConfigDict, workdir: Path | None, split: str | None) -> Iterator[Row]:
-    """Yields the rows of a split, in order, with the negatives selected by a model.
+def select_with_model(
+    config: ConfigDict, workdir: Path | None, split: str | None, budget: float | None = None
+) -> Iterator[Row]:
+    """Yields the rows of a split with the negatives selected by a model.
 
     Args:
         config: the configuration; it is not changed.
         workdir: the run whose newest checkpoint selects; None: the model at `config.model.path`.
         split: its name; None: all of a single file, otherwise the training split.
+        budget: prompts to choose, a share or a number, by `selection.prompts`; None: all of them.
 
     Yields:
         For each example within the length limits: id, prompt, chosen, rejected (the picks, in order
-        of selection), selected and gains.
+        of selection), selected and gains; in the order of the split or, with a budget, in the order
+        in which prompts were chosen, with `prompt_gain` or `prompt_gap`.
 
     Raises:
         UserError: something in the configuration, the data or the model folder is wrong.
@@ -64,20 +69,64 @@ def select_with_model(config: ConfigDict, workdir: Path | None, split: str | Non
     model = prepare_scoring(config, workdir, split, selecting=True)
     if model.setup.method.is_supervised:
         raise UserError(f"config.method={config.method} has no negatives to select")
-    rows = _select_rows(model, f"{workdir or config.model.path}")
+    how = _prompt_settings(config, budget, model.split in model.reference.logps)
+    rows, table = _select_rows(model, f"{workdir or config.model.path}", how.by)
+    order = _choose_rows(table, len(rows), how, config.seed)
     if not distributed.is_primary():  # The others have no texts, and write nothing.
         return
     tokens = model.setup.tokens[model.split]
     by_id = {example.id: example for example in model.setup.examples[model.split]}
-    for index, example_id in enumerate(tokens.ids):
+    for index, value in order:
         # Tokens lack the candidates that are too long.
         selected = rows[index]["selected"]
         negatives = [int(tokens.candidate_ids[index, 1 + pick]) - 1 for pick in selected]
-        yield _add_texts(by_id[example_id], {**rows[index], "selected": negatives})
+        example = by_id[tokens.ids[index]]
+        yield _add_texts(example, {**rows[index], "selected": negatives, **value})
 
 
-def _select_rows(model: ScoredModel, name: str) -> dict[int, Row]:
-    """Selects from every pool of a split: selected, gains and weights by the row's index."""
+def _prompt_settings(
+    config: ConfigDict, budget: float | None, has_scores: bool
+) -> prompts.PromptSettings:
+    """Returns how to choose prompts; `design` where the configuration does not say.
+
+    Raises:
+        UserError: it cannot be done with this method or without scores.
+    """
+    if budget is None:
+        return prompts.PromptSettings()
+    config = config.copy_and_resolve_references()
+    by = "design" if config.selection.prompts == "all" else config.selection.prompts
+    config.selection.update(prompts=by, prompt_budget=float(budget), prompt_refresh="once")
+    if by == "uncertain" and not has_scores:
+        raise UserError(
+            "config.selection.prompts=uncertain compares rewards, which are all 0 without a "
+            "reference (config.model.reference_path, or scores next to --features)"
+        )
+    return prompts.read_settings(config)
+
+
+def _choose_rows(
+    table: np.ndarray | None, total: int, settings: prompts.PromptSettings, seed: int
+) -> list[tuple[int, Row]]:
+    """Returns the rows to write, in order, and what they were chosen by, for each."""
+    if settings.by == "all":
+        return [(index, {}) for index in range(total)]
+    k = config_lib.parse_budget(settings.budget, total, "--prompts")
+    chosen = prompts.choose_prompts(table, total, k, settings, seed)
+    if chosen.values is None:
+        return [(index, {}) for index in chosen.indices.tolist()]
+    name = prompts.VALUES[settings.by]
+    values = [{name: value} for value in _shortest(chosen.values)]
+    return list(zip(chosen.indices.tolist(), values, strict=True))
+
+
+def _select_rows(
+    model: ScoredModel, name: str, by: str
+) -> tuple[dict[int, Row], np.ndarray | None]:
+    """Selects from every pool of a split: selected, gains and weights by the row's index.
+
+    Returns also what prompts are chosen by, see `prompts.measure_sets`, where anything is.
+    """
     setup, program, method = model.setup, model.setup.program, model.setup.method
     tokens, ref_logps = setup.tokens[model.split], model.reference.logps.get(model.split)
     if not method.uses_whole_pool:
@@ -90,40 +139,59 @@ def _select_rows(model: ScoredModel, name: str) -> dict[int, Row]:
         model.split, "selecting", ref_logps=ref_logps, ref_grams=model.reference.grams
     )
     selected: dict[int, Row] = {}
-    for indices, (picks, excess) in scoring.compute_each(
-        lambda batch: _select_batch(program, model.params, batch, setup.key(0), ref_logps is None),
+    measures: dict[int, np.ndarray] = {}
+    for indices, (picks, excess, measured) in scoring.compute_each(
+        lambda batch: _select_batch(
+            program, by, model.params, batch, setup.key(0), ref_logps is None
+        ),
         batches,
     ):
         names = [f"{name}: example {tokens.ids[index]!r}" for index in indices]
         batch_lib.check_selection(picks, excess, method.selection, names)
         rows = _rows(picks, method.uses_draws)
         selected.update(zip(indices.tolist(), rows, strict=True))
-    return selected
+        if measured is not None:
+            measures.update(zip(indices.tolist(), measured, strict=True))
+    table = np.stack([measures[row] for row in sorted(measures)]) if measures else None
+    return selected, table
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4))
+@functools.partial(jax.jit, static_argnums=(0, 1, 5))
 def _select_batch(
-    program: Program, params: Any, batch: Batch, key: jax.Array, at_reference: bool
-) -> tuple[Selection, jax.Array]:
-    """Selects from the pools of a batch; also returns what `check_selection` needs.
+    program: Program, by: str, params: Any, batch: Batch, key: jax.Array, at_reference: bool
+) -> tuple[Selection, jax.Array, jax.Array | None]:
+    """Selects from the pools of a batch; also returns what two other functions need.
+
+    These are `check_selection` and, where prompts are chosen by the model, `choose_prompts`.
 
     Args:
         program: the program that scores the pools.
+        by: how prompts are chosen.
         params: the weights.
         batch: a batch on the devices.
         key: the key of random choices.
         at_reference: whether these weights are the reference, so that all scores are 0.
     """
-    pools, _ = program.score_pools(params, batch, key)
-    if at_reference and pools.scores is not None:
-        # Values that are not finite stay, so that `check_selection` finds them.
-        pools = pools._replace(scores=jnp.where(jnp.isfinite(pools.scores), 0.0, pools.scores))
-    settings = program.method.selection
+    pools, scored = program.score_pools(params, batch, key, always=by in prompts.VALUES)
+    pools = prompts.forget_scores(pools) if at_reference else pools
+    settings, measured = program.method.selection, None
     picks = batch_lib.select(pools, program.method.num_negatives, settings)
-    return picks, batch_lib.float32_excess(pools, settings)
+    if by in prompts.VALUES:
+        assert scored is not None and scored.features is not None
+        measured = prompts.measure_sets(
+            by, pools, scored.features, _candidate_ids(picks), settings.feature_norm
+        )
+    return picks, batch_lib.float32_excess(pools, settings), measured
 
 
-def select_with_features(config: ConfigDict, path: Path, split: str | None) -> Iterator[Row]:
+def _candidate_ids(picks: Selection) -> jax.Array:
+    """Returns picks as in `Choice`."""
+    return jnp.where(picks.valid, picks.indices + 1, 0)
+
+
+def select_with_features(
+    config: ConfigDict, path: Path, split: str | None, budget: float | None = None
+) -> Iterator[Row]:
     """Yields rows as `select_with_model`, with negatives selected from features in a file.
 
     Without data the rows have only id, selected and gains.
@@ -132,6 +200,7 @@ def select_with_features(config: ConfigDict, path: Path, split: str | None) -> I
         config: the configuration; it is not changed.
         path: a .npy or .safetensors file.
         split: split of the data, if there is any, as in `select_with_model`.
+        budget: likewise.
 
     Raises:
         UserError: the file is not what it should be, or does not fit the data.
@@ -161,13 +230,21 @@ def select_with_features(config: ConfigDict, path: Path, split: str | None) -> I
         )
     if not method.uses_whole_pool:
         log_small_pools(method.num_negatives, mask.sum(1))
+    how = _prompt_settings(config, budget, "scores" in arrays)
     key = jax.random.key(config.seed)
     starts = range(0, total, ROWS_AT_A_TIME)
+    rows: list[Row] = []
+    tables = []
     for start in scoring.progress_bar(starts, desc="selecting", unit="batch"):
         part = slice(start, start + ROWS_AT_A_TIME)
-        rows = _select_part(path, start, features[part], scores[part], mask[part], key, method)
-        for index, (example, row) in enumerate(zip(examples[part], rows, strict=True), start):
-            yield {"id": index, **row} if example is None else _add_texts(example, row)
+        arguments = features[part], scores[part], mask[part], key, method
+        part_rows, measured = _select_part(path, start, *arguments, how.by)
+        rows += part_rows
+        tables += [] if measured is None else [measured]
+    table = np.concatenate(tables) if tables else None
+    for index, value in _choose_rows(table, total, how, config.seed):
+        example, row = examples[index], {**rows[index], **value}
+        yield {"id": index, **row} if example is None else _add_texts(example, row)
 
 
 def _select_part(
@@ -178,20 +255,31 @@ def _select_part(
     mask: np.ndarray,
     key: jax.Array,
     method: Method,
-) -> list[Row]:
-    """Selects from some rows of a file, the first of which has the index `start`."""
+    by: str,
+) -> tuple[list[Row], np.ndarray | None]:
+    """Selects from some rows of a file, the first of which has the index `start`.
+
+    Returns also what prompts are chosen by, where anything is.
+    """
     candidates = np.pad(mask, ((0, 0), (1, 0)), constant_values=True)[..., None]
+    features = to_float32(path, start, "features", features, candidates)
+    scores = to_float32(path, start, "scores", scores, mask)
+    part_key = jax.random.fold_in(key, start)
     picks, excess = batch_lib.select_features(
-        to_float32(path, start, "features", features, candidates),
-        to_float32(path, start, "scores", scores, mask),
-        mask,
-        jax.random.fold_in(key, start),
-        method.num_negatives,
-        method.selection,
+        features, scores, mask, part_key, method.num_negatives, method.selection
     )
     names = [f"{path}: row {start + index}" for index in range(len(mask))]
     batch_lib.check_selection(picks, excess, method.selection, names)
-    return _rows(picks, method.uses_draws)
+    measured = None
+    if by in prompts.VALUES:
+        pools = Pool(None, jnp.asarray(scores), jnp.asarray(mask), part_key)
+        ids = _candidate_ids(picks)
+        measured = np.asarray(
+            prompts.measure_sets(
+                by, pools, jnp.asarray(features), ids, method.selection.feature_norm
+            )
+        )
+    return _rows(picks, method.uses_draws), measured
 
 
 def split_into_pairs(rows: Iterator[Row], chat: bool) -> Iterator[Row]:
@@ -219,15 +307,15 @@ def _as_messages(text: Text, role: str) -> list[Message]:
 
 def _rows(picks: Selection, has_weights: bool) -> list[Row]:
     """Returns what was selected for each prompt: indices, gains and, if drawn, weights."""
-
-    def floats(values: np.ndarray) -> list[float]:
-        return [float(str(value)) for value in values]  # The shortest decimal that is this float32.
-
     rows = []
     for indices, valid, gains, weights in zip(*map(distributed.gather, picks), strict=True):
-        row = {"selected": indices[valid].tolist(), "gains": floats(gains[valid])}
-        rows.append(row | ({"weights": floats(weights[valid])} if has_weights else {}))
+        row = {"selected": indices[valid].tolist(), "gains": _shortest(gains[valid])}
+        rows.append(row | ({"weights": _shortest(weights[valid])} if has_weights else {}))
     return rows
+
+
+def _shortest(values: np.ndarray) -> list[float]:
+    return [float(str(value)) for value in values]  # The shortest decimal that is this float32.
 
 
 def _add_texts(example: Example, row: Row) -> Row:

@@ -31,6 +31,7 @@ from mass_dpo_jax.training.methods import METHODS, Method, make_method
 from mass_dpo_jax.training.model_paths import check_model, uses_lora
 from mass_dpo_jax.training.open_policy import open_policy
 from mass_dpo_jax.training.policy import Policy
+from mass_dpo_jax.training.prompts import count_prompts, read_settings
 from mass_dpo_jax.training.scorer import Scorer
 from mass_dpo_jax.training.setup import Setup
 from mass_dpo_jax.training.step import Program
@@ -187,9 +188,10 @@ def build_setup(
         _log.info(f"{split}: {describe_split(rows)}")
     selected_from = [tokens["train"]] if "train" in tokens else tokens.values()
     largest_pool = max(t.response_lengths.shape[1] for t in selected_from) - 1
-    method = make_method(config, largest_pool)
+    method, prompts = make_method(config, largest_pool), read_settings(config)
     if training and "train" in tokens:
         tokens["train"] = check_training_data(method, tokens["train"])
+        count_prompts(prompts, len(tokens["train"]), config.train.batch_size)
     longest = max(int(t.response_lengths.max()) for t in tokens.values())
     scorer = _build_scorer(config, policy, method, longest)
     trained, _ = policy.split(policy.shardings)
@@ -200,6 +202,7 @@ def build_setup(
         seed=config.seed,
         beta=config.beta,
         refresh=config.selection.refresh,
+        prompts=prompts,
         eval_batch_size=config.eval.batch_size,
         cache=cache_folder(config.cache_dir),
         policy=policy,

@@ -22,6 +22,7 @@ from mass_dpo_jax.models.lora import zero_idle_adapters
 from mass_dpo_jax.training import scoring
 from mass_dpo_jax.training.methods import Method
 from mass_dpo_jax.training.policy import Policy
+from mass_dpo_jax.training.prompts import PromptSettings
 from mass_dpo_jax.training.step import Program
 from mass_dpo_jax.utils.cache import load_or_compute
 from mass_dpo_jax.utils.fingerprint import fingerprint
@@ -51,6 +52,7 @@ class Setup:
         seed: seed of all random choices.
         beta: factor from log-ratios to rewards.
         refresh: `selection.refresh`, the time that picks last.
+        prompts: how the prompts of an epoch are chosen.
         eval_batch_size: prompts per scoring batch.
         cache: folder of what is computed once.
         policy: decoder and tokenizer.
@@ -66,6 +68,7 @@ class Setup:
     seed: int
     beta: float
     refresh: str
+    prompts: PromptSettings
     eval_batch_size: int
     cache: Path
     policy: Policy

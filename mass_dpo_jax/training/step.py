@@ -121,7 +121,12 @@ class Program:
         return self.reuse and not self.at_a_time
 
     def score_pools(
-        self, params: Params, batch: Batch, key: Array, record: bool = False
+        self,
+        params: Params,
+        batch: Batch,
+        key: Array,
+        record: bool = False,
+        always: bool = False,
     ) -> tuple[selection.Pool, CandidateScores | None]:
         """Computes what the method's criterion chooses from.
 
@@ -130,17 +135,18 @@ class Program:
             batch: [B, ...], with the whole pool of each prompt.
             key: the key of this draw; every prompt folds its row of the split into it.
             record: whether to keep what `loss` can use of the scoring pass.
+            always: whether to compute scores, with features, even if the criterion needs none.
 
         Returns:
-            The pools, and their scores; None where the criterion needs none.
+            The pools, and their scores; None where nothing needs them.
         """
         settings = self.method.selection
         mask = batch.response_lengths[:, 1:] > 0
         keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(batch.index)
-        if not settings.needs_scoring:
+        if not (settings.needs_scoring or always):
             return selection.Pool(gram=None, scores=None, mask=mask, key=keys), None
         features = settings.needs_features and not self.method.frozen_features
-        scored = self.scorer(params, batch, features=features, record=record)
+        scored = self.scorer(params, batch, features=features or always, record=record)
         rewards = self.method.beta * (scored.logps - batch.ref_logps)
         gram = batch.ref_gram
         if features:

@@ -18,6 +18,7 @@ from mass_dpo_jax.training import draw_noise
 from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training.negatives import NegativeSets
 from mass_dpo_jax.training.optimizer import moments_memory, state_shapes
+from mass_dpo_jax.training.prompts import PromptChoice
 from mass_dpo_jax.training.scorer import Params
 from mass_dpo_jax.training.setup import Reference, Setup
 from mass_dpo_jax.training.step import Metrics, TrainedBatch, TrainState
@@ -42,13 +43,15 @@ class StepBatch(NamedTuple):
 class Batches:
     """The batches of a run, in order: a sequence without a state.
 
-    `batches[step]` is a function of (seed, step, lengths of the examples) alone, so a loop that
-    resumes at a saved step sees what it would have seen. Every epoch is a new permutation, cut into
-    batches of similar lengths. Made by `mass_dpo_jax.batches`.
+    `batches[step]` is a function of (seed, step, lengths of the examples) and of the prompts that
+    the policy has chosen for its epoch, so a loop that resumes at a saved step sees what it would
+    have seen. Every epoch is a new permutation, cut into batches of similar lengths. Made by
+    `mass_dpo_jax.batches`.
 
     Attributes:
         setup: method, decoder and tokens.
         reference: the reference's log-probabilities of every response.
+        prompts: which rows an epoch has.
         order: a function from a step to its rows.
     """
 
@@ -56,7 +59,14 @@ class Batches:
         train = setup.train
         self.setup = setup
         self.reference = reference
-        self.order = Order(setup.buckets["train"], train.batch_size, setup.seed)
+        self.prompts = PromptChoice(setup, reference)
+        self.order = Order(
+            setup.buckets["train"],
+            train.batch_size,
+            setup.seed,
+            self.prompts.rows,
+            self.prompts.size,
+        )
         self._total = train.steps or train.epochs * self.order.steps_per_epoch
 
     def __len__(self) -> int:
@@ -81,6 +91,17 @@ class Batches:
             return jax.tree.map(lambda x: x.reshape(*rows.shape, *x.shape[1:]), batch)
 
         return StepBatch(step, rows, self._shard(rows, make), shape.selected)
+
+    def find_other(self, step: int) -> int | None:
+        """Returns a step whose batch has other prompts and is known already; None: there is none.
+
+        It is the next one, or the one before where that is not known yet.
+        """
+        for other in (step + 1, step - 1):
+            epoch = self.order.locate(other)["epoch"]
+            if other in range(self._total) and self.prompts.is_known(epoch):
+                return other
+        return None
 
     def shard_negatives(self, rows: np.ndarray, candidate_ids: np.ndarray) -> jax.Array:
         """Puts the negatives of a step's rows on the devices, int32 [A, B / A, n].

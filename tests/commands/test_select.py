@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import mass_dpo_jax as mdj
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax import selection, theory
 from mass_dpo_jax.errors import UserError
@@ -28,6 +29,7 @@ from mass_dpo_jax.training.offline_selection import (
 )
 from mass_dpo_jax.training.scored_model import prepare_scoring
 from tests.support.helpers import slow, tiny_config, write_jsonl
+from tests.support.processes import command
 
 
 @pytest.fixture(scope="module")
@@ -435,3 +437,77 @@ def test_files_that_are_no_features(folder: Path) -> None:
     config.num_negatives = 9
     np.save(folder / "few.npy", features)
     assert "num_negatives=9" in refused("few.npy")
+
+
+# --- Prompts.
+
+
+def test_prompts_are_chosen_from_a_file_as_the_library_does(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(300, 6, 8)).astype(np.float32)
+    scores = rng.normal(size=(300, 5)).astype(np.float32)
+    save_file({"features": features, "scores": scores}, tmp_path / "x.safetensors")
+    config = config_lib.default()
+    config.update(num_negatives=2)
+    path = tmp_path / "x.safetensors"
+    whole = list(select_with_features(config, path, None))
+    picks = np.array([row["selected"] for row in whole])
+    rows = np.arange(300)[:, None]
+    sets = features[rows, np.pad(picks + 1, ((0, 0), (1, 0)))], scores[rows, picks]
+    for by in ("design", "uncertain", "random"):
+        config.selection.prompts = "all" if by == "design" else by
+        found = list(select_with_features(config, path, None, 0.2))
+        want = mdj.select_prompts(*sets, k=60, by=by)
+        if by == "uncertain":  # The hardest of the whole pool, trained on or not.
+            want = mdj.select_prompts(None, scores, k=60, by=by)
+        assert [row["id"] for row in found] == want.indices.tolist()
+        for row in found:
+            assert row["selected"] == whole[row["id"]]["selected"]
+        name = {"design": "prompt_gain", "uncertain": "prompt_gap"}.get(by)
+        if name is not None:
+            np.testing.assert_allclose([row[name] for row in found], want.values, rtol=1e-5)
+
+
+def test_a_model_chooses_prompts_with_their_texts(run: Path, data: Path) -> None:
+    config = tiny_config(data, beta=1.0, num_negatives=2)
+    whole = {row["id"]: row for row in select_with_model(config, run, None)}
+    found = list(select_with_model(config, run, None, 5))
+    gains = [row.pop("prompt_gain") for row in found]
+    assert len(found) == 5 and gains == sorted(gains, reverse=True) and gains[-1] > 0
+    assert all(row == whole[row["id"]] for row in found)
+    config.selection.prompts = "uncertain"
+    gaps = [row["prompt_gap"] for row in select_with_model(config, run, None, 5)]
+    assert gaps == sorted(gaps) and gaps[-1] > 0
+    # A model that is its own reference.
+    config.model.path = str(run)
+    with pytest.raises(UserError, match="rewards, which are all 0 without a reference"):
+        list(select_with_model(config, None, None, 5))
+    config.selection.prompts = "design"
+    found = list(select_with_model(config, None, None, 5))
+    assert len({row["id"] for row in found}) == 5
+
+
+def test_numbers_of_prompts_that_cannot_be(run: Path, data: Path) -> None:
+    config = tiny_config(data, num_negatives=2)
+    for budget, message in (
+        (13, "--prompts=13: expected at most 12"),
+        (0, "--prompts=0: expected a share"),
+        (2.5, "--prompts=2.5: expected a share"),
+    ):
+        with pytest.raises(UserError, match=message):
+            list(select_with_model(config, run, None, budget))
+
+
+def test_the_command_chooses_prompts(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(20, 4, 3)))
+    output = tmp_path / "out.jsonl"
+    words = [f"--features={tmp_path / 'x.npy'}", "--config.num_negatives=2"]
+    done = command("mass_dpo_jax.select", *words, "--prompts=7", f"--output={output}")
+    assert done.returncode == 0 and "7 rows written" in done.stdout
+    assert len({row["id"] for row in rows_of(output)}) == 7
+    done = command(
+        "mass_dpo_jax.select", *words, "--config.selection.prompts=random", f"--output={output}"
+    )
+    said = done.stdout + done.stderr
+    assert "no effect on select without --prompts: --config.selection.prompts" in said
+    assert len(rows_of(output)) == 20

@@ -23,7 +23,7 @@ SUFFIXES = "py|sh|md|png|yaml|yml|sbatch|csv|cfg|cff|toml|jsonl"
 HOMES = ("", "mass_dpo_jax", "tests", "docs")
 # Files that readers have or that runs write.
 WRITTEN = {"pairs.jsonl", "scores.jsonl", "selected.jsonl", "metrics.jsonl", "words.jsonl",
-           "train.jsonl", "pairs-dev.csv",
+           "train.jsonl", "pairs-dev.csv", "prompts.jsonl",
            "pairs.py", "rank.py", "mine.py", "make_model.py", "README.md"}  # fmt: skip
 FLAGS = {"print"}  # Behind --config., and no setting.
 # Of the architecture page: values of settings, and names of JAX and of splits.

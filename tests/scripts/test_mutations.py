@@ -11,9 +11,9 @@ from tests.scripts.mutation_list import MUTATIONS, locate
 
 ROOT = Path(__file__).parents[2]
 AREAS = set(
-    "losses methods selection catalogue masks positions responses replay chunks log-probs models "
-    "export lora optimizer steps refresh checkpoint resume origin loaders tokens batches metrics "
-    "mesh hosts signals runs config cli help files estimate reports".split()
+    "losses methods selection catalogue prompts masks positions responses replay chunks log-probs "
+    "models export lora optimizer steps refresh checkpoint resume origin loaders tokens batches "
+    "metrics mesh hosts signals runs config cli help files estimate reports".split()
 ) | {"model card"}
 
 

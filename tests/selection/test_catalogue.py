@@ -14,7 +14,7 @@ from jax.sharding import AxisType
 
 from mass_dpo_jax import selection
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.selection import catalogue, sharded_search
+from mass_dpo_jax.selection import catalogue, sharded_search, shards
 from mass_dpo_jax.selection.catalogue import select_from_catalogue
 from mass_dpo_jax.selection.search import TIE
 
@@ -27,7 +27,7 @@ SIZE, WIDTH, N = 603, 24, 12  # One shape for most tests, so that little is comp
 def small() -> Iterator[None]:
     """Several chunks and a short shortlist in pools that are quick to check."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharded_search, "CPU_CHUNK_BYTES", 4 * WIDTH * 70)
+        patch.setattr(shards, "CPU_CHUNK_BYTES", 4 * WIDTH * 70)
         patch.setattr(sharded_search, "MIN_SHORTLIST", 16)
         yield
 
@@ -146,7 +146,7 @@ def test_eight_devices_choose_what_one_does(criterion: str) -> None:
 
 def test_each_device_holds_its_own_part_and_none_is_gathered() -> None:
     arrays = np.zeros((SIZE, WIDTH), np.float32), np.zeros(SIZE, np.float32), np.ones(SIZE, bool)
-    parts = [catalogue.shard_rows(mesh(8), x) for x in arrays]
+    parts = [shards.shard_rows(mesh(8), x) for x in arrays]
     assert {shard.data.shape for shard in parts[0].addressable_shards} == {(76, WIDTH)}
     program = catalogue.search_greedily.lower(
         *parts, jnp.zeros(WIDTH), jnp.float32(1), N, "pool_fisher", "none", mesh(8)
@@ -157,9 +157,7 @@ def test_each_device_holds_its_own_part_and_none_is_gathered() -> None:
 
 
 def sweeps(features: np.ndarray, scores: np.ndarray, ridge: float) -> int:
-    parts = [
-        catalogue.shard_rows(mesh(1), x) for x in (features, scores, np.ones(len(scores), bool))
-    ]
+    parts = [shards.shard_rows(mesh(1), x) for x in (features, scores, np.ones(len(scores), bool))]
     static = N, "pool_fisher", "none", mesh(1)
     return int(
         catalogue.search_greedily(*parts, jnp.zeros(WIDTH), jnp.float32(1 / ridge), *static)[1]
