@@ -1,9 +1,8 @@
 r"""Writes a run's policy as a Hugging Face folder, for transformers, vLLM and others.
 
     python -m mass_dpo_jax.export --workdir=runs/lastfm --output=lastfm-mass-dpo
-    python -m mass_dpo_jax.export --workdir=runs/lastfm --step=200 --dtype=float32 --output=at-200
+    python -m mass_dpo_jax.export --workdir=runs/lastfm --step=200 --output=at-200 --push=OWNER/NAME
     python -m mass_dpo_jax.export --workdir=runs/qlora --adapters --output=adapters
-    python -m mass_dpo_jax.export --workdir=runs/lastfm --output=lastfm --push=OWNER/NAME --dry_run
 
 The folder gets the weights of the run's newest checkpoint (or that of --step) as safetensors, in
 files of at most --max_shard_gb; config.json, with rotary settings as transformers writes them

@@ -100,7 +100,7 @@ def test_help_of_commands_without_one() -> None:
     shown = entries(done.stdout)
     assert shown["dtype"].startswith("bfloat16 | float32: Type of the stored weights.")
     assert shown["max_shard_gb"].startswith("float, 5.0: ")
-    assert len(shown) == 8
+    assert len(shown) == 11
     done = command("report", "--help")
     assert done.returncode == 0
     assert help_lib.examples(docstring("report")) in done.stdout and "--output" in done.stdout
