@@ -65,7 +65,10 @@ LR = "did you mean --config.train.learning_rate=...?"
         ("export --adapters=ja", "--adapters=ja: expected true or false"),
         ("export --max_shard_gb=5GB", "--max_shard_gb=5GB: expected a number"),
         # The configuration's file.
-        ("train --config=lama3", "--config=lama3: no such file; a name alone can be llama3, paper, qlora"),
+        (
+            "train --config=lama3",
+            "--config=lama3: no such file; a name alone can be llama3, paper, ",
+        ),
         ("train --config=lama3", "did you mean llama3?"),
         ("train --config=configs/tiny", "did you mean configs/tiny.py?"),
         ("train --config=README.md", "--config=README.md: not a Python file"),
