@@ -134,7 +134,12 @@ def _read_cards(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
             if file.suffix != ".md":
                 text = f"---\n{text}\n---\n"
             if text.lstrip().startswith("---"):  # Otherwise it describes nothing.
-                yield file, DatasetCard(text).data.to_dict()
+                try:
+                    card = DatasetCard(text).data.to_dict()
+                except Exception as error:  # ValueError, or those of the parser of YAML.
+                    message = " ".join(str(error).split())[:200]
+                    raise UserError(f"{file}: its head is no YAML: {message}") from None
+                yield file, card
 
 
 def _check_name(name: str, file: Path) -> None:

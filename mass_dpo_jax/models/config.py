@@ -148,7 +148,8 @@ class DecoderConfig:
             UserError: the decoder does not compute exactly this: better no model than a subtly
                 different one.
         """
-        if config.get("model_type") in MULTIMODAL:
+        model_type = config.get("model_type")
+        if isinstance(model_type, str) and model_type in MULTIMODAL:
             return _read_text_model(FieldReader(config, location))
         family = _find_family(FieldReader(config, location))
         reader = FieldReader({**family.defaults, **config}, location)

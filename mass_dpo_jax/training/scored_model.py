@@ -60,12 +60,13 @@ def prepare_scoring(
         UserError: as for `prepare`; both a run and another model are given; or what a run reads
             again has changed since its start.
     """
-    config = fetch_models(config)
+    config = config.copy_and_resolve_references()
     if split is None:
         split = choose_split(config.data, "test")
     select_from = split if selecting else None
     if workdir is not None:
         return _prepare_run(config, workdir, split, select_from, ties)
+    config = fetch_models(config)
     model = config.model
     if not model.path:
         raise UserError("no model: give --workdir=RUN, or --config.model.path=FOLDER")

@@ -238,6 +238,8 @@ class TestColdStart:
                 "num_candidates": 20,
                 "max_train": 0,
                 "columns": "",
+                "splits": "",
+                "subset": "",
             }
         )
         examples = load_examples(data, "train", seed)

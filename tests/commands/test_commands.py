@@ -344,7 +344,10 @@ def test_what_an_interruption_left(settings: str, hint: str) -> None:
 def test_refusals_say_what_to_do_next(tmp_path: Path) -> None:
     workdir = f"--workdir={tmp_path / 'run'}"
     line = refused("mass_dpo_jax.train", "--config=lama3", workdir)
-    assert "--config=lama3: no such file" in line and "llama3, qlora, qwen3, smollm3, tiny" in line
+    assert (
+        "--config=lama3: no such file" in line
+        and "llama3, paper, qlora, qwen3, smollm2, smollm3, tiny" in line
+    )
     assert "as in --workdir=" in refused(*TRAIN)
     jsonl = ("mass_dpo_jax.train", "--config=llama3", workdir)
     assert "as in --config.data.path=" in refused(*jsonl)

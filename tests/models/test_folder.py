@@ -204,7 +204,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "MLX": (configured(quantization={"bits": 4}), ["quantization: found 'quantized weights'"]),
     "unnamed": (configured(quantization_config=[]), ["found 'quantized weights'"]),
     "GPT-2": (configured(model_type="gpt2"), ["found 'gpt2', expected one of llama, qwen2"]),
-    "Gemma": (configured(model_type="gemma3_text"), ["found 'gemma3_text'", "not supported"]),
+    "Gemma": (configured(model_type="gemma3n_text"), ["found 'gemma3n_text'", "not supported"]),
 }
 
 

@@ -76,14 +76,14 @@ def test_each_shard_reads_its_own_slices_only(
     expected = load_hf(tmp_path, config)
 
     read: dict[str, int] = {}
-    whole = weights._Files.read
+    whole = weights.WeightFiles.read
 
     def counted(self: Any, name: str, *args: Any) -> np.ndarray:
         part = whole(self, name, *args)
         read[name] = read.get(name, 0) + part.size
         return part
 
-    monkeypatch.setattr(weights._Files, "read", counted)
+    monkeypatch.setattr(weights.WeightFiles, "read", counted)
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
     axes = {"embed": "a", "vocab": "b", "heads": "b", "kv_heads": "b", "mlp": "b"}
     shardings = jax.tree.map(

@@ -24,7 +24,8 @@ from flax import nnx
 from mass_dpo_jax.models import attention as plain
 from mass_dpo_jax.models import fused_attention
 from mass_dpo_jax.models.decoder import abstract_decoder, param_dims
-from mass_dpo_jax.models.weights import _Files, load_hf
+from mass_dpo_jax.models.weight_files import WeightFiles
+from mass_dpo_jax.models.weights import load_hf
 from mass_dpo_jax.runs import run_config, run_folder
 from mass_dpo_jax.score import score
 from mass_dpo_jax.training import checkpoint
@@ -153,17 +154,17 @@ def read_share(folder: Path) -> float:
     sizes = tiny_config(folder, **{"mesh.data": 1, "mesh.fsdp": -1}).mesh
     places = mesh_lib.param_shardings(mesh_lib.make_mesh(sizes), nnx.to_pure_dict(state), dims)
     count = 0
-    read = _Files.read
+    read = WeightFiles.read
 
-    def counted(self: _Files, *args: Any) -> np.ndarray:
+    def counted(self: WeightFiles, *args: Any) -> np.ndarray:
         nonlocal count
         part = read(self, *args)
         count += part.size
         return part
 
-    _Files.read = counted  # type: ignore[method-assign]
+    WeightFiles.read = counted  # type: ignore[method-assign]
     split = jax.tree.leaves(load_hf(folder, config, places))
-    _Files.read = read  # type: ignore[method-assign]
+    WeightFiles.read = read  # type: ignore[method-assign]
     for part, whole in zip(split, jax.tree.leaves(load_hf(folder, config)), strict=True):
         assert part.sharding.device_set == set(jax.devices())
         np.testing.assert_array_equal(distributed.gather(part), whole)

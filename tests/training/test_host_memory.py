@@ -97,10 +97,10 @@ def test_other_errors_are_left_alone(error: Exception) -> None:
 def test_data_that_the_host_has_no_room_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(preferences, "read_split", fail)
+    monkeypatch.setattr(preferences, "read_preferences", fail)
     config = tiny_config(write_jsonl(tmp_path / "data.jsonl"))
     with pytest.raises(UserError, match=r"to read the data; .* config\.data\.max_train"):
         running.run_within_limits(lambda: load_examples(config.data, "train", 0))

@@ -94,7 +94,7 @@ def test_every_name_of_the_table_leads_to_a_setting_or_a_flag() -> None:
         ("model.dtype", "fp32", "float32"),
         ("model.lora.base", "4bit", "nf4"),
         ("model.attention", "flash_attention_2", "fused"),
-        ("data.name", "huggingface", "hub"),
+        ("data.name", "huggingface", "preferences"),
         ("data.on_bad_row", "ignore", "skip"),
     ],
 )
