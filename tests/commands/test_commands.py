@@ -352,10 +352,10 @@ def test_refusals_say_what_to_do_next(tmp_path: Path) -> None:
     jsonl = ("mass_dpo_jax.train", "--config=llama3", workdir)
     assert "as in --config.data.path=" in refused(*jsonl)
     line = refused(*jsonl, "--config.data.path=a/b")
-    assert "a/b: no such file or folder" in line and "--config.data.name=hub" in line
+    assert "a/b: no such file or folder" in line and "hub it cannot be read" in line
     data = write_jsonl(tmp_path / "data.jsonl")
     line = refused(*jsonl, f"--config.data.path={data}", "--config.model.path=meta-llama/Llama")
-    assert "meta-llama/Llama: no such folder" in line and "hf download" in line
+    assert "meta-llama/Llama: no such folder here" in line and "cannot be reached" in line
     line = refused(*jsonl, f"--config.data.path={data}", "--config.mesh.tensor=3")
     assert "what is left of the 1 device(s) here" in line and "no multiple of 3" in line
     line = refused("mass_dpo_jax.compare", str(tmp_path))
