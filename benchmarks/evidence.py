@@ -31,10 +31,13 @@ from absl import flags
 from benchmarks.evidence_runs import (
     ALL,
     METHODS,
+    PROMPT_METHODS,
     RANDOM,
     RETIRED,
     Bench,
+    baselines_of,
     cells_of,
+    methods_of,
     read_results,
     unpack,
 )
@@ -121,10 +124,15 @@ class Table:
         cells: dict[str, dict[int, Mapping[str, Any]]] = {}
         for row in rows:
             cells.setdefault(row["method"], {})[row["seed"]] = row
-        self.runs = {name: Runs(cells[name]) for name in (*METHODS, *RETIRED) if name in cells}
+        world = rows[0]["world"]
+        self.random, self.all = baselines_of(world)
+        names = (*methods_of(world), *RETIRED)
+        self.runs = {name: Runs(cells[name]) for name in names if name in cells}
         self._between = {
-            by: pooled([self._difference(m, RANDOM, by) for m in self.runs if m != RANDOM])
-            if RANDOM in self.runs
+            by: pooled(
+                [self._difference(m, self.random, by) for m in self.runs if m != self.random]
+            )
+            if self.random in self.runs
             else 0.0
             for by in ("policy", "reward")
         }
@@ -146,7 +154,8 @@ class Table:
         """A row for each method, and what the table could have seen."""
         head = (
             "method | seeds | R@1 policy | R@1 reward | MRR policy | MRR reward | NDCG@3 policy | "
-            f"policy minus {RANDOM} | reward minus {RANDOM} | share policy | share reward | ms/step"
+            f"policy minus {self.random} | reward minus {self.random} | share policy | "
+            "share reward | ms/step"
         ).split(" | ")
         lines = [_row(head), _row(["---"] * len(head))]
         errors: dict[str, list[float]] = {"policy": [], "reward": []}
@@ -168,20 +177,20 @@ class Table:
         return "\n".join(lines)
 
     def _against_random(self, name: str, by: str, errors: list[float]) -> str:
-        if name == RANDOM or not self.has(RANDOM):
+        if name == self.random or not self.has(self.random):
             return ""
-        mean, error = self.compare(name, RANDOM, by)
+        mean, error = self.compare(name, self.random, by)
         errors.append(error)
         return f"{mean:+.1f} ± {error:.1f}"
 
     def _share(self, name: str, by: str) -> str:
         """Of the way from random to all negatives; "" where that is too short to be divided by."""
-        if name in (RANDOM, ALL) or not self.has(RANDOM, ALL):
+        if name in (self.random, self.all) or not self.has(self.random, self.all):
             return ""
-        whole, error = self.compare(ALL, RANDOM, by)
+        whole, error = self.compare(self.all, self.random, by)
         if whole < 2.8 * error:
             return ""
-        gain, _ = self.compare(name, RANDOM, by)
+        gain, _ = self.compare(name, self.random, by)
         return f"{100 * gain / whole:.0f} %" if gain > 0 else "< 0"
 
 
@@ -250,7 +259,8 @@ def report(folder: Path) -> str:
             if rows:
                 parts.append(f"### {world}, {start} start\n\n{_before(rows)}")
                 table = Table(rows)
-                parts += [table.markdown(), verdicts(table)]
+                parts.append(table.markdown())
+                parts += [verdicts(table)] if table.random == RANDOM else []
     return "\n\n".join(parts) if parts else f"{folder}: no results"
 
 
@@ -284,7 +294,7 @@ def main() -> None:
     changes = {name: value for name, value in given.items() if value}
     seeds = [_number(word) for word in _SEEDS.value]
     cells = cells_of(
-        world, _STARTS.value or [*starts_of(world)], _METHODS.value or list(METHODS), seeds
+        world, _STARTS.value or [*starts_of(world)], _METHODS.value or [*methods_of(world)], seeds
     )
     if world not in PRETRAINED:
         # One shape of batches: models this small compile for longer than padding costs.
@@ -306,7 +316,11 @@ if __name__ == "__main__":
     _DATA = flags.DEFINE_string("data", "", "Folder with the data's files, for real data.")
     _MODEL = flags.DEFINE_string("model", "", f"Model's folder, for {', '.join(PRETRAINED)}.")
     _STARTS = flags.DEFINE_list("starts", [], "Starts, in the order they run; empty: all.")
-    _METHODS = flags.DEFINE_list("methods", [], f"Of {', '.join(METHODS)}; empty: all.")
+    _METHODS = flags.DEFINE_list(
+        "methods",
+        [],
+        f"Of {', '.join(METHODS)}; in prompts, of {', '.join(PROMPT_METHODS)}; empty: all.",
+    )
     _SEEDS = flags.DEFINE_list("seeds", "0,1,2", "Seeds, in the order they run.")
     _STEPS = flags.DEFINE_integer("steps", 0, "Updates of a cell; 0: as many as they have here.")
     _RATE = flags.DEFINE_float("learning_rate", 0.0, "Of the updates; 0: the world's own.")

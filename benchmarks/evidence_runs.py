@@ -43,6 +43,15 @@ def _mass(criterion: str, refresh: str) -> dict[str, Any]:
     }
 
 
+def _prompts(by: str, refresh: str) -> dict[str, Any]:
+    return {
+        "method": "mass_dpo",
+        "selection.prompts": by,
+        "selection.prompt_budget": 0.25,
+        "selection.prompt_refresh": refresh,
+    }
+
+
 METHODS: dict[str, dict[str, Any]] = {
     "random-once": {"method": "sdpo", "selection.refresh": "once"},
     RANDOM: {"method": "sdpo"},
@@ -59,6 +68,16 @@ METHODS: dict[str, dict[str, Any]] = {
     "dpo": {"method": "dpo"},
     "dpo_k": {"method": "dpo_k"},
     "dmpo": {"method": "dmpo"},
+}
+# Of the world `prompts`: a quarter of the prompts, chosen once or anew every epoch.
+PROMPTS_RANDOM, PROMPTS_ALL = "prompts-random", "prompts-all"
+PROMPT_METHODS: dict[str, dict[str, Any]] = {
+    PROMPTS_ALL: {"method": "mass_dpo"},
+    PROMPTS_RANDOM: _prompts("random", "once"),
+    "prompts-design": _prompts("design", "once"),
+    "prompts-random-epoch": _prompts("random", "epoch"),
+    "prompts-design-epoch": _prompts("design", "epoch"),
+    "prompts-uncertain-epoch": _prompts("uncertain", "epoch"),
 }
 # In the results, but no longer offered: the n negatives with the largest log p + Gumbel noise.
 RETIRED = ("sampled-gumbel",)
@@ -121,7 +140,7 @@ class Bench:
     def measure(self, cell: Cell) -> dict[str, Any]:
         """Trains a cell (and its start, where that is missing): the line of the results file."""
         config = self.config(cell.world, cell.seed)
-        config.update_from_flattened_dict(METHODS[cell.method])
+        config.update_from_flattened_dict(methods_of(cell.world)[cell.method])
         config.model.path = str(self.start(cell))
         folder = self.output / "-".join(map(str, dataclasses.astuple(cell)))
         found = train(config, folder)
@@ -190,7 +209,7 @@ class Bench:
 
     def _same_settings(self, cell: Cell, row: Mapping[str, Any]) -> None:
         config = self.config(cell.world, cell.seed)
-        config.update_from_flattened_dict(METHODS[cell.method])
+        config.update_from_flattened_dict(methods_of(cell.world)[cell.method])
         # How a gradient is computed, and not which: most cells are of a version with another way.
         ours, theirs = (
             {k: v for k, v in settings.items() if k != "model.remat"}
@@ -212,13 +231,23 @@ def settings_of(config: ConfigDict) -> dict[str, Any]:
     return {k: v for k, v in config_lib.flatten(config) if v != default[k] and k not in others}
 
 
+def methods_of(world: str) -> dict[str, dict[str, Any]]:
+    """The methods that are compared in a world, and the settings of each."""
+    return PROMPT_METHODS if world == "prompts" else METHODS
+
+
+def baselines_of(world: str) -> tuple[str, str]:
+    """The methods that the others are compared with: random choice, and no choice."""
+    return (PROMPTS_RANDOM, PROMPTS_ALL) if world == "prompts" else (RANDOM, ALL)
+
+
 def cells_of(
     world: str, starts: Sequence[str], methods: Sequence[str], seeds: Sequence[int]
 ) -> list[Cell]:
     """In the order they run: start by start, all methods of a seed before the next seed."""
     for kind, names, known in (
         ("start", starts, starts_of(world)),
-        ("method", methods, METHODS),
+        ("method", methods, methods_of(world)),
     ):
         for name in names:
             if name not in known:
