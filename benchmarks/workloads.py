@@ -112,8 +112,14 @@ class Unshared(Scorer):
     """
 
     def __call__(
-        self, params: Any, batch: Batch, features: bool = False, record: bool = False
+        self,
+        params: Any,
+        batch: Batch,
+        features: bool = False,
+        record: bool = False,
+        dropout: Any = None,
     ) -> Any:
+        assert dropout is None
         found = super().__call__(params, self._repeated(batch), features, record)
         some = found._replace(record=None)
         shape = batch.response_lengths.shape
@@ -121,9 +127,14 @@ class Unshared(Scorer):
         return some._replace(record=found.record)
 
     def replay(
-        self, params: Any, record: ScoringRecord, batch: Batch, picks: Any = None
+        self,
+        params: Any,
+        record: ScoringRecord,
+        batch: Batch,
+        picks: Any = None,
+        dropout: Any = None,
     ) -> jax.Array:
-        assert picks is None
+        assert picks is None and dropout is None
         found = super().replay(params, record, self._repeated(batch))
         return found.reshape(batch.response_lengths.shape)
 

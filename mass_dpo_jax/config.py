@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numbers
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -84,7 +85,9 @@ CHOICES = {
     "selection.prompt_refresh": ("once", "epoch"),
 }
 FEATURE_DRAWS = ("local", "partition")  # Values of `selection.draw` that read features.
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+MLP_TARGETS = ("gate_proj", "up_proj", "down_proj")
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", *MLP_TARGETS)
+PROBED_LAYERS = 128  # Numbers of layers that a pattern of targets is tried with.
 MODEL_PATHS = ("model.path", "model.reference_path", "model.lora.path")
 PATHS = (*MODEL_PATHS, "cache_dir", "data.path", "data.chat_template")
 
@@ -127,13 +130,18 @@ def default() -> ConfigDict:
     c.model.lora = Settings()
     c.model.lora.rank = 0  # Rank of the adapters; 0: no LoRA, train all weights.
     c.model.lora.alpha = 16.0  # The adapters' output is scaled by alpha / rank.
-    # Matrices that get adapters: all, or some of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj
-    # and down_proj, with commas between them.
+    # Scale by alpha / sqrt(rank) instead (rsLoRA).
+    c.model.lora.rank_stabilized = False
+    # Share of the adapters' inputs that is zero, drawn anew for every token of a step. Pools are
+    # scored without, by a pass of their own.
+    c.model.lora.dropout = 0.0
+    # Matrices that get adapters: all; some of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj,
+    # down_proj, with commas between them; or a pattern of their whole names: .*(q|v)_proj
     c.model.lora.targets = "all"
     # Storage of the frozen matrices: float32 | bfloat16 | int8 | nf4 (QLoRA, 4.5 bits a weight).
     c.model.lora.base = "bfloat16"
     # Adapters to start from: a folder in PEFT's format, a name on the hub or a run with LoRA. Their
-    # rank, alpha and targets replace those above.
+    # rank, scale and targets replace those above.
     c.model.lora.path = ""
 
     # ---- The model and tokenizer that are made when model.path is empty.
@@ -371,7 +379,11 @@ def split_targets(targets: str) -> tuple[str, ...]:
     Raises:
         UserError: it names something else.
     """
-    named = LORA_TARGETS if targets == "all" else tuple(map(str.strip, targets.split(",")))
+    if targets in ("all", "all-linear"):
+        return LORA_TARGETS
+    if set(targets) & set(r"\^$*+?()[]{}|"):
+        return _match_targets(targets)
+    named = tuple(map(str.strip, targets.split(",")))
     for name in named:
         if name not in LORA_TARGETS:
             raise UserError(
@@ -379,6 +391,33 @@ def split_targets(targets: str) -> tuple[str, ...]:
                 + ",".join(LORA_TARGETS)
             )
     return named
+
+
+def _match_targets(pattern: str) -> tuple[str, ...]:
+    """Returns the matrices whose whole names a pattern matches, as PEFT matches them."""
+    setting = f"config.model.lora.targets={pattern!r}"
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"{setting}: no pattern: {error}") from None
+    matched = []
+    for name in LORA_TARGETS:
+        part = "mlp" if name in MLP_TARGETS else "self_attn"
+        modules = [f"model.layers.{i}.{part}.{name}" for i in range(PROBED_LAYERS)]
+        found = [compiled.fullmatch(module) is not None for module in modules]
+        if all(found):
+            matched.append(name)
+        elif any(found):
+            raise UserError(
+                f"{setting}: matches {modules[found.index(True)]} and not "
+                f"{modules[found.index(False)]}; expected a pattern of matrices in all layers"
+            )
+    if not matched:
+        raise UserError(
+            f"{setting}: matches none of model.layers.0.self_attn.q_proj and the like; the "
+            "pattern has to match whole names, as in .*(q|v)_proj"
+        )
+    return tuple(matched)
 
 
 def add_criterion(name: str, summary: str) -> None:

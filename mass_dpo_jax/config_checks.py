@@ -35,7 +35,7 @@ NOT_NEGATIVE = (
     "data.max_train data.max_validation data.max_test sft_weight device_memory_gb "
     "model.lora.rank train.responses_at_a_time pl_rank.top"
 ).split()
-SHARES = ("data.validation_share", "train.warmup_ratio")
+SHARES = ("data.validation_share", "train.warmup_ratio", "model.lora.dropout")
 LIMIT = 2**31  # XLA counts in 32 bits.
 _TYPES = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
 

@@ -19,6 +19,9 @@ from mass_dpo_jax.models.precomputed import use_precomputed
 from mass_dpo_jax.models.quantize import matmul
 from mass_dpo_jax.models.rotary import rotate
 
+# From the name of a projection and the width of its input to what the input of its adapter is
+# multiplied by, [tokens, width].
+Dropout = Callable[[str, int], Array]
 EMPTY: Mapping[str, Any] = MappingProxyType({})
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -113,6 +116,7 @@ class Block(nnx.Module):
         recorded: Mapping[str, Array] = EMPTY,
         adapters: Mapping[str, Mapping[str, Array]] = EMPTY,
         outputs: OutputTokens | None = None,
+        dropout: Dropout | None = None,
     ) -> tuple[Array, Any, dict[str, Array]]:
         """Applies the layer.
 
@@ -124,6 +128,7 @@ class Block(nnx.Module):
             recorded: projections [B * T, ...] of an earlier pass, which are not computed again.
             adapters: this layer's adapters, by the names of the projections that they add to.
             outputs: the only tokens for which the last layer computes more than keys and values.
+            dropout: draws the masks of adapters' inputs; None: there are none.
 
         Returns:
             The stream [B * O, D], what `attend` keeps, and every projection that the backward pass
@@ -134,7 +139,10 @@ class Block(nnx.Module):
         def project(name: str, y: Array) -> Array:
             linear = getattr(self, name)
             bias = None if linear.bias is None else linear.bias[...]
-            args = y, linear.kernel[...], bias, adapters.get(name)
+            factors = None
+            if dropout is not None and name in adapters:
+                factors = dropout(name, y.shape[-1])
+            args = y, linear.kernel[...], bias, adapters.get(name), factors
             if name in recorded:
                 return use_precomputed(_project, recorded[name], *args)
             return _project(*args)
@@ -185,12 +193,18 @@ def _normalize_heads(norm: RMSNorm | None, x: Array) -> Array:
 
 
 def _project(
-    x: Array, weights: Any, bias: Array | None, adapter: Mapping[str, Array] | None
+    x: Array,
+    weights: Any,
+    bias: Array | None,
+    adapter: Mapping[str, Array] | None,
+    factors: Array | None,
 ) -> Array:
-    """Returns x W + bias + (x A) B of x [tokens, in], in its type."""
+    """Returns x W + bias + ((factors * x) A) B of x [tokens, in], in its type."""
     y = matmul(x, weights)
     if bias is not None:
         y = y + bias.astype(x.dtype)[None]
     if adapter is None:
         return y
+    if factors is not None:
+        x = x * factors.astype(x.dtype)
     return y + (x @ adapter["a"].astype(x.dtype)) @ adapter["b"].astype(x.dtype)

@@ -22,11 +22,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt32
 
 from mass_dpo_jax.models import attention as plain_attention
 from mass_dpo_jax.models.candidate_scores import Prompt, score_candidates
 from mass_dpo_jax.models.decoder import Decoder, unflatten_tokens
+from mass_dpo_jax.models.dropout import DropoutKeys
 from mass_dpo_jax.models.interfaces import Attention, LayerRecord
 from mass_dpo_jax.models.logprobs import MAX_LOGITS
 from mass_dpo_jax.models.replay import LayerReplay, split_layers
@@ -81,11 +82,12 @@ class _Run(NamedTuple):
     max_response: int | None
     max_logits: int
     attention: Attention
+    dropout: Array | None
 
     def score(self, picks: Picks) -> Float[Array, "B K"]:
         """Returns log-probabilities of a chunk."""
         groups, lengths, sequence = self._lay_out(picks)
-        hidden, _ = self.model(*sequence[:3], self.keys_values)
+        hidden, _ = self.model(*sequence[:3], self.keys_values, None, sequence.dropout_keys)
         return self._compute_logps(self.model, self.last, hidden, groups, lengths)
 
     def add_responses(self, sums: _Sums, layers: Any, picks: Picks, logp_grads: Array) -> _Sums:
@@ -98,7 +100,9 @@ class _Run(NamedTuple):
             logp_grads: the gradient of each log-probability, [B, K].
         """
         groups, lengths, sequence = self._lay_out(picks)
-        _, _, record = self.model.record(*sequence[:3], self.keys_values)
+        _, _, record = self.model.record(
+            *sequence[:3], self.keys_values, None, sequence.dropout_keys
+        )
 
         def compute_logps(outer: Any, last: Array, output: Array) -> Array:
             model = self.rebuild(outer)
@@ -167,7 +171,9 @@ class _Run(NamedTuple):
     def _lay_out(self, picks: Picks) -> tuple[Groups, Array, TokenSequence]:
         arrays = self.responses, self.response_lengths, picks
         groups, lengths = lay_out_picks(self.layout, *arrays, self.max_response)
-        return groups, lengths, build_response_sequence(self.prompt_lengths, groups, self.attention)
+        keys = None if self.dropout is None else DropoutKeys(self.dropout, picks.candidate_ids)
+        sequence = build_response_sequence(self.prompt_lengths, groups, self.attention, keys)
+        return groups, lengths, sequence
 
     def _compute_logps(
         self,
@@ -211,6 +217,7 @@ def value_and_grad(
     max_response: int | None = None,
     max_logits: int = MAX_LOGITS,
     attention: Attention = plain_attention,
+    dropout: UInt32[Array, "B words"] | None = None,
 ) -> tuple[tuple[Array, Any], Any]:
     """Computes a loss on picked candidates and its gradient, a few candidates at a time.
 
@@ -223,6 +230,7 @@ def value_and_grad(
         at_a_time: the most candidates of a prompt that are differentiated together.
         logps: the picks' log-probabilities with these weights, where they are known; None computes
             them.
+        dropout: key data of each example for the adapters' dropout; None: none.
 
     Other arguments: as for `shared_prefix.score`.
 
@@ -234,8 +242,9 @@ def value_and_grad(
     layers, restore = jax.vjp(lambda x: split_layers(build({**outer, **x}))[0], stacked)
     # 1. The prompts, recorded.
     model = build(trained)
-    prompt = build_prompt_sequence(prompts, prompt_lengths, attention)
-    last, keys_values, record = model.record(*prompt[:3], None, prompt.outputs)
+    keys = None if dropout is None else DropoutKeys(dropout, picks.candidate_ids)
+    prompt = build_prompt_sequence(prompts, prompt_lengths, attention, keys)
+    last, keys_values, record = model.record(*prompt[:3], None, prompt.outputs, prompt.dropout_keys)
     run = _Run(
         model,
         lambda outer: build({**stacked, **outer}),
@@ -249,6 +258,7 @@ def value_and_grad(
         max_response,
         max_logits,
         attention,
+        dropout,
     )
     # 2. The weight of each response.
     lengths = gather_lengths(response_lengths, picks)

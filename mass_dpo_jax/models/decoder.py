@@ -17,12 +17,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt32
 
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.models.block import Block, RMSNorm
+from mass_dpo_jax.models.block import Block, Dropout, RMSNorm
 from mass_dpo_jax.models.config import DecoderConfig
+from mass_dpo_jax.models.dropout import draw_factors
 from mass_dpo_jax.models.interfaces import (
+    KEY_VALUE,
     Attend,
     HiddenShardings,
     LayerKinds,
@@ -101,6 +103,7 @@ class Decoder(nnx.Module):
         attend: Attend,
         layer_inputs: Any = None,
         outputs: OutputTokens | None = None,
+        dropout_keys: UInt32[Array, "B T words"] | None = None,
     ) -> tuple[Float[Array, "B O D"], Any]:
         """Returns hidden states after the final norm, in the compute type.
 
@@ -113,12 +116,14 @@ class Decoder(nnx.Module):
             attend: attention function of every layer, see `Attend`.
             layer_inputs: a pytree of arrays [L, ...] or None; `attend` gets each layer's slice.
             outputs: the tokens to return; None for all.
+            dropout_keys: key data of each token, for the masks of adapters' inputs; None, as
+                everywhere but in training: no dropout.
 
         Returns:
             The hidden states, and what `attend` kept, stacked over layers.
         """
         hidden, attend_outputs, _ = self._run(
-            tokens, positions, attend, layer_inputs, outputs, recording=False
+            tokens, positions, attend, layer_inputs, outputs, dropout_keys, recording=False
         )
         return hidden, attend_outputs
 
@@ -129,9 +134,12 @@ class Decoder(nnx.Module):
         attend: Attend,
         layer_inputs: Any = None,
         outputs: OutputTokens | None = None,
+        dropout_keys: UInt32[Array, "B T words"] | None = None,
     ) -> tuple[Float[Array, "B O D"], Any, LayerRecord]:
         """Computes what `__call__` does, and also returns what replay.py needs, by `remat`."""
-        return self._run(tokens, positions, attend, layer_inputs, outputs, recording=True)
+        return self._run(
+            tokens, positions, attend, layer_inputs, outputs, dropout_keys, recording=True
+        )
 
     def _run(
         self,
@@ -140,6 +148,7 @@ class Decoder(nnx.Module):
         attend: Attend,
         layer_inputs: Any,
         outputs: OutputTokens | None,
+        dropout_keys: Array | None,
         *,
         recording: bool,
     ) -> tuple[Array, Any, Any]:
@@ -153,7 +162,7 @@ class Decoder(nnx.Module):
             # record and once for the layer.
             return jax.tree.map(unflatten, jax.lax.optimization_barrier(projections))
 
-        apply_layer = self.make_layer(positions, attend)
+        apply_layer = self.make_layer(positions, attend, dropout_keys=dropout_keys)
 
         def step(x: Array, i: Array) -> tuple[Array, Any]:
             y, attend_outputs, projections = apply_layer(
@@ -171,7 +180,7 @@ class Decoder(nnx.Module):
             step, self.embed_tokens(tokens), jnp.arange(last)
         )
         # The last layer is outside of the loop, since it computes on other tokens.
-        apply_layer = self.make_layer(positions, attend, outputs)
+        apply_layer = self.make_layer(positions, attend, outputs, dropout_keys)
         y, last_attend_outputs, projections = apply_layer(
             slice_layer(layers, last),
             x,
@@ -211,7 +220,9 @@ class Decoder(nnx.Module):
         if self.adapters is not None:
             weights["adapters"] = nnx.to_pure_dict(nnx.state(self.adapters))
         kinds = LayerKinds(
-            jnp.asarray(self.config.rope_layers), jnp.asarray(self.config.local_layers)
+            jnp.arange(self.config.num_layers),
+            jnp.asarray(self.config.rope_layers),
+            jnp.asarray(self.config.local_layers),
         )
         return weights, kinds
 
@@ -220,6 +231,7 @@ class Decoder(nnx.Module):
         positions: Int[Array, "B T"],
         attend: Attend,
         outputs: OutputTokens | None = None,
+        dropout_keys: UInt32[Array, "B T words"] | None = None,
     ) -> Callable:
         """Makes the function of any layer; `outputs` is for the last.
 
@@ -253,6 +265,7 @@ class Decoder(nnx.Module):
                 cos, sin = (jnp.where(kind.is_local, *pair) for pair in zip(local_turns, turns))
             limits = Limits(config.window, kind.is_local, config.attention_soft_cap)
             adapters = {} if self.lora is None else self.lora.scale_adapters(weights["adapters"])
+            dropout = self._make_dropout(dropout_keys, kind.number, outputs)
             x, attend_outputs, projections = nnx.merge(definition, weights["blocks"])(
                 x,
                 jnp.where(kind.has_positions, cos, 1.0),
@@ -261,10 +274,27 @@ class Decoder(nnx.Module):
                 recorded_projections,
                 adapters,
                 outputs,
+                dropout,
             )
             return self._constrain(x), attend_outputs, projections
 
         return apply_layer
+
+    def _make_dropout(
+        self, keys: Array | None, layer: Array, outputs: OutputTokens | None
+    ) -> Dropout | None:
+        """Makes the `Dropout` of a layer; None: nothing is dropped."""
+        if keys is None or self.lora is None or not self.lora.dropout:
+            return None
+        targets, rate, words = self.lora.targets, self.lora.dropout, keys.shape[-1]
+        few = keys if outputs is None else outputs.gather(keys)
+
+        def draw(name: str, size: int) -> Array:
+            tokens = keys if name in KEY_VALUE else few
+            number = layer * len(targets) + targets.index(name)
+            return draw_factors(tokens.reshape(-1, words), number, size, rate)
+
+        return draw
 
     def vocabulary_weights(self) -> Float[Array, "V D"]:
         """Returns the float32 weights that turn hidden states into logits; tied: the embedding."""

@@ -24,14 +24,16 @@ KEY_VALUE = ("key", "value")  # Projections that the last layer computes for all
 
 
 class LayerKinds(NamedTuple):
-    """Which kind each of some layers is of, bool [L]; or one of them, a scalar each.
+    """Which kind each of some layers is of, [L]; or one of them, a scalar each.
 
     Attributes:
+        number: which layer it is, int, from 0.
         has_positions: whether queries and keys are rotated by their positions.
         is_local: whether tokens see no more than `DecoderConfig.window` tokens, and are rotated by
             the base `Rope.local_theta` where there is one.
     """
 
+    number: Array
     has_positions: Array
     is_local: Array
 

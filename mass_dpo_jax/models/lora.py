@@ -28,11 +28,14 @@ class Lora:
         rank: the columns of A.
         alpha: the scale of what adapters add, times `rank`.
         targets: the adapted projections, by the names of `DecoderConfig.projections`.
+        dropout: the share of A's inputs that is zero while training, drawn by dropout.py. Not in
+            the representation, which digests hold: it does not change what the weights compute.
     """
 
     rank: int
     alpha: float
     targets: tuple[str, ...]
+    dropout: float = dataclasses.field(default=0.0, repr=False)
 
     def scale_adapters(self, adapters: Any) -> dict[str, dict[str, Array]]:
         """Returns A and alpha / rank B of each projection."""

@@ -90,7 +90,7 @@ def save_peft(folder: Path, adapters: Any, lora: Lora, base: str, part_of: str =
         "base_model_name_or_path": base,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
-        "lora_dropout": 0.0,
+        "lora_dropout": lora.dropout,
         "target_modules": targets,
         "bias": "none",
         "inference_mode": True,
@@ -126,7 +126,8 @@ def load_peft_settings(folder: Path) -> Lora:
     targets = _read_targets(path, settings)
     if settings.get("lora_dropout"):
         warn_once(
-            f"{path}: lora_dropout={settings['lora_dropout']}: not used, training goes on without"
+            f"{path}: lora_dropout={settings['lora_dropout']} was theirs in training; ours is "
+            "config.model.lora.dropout"
         )
     return Lora(rank, alpha, targets)
 

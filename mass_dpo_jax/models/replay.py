@@ -40,6 +40,7 @@ from jaxtyping import Float, Int
 from mass_dpo_jax.models import attention as plain_attention
 from mass_dpo_jax.models.candidate_scores import Prompt, score_candidates
 from mass_dpo_jax.models.decoder import Decoder, slice_layer, unflatten_tokens
+from mass_dpo_jax.models.dropout import DropoutKeys
 from mass_dpo_jax.models.interfaces import (
     KEY_VALUE,
     Attention,
@@ -73,6 +74,7 @@ def replay(
     max_response: int | None = None,
     max_logits: int = MAX_LOGITS,
     attention: Attention = plain_attention,
+    dropout: DropoutKeys | None = None,
 ) -> Float[Array, "B n"]:
     """Returns recorded log-probabilities of picked candidates, to be differentiated.
 
@@ -82,6 +84,7 @@ def replay(
         model: the decoder, with the weights that were recorded.
         record: the record of `score` with the same batch, layout and max_response.
         picks: candidates of each example; None for all of them.
+        dropout: the keys that were recorded with; then there are no `picks`.
 
     Other arguments: as passed to `score` when recording, with the responses of all candidates.
 
@@ -97,7 +100,7 @@ def replay(
         token_logps = jnp.take_along_axis(record.logps, sources, axis=1, mode="clip")
         indices_BP = jnp.broadcast_to(jnp.arange(prompts.shape[1]), prompts.shape)
         indices_BT = jnp.concatenate([indices_BP, prompts.shape[1] + sources], axis=1)
-    sequence = build_sequence(prompts, prompt_lengths, groups, attention)
+    sequence = build_sequence(prompts, prompt_lengths, groups, attention, dropout)
     hidden_BOD = replay_layers(model, record.layers, indices_BT, sequence)
     scores, _ = score_candidates(
         model,
@@ -220,7 +223,7 @@ class LayerReplay:
             Gradients of the trained weights and of `layer_inputs`, in the types of `sums`; and of
             the first layer's input.
         """
-        record, (_, positions, attend, outputs) = self.record, self.sequence
+        record, (_, positions, attend, outputs, keys) = self.record, self.sequence
         indices, output_indices = self.indices_BT, self._output_indices_BO
         put = _make_setter if sums is None else _make_adder
         if sums is None:
@@ -232,12 +235,12 @@ class LayerReplay:
             name: _gather_tokens(x, indices if name in KEY_VALUE else output_indices)
             for name, x in record.last_projections.items()
         }
-        apply_last = self.model.make_layer(positions, attend, outputs)
+        apply_last = self.model.make_layer(positions, attend, outputs, keys)
         layer_grads, output_grad = self._differentiate_layer(
             apply_last, last, trained, (output_grad, kept_grads), record.last_input, projections
         )
         carry = output_grad, jax.tree.map(put(last), sums, layer_grads)
-        apply_layer = self.model.make_layer(positions, attend)
+        apply_layer = self.model.make_layer(positions, attend, dropout_keys=keys)
 
         def step(carry: tuple[Array, Any], recorded: Any) -> tuple[Any, None]:
             output_grad, sums = carry

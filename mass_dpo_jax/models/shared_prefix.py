@@ -18,6 +18,7 @@ from jaxtyping import Int
 from mass_dpo_jax.models import attention as plain_attention
 from mass_dpo_jax.models.candidate_scores import CandidateScores, Prompt, score_candidates
 from mass_dpo_jax.models.decoder import Decoder
+from mass_dpo_jax.models.dropout import DropoutKeys
 from mass_dpo_jax.models.interfaces import Attention, LayerRecord, ScoringRecord
 from mass_dpo_jax.models.logprobs import MAX_LOGITS
 from mass_dpo_jax.models.response_layout import Groups, Picks, deal, lay_out, lay_out_picks
@@ -42,6 +43,7 @@ def score(
     max_logits: int = MAX_LOGITS,
     attention: Attention = plain_attention,
     record: bool = False,
+    dropout: DropoutKeys | None = None,
 ) -> CandidateScores:
     """Scores C candidate responses of each prompt in one forward pass.
 
@@ -64,6 +66,7 @@ def score(
         attention: the module attention.py, or a `FusedAttention`.
         record: whether to also return the record that `replay.replay` needs to train; such a call
             is not to be differentiated.
+        dropout: keys of the adapters' dropout, for training; None: none.
 
     Raises:
         ValueError: an argument that does not exist, or does not go with the others.
@@ -83,12 +86,13 @@ def score(
             response_lengths,
             attention,
             pooling == "all",
+            dropout,
         )
     if record and layout != "rectangle":
         raise ValueError("a record of candidates in chunks needs layout='rectangle'")
     arrays = prompts, prompt_lengths, responses, response_lengths
     static = layout, max_response, candidate_chunk
-    return _score_in_chunks(run, reduce, arrays, static, attention, pooling == "all")
+    return _score_in_chunks(run, reduce, arrays, static, attention, pooling == "all", dropout)
 
 
 def _score_at_once(
@@ -100,6 +104,7 @@ def _score_at_once(
     response_lengths_BC: Array,
     attention: Attention,
     with_prompts: bool,
+    dropout: DropoutKeys | None,
 ) -> CandidateScores:
     """Scores all candidates together.
 
@@ -112,10 +117,11 @@ def _score_at_once(
         response_lengths_BC: see `score`.
         attention: see `score`.
         with_prompts: whether features need hidden states of the whole prompt.
+        dropout: see `score`.
     """
-    sequence = build_sequence(prompts_BP, prompt_lengths_B, groups, attention)
+    sequence = build_sequence(prompts_BP, prompt_lengths_B, groups, attention, dropout)
     outputs = None if with_prompts else sequence.outputs
-    hidden_BOD, _, layers = run(*sequence[:3], None, outputs)
+    hidden_BOD, _, layers = run(*sequence[:3], None, outputs, sequence.dropout_keys)
     prompt_size = prompts_BP.shape[1] if with_prompts else 1
     prompt = Prompt(hidden_BOD[:, :prompt_size], prompt_lengths_B)
     scores, token_logps = reduce(prompt, hidden_BOD[:, prompt_size:], groups, response_lengths_BC)
@@ -134,6 +140,7 @@ def _score_in_chunks(
     static: tuple[str, int | None, int],
     attention: Attention,
     with_prompts: bool,
+    dropout: DropoutKeys | None,
 ) -> CandidateScores:
     """Scores some candidates of each prompt at a time.
 
@@ -144,6 +151,7 @@ def _score_in_chunks(
         static: layout, max_response and candidate_chunk, as for `score`.
         attention: see `score`.
         with_prompts: whether features need hidden states of the whole prompt.
+        dropout: see `score`.
     """
     prompts_BP, prompt_lengths_B, responses_BS, response_lengths_BC = arrays
     layout, max_response, candidate_chunk = static
@@ -151,9 +159,9 @@ def _score_in_chunks(
     chunks = deal(layout, response_lengths_BC, candidate_chunk, max_response, packed_length)
 
     # 1. The prompts alone, whose keys and values all chunks share.
-    sequence = build_prompt_sequence(prompts_BP, prompt_lengths_B, attention)
+    sequence = build_prompt_sequence(prompts_BP, prompt_lengths_B, attention, dropout)
     outputs = None if with_prompts else sequence.outputs
-    hidden, keys_values, prompt_layers = run(*sequence[:3], None, outputs)
+    hidden, keys_values, prompt_layers = run(*sequence[:3], None, outputs, sequence.dropout_keys)
     prompt = Prompt(hidden, prompt_lengths_B)
 
     # 2. The responses, chunk by chunk.
@@ -162,8 +170,12 @@ def _score_in_chunks(
         groups, lengths = lay_out_picks(
             layout, responses_BS, response_lengths_BC, picks, max_response
         )
-        sequence = build_response_sequence(prompt_lengths_B, groups, attention)
-        hidden, _, layers = run(*sequence[:3], keys_values)
+        keys = dropout
+        if keys is not None:
+            numbers = jnp.take_along_axis(keys.candidate_ids, columns_BK, axis=1, mode="clip")
+            keys = keys._replace(candidate_ids=numbers)
+        sequence = build_response_sequence(prompt_lengths_B, groups, attention, keys)
+        hidden, _, layers = run(*sequence[:3], keys_values, None, sequence.dropout_keys)
         scores, token_logps = reduce(prompt, hidden, groups, lengths)
         return scores, layers, token_logps
 

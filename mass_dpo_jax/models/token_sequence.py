@@ -12,6 +12,7 @@ from jax import Array
 from jaxtyping import Int
 
 from mass_dpo_jax.models import attention as plain_attention
+from mass_dpo_jax.models.dropout import DropoutKeys
 from mass_dpo_jax.models.interfaces import Attend, Attention, Limits, OutputTokens
 from mass_dpo_jax.models.response_layout import Groups
 
@@ -24,12 +25,14 @@ class TokenSequence(NamedTuple):
         positions: int32 [B, T].
         attend: the attention function.
         outputs: the tokens that log-probabilities of responses are computed from; None: all.
+        dropout_keys: key data of each token, [B, T, words]; None: no dropout.
     """
 
     tokens: Int[Array, "B T"]
     positions: Int[Array, "B T"]
     attend: Attend
     outputs: OutputTokens | None
+    dropout_keys: Array | None = None
 
 
 def build_sequence(
@@ -37,6 +40,7 @@ def build_sequence(
     prompt_lengths_B: Int[Array, " B"],
     groups: Groups,
     attention: Attention,
+    dropout: DropoutKeys | None = None,
 ) -> TokenSequence:
     """Builds the input of a `Decoder`: prompts with groups of responses behind them."""
     size = prompts_BP.shape[1]
@@ -49,20 +53,36 @@ def build_sequence(
             attention, size, prompt_lengths_B, groups.segments, groups.offsets
         ),
         _make_outputs(size, prompt_lengths_B, groups, attention),
+        None
+        if dropout is None
+        else jnp.concatenate(
+            [
+                dropout.make_prompt_keys(size),
+                dropout.make_response_keys(groups.segments, groups.offsets),
+            ],
+            axis=1,
+        ),
     )
 
 
 def build_prompt_sequence(
-    prompts_BP: Int[Array, "B P"], prompt_lengths_B: Int[Array, " B"], attention: Attention
+    prompts_BP: Int[Array, "B P"],
+    prompt_lengths_B: Int[Array, " B"],
+    attention: Attention,
+    dropout: DropoutKeys | None = None,
 ) -> TokenSequence:
     """Builds prompts alone, whose keys and values every layer keeps; the output is the last one."""
     positions_BP = jnp.broadcast_to(jnp.arange(prompts_BP.shape[1]), prompts_BP.shape)
     outputs = _make_outputs(prompts_BP.shape[1], prompt_lengths_B, None, attention)
-    return TokenSequence(prompts_BP, positions_BP, attention.attend_causally, outputs)
+    keys = None if dropout is None else dropout.make_prompt_keys(prompts_BP.shape[1])
+    return TokenSequence(prompts_BP, positions_BP, attention.attend_causally, outputs, keys)
 
 
 def build_response_sequence(
-    prompt_lengths_B: Int[Array, " B"], groups: Groups, attention: Attention
+    prompt_lengths_B: Int[Array, " B"],
+    groups: Groups,
+    attention: Attention,
+    dropout: DropoutKeys | None = None,
 ) -> TokenSequence:
     """Builds responses alone; `layer_inputs` of the decoder are their prompts' keys and values."""
     return TokenSequence(
@@ -70,6 +90,7 @@ def build_response_sequence(
         _compute_positions(prompt_lengths_B, groups),
         attention.make_response_attend(prompt_lengths_B, groups.segments, groups.offsets),
         None,
+        None if dropout is None else dropout.make_response_keys(groups.segments, groups.offsets),
     )
 
 

@@ -327,9 +327,11 @@ def find_unread(config: ConfigDict) -> list[str]:
         "odpo.offset odpo.alpha": config.method == "odpo",
         "pl_rank.top": config.method == "pl_rank",
         "beta model.reference_path": spec.uses_reference,
-        "model.lora.alpha model.lora.targets model.lora.base": uses_lora,
+        "model.lora.alpha model.lora.rank_stabilized model.lora.targets": uses_lora,
+        "model.lora.base model.lora.dropout": uses_lora,
         "model.scratch.": not config.model.path,
-        "train.reuse_scoring": not config.train.responses_at_a_time,
+        "train.reuse_scoring": not config.train.responses_at_a_time
+        and not config.model.lora.dropout,
         "train.epochs": not config.train.steps,
         "device_memory_gb": config.dry_run,
     }

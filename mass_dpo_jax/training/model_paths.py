@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +84,7 @@ def uses_lora(settings: ConfigDict) -> bool:
 def read_lora(settings: ConfigDict) -> Lora | None:
     """Returns the form of the adapters that `config.model.lora` asks for; None: no LoRA.
 
-    Adapters to start from decide it themselves.
+    Adapters to start from decide it themselves, but for the dropout.
 
     Raises:
         UserError: there are no adapters at its `path`.
@@ -90,16 +92,20 @@ def read_lora(settings: ConfigDict) -> Lora | None:
     if not uses_lora(settings):
         return None
     if not settings.path:
-        return Lora(settings.rank, settings.alpha, parse_targets(settings.targets))
+        alpha = settings.alpha
+        if settings.rank_stabilized:  # Their alpha / sqrt(rank) is our alpha / rank.
+            alpha *= math.sqrt(settings.rank)
+        return Lora(settings.rank, alpha, parse_targets(settings.targets), settings.dropout)
     path = Path(settings.path)
     run = find_run(path)
     if run is None:
-        return peft_format.load_peft_settings(path)
-    check_step(run)
-    lora = read_lora(load_model_settings(run.folder).lora)
+        lora: Lora | None = peft_format.load_peft_settings(path)
+    else:
+        check_step(run)
+        lora = read_lora(load_model_settings(run.folder).lora)
     if lora is None:
         raise UserError(f"config.model.lora.path={path}: a run without LoRA")
-    return lora
+    return dataclasses.replace(lora, dropout=settings.dropout)
 
 
 def load_model_settings(workdir: Path) -> ConfigDict:

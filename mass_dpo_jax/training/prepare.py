@@ -213,6 +213,7 @@ def build_setup(
             trained,
             config.train.reuse_scoring,
             config.train.responses_at_a_time,
+            policy.lora is not None and policy.lora.dropout > 0,
         ),
         examples=examples,
         tokens=tokens,

@@ -14,6 +14,7 @@ from jax import Array
 from mass_dpo_jax import selection
 from mass_dpo_jax.data.batches import Batch
 from mass_dpo_jax.models import attention, chunked_replay, replay, shared_prefix
+from mass_dpo_jax.models.dropout import DropoutKeys
 from mass_dpo_jax.models.interfaces import Attention, ScoringRecord
 from mass_dpo_jax.models.logprobs import MAX_LOGITS
 from mass_dpo_jax.models.response_layout import Picks
@@ -44,7 +45,12 @@ class Scorer:
     max_logits: int = MAX_LOGITS
 
     def __call__(
-        self, params: Params, batch: Batch, features: bool = False, record: bool = False
+        self,
+        params: Params,
+        batch: Batch,
+        features: bool = False,
+        record: bool = False,
+        dropout: DropoutKeys | None = None,
     ) -> Any:
         """Scores every candidate.
 
@@ -53,6 +59,7 @@ class Scorer:
             batch: [B, ...].
             features: return the candidates' features [B, C, D], too.
             record: return the record of the pass, too.
+            dropout: keys of the adapters' dropout; None: none.
 
         Returns:
             A `shared_prefix.CandidateScores`.
@@ -70,6 +77,7 @@ class Scorer:
             attention=self.attention,
             max_logits=self.max_logits,
             record=record,
+            dropout=dropout,
         )
 
     def replay(
@@ -78,6 +86,7 @@ class Scorer:
         record: ScoringRecord,
         batch: Batch,
         picks: Picks | None = None,
+        dropout: DropoutKeys | None = None,
     ) -> Array:
         """Returns log-probabilities of a recorded batch, for training: of the picks, or of all."""
         return replay.replay(
@@ -92,6 +101,7 @@ class Scorer:
             max_response=self.max_response,
             attention=self.attention,
             max_logits=self.max_logits,
+            dropout=dropout,
         )
 
     def differentiate(
@@ -103,6 +113,7 @@ class Scorer:
         picks: Picks,
         at_a_time: int,
         logps: Array | None = None,
+        dropout: Array | None = None,
     ) -> tuple[tuple[Array, Any], Params]:
         """Computes a loss of log-probabilities and its gradient, a few responses at a time.
 
@@ -114,6 +125,7 @@ class Scorer:
             picks: the candidates in the loss.
             at_a_time: the most responses of a prompt that are differentiated together.
             logps: the picks' log-probabilities [B, n] by these weights, where they are known.
+            dropout: see `chunked_replay.value_and_grad`.
 
         Returns:
             What `loss` returns, and the gradient.
@@ -133,6 +145,7 @@ class Scorer:
             max_response=self.max_response,
             attention=self.attention,
             max_logits=self.max_logits,
+            dropout=dropout,
         )
 
     @functools.partial(jax.jit, static_argnums=0)

@@ -19,12 +19,14 @@ from jax import Array
 from mass_dpo_jax import selection
 from mass_dpo_jax.data.batches import Batch
 from mass_dpo_jax.models.candidate_scores import CandidateScores
+from mass_dpo_jax.models.dropout import DropoutKeys, make_example_keys
 from mass_dpo_jax.models.interfaces import ScoringRecord
 from mass_dpo_jax.models.response_layout import Picks, gather_candidates, gather_lengths
 from mass_dpo_jax.training.methods import Method, Responses
 from mass_dpo_jax.training.scorer import Params, Scorer
 
 Metrics = dict[str, Array]
+DROPOUT_STREAM = 2**31  # Folded into a key, beside the rows that draw negatives.
 
 
 class WindowNegatives(NamedTuple):
@@ -96,6 +98,7 @@ class Program:
         shardings: shardings of the trained weights, a tree like them; gradients are held to it.
         reuse: whether the pass that scores a pool is the forward pass of training, too.
         at_a_time: responses of a prompt that are differentiated together; 0: all.
+        drops: whether training has dropout: pools are scored without, by a pass of their own.
     """
 
     scorer: Scorer
@@ -103,11 +106,13 @@ class Program:
     shardings: Any
     reuse: bool = True
     at_a_time: int = 0
+    drops: bool = False
 
     @functools.cached_property
     def _key(self) -> tuple[Any, ...]:
         leaves, tree = jax.tree.flatten(self.shardings)
-        return (self.scorer, self.method, tuple(leaves), tree, self.reuse, self.at_a_time)
+        settings = self.reuse, self.at_a_time, self.drops
+        return (self.scorer, self.method, tuple(leaves), tree, *settings)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Program) and self._key == other._key
@@ -118,7 +123,7 @@ class Program:
     @property
     def reuses_scoring(self) -> bool:
         """Whether a pass that scores pools in a step is recorded, which takes memory for all."""
-        return self.reuse and not self.at_a_time
+        return self.reuse and not self.at_a_time and not self.drops
 
     def score_pools(
         self,
@@ -180,6 +185,7 @@ class Program:
         choice: Choice,
         packed_length: int,
         record: ScoringRecord | None = None,
+        dropout: Array | None = None,
     ) -> tuple[Array, tuple[Array, Metrics]]:
         """Computes the mean loss of a micro-batch on the chosen response and the picks.
 
@@ -190,6 +196,8 @@ class Program:
             packed_length: see `train_step`.
             record: record of these weights on the pools, which is the forward pass then; without
                 it, the picks alone are computed.
+            dropout: key data of each example for the adapters' dropout, without a record; None:
+                none.
 
         Returns:
             The loss; which examples' own losses are not finite, bool [B]; and metrics.
@@ -198,8 +206,10 @@ class Program:
         if record is None:
             responses, lengths = gather_candidates(batch.responses, batch.response_lengths, picks)
             picked = batch._replace(responses=responses, response_lengths=lengths)
-            record = self.scorer(jax.lax.stop_gradient(params), picked, record=True).record
-            logps = self.scorer.replay(params, record, picked)
+            keys = None if dropout is None else DropoutKeys(dropout, picks.candidate_ids)
+            constant = jax.lax.stop_gradient(params)
+            record = self.scorer(constant, picked, record=True, dropout=keys).record
+            logps = self.scorer.replay(params, record, picked, dropout=keys)
         else:
             logps = self.scorer.replay(params, record, batch, picks)
         return self.loss_of_logps(logps, batch, choice)
@@ -242,6 +252,7 @@ class Program:
         choice: Choice,
         packed_length: int,
         scores: CandidateScores | None,
+        dropout: Array | None = None,
     ) -> tuple[tuple[Array, tuple[Array, Metrics]], Params]:
         """Computes what `loss` returns, and its gradient with respect to the trained weights.
 
@@ -253,21 +264,22 @@ class Program:
             packed_length: see `loss`.
             scores: scores of the pools by these weights, with or without a record; None if there
                 are none.
+            dropout: see `loss`.
         """
         picks = _make_picks(choice, packed_length)
         if 0 < self.at_a_time < picks.valid.shape[1]:
             logps = None
-            if scores is not None:
+            if scores is not None and dropout is None:
                 logps = jnp.take_along_axis(scores.logps, picks.candidate_ids, axis=1)
                 logps = jnp.where(picks.valid, logps, 0.0)
             loss = functools.partial(self.loss_of_logps, batch=batch, choice=choice)
             return self.scorer.differentiate(
-                loss, trained, frozen, batch, picks, self.at_a_time, logps
+                loss, trained, frozen, batch, picks, self.at_a_time, logps, dropout
             )
 
         def loss_of_weights(trained: Params) -> tuple[Array, Any]:
             record = None if scores is None else scores.record
-            return self.loss({**frozen, **trained}, batch, choice, packed_length, record)
+            return self.loss({**frozen, **trained}, batch, choice, packed_length, record, dropout)
 
         return jax.value_and_grad(loss_of_weights, has_aux=True)(trained)
 
@@ -279,6 +291,7 @@ class Program:
         candidate_ids: Array | None,
         key: Array,
         packed_length: int,
+        dropout_key: Array | None = None,
     ) -> tuple[Params, Metrics, TrainedBatch]:
         """Computes the gradient of a micro-batch's mean loss; `train_step` has the first steps.
 
@@ -289,6 +302,7 @@ class Program:
             candidate_ids: int32 [B, n], negatives as in `Choice`; None to choose them here.
             key: see `score_pools`.
             packed_length: see `train_step`.
+            dropout_key: key of the adapters' dropout in this step; None: none.
         """
         scores: CandidateScores | None = None
         selection_metrics: Metrics = {}
@@ -305,9 +319,12 @@ class Program:
             with jax.named_scope("choose"):
                 choice, selection_metrics = self.choose(pools)
         # 3. Loss and gradient on the picks. Where there is a record, it is the forward pass.
+        dropout = None
+        if dropout_key is not None:
+            dropout = make_example_keys(dropout_key, batch.index)
         with jax.named_scope("loss"):
             (loss, (not_finite, loss_metrics)), grads = self.value_and_grad(
-                trained, frozen, batch, choice, packed_length, scores
+                trained, frozen, batch, choice, packed_length, scores, dropout
             )
         metrics = {"loss": loss, **loss_metrics, **selection_metrics}
         return grads, metrics, TrainedBatch(choice.candidate_ids, not_finite)
@@ -344,11 +361,21 @@ class Program:
         Returns:
             The next state, what it was trained on, and the step's metrics, float32 scalars.
         """
+        # A key of its own for every step: the key of negatives may last for several.
+        dropout_key = None
+        if self.drops:
+            dropout_key = jax.random.fold_in(jax.random.fold_in(key, DROPOUT_STREAM), state.step)
 
         def micro_step(micro_batch: Batch, candidate_ids: Array | None) -> tuple[Any, TrainedBatch]:
             # 1 to 3. Score the pools, choose negatives, and differentiate the loss on them.
             grads, metrics, trained = self.gradient(
-                state.params, frozen or {}, micro_batch, candidate_ids, key, packed_length
+                state.params,
+                frozen or {},
+                micro_batch,
+                candidate_ids,
+                key,
+                packed_length,
+                dropout_key,
             )
             return (grads, metrics), trained
 

@@ -35,6 +35,8 @@ model.remat: gradient_checkpointing activation_checkpointing recompute checkpoin
 model.attention: flash_attention flash_attn use_flash_attention_2 attn_implementation
 model.lora.rank: lora_r r lora_rank use_lora use_peft finetuning_type peft
 model.lora.alpha: lora_alpha
+model.lora.dropout: lora_dropout
+model.lora.rank_stabilized: use_rslora rslora
 model.lora.targets: lora_target lora_targets target_modules lora_target_modules
 model.lora.base: load_in_4bit load_in_8bit quantization_bit quantization qlora
 model.lora.path: adapter adapters adapter_path adapter_name_or_path peft_path

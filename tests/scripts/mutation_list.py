@@ -369,8 +369,8 @@ MUTATIONS = (
     ),
     Mutation(
         "methods: settings of LoRA without LoRA pass in silence",
-        '"model.lora.alpha model.lora.targets model.lora.base": uses_lora,',
-        '"model.lora.alpha model.lora.targets model.lora.base": True,',
+        '"model.lora.base model.lora.dropout": uses_lora,',
+        '"model.lora.base model.lora.dropout": True,',
         "cli/test_command_line.py::test_settings_that_a_training_does_not_read",
     ),
     Mutation(
@@ -840,6 +840,24 @@ MUTATIONS = (
         'adapters = lora.scale_adapters(params["adapters"])',
         'adapters = params["adapters"]',
         "models/test_lora.py::test_log_probs_are_those_of_merged_weights",
+    ),
+    Mutation(
+        "lora: what dropout keeps is not scaled",
+        ".astype(jnp.float32) / (1.0 - rate)",
+        ".astype(jnp.float32)",
+        "models/test_dropout.py::TestFactors",
+    ),
+    Mutation(
+        "lora: responses of a prompt drop the same",
+        "(1 + numbers) * MAX_LENGTH + offsets",
+        "MAX_LENGTH + offsets",
+        "models/test_dropout.py::TestFactors",
+    ),
+    Mutation(
+        "lora: a pass without dropout is the forward pass of training",
+        "return self.reuse and not self.at_a_time and not self.drops",
+        "return self.reuse and not self.at_a_time",
+        "training/test_lora_runs.py::test_dropout_is_that_of_a_row_and_a_step",
     ),
     Mutation(
         "lora: PEFT's folder gets the rank as alpha",

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors import SafetensorError
 
+from mass_dpo_jax import config as config_lib
 from mass_dpo_jax import train as train_lib
 from mass_dpo_jax.data.tokenizer import train_tokenizer
 from mass_dpo_jax.errors import UserError
@@ -25,6 +26,7 @@ from mass_dpo_jax.models.lora import zero_idle_adapters
 from mass_dpo_jax.runs import run_config
 from mass_dpo_jax.score import score
 from mass_dpo_jax.training import mesh as mesh_lib
+from mass_dpo_jax.training.model_paths import read_lora
 from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.prepare import prepare
 from mass_dpo_jax.training.updates import Batches, abstract_state, first_state
@@ -59,9 +61,10 @@ def logps(run: Path | None, **changes: Any) -> list[list[float]]:
     return [row["logps"] for row in score(config, run, "test")]
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.usefixtures("one_device")
-def test_a_run(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config, run = config_of(base, tmp_path), tmp_path / "run"
+def test_a_run(base: Path, tmp_path: Path, dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, run = config_of(base, tmp_path, **{"model.lora.dropout": dropout}), tmp_path / "run"
     done = train_lib.train(config, run)
     lines = log_lines(run)
     first = next(line for line in lines if "loss" in line)
@@ -204,11 +207,48 @@ def test_the_reference_does_not_depend_on_what_was_drawn(base: Path, tmp_path: P
     assert float(jnp.abs(policy.weights(str(base), 0)["adapters"]["query"]["a"]).max()) > 0
 
 
-@pytest.mark.parametrize("kind", [slow("nf4"), slow("bfloat16")])
+def test_the_scale_of_rank_stabilized_adapters() -> None:
+    settings = config_lib.default().model.lora
+    settings.update(rank=4, alpha=6.0, rank_stabilized=True)
+    lora = read_lora(settings)
+    assert lora is not None
+    scaled = lora.scale_adapters({"query": {"a": np.ones(1), "b": np.ones(1)}})["query"]
+    assert (scaled["a"], scaled["b"]) == (1, 6 / 4**0.5)
+
+
+@pytest.mark.usefixtures("one_device")
+def test_dropout_is_that_of_a_row_and_a_step(base: Path, tmp_path: Path) -> None:
+    """Not of its place in a micro-batch, of what else is computed, or of the method's draws."""
+
+    def train(name: str, **changes: Any) -> list[float]:
+        settings = {"model.lora.dropout": 0.5, "train.clip": 100.0, **changes}
+        train_lib.train(config_of(base, tmp_path, **settings), tmp_path / name)
+        return losses(tmp_path / name)
+
+    expected = train("run")
+    settings = {
+        "micro": {"train.micro_batch_size": 2},
+        "chunks": {"train.responses_at_a_time": 2},
+        "rectangle": {"model.layout": "rectangle"},
+    }
+    for name, changes in settings.items():
+        assert train(name, **changes) == pytest.approx(expected, rel=1e-4), name
+    without = train("without", **{"model.lora.dropout": 0.0})
+    assert without != pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dropout"), [slow("nf4", 0.0), slow("bfloat16", 0.0), slow("bfloat16", 0.3)]
+)
 def test_eight_devices_equal_one(
-    base: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+    base: Path, tmp_path: Path, kind: str, dropout: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changes = {"train.learning_rate": 1e-3, "beta": 1.0, "model.lora.targets": "all"}
+    changes = {
+        "train.learning_rate": 1e-3,
+        "beta": 1.0,
+        "model.lora.targets": "all",
+        "model.lora.dropout": dropout,
+    }
     config = config_of(base, tmp_path, **changes, **{"model.lora.base": kind})
     found = []
     make_mesh = mesh_lib.make_mesh
@@ -253,6 +293,13 @@ def test_eight_devices_equal_one(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"model.lora.dropout": 1.0}, "model.lora.dropout=1.0: expected 0 to 1, a share"),
+        ({"model.lora.targets": "(q_proj"}, r"targets='\(q_proj': no pattern: missing \)"),
+        ({"model.lora.targets": ".*_head|x"}, "matches none of model.layers.0.self_attn.q_proj"),
+        (
+            {"model.lora.targets": r".*layers\.[0-3]\..*v_proj"},
+            r"matches model\.layers\.0\.self_attn\.v_proj and not model\.layers\.4",
+        ),
         ({"model.lora.targets": "q_proj,lm_head"}, "targets.*found 'lm_head', expected all or"),
         ({"model.lora.base": "fp4"}, "model.lora.base='fp4': expected one of float32, bfloat16"),
         ({"model.lora.alpha": 0.0}, "model.lora.alpha=0.0: expected a number above 0"),
