@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.reports import style
@@ -30,6 +31,7 @@ PANELS = (
 )
 DASHES = {"mass_dpo": "-", "sdpo": "--"}  # The methods of the paper's figures, and their lines.
 SHORT_TITLES = ("margin", "accuracy", "chosen reward")  # Of the panels, in the paper's figures.
+XLABEL = "Step (number of the evaluation)"  # The paper calls it Step, and says what it counts.
 CAPTION = (
     "Figures show the validation split: the reward margin over the mean negative, the accuracy by "
     "policy, and the reward of the chosen response. A line is the mean over seeds, its band goes "
@@ -81,13 +83,16 @@ def draw_figure(
     colours = dict(zip(dict.fromkeys(key[1] for key in curves), itertools.cycle(style.COLOURS)))
     picture = style.new_figure(12.6, 3.2 * len(shown) + 0.5, dpi=110)
     for i, dataset in enumerate(shown):
+        first = None  # Accuracy has a point before training, rewards have none: one axis for all.
         for j, (panel, title) in enumerate(zip(PANELS, SHORT_TITLES, strict=True)):
-            ax = picture.add_subplot(len(shown), len(PANELS), i * len(PANELS) + j + 1)
+            ax = picture.add_subplot(len(shown), len(PANELS), i * len(PANELS) + j + 1, sharex=first)
+            first = first or ax
             for (of, model, row), runs in curves.items():
                 if of == dataset:
                     counted = [_count_evaluations(run) for run in runs]
                     _draw_band(ax, panel, counted, colours[model], DASHES[row.method])
-            finish_panel(ax, Panel(f"{TITLES[dataset]}: {title}", panel.lines), xlabel="evaluation")
+            finish_panel(ax, Panel(f"{TITLES[dataset]}: {title}", panel.lines), xlabel=XLABEL)
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     legend = [
         (f"{row.title}, {model}", colour, DASHES[row.method])
         for model, colour in colours.items()
@@ -111,8 +116,10 @@ def draw(cells: Sequence[Cell], logs: Mapping[Path, Mapping[str, Series]]) -> by
         return None
     figure = style.new_figure(12.6, 3.5 + 0.25 * -(-len(lines) // 3), dpi=110)
     looks = [(colour, dashes) for dashes in style.DASHES for colour in style.COLOURS]
+    first = None
     for i, panel in enumerate(PANELS):
-        ax = figure.add_subplot(1, len(PANELS), i + 1)
+        ax = figure.add_subplot(1, len(PANELS), i + 1, sharex=first)
+        first = first or ax
         for (_, runs), (colour, dashes) in zip(lines, itertools.cycle(looks)):
             _draw_band(ax, panel, runs, colour, dashes)
         finish_panel(ax, panel)
@@ -149,7 +156,12 @@ def _draw_band(
     if band is not None:
         steps, low, mean, high = band
         ax.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
-        ax.plot(steps, mean, color=colour, linestyle=dashes, marker="o", markersize=3)
+        # A ring tells a dashed line from a solid one where there is one point, or both coincide.
+        solid = dashes == "-"
+        ax.plot(
+            steps, mean, color=colour, linestyle=dashes, marker="o",
+            markersize=3 if solid else 5.5, markerfacecolor=colour if solid else "none",
+        )  # fmt: skip
 
 
 def band_over_seeds(

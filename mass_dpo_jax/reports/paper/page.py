@@ -14,11 +14,20 @@ from mass_dpo_jax.reports.paper.blocks import BEST, SECOND, Block, Entry, Sectio
 from mass_dpo_jax.reports.paper.runs import find_runs
 
 MAX_OPEN_ROWS = 12  # Longer lists, and longer tables that the paper does not have, are folded.
-READING = (
+NOTES = (
     "A cell shows the paper's number as printed and, in square brackets, ours. The paper's stand "
     "alone where we have no run, ours in rows and for models that the paper does not have. Our "
-    "average is over all four datasets, or left out."
-)
+    "average is over all four datasets, or left out.",
+    "Ours are ranked by the policy's own log-probability; the report has them by its log-ratio to "
+    "the reference, too. The paper does not say which it uses. A tie counts as lost. Margins are the "
+    "reward of the chosen response minus the mean reward of the others, no per cents.",
+    "± is the standard error over seeds; with a star, of a single seed, over its test rows. In "
+    "Table 4 the paper has small numbers after its own, which it does not name: here they follow a "
+    "±, too. (2 of 3): two of three seeds have finished, and the figures are of those two.",
+    "Bold is the best of a model's column in Table 1, underlined the second best. The paper's "
+    "underlines are as printed; its bold is where the caption puts it. docs/paper.md has where "
+    "they do not fit its numbers. Ours are among the paper's methods.",
+)  # How the tables are read.
 AROUND = {BEST: "**{}**", SECOND: "<u>{}</u>", "": "{}"}
 
 
@@ -108,7 +117,9 @@ def to_markdown(content: PageContent) -> str:
 def format_tables(folders: Sequence[Path]) -> str:
     """Implements `mass_dpo_jax.report.format_tables`."""
     found, _ = cells.gather(find_runs(folders))
-    return "\n\n".join([READING, *map(_table_to_markdown, tables.paper_tables(found))])
+    return "\n\n".join(
+        [_markdown_list(NOTES), *map(_table_to_markdown, tables.paper_tables(found))]
+    )
 
 
 def _table_to_markdown(table: Table) -> str:

@@ -18,17 +18,6 @@ from mass_dpo_jax.utils.files import write_whole
 
 MAX_DIFFERENCES = 12  # Settings that a note names.
 BY_REWARD = "Tables 1 to 5 with ours by the log-ratio to the reference"
-NOTES = [
-    "Ours are ranked by the policy's own log-probability; further below, by its log-ratio to the "
-    "reference. The paper does not say which it uses. A tie counts as lost. Margins are the reward "
-    "of the chosen response minus the mean reward of the others.",
-    "± is the standard error over seeds; with a star, of a single seed, over its test rows. The "
-    "paper prints them in Table 4 only, where the page has them as small numbers. (2 of 3): two of "
-    "three seeds have finished, and the figures are of those two.",
-    "Bold is the best of a model's column in Table 1, underlined the second best. The paper's are "
-    "as printed, as far as they are known: docs/paper.md has where they do not fit its numbers. "
-    "Ours are among the paper's methods.",
-]
 BOOTSTRAP = (
     "In brackets: 95% intervals of a paired bootstrap with fixed random numbers. A draw takes "
     "seeds with replacement and test rows with replacement, the same rows in every seed. With one "
@@ -39,12 +28,12 @@ BOOTSTRAP = (
 )
 # What the paper's numbers say about its test sets; docs/paper.md has the computation.
 DATASET_NOTES = {
-    "qasc": "the paper's fit 906 rows. The public dev split has 926, the public test split no "
-    "answers: how the paper chose its rows is not known",
-    "medmcqa": "the paper's fit 1,996 rows in Tables 1 and 4, 1,995 in Table 5, and four "
+    "qasc": "the paper's numbers fit 906 rows. The public dev split has 926, the public test "
+    "split no answers: how the paper chose its rows is not known",
+    "medmcqa": "the paper's numbers fit 1,996 rows in Tables 1 and 4, 1,995 in Table 5, and four "
     "candidates each, though it says that pools were expanded to 20",
-    "movielens": "the paper's fit 1,984 rows",
-    "lastfm": "the paper's fit 2,000 rows",
+    "movielens": "the paper's numbers fit 1,984 rows",
+    "lastfm": "the paper's numbers fit 2,000 rows",
 }
 
 
@@ -59,8 +48,7 @@ def make_report(folders: Sequence[Path], output: Path) -> None:
         title="MASS-DPO: tables and figures",
         warnings=[f"{run.folder.as_posix()}: {run.state}" for run in runs if not run.finished],
         notes=[
-            page.READING,
-            *NOTES,
+            *page.NOTES,
             figures.CAPTION,
             *_dataset_notes(runs),
             *_difference_notes(runs),

@@ -59,7 +59,7 @@ def test_panels_are_the_papers(drawn: list[Figure]) -> None:
         for data in ("LastFM", "MedMCQA")
         for metric in ("margin", "accuracy", "chosen reward")
     ]
-    assert {ax.get_xlabel() for ax in figure.axes} == {"evaluation"}
+    assert {ax.get_xlabel() for ax in figure.axes} == {"Step (number of the evaluation)"}
 
 
 def test_mass_dpo_is_solid_and_s_dpo_dashed_in_the_colour_of_their_model(
@@ -104,3 +104,17 @@ def test_the_evaluation_before_training_is_number_0() -> None:
     counted = figures._count_evaluations(run)
     assert counted["eval/policy/accuracy"][0].tolist() == [0, 1, 2]
     assert counted["eval/rewards/margins"][0].tolist() == [1, 2]
+
+
+def test_panels_of_a_row_have_one_axis_of_whole_numbers(drawn: list[Figure]) -> None:
+    for row in (drawn[0].axes[:3], drawn[0].axes[3:]):
+        row[1].set_xlim(0, 2)  # As with a point of the accuracy before training.
+        assert {ax.get_xlim() for ax in row} == {(0, 2)}
+        assert all(float(tick).is_integer() for ax in row for tick in ax.get_xticks())
+    assert drawn[0].axes[3].get_xlim() == (0, 2)
+
+
+def test_a_single_evaluation_of_s_dpo_is_a_ring(drawn: list[Figure]) -> None:
+    for line in drawn[0].axes[0].get_lines():
+        assert line.get_marker() == "o"
+        assert (line.get_markerfacecolor() == "none") == (line.get_linestyle() == "--")

@@ -80,7 +80,7 @@ def test_records_of_runs(folder: Path, tmp_path: Path):
     for number, dataset in ((3, "lastfm"), (5, "qasc")):
         ours = [r for r in read(tmp_path / "out" / f"table{number}.csv") if r["seeds"] != "0"]
         assert {r["dataset"] for r in ours} == {dataset}
-    assert "QASC: the paper's fit 906 rows. The public dev split has 926" in text
+    assert "QASC: the paper's numbers fit 906 rows. The public dev split has 926" in text
     assert f"; ours are on {ROWS} rows of the split test." in text
     seconds = read(tmp_path / "out" / "seconds.csv")
     assert {r["seconds_per_step"] for r in seconds} == {"2"}  # 128 examples at 64 a second.

@@ -168,6 +168,12 @@ def test_ours_stand_beside_the_papers(grid: Path) -> None:
     assert rows["Qwen3", "MASS-DPO"][4] == f"**57.18** [**{mean:.1f} ± {error:.1f}**]"
 
 
+def test_what_is_printed_says_how_it_is_read(grid: Path) -> None:
+    before, _ = format_tables([grid]).split("## Table 1", 1)
+    for sign in ("square brackets", "with a star", "Bold", "no per cents"):
+        assert sign in before
+
+
 def test_each_table_has_our_run_of_the_same_setting(grid: Path) -> None:
     found = read_markdown(format_tables([grid]))
     betas, counts = (
