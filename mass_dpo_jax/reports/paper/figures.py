@@ -83,7 +83,7 @@ def draw_figure(
     colours = dict(zip(dict.fromkeys(key[1] for key in curves), itertools.cycle(style.COLOURS)))
     picture = style.new_figure(12.6, 3.2 * len(shown) + 0.5, dpi=110)
     for i, dataset in enumerate(shown):
-        first = None  # Accuracy has a point before training, rewards have none: one axis for all.
+        first: Axes | None = None  # One axis for all: rewards have no point before training.
         for j, (panel, title) in enumerate(zip(PANELS, SHORT_TITLES, strict=True)):
             ax = picture.add_subplot(len(shown), len(PANELS), i * len(PANELS) + j + 1, sharex=first)
             first = first or ax
@@ -116,7 +116,7 @@ def draw(cells: Sequence[Cell], logs: Mapping[Path, Mapping[str, Series]]) -> by
         return None
     figure = style.new_figure(12.6, 3.5 + 0.25 * -(-len(lines) // 3), dpi=110)
     looks = [(colour, dashes) for dashes in style.DASHES for colour in style.COLOURS]
-    first = None
+    first: Axes | None = None
     for i, panel in enumerate(PANELS):
         ax = figure.add_subplot(1, len(PANELS), i + 1, sharex=first)
         first = first or ax

@@ -19,8 +19,8 @@ NOTES = (
     "alone where we have no run, ours in rows and for models that the paper does not have. Our "
     "average is over all four datasets, or left out.",
     "Ours are ranked by the policy's own log-probability; the report has them by its log-ratio to "
-    "the reference, too. The paper does not say which it uses. A tie counts as lost. Margins are the "
-    "reward of the chosen response minus the mean reward of the others, no per cents.",
+    "the reference, too. The paper does not say which it uses. A tie counts as lost. Margins are "
+    "the reward of the chosen response minus the mean reward of the others, no per cents.",
     "± is the standard error over seeds; with a star, of a single seed, over its test rows. In "
     "Table 4 the paper has small numbers after its own, which it does not name: here they follow a "
     "±, too. (2 of 3): two of three seeds have finished, and the figures are of those two.",
