@@ -21,9 +21,10 @@ NOTES = (
     "Ours are ranked by the policy's own log-probability; the report has them by its log-ratio to "
     "the reference, too. The paper does not say which it uses. A tie counts as lost. Margins are "
     "the reward of the chosen response minus the mean reward of the others, no per cents.",
-    "± is the standard error over seeds; with a star, of a single seed, over its test rows. In "
-    "Table 4 the paper has small numbers after its own, which it does not name: here they follow a "
-    "±, too. (2 of 3): two of three seeds have finished, and the figures are of those two.",
+    "± is the standard error over seeds; with a star, of a single seed, over its test rows. The "
+    "paper has small numbers in Table 4, which it does not name: they are small on the "
+    "page, and after ± in text. (2 of 3): two of three seeds have finished, and the figures are of "
+    "those two.",
     "Bold is the best of a model's column in Table 1, underlined the second best. The paper's "
     "underlines are as printed; its bold is where the caption puts it. docs/paper.md has where "
     "they do not fit its numbers. Ours are among the paper's methods.",
