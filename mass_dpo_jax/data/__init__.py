@@ -93,6 +93,12 @@ def load_examples(data: ConfigDict, split: str, seed: int) -> list[Example]:
             f"config.data.columns={data.columns!r}: config.data.name={data.name} has columns of "
             f"its own; expected {PREFERENCES[0]}"
         )
+    for setting, unset in (("format", "auto"), ("group", "none")):
+        if data[setting] != unset and data.name not in PREFERENCES:
+            raise UserError(
+                f"config.data.{setting}={data[setting]!r}: config.data.name={data.name} has a "
+                f"format of its own; expected {unset}"
+            )
     for setting in ("splits", "subset"):
         if data[setting] and data.name in ("movielens", "synthetic"):
             raise UserError(

@@ -383,10 +383,6 @@ def test_ids_that_are_there_twice_can_be_left_out(tmp_path: Path) -> None:
     ("row", "columns"),
     [
         (
-            {"messages": [USER, assistant("a")], "rejected_response": "b"},
-            "chosen=messages,rejected=",
-        ),
-        (
             {"question": "p", "response_j": "a", "response_k": "b"},
             "prompt=question,chosen=response_",
         ),
