@@ -110,7 +110,7 @@ def _check_ids(pools: Iterable[Example]) -> None:
     for pool in pools:
         if pool.id in locations:
             raise DuplicateId(
-                f"{pool.place}: id {pool.id!r} is taken by {locations[pool.id]}, a row with another "
-                "prompt; --config.data.columns=id= numbers rows instead"
+                f"{pool.place}: id {pool.id!r} is taken by {locations[pool.id]}, of another prompt"
+                "; --config.data.columns=id= numbers rows instead"
             )
         locations[pool.id] = pool.place

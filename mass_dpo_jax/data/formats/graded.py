@@ -18,6 +18,7 @@ from mass_dpo_jax.data.formats.raw_row import (
     check_length,
     find_one,
     find_text,
+    get,
     need,
     need_number,
     read_list,
@@ -103,8 +104,10 @@ def _find_ratings(items: Sequence[Row], location: str) -> list[float]:
             return [score for score in scores if score is not None]
     means = [_average_ratings(item, f"completions[{i}]", location) for i, item in enumerate(items)]
     if None in means:
+        absent = [i for i, item in enumerate(items) if get(item, "overall_score") is None]
+        i = absent[0] if absent else means.index(None)
         raise UserError(
-            f"{location}: field 'completions[{means.index(None)}].overall_score' is missing or "
+            f"{location}: field 'completions[{i}].overall_score' is missing or "
             "null, and so are fine-grained_score and numbers in annotations"
         )
     return [mean for mean in means if mean is not None]

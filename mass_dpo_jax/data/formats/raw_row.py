@@ -177,6 +177,8 @@ def list_answers(value: Any, field: str, rank: float, location: str) -> list[Ans
         value = parse_responses(value, location)
     if not isinstance(value, list) or (value and all(_is_message(item) for item in value)):
         return [Answer(field, value, rank)]
+    if not value:
+        raise UserError(f"{location}: field {field!r} is empty")
     return [Answer(f"{field}[{i}]", item, rank) for i, item in enumerate(value)]
 
 

@@ -59,7 +59,9 @@ def load(data: ConfigDict, split: str, seed: int) -> list[Example]:
 def read_preferences(
     table: Table, prefix: str, data: ConfigDict, log_once: bool = False
 ) -> list[Example]:
-    """Reads all examples of a table, or one for each prompt of it, and logs what looks wrong with its rows as a whole.
+    """Reads all examples of a table, and logs what looks wrong with its rows as a whole.
+
+    With `data.group` = "prompt" there is one for each prompt.
 
     Args:
         table: the rows; those that are Examples already are taken as they are.
@@ -90,8 +92,8 @@ def read_preferences(
     renamings = [f"{ours}={theirs}" for ours, theirs in names.items() if ours != "id"]
     setting = ",".join(["id=", *renamings])
     advice = (
-        "; several rows of one prompt? --config.data.group=prompt makes them one pool, and "
-        f"--config.data.columns={setting} numbers rows instead"
+        f"; several rows of one prompt? --config.data.columns={setting} numbers rows instead; "
+        "--config.data.group=prompt makes one pool of them"
     )
     grouped = data.group == "prompt"
     examples = read_items(table, make, data.on_bad_row, advice, unique_ids=not grouped)
