@@ -42,7 +42,7 @@ def tell_format(rows: Iterable[Any], name: str) -> tuple[Format | None, tuple[st
     Raises:
         UserError: a row has the columns of two formats.
     """
-    counts: Counter[tuple[str, tuple[str, ...]]] = Counter()
+    told: list[tuple[Mapping[str, Any], str, tuple[str, ...]]] = []
     for row in rows:
         if not isinstance(row, Mapping):
             continue
@@ -57,9 +57,21 @@ def tell_format(rows: Iterable[Any], name: str) -> tuple[Format | None, tuple[st
                 f"--config.data.format={names[0]}"
             )
         if names:
-            counts[names[0], found[names[0]]] += 1
-    [((format_name, columns), _)] = counts.most_common(1) or [(("trl", ()), 0)]
-    return FORMATS.get(format_name), columns
+            told.append((row, names[0], found[names[0]]))
+    if not told:
+        return None, ()
+    counts = Counter((one, columns) for _, one, columns in told)
+    [((winner, columns), _)] = counts.most_common(1)
+    # Rows in which a column is null, such as a system prompt that not all have, say nothing of it.
+    for other, more in counts:
+        rows_told = [row for row, one, _ in told if one == winner]
+        if set(more) > set(columns) and all(_has_null(row, more) for row in rows_told):
+            winner, columns = other, more
+    return FORMATS.get(winner), columns
+
+
+def _has_null(row: Mapping[str, Any], columns: Sequence[str]) -> bool:
+    return any(to_json_value(row.get(column)) is None for column in columns)
 
 
 def _gives_way(name: str, found: Mapping[str, Sequence[str]]) -> bool:

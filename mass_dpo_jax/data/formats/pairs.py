@@ -12,12 +12,14 @@ from mass_dpo_jax.data.formats.raw_row import (
     RawRow,
     Row,
     add_context,
+    check_length,
     find_one,
     get,
     list_answers,
     list_numbered,
     need,
     read_list,
+    read_number,
     read_prompt_text,
 )
 from mass_dpo_jax.data.readers.columns import contains_prompt
@@ -29,6 +31,7 @@ SHAREGPT_ROLES = {
     "system": "system", "observation": "tool", "tool": "tool", "function_call": "function_call",
 }  # fmt: skip
 # Columns of which one has the question, beside chosen and rejected.
+SCORES = ("score_chosen", "score_rejected")
 QUESTIONS = ("question", "prompt", "input")
 
 
@@ -43,7 +46,20 @@ def _pair(row: Row, chosen: str, rejected: str, location: str) -> list[Answer]:
         answers = [Answer(name, text, 1) for name, text in zip(names, worst, strict=True)]
     else:
         answers = list_answers(worse, rejected, 1, location)
-    return [Answer(chosen, best, 0), *answers]
+    return _add_scores(row, [Answer(chosen, best, 0), *answers], location)
+
+
+def _add_scores(row: Row, answers: list[Answer], location: str) -> list[Answer]:
+    """Returns answers with the scores of `score_chosen` and `score_rejected`, if all have one."""
+    if any(get(row, field) is None for field in SCORES):
+        return answers
+    rejected = get(row, "score_rejected")
+    rejected = rejected if isinstance(rejected, list) else [rejected]
+    check_length(rejected, "score_rejected", len(answers) - 1, "rejected", location)
+    scores = [read_number(row["score_chosen"], "score_chosen", location)]
+    for i, score in enumerate(rejected):
+        scores.append(read_number(score, f"score_rejected[{i}]", location))
+    return [answer._replace(score=score) for answer, score in zip(answers, scores, strict=True)]
 
 
 def _asked(row: Row, fields: tuple[str, ...], chosen: str = "chosen") -> bool:
@@ -271,7 +287,7 @@ FORMATS = (
     Format(
         "alpaca", "LLaMA-Factory's alpaca format",
         (("instruction", "chosen", "rejected"), ("instruction", "output")),
-        _read_alpaca, _is_alpaca, (*CONTEXT, "input"),
+        _read_alpaca, _is_alpaca, (*CONTEXT, *SCORES, "input"),
     ),
     Format(
         "sharegpt", "LLaMA-Factory's ShareGPT format",
@@ -300,7 +316,7 @@ FORMATS = (
             ("question", "chosen", "rejected"), ("system", "input", "chosen", "rejected"),
             ("instruction", "chosen_response", "rejected_response"),
         ),
-        _read_axolotl, _is_axolotl, ("system",),
+        _read_axolotl, _is_axolotl, ("system", *SCORES),
     ),
     Format(
         "numbered", "numbered columns",

@@ -32,7 +32,10 @@ MAX_PARSED_CHARS = 1 << 20  # Longer texts are never parsed.
 
 # Keys of messages that change what is said, and what to do about them.
 _UNSUPPORTED_KEYS = {
-    **dict.fromkeys(("tool_calls", "function_call"), "tool calls are not supported"),
+    **dict.fromkeys(
+        ("tool_calls", "function_call"),
+        "tool calls are not supported: write what the template makes of them into content",
+    ),
     **dict.fromkeys(
         ("reasoning_content", "reasoning", "thinking"),
         "is not read: write it into content as the model does, <think>...</think>",

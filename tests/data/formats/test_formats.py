@@ -426,9 +426,9 @@ def test_every_format_is_a_setting_and_has_a_case() -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        "LLaMA-Factory, list of outputs", "ms-swift, rejected messages", "OpenAI", "NeMo, three", "Nectar",
-        "UltraFeedback", "RewardBench 2", "FlagEmbedding, scores and prompt", "graded responses",
-        "sentence-transformers, labelled lists", "numbered", "objects",
+        "LLaMA-Factory, list of outputs", "ms-swift, rejected messages", "OpenAI", "NeMo, three",
+        "UltraFeedback", "RewardBench 2", "FlagEmbedding, scores and prompt", "Nectar",
+        "sentence-transformers, labelled lists", "numbered", "objects", "graded responses",
         "LLaMA-Factory, history and system", "ShareGPT",
     ],
 )  # fmt: skip
@@ -592,3 +592,22 @@ def test_other_readers_have_no_formats(tmp_path: Path) -> None:
     for setting in ({"format": "trl"}, {"group": "prompt"}):
         with pytest.raises(UserError, match="has a format of its own"):
             load("qasc", tmp_path, **setting)
+
+
+def test_a_system_prompt_that_only_some_rows_have_is_read(tmp_path: Path) -> None:
+    row = {"prompt": "q", "chosen": "a", "rejected": ["b", "c"]}
+    scores = {"score_chosen": 3, "score_rejected": [2, 1]}
+    rows = [{**row, **scores, "system": None}] * 6 + [{**row, "system": "s"}, row]
+    found = load("preferences", write_lines(tmp_path / "file.jsonl", rows))
+    assert [e.prompt for e in found] == ["q"] * 6 + [[system("s"), user("q")], "q"]
+    assert [e.scores for e in found] == [(3.0, 2.0, 1.0)] * 6 + [None] * 2
+    wrong = {**row, "system": "s", "score_chosen": 3, "score_rejected": [2]}
+    with pytest.raises(UserError, match="'score_rejected' must have a value for each of the 2"):
+        load("preferences", write_lines(tmp_path / "file.jsonl", [wrong]))
+
+
+def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "file.jsonl", [row_of("NeMo")])
+    for setting in ({"format": "swift"}, {"group": "prompts"}):
+        with pytest.raises(UserError, match="expected one of "):
+            load("preferences", file, **setting)
