@@ -64,14 +64,16 @@ def tell_format(rows: Iterable[Any], name: str) -> tuple[Format | None, tuple[st
     [((winner, columns), _)] = counts.most_common(1)
     # Rows in which a column is null, such as a system prompt that not all have, say nothing of it.
     for other, more in counts:
+        extra = set(more) - set(columns)
         rows_told = [row for row, one, _ in told if one == winner]
-        if set(more) > set(columns) and all(_has_null(row, more) for row in rows_told):
+        if set(more) > set(columns) and all(_has_some(row, extra) for row in rows_told):
             winner, columns = other, more
     return FORMATS.get(winner), columns
 
 
-def _has_null(row: Mapping[str, Any], columns: Sequence[str]) -> bool:
-    return any(to_json_value(row.get(column)) is None for column in columns)
+def _has_some(row: Mapping[str, Any], columns: Iterable[str]) -> bool:
+    """Whether some, but not all, of the columns are null or missing."""
+    return len({to_json_value(row.get(column)) is None for column in columns}) == 2
 
 
 def _gives_way(name: str, found: Mapping[str, Sequence[str]]) -> bool:
