@@ -589,7 +589,8 @@ def test_columns_are_renamed_before_they_are_looked_at(tmp_path: Path) -> None:
 
 
 def test_other_readers_have_no_formats(tmp_path: Path) -> None:
-    for setting in ({"format": "trl"}, {"group": "prompt"}):
+    settings: list[dict[str, Any]] = [{"format": "trl"}, {"group": "prompt"}]
+    for setting in settings:
         with pytest.raises(UserError, match="has a format of its own"):
             load("qasc", tmp_path, **setting)
 
@@ -608,6 +609,7 @@ def test_a_system_prompt_that_only_some_rows_have_is_read(tmp_path: Path) -> Non
 
 def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
     file = write_lines(tmp_path / "file.jsonl", [row_of("NeMo")])
-    for setting in ({"format": "swift"}, {"group": "prompts"}):
+    settings: list[dict[str, Any]] = [{"format": "swift"}, {"group": "prompts"}]
+    for setting in settings:
         with pytest.raises(UserError, match="expected one of "):
             load("preferences", file, **setting)
