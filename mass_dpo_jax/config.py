@@ -73,6 +73,12 @@ CHOICES = {
         "synthetic",
         *PREFERENCES[1:],
     ),
+    "data.format": (
+        *("auto", "trl", "alpaca", "sharegpt", "ms-swift", "openai", "axolotl", "numbered"),
+        *("nemo", "ultrafeedback", "nectar", "helpsteer", "rewardbench2", "objects", "responses"),
+        *("flagembedding", "sentence-transformers"),
+    ),
+    "data.group": ("none", "prompt"),
     "data.on_bad_row": ("error", "skip"),
     "data.long_prompt": ("cut", "drop", "error"),
     "data.long_response": ("error", "drop"),
@@ -176,6 +182,12 @@ def default() -> ConfigDict:
     # Names of the columns of preferences where they differ from ours, for example
     # prompt=question,rejected=wrong_answers. An empty id= numbers the rows instead of reading ids.
     c.data.columns = ""
+    # How rows of preferences are written: auto (told by the columns of the first rows) | trl |
+    # alpaca | sharegpt | ms-swift | openai | axolotl | numbered | nemo | ultrafeedback | nectar |
+    # helpsteer | rewardbench2 | objects | responses | flagembedding | sentence-transformers.
+    c.data.format = "auto"
+    # What becomes one pool: none (each row) | prompt (all rows of preferences with one prompt).
+    c.data.group = "none"
     c.data.max_prompt_length = 1024  # Maximum tokens of a prompt, those of its template included.
     # What to do with a longer prompt: cut (its oldest history or turns, then the start of its text)
     # | drop (leave the row out and count it) | error.

@@ -11,7 +11,9 @@ In the order in which a row passes through them::
       hf_datasets.py      datasets that Hugging Face's library opens
       rows.py             tables of rows, and what happens to a bad one
       fields.py           checks of single fields
-      readers/columns.py, messages.py, row_warnings.py    for preferences
+      readers/columns.py, messages.py, conversations.py, row_warnings.py    for preferences
+      formats/            preferences as other programs write them
+      grouping.py         rows of one prompt as one pool
       readers/questions.py    for qasc, medmcqa
       readers/sequences.py    for movielens, lastfm
     examples.py           Example: a prompt with its chosen and its rejected responses
@@ -93,6 +95,18 @@ def load_examples(data: ConfigDict, split: str, seed: int) -> list[Example]:
             f"config.data.columns={data.columns!r}: config.data.name={data.name} has columns of "
             f"its own; expected {PREFERENCES[0]}"
         )
+    for setting in ("format", "group"):
+        if data[setting] not in CHOICES[f"data.{setting}"]:
+            raise UserError(
+                f"config.data.{setting}={data[setting]!r}: expected one of "
+                f"{', '.join(CHOICES[f'data.{setting}'])}"
+            )
+    for setting, unset in (("format", "auto"), ("group", "none")):
+        if data[setting] != unset and data.name not in PREFERENCES:
+            raise UserError(
+                f"config.data.{setting}={data[setting]!r}: config.data.name={data.name} has a "
+                f"format of its own; expected {unset}"
+            )
     for setting in ("splits", "subset"):
         if data[setting] and data.name in ("movielens", "synthetic"):
             raise UserError(

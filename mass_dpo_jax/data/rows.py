@@ -72,7 +72,11 @@ def collect(
 
 
 def read_items(
-    table: Table, make: Callable[[Any, int, str], Item], on_bad_row: str, advice: str = ""
+    table: Table,
+    make: Callable[[Any, int, str], Item],
+    on_bad_row: str,
+    advice: str = "",
+    unique_ids: bool = True,
 ) -> list[Item]:
     """Returns the items of all rows; `advice` is added to the error about a repeated id."""
     rows = BadRows(table.name, on_bad_row)
@@ -82,7 +86,8 @@ def read_items(
             if isinstance(row, UserError):
                 raise row
             item = make(row, rows.count - 1, location)
-            rows.check_id(item.id, location, advice)
+            if unique_ids:
+                rows.check_id(item.id, location, advice)
             items.append(item)
     rows.done()
     return items

@@ -1305,6 +1305,30 @@ MUTATIONS = (
         "data/readers/test_preferences.py",
     ),
     Mutation(
+        "formats: HelpSteer's preference is read the wrong way round",
+        "better = int(preference > 0)",
+        "better = int(preference < 0)",
+        "data/formats/test_formats.py",
+    ),
+    Mutation(
+        "formats: the lowest score of UltraFeedback is the best",
+        'item["response"], -score, score)',
+        'item["response"], score, score)',
+        "data/formats/test_formats.py",
+    ),
+    Mutation(
+        "formats: LLaMA-Factory's history is not read",
+        "if has_content(history):",
+        "if history is system:",
+        "data/formats/test_formats.py",
+    ),
+    Mutation(
+        "grouping: what is chosen and rejected is still a negative",
+        "for text, value in rejected.items() if text not in both}",
+        "for text, value in rejected.items()}",
+        "data/test_grouping.py",
+    ),
+    Mutation(
         "loaders: LastFM's order tells the answer",
         "shuffled = [sorted(items)[i] for i in order]",
         "shuffled = list(items)",

@@ -13,6 +13,16 @@ from mass_dpo_jax.errors import UserError
 
 COLUMNS = ("id", "prompt", "chosen", "rejected", "score_chosen", "score_rejected")
 OPTIONAL = ("id", "score_chosen", "score_rejected")  # Columns that `data.columns` can leave out.
+# Columns that change what a prompt is, so they are refused where they have content.
+UNSUPPORTED_COLUMNS = {
+    "tools": "leave it out, or write what the template makes of it into the prompt",
+    "chat_template_kwargs": "set config.data.chat_template_kwargs, the same for all rows",
+    **dict.fromkeys(
+        ("image", "images", "video", "videos", "audio", "audios"),
+        "models with images, videos or audio are not supported; leave the column out where the "
+        "text says it all",
+    ),
+}
 # What other programs call these columns.
 OTHER_NAMES = {
     "prompt": ("question", "instruction", "query", "input", "problem"),
@@ -69,6 +79,13 @@ def rename_columns(row: Any, names: Mapping[str, str], location: str) -> Any:
     return other_columns | {ours: row[theirs] for ours, theirs in names.items() if theirs}
 
 
+def check_unsupported(row: Mapping[str, Any], location: str) -> None:
+    """Raises UserError where a row has a column that changes what its prompt is."""
+    for field, advice in UNSUPPORTED_COLUMNS.items():
+        if field in row and has_content(row[field]):
+            raise UserError(f"{location}: field {field!r} is not read here: {advice}")
+
+
 def describe_absent(row: Mapping[str, Any], field: str) -> str:
     """Describes a field that is missing or null, with advice."""
     if field in row and not _find_other_name(tuple(row), field):
@@ -89,11 +106,14 @@ def describe_absent(row: Mapping[str, Any], field: str) -> str:
 def has_prompt_elsewhere(row: Mapping[str, Any], chosen: Text) -> bool:
     """Whether a column of another name has the prompt, and the chosen response lacks its text."""
     other = _find_other_name(tuple(row), "prompt")
-    if not other or not has_content(row[other]):
-        return False
-    if isinstance(chosen, list):
-        return len(chosen) < 2
-    return str(row[other]).strip() not in chosen
+    return bool(other) and has_content(row[other]) and not contains_prompt(row[other], chosen)
+
+
+def contains_prompt(prompt: Any, chosen: Any) -> bool:
+    """Whether a chosen response has its prompt in it: as text, or as earlier messages."""
+    if isinstance(chosen, str):
+        return str(prompt).strip() in chosen
+    return isinstance(chosen, list) and len(chosen) > 1
 
 
 @functools.lru_cache  # Rows have the same columns.

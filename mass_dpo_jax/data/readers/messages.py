@@ -32,7 +32,10 @@ MAX_PARSED_CHARS = 1 << 20  # Longer texts are never parsed.
 
 # Keys of messages that change what is said, and what to do about them.
 _UNSUPPORTED_KEYS = {
-    **dict.fromkeys(("tool_calls", "function_call"), "tool calls are not supported"),
+    **dict.fromkeys(
+        ("tool_calls", "function_call"),
+        "tool calls are not supported: write what the template makes of them into content",
+    ),
     **dict.fromkeys(
         ("reasoning_content", "reasoning", "thinking"),
         "is not read: write it into content as the model does, <think>...</think>",
@@ -128,7 +131,7 @@ def parse_messages(text: str, field: str, location: str) -> Any:
     Raises:
         UserError: it starts like messages, but cannot be parsed.
     """
-    value = _parse(text)
+    value = parse_literal(text)
     if is_messages(value) and (isinstance(value, list) or set(value) == {"role", "content"}):
         return value
     ends = text.rstrip()[-1] == "]"
@@ -153,7 +156,7 @@ def parse_responses(text: str, location: str) -> Any:
     """
     if text.lstrip()[:1] != "[":
         return text
-    value = _parse(text)
+    value = parse_literal(text)
     if _is_response_list(value):
         return value
     if value is None and text.rstrip()[-1] == "]" and _has_adjacent_strings(text):
@@ -177,12 +180,16 @@ def is_data(text: Any) -> bool:
         return False
     if fenced := _FENCED.fullmatch(text):
         text = fenced[1]
-    return text.lstrip()[:1] in ("[", "{") and _parse(text) is not None
+    return text.lstrip()[:1] in ("[", "{") and parse_literal(text) is not None
 
 
 def is_response_list(text: Any) -> bool:
     """Whether a text is a list of responses, or would be if it were not an answer itself."""
-    return isinstance(text, str) and text.lstrip()[:1] == "[" and _is_response_list(_parse(text))
+    return (
+        isinstance(text, str)
+        and text.lstrip()[:1] == "["
+        and _is_response_list(parse_literal(text))
+    )
 
 
 def _is_response_list(value: Any) -> bool:
@@ -197,7 +204,7 @@ def _all_have(value: Any, *keys: str) -> bool:
     )
 
 
-def _parse(text: str) -> Any:
+def parse_literal(text: str) -> Any:
     """Returns what a text stands for in JSON or as a Python literal; None if it is neither."""
     if len(text) > MAX_PARSED_CHARS or text.strip()[-1:] not in ("]", "}"):
         return None

@@ -6,25 +6,32 @@ what a row may look like.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from mass_dpo_jax.data import sources
+from mass_dpo_jax.data import formats, sources
 from mass_dpo_jax.data.examples import Example, Message, Text, check_not_rejected
 from mass_dpo_jax.data.fields import (
     check_id,
     describe_value,
-    has_content,
     make_type_error,
     to_json_value,
 )
+from mass_dpo_jax.data.grouping import group_by_prompt
 from mass_dpo_jax.data.readers.columns import (
+    check_unsupported,
     describe_absent,
     has_prompt_elsewhere,
     parse_columns,
     rename_columns,
+)
+from mass_dpo_jax.data.readers.conversations import (
+    check_prompt_end,
+    complete_prompt,
+    read_answer,
 )
 from mass_dpo_jax.data.readers.messages import is_data, is_simple, parse_responses, read_text
 from mass_dpo_jax.data.readers.row_warnings import RowWarnings
@@ -32,16 +39,7 @@ from mass_dpo_jax.data.rows import Table, read_items, take_part
 from mass_dpo_jax.errors import UserError
 
 MAX_SCORE = 3e38  # Above it, float32 overflows.
-# Columns that change what a prompt is, so they are refused where they have content.
-UNSUPPORTED_COLUMNS = {
-    "tools": "leave it out, or write what the template makes of it into the prompt",
-    "chat_template_kwargs": "set config.data.chat_template_kwargs, the same for all rows",
-    **dict.fromkeys(
-        ("image", "images", "video", "videos", "audio", "audios"),
-        "models with images, videos or audio are not supported; leave the column out where the "
-        "text says it all",
-    ),
-}
+_log = logging.getLogger(__name__)
 
 
 def load(data: ConfigDict, split: str, seed: int) -> list[Example]:
@@ -63,10 +61,13 @@ def read_preferences(
 ) -> list[Example]:
     """Reads all examples of a table, and logs what looks wrong with its rows as a whole.
 
+    With `data.group` = "prompt" there is one for each prompt.
+
     Args:
         table: the rows; those that are Examples already are taken as they are.
         prefix: an example without an id is named by it and the row's index.
-        data: the configuration's `data`. Reads `columns`, `chat_template`, `on_bad_row`.
+        data: the configuration's `data`. Reads `columns`, `format`, `group`, `chat_template`,
+            `on_bad_row`.
         log_once: whether not to repeat a warning for another split of the same rows.
 
     Raises:
@@ -74,22 +75,48 @@ def read_preferences(
             or no row is left.
     """
     names = parse_columns(data.columns)
-    warnings = RowWarnings(table.name, data.chat_template != "none")
+    row_format, table = _tell_format(table, names, data.format)
+    warnings = RowWarnings(table.name, data.chat_template != "none", row_format)
 
     def make(row: Any, i: int, location: str) -> Example:
         if isinstance(row, Example):
             return row
         row = rename_columns(row, names, location)
-        example = read_row(row, f"{prefix}{i}", location)
+        if row_format is None:
+            example = read_row(row, f"{prefix}{i}", location)
+        else:
+            example = formats.read_formatted(row, row_format, f"{prefix}{i}", location)
         warnings.add(row, example)
         return example
 
     renamings = [f"{ours}={theirs}" for ours, theirs in names.items() if ours != "id"]
     setting = ",".join(["id=", *renamings])
-    advice = f"; several rows of one prompt? --config.data.columns={setting} numbers rows instead"
-    examples = read_items(table, make, data.on_bad_row, advice)
+    advice = (
+        f"; several rows of one prompt? --config.data.columns={setting} numbers rows instead; "
+        "--config.data.group=prompt makes one pool of them"
+    )
+    grouped = data.group == "prompt"
+    examples = read_items(table, make, data.on_bad_row, advice, unique_ids=not grouped)
     warnings.log(log_once)
-    return examples
+    return group_by_prompt(examples, table.name) if grouped else examples
+
+
+def _tell_format(
+    table: Table, names: Mapping[str, str], name: str
+) -> tuple[formats.Format | None, Table]:
+    """Returns the format that `data.format` names or the first rows tell, and the whole table."""
+    if name != "auto":
+        return formats.FORMATS.get(name), table
+    first, rows = formats.look_at(table.rows)
+    known = [rename_columns(row, names, "") for row in first if _has_columns(row, names)]
+    row_format, columns = formats.tell_format(known, table.name)
+    if row_format is not None:
+        _log.info("%s: read as %s (%s)", table.name, row_format.title, ", ".join(columns))
+    return row_format, table._replace(rows=rows)
+
+
+def _has_columns(row: Any, names: Mapping[str, str]) -> bool:
+    return isinstance(row, Mapping) and all(name in row for name in names.values() if name)
 
 
 def read_row(row: Any, default_id: str, location: str) -> Example:
@@ -124,31 +151,25 @@ def read_row(row: Any, default_id: str, location: str) -> Example:
     for field in ("chosen", "rejected"):
         if to_json_value(row.get(field)) is None:
             raise UserError(f"{location}: {describe_absent(row, field)}")
-    for field, advice in UNSUPPORTED_COLUMNS.items():
-        if field in row and has_content(row[field]):
-            raise UserError(f"{location}: field {field!r} is not read here: {advice}")
+    check_unsupported(row, location)
     chosen = read_text(row["chosen"], "chosen", location)
     single = isinstance(to_json_value(row["chosen"]), Mapping)
     listed = _read_rejected(row["rejected"], chosen, single, location)
     rejected = [text for text in listed if text is not None]
     prompt: Text
     if to_json_value(row.get("prompt")) is not None:
-        prompt = _complete_prompt(read_text(row["prompt"], "prompt", location), chosen)
+        prompt = complete_prompt(read_text(row["prompt"], "prompt", location), chosen)
     elif has_prompt_elsewhere(row, chosen):
         raise UserError(f"{location}: {describe_absent(row, 'prompt')}")
     elif isinstance(chosen, str):
         prompt, chosen, rejected = _split_common_start(chosen, rejected, location)
     else:
         prompt = _split_last_message(chosen, location)
-    if not isinstance(prompt, str) and prompt[-1]["role"] != "user":
-        raise UserError(
-            f"{location}: field 'prompt' must end with a message of role 'user', "
-            f"found {prompt[-1]['role']!r}"
-        )
-    chosen = _read_answer(prompt, chosen, "chosen", location)
+    check_prompt_end(prompt, "prompt", location)
+    chosen = read_answer(prompt, chosen, "chosen", location)
     indices = (i for i, text in enumerate(listed) if text is not None)
     rejected = [
-        text if isinstance(text, str) else _read_answer(prompt, text, f"rejected[{i}]", location)
+        text if isinstance(text, str) else read_answer(prompt, text, f"rejected[{i}]", location)
         for i, text in zip(indices, rejected, strict=True)
     ]
     check_not_rejected(chosen, rejected, location)
@@ -219,14 +240,6 @@ def _read_rejected(value: Any, chosen: Text, single: bool, location: str) -> lis
     ]
 
 
-def _complete_prompt(prompt: Text, chosen: Text) -> Text:
-    """Returns the conversation before the answer, if the prompt is its last question's text."""
-    if isinstance(prompt, str) and isinstance(chosen, list) and len(chosen) > 2:
-        if chosen[-2] == {"role": "user", "content": prompt}:
-            return chosen[:-1]
-    return prompt
-
-
 def _split_common_start(
     chosen: str, rejected: Sequence[Text], location: str
 ) -> tuple[str, str, list[Text]]:
@@ -267,39 +280,3 @@ def _split_last_message(chosen: list[Message], location: str) -> list[Message]:
             "nothing before the answer"
         )
     return chosen[:-1]
-
-
-def _read_answer(prompt: Text, response: Text, field: str, location: str) -> Text:
-    """Returns the response without the prompt's messages, where it repeats them."""
-    if isinstance(response, str):
-        return response
-    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if len(response) > 1 and response[:-1] == asked:
-        response = response[-1:]
-    if len(response) > 1:
-        raise UserError(f"{location}: field {field!r} {_describe_messages(asked, response)}")
-    if response[0]["role"] != "assistant":
-        raise UserError(
-            f"{location}: field {field!r} must be a message of role 'assistant', "
-            f"found {response[0]['role']!r}"
-        )
-    return response
-
-
-def _describe_messages(asked: Sequence[Message], response: Sequence[Message]) -> str:
-    """Describes what is wrong with messages that are not the prompt's followed by one answer."""
-    expected = "must be one assistant message, or the prompt's messages and then one"
-    if response[0]["role"] == "assistant":
-        return (
-            f"{expected}; found {len(response)} messages: an answer of several turns is not read "
-            "(several responses are a list of lists)"
-        )
-    pairs = zip(asked, response, strict=False)
-    same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(asked), len(response)))
-    if same == len(asked):
-        return f"{expected}; found {len(response) - same} messages behind the prompt's"
-    ordinal = {1: "first", 2: "second", 3: "third"}.get(same + 1, f"{same + 1}th")
-    return (
-        f"{expected}; found {len(response)} messages that differ from the prompt's at the "
-        f"{ordinal}: they differ before the last answer"
-    )

@@ -10,6 +10,7 @@ from typing import Any
 
 from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.data.fields import has_content, to_json_value
+from mass_dpo_jax.data.formats.raw_row import Format
 from mass_dpo_jax.data.readers.columns import COLUMNS
 from mass_dpo_jax.data.readers.messages import is_data, is_response_list
 
@@ -27,9 +28,11 @@ class RowWarnings:
     Args:
         name: the table's name, which begins every message.
         has_template: whether a chat template will render the examples.
+        row_format: the rows' format; None for TRL's.
     """
 
-    def __init__(self, name: str, has_template: bool):
+    def __init__(self, name: str, has_template: bool, row_format: Format | None = None):
+        self._format = row_format
         self._name = name
         self._has_template = has_template
         self._rows = 0
@@ -40,11 +43,13 @@ class RowWarnings:
         """Looks at a row and the example that was read from it."""
         self._rows += 1
         for column, value in row.items():
-            if column not in COLUMNS and column not in self._unread and has_content(value):
+            if not self._is_read(column) and column not in self._unread and has_content(value):
                 self._unread[column] = None
-        self._add_lists(row, example)
+        if self._format is None:
+            self._add_lists(row, example)
         prompt = example.prompt
-        if to_json_value(row.get("prompt")) is None and isinstance(prompt, str):
+        is_implicit = self._format is None and to_json_value(row.get("prompt")) is None
+        if is_implicit and isinstance(prompt, str):
             starts = (str(text[0]) for text in example.responses)
             split = prompt[-1].isalnum() and any(start.isalnum() for start in starts)
             self._counts["letters"] += split
@@ -53,11 +58,18 @@ class RowWarnings:
         ):
             self._counts["repeated"] += 1
         if example.scores is not None:
-            self._counts["inverted"] += example.scores[0] < max(example.scores[1:])
+            self._counts["inverted"] += example.scores[0] < max(
+                example.scores[1 : 1 + len(example.rejected)]
+            )
         elif any(row.get(field) is not None for field in ("score_chosen", "score_rejected")):
             self._counts["unscored"] += 1
         if self._has_template and isinstance(prompt, str):
             self._counts["turns"] += _TURNS.search(prompt) is not None
+
+    def _is_read(self, column: str) -> bool:
+        if self._format is None:
+            return column in COLUMNS
+        return column == "id" or self._format.reads(column)
 
     def _add_lists(self, row: Mapping[str, Any], example: Example) -> None:
         """Counts nulls in lists, and lists that were written as text."""

@@ -159,8 +159,8 @@ def test_columns_that_are_not_read_are_said_once(tmp_path: Path, caplog: Any) ->
     ]
     assert notes(tmp_path, caplog, *rows) == ["I not read: score, meta"]
     assert notes(tmp_path, caplog, PLAIN, {**PLAIN, "id": "x"}) == []
-    [said] = notes(tmp_path, caplog, {**PLAIN, "system": "Be kind."})
-    assert said.startswith("W not read: system; where it belongs to the prompt, write it into")
+    [said] = notes(tmp_path, caplog, {**PLAIN, "context": "Be kind."})
+    assert said.startswith("W not read: context; where it belongs to the prompt, write it into")
     renamed = {"question": "p", "chosen": "a", "rejected": "b", "instruction": "c"}
     [said] = notes(tmp_path, caplog, renamed, columns="prompt=question")
     assert said.startswith("W not read: instruction; ")

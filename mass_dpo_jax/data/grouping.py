@@ -1,0 +1,116 @@
+"""Rows of one prompt as one pool (`data.group=prompt`): pairs become lists of negatives.
+
+All chosen responses of a prompt are taken for better than all rejected ones. A response that is
+chosen in one row and rejected in another says that this is not so, and is left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Hashable, Iterable, Sequence
+
+from mass_dpo_jax.data.examples import Example, Text, last_content
+from mass_dpo_jax.data.rows import DuplicateId
+from mass_dpo_jax.errors import UserError
+
+_log = logging.getLogger(__name__)
+
+
+def group_by_prompt(examples: Sequence[Example], name: str) -> list[Example]:
+    """Returns one example for each prompt, in the order in which prompts first occur.
+
+    Prompts are equal if `Example.question` is, responses if their texts are. The pool has each
+    response once; those chosen in some row and rejected in another are left out, and a prompt
+    without chosen or without rejected responses then. Scores are kept if all rows of a prompt have
+    them, as the mean where a response has several; ranks if the prompt has one row.
+
+    Args:
+        examples: the rows of a split.
+        name: of the table, for messages.
+
+    Raises:
+        UserError: no prompt is left, or two prompts have the same id.
+    """
+    groups: dict[Hashable, list[Example]] = {}
+    for example in examples:
+        groups.setdefault(example.question, []).append(example)
+    pools = []
+    contradictions = dropped = 0
+    for rows in groups.values():
+        chosen, rejected = _collect(rows, chosen=True), _collect(rows, chosen=False)
+        both = chosen.keys() & rejected.keys()
+        contradictions += len(both)
+        chosen = {text: value for text, value in chosen.items() if text not in both}
+        rejected = {text: value for text, value in rejected.items() if text not in both}
+        if chosen and rejected:
+            pools.append(_make_pool(rows, list(chosen.values()), list(rejected.values())))
+        else:
+            dropped += 1
+    _log.info(
+        "%s: %d rows are %d pools, of one prompt each (config.data.group)",
+        name, len(examples), len(pools),
+    )  # fmt: skip
+    if contradictions:
+        _log.warning(
+            "%s: %d responses are chosen in one row and rejected in another of the same prompt; "
+            "they are left out", name, contradictions,
+        )  # fmt: skip
+    if dropped:
+        _log.warning(
+            "%s: %d prompts have no chosen or no rejected response left; they are left out",
+            name, dropped,
+        )  # fmt: skip
+    if not pools:
+        raise UserError(
+            f"{name}: no prompt has a response that is only chosen and one that is only rejected "
+            "(config.data.group=prompt)"
+        )
+    _check_ids(pools)
+    return pools
+
+
+def _collect(rows: Iterable[Example], chosen: bool) -> dict[str, Text]:
+    """Returns all chosen or all rejected responses by their texts, the first of equal ones."""
+    responses: dict[str, Text] = {}
+    for row in rows:
+        for response in (row.chosen, *row.also_chosen) if chosen else row.rejected:
+            responses.setdefault(last_content(response), response)
+    return responses
+
+
+def _make_pool(
+    rows: Sequence[Example], chosen: Sequence[Text], rejected: Sequence[Text]
+) -> Example:
+    """Returns the example of some rows of one prompt; name, place and prompt are the first's."""
+    responses = [chosen[0], *rejected, *chosen[1:]]
+    texts = [last_content(response) for response in responses]
+    scores: dict[str, list[float]] = {}
+    has_scores = all(row.scores is not None for row in rows)
+    for row in rows if has_scores else ():
+        for response, score in zip(row.responses, row.scores or (), strict=True):
+            scores.setdefault(last_content(response), []).append(score)
+    ranks = None
+    if len(rows) == 1 and rows[0].ranks is not None:
+        given = zip(map(last_content, rows[0].responses), rows[0].ranks, strict=True)
+        by_text = dict(reversed(list(given)))
+        ranks = tuple(by_text[text] for text in texts)
+    return dataclasses.replace(
+        rows[0],
+        chosen=chosen[0],
+        rejected=tuple(rejected),
+        also_chosen=tuple(chosen[1:]),
+        scores=tuple(sum(scores[t]) / len(scores[t]) for t in texts) if has_scores else None,
+        ranks=ranks,
+    )
+
+
+def _check_ids(pools: Iterable[Example]) -> None:
+    locations: dict[str, str] = {}
+    for pool in pools:
+        if pool.id in locations:
+            raise DuplicateId(
+                f"{pool.place}: id {pool.id!r} is taken by {locations[pool.id]}, of another prompt"
+                "; --config.data.columns=id= numbers rows instead"
+            )
+        locations[pool.id] = pool.place
