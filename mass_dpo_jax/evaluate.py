@@ -44,7 +44,7 @@ def evaluate(config: ConfigDict, workdir: Path | None, split: str | None) -> dic
     logps = setup.score(params, split, "evaluation")
     scoring.check_finite(logps, tokens, str(workdir or config.model.path))
     scoring.check_finite(refs, tokens, "the reference")
-    return metrics.evaluate_logps(logps, refs, tokens.compared, config.beta)
+    return metrics.evaluate_logps(logps, refs, tokens.compared, config.beta, tokens.grades)
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ __all__ = [
     "evaluate_logps",
     "metric_names",
     "paired_difference",
+    "per_example_gain_ndcg",
     "per_example_rank",
     "per_example_ranking",
     "ranking",
@@ -22,6 +23,7 @@ __all__ = [
 ]
 
 CUTOFFS = (1, 3)
+GAIN_CUTOFFS = (1, 3, 5, 10)  # Those that no list is long enough for are left out.
 
 
 def per_example_rank(
@@ -56,6 +58,49 @@ def per_example_ranking(
     return values
 
 
+def per_example_gain_ndcg(
+    scores: Float[np.ndarray, "M C"],
+    valid: Bool[np.ndarray, "M C"],
+    grades: Float[np.ndarray, "M C"],
+    cutoffs: tuple[int, ...] = GAIN_CUTOFFS,
+) -> dict[str, Float[np.ndarray, " M"]]:
+    r"""Computes the NDCG of every example's graded list, in float64, as `gain_ndcg@k`.
+
+    The candidate at rank $r \le k$ adds $g / \log_2(1 + r)$; the sum is divided by its largest
+    value over all orders. Gains are linear, as in trec_eval: $g$ is the grade minus the lowest of
+    the list, so grades may be negative, and a constant added to all changes nothing. A list of
+    equal grades has 1.
+
+    Of equal scores, the lower grade comes first: ties count against the model. So does NaN: its
+    candidates come first if their grade is the lowest of the list, else last.
+
+    Args:
+        scores: values that rank the candidates, compared in float32.
+        valid: True for the candidates that exist.
+        grades: how good they are, larger for better.
+        cutoffs: the k; one above C is left out.
+
+    Raises:
+        ValueError: shapes differ, or a row's chosen response is not valid.
+    """
+    scores, valid = _check(scores, valid)
+    if np.shape(grades) != scores.shape:
+        raise ValueError(f"expected grades {scores.shape}: {np.shape(grades)}")
+    # Grades of missing candidates may be anything. They have no gain, and stand last.
+    present = np.where(valid, np.asarray(grades, np.float64), np.inf)
+    gains = np.where(valid, present - present.min(axis=1, keepdims=True), 0.0)
+    scores = np.where(np.isnan(scores), np.where(gains == 0, np.inf, -np.inf), scores)
+    order = np.lexsort((gains, -scores, ~valid), axis=1)
+    ranked, ideal = np.take_along_axis(gains, order, axis=1), -np.sort(-gains, axis=1)
+    discounts = 1.0 / np.log2(2.0 + np.arange(scores.shape[1]))
+    values = {}
+    for k in cutoffs:
+        if k <= scores.shape[1]:
+            reached, best = ((x * discounts)[:, :k].sum(axis=1) for x in (ranked, ideal))
+            values[f"gain_ndcg@{k}"] = np.where(best > 0, reached / np.where(best > 0, best, 1), 1)
+    return values
+
+
 def ranking(
     scores: Float[np.ndarray, "M C"],
     valid: Bool[np.ndarray, "M C"],
@@ -75,12 +120,7 @@ def ranking(
         The mean of every metric of `per_example_ranking` over the examples, and under NAME_se its
         standard error.
     """
-    values = per_example_ranking(per_example_rank(scores, valid), cutoffs)
-    summary = {}
-    for name, value in values.items():
-        summary[f"{prefix}/{name}"] = float(np.mean(value))
-        summary[f"{prefix}/{name}_se"] = standard_error(value)
-    return summary
+    return _summarize(per_example_ranking(per_example_rank(scores, valid), cutoffs), prefix)
 
 
 def reward_metrics(
@@ -160,6 +200,7 @@ def evaluate_logps(
     ref_logps: Float[np.ndarray, "M C"] | None,
     valid: Bool[np.ndarray, "M C"],
     beta: float,
+    grades: Float[np.ndarray, "M C"] | None = None,
 ) -> dict[str, float]:
     """Computes both rankings and TRL's reward metrics of a policy on a split.
 
@@ -169,14 +210,19 @@ def evaluate_logps(
             pass None too: its log-ratios are rounding noise.
         valid: True for the candidates that exist.
         beta: factor from log-ratios to rewards.
+        grades: how good the data says candidates are, for `gain_ndcg@k`; None where it does not.
 
     Returns:
         `policy/*` and, with a reference, `reward/*`, each with `*_se`; and `rewards/*`.
     """
     values = ranking(logps, valid, "policy")
+    if grades is not None:
+        values |= _summarize(per_example_gain_ndcg(logps, valid, grades), "policy")
     if ref_logps is not None:
         rewards = np.float32(beta) * (logps - ref_logps)
         values |= ranking(rewards, valid, "reward")
+        if grades is not None:
+            values |= _summarize(per_example_gain_ndcg(rewards, valid, grades), "reward")
         values |= reward_metrics(rewards, valid)
     return values
 
@@ -192,6 +238,7 @@ def ranking_gains(
     after: Float[np.ndarray, "M C"],
     before: Float[np.ndarray, "M C"],
     valid: Bool[np.ndarray, "M C"],
+    grades: Float[np.ndarray, "M C"] | None = None,
 ) -> dict[str, float]:
     """Computes how much a policy's ranking of the same examples improved.
 
@@ -199,18 +246,32 @@ def ranking_gains(
         after: log-probabilities after training.
         before: log-probabilities before it.
         valid: True for the candidates that exist.
+        grades: how good the data says candidates are, if it does.
 
     Returns:
-        The mean difference of every metric of `per_example_ranking`, under `policy/NAME`, and its
+        The mean difference of every metric of `per_example_ranking` and, with grades, of
+        `per_example_gain_ndcg`, under `policy/NAME`, and its
         paired standard error under `policy/NAME_se`.
     """
     ours, theirs = (per_example_ranking(per_example_rank(x, valid)) for x in (after, before))
+    if grades is not None:
+        ours |= per_example_gain_ndcg(after, valid, grades)
+        theirs |= per_example_gain_ndcg(before, valid, grades)
     gains = {}
     for name in ours:
         gains[f"policy/{name}"], gains[f"policy/{name}_se"] = paired_difference(
             ours[name], theirs[name]
         )
     return gains
+
+
+def _summarize(values: dict[str, Float[np.ndarray, " M"]], prefix: str) -> dict[str, float]:
+    """Returns the mean of every metric under PREFIX/NAME, and its error under PREFIX/NAME_se."""
+    summary = {}
+    for name, value in values.items():
+        summary[f"{prefix}/{name}"] = float(np.mean(value))
+        summary[f"{prefix}/{name}_se"] = standard_error(value)
+    return summary
 
 
 def _check(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 
@@ -74,6 +75,73 @@ def test_other_cutoffs():
     assert got["reward/recall@2"] == 0.5
     assert got["reward/ndcg@2"] == pytest.approx((1 + 1 / math.log2(3)) / 4)
     assert "reward/recall@1" not in got
+
+
+def gain_ndcg(scores, grades, k):
+    """The lowest DCG of all orders that the scores allow, over the largest of all orders."""
+    if k > len(scores):
+        return None
+
+    def dcg(order):
+        return sum(
+            (grades[c] - min(grades)) / math.log2(1 + rank) for rank, c in enumerate(order[:k], 1)
+        )
+
+    orders = list(itertools.permutations(range(len(scores))))
+    allowed = [o for o in orders if all(scores[a] >= scores[b] for a, b in itertools.pairwise(o))]
+    best = max(map(dcg, orders))
+    return min(map(dcg, allowed)) / best if best else 1.0
+
+
+def test_ndcg_with_gains_is_the_worst_order_that_the_scores_allow():
+    rng = np.random.default_rng(0)
+    scores = rng.integers(-3, 3, (60, 5)).astype(np.float32)
+    grades = rng.integers(-4, 4, (60, 5)).astype(np.float32)
+    grades[0], scores[1] = 2.0, [np.inf, -np.inf, 0.0, -np.inf, np.inf]
+    grades[2] = [1e30, 0.0, -1e30, 5.0, 1.0]
+    valid = np.arange(5) < rng.integers(1, 6, (60, 1))
+    scores[~valid], grades[~valid] = np.nan, np.nan
+    got = metrics.per_example_gain_ndcg(scores, valid, grades)
+    assert list(got) == ["gain_ndcg@1", "gain_ndcg@3", "gain_ndcg@5"]
+    for k in (1, 3, 5):
+        for i, exists in enumerate(valid):
+            row = scores[i, exists].astype(float).tolist(), grades[i, exists].astype(float).tolist()
+            assert got[f"gain_ndcg@{k}"][i] == pytest.approx(gain_ndcg(*row, min(k, exists.sum())))
+
+
+def test_nan_is_never_in_favour_of_a_graded_list():
+    scores, grades = np.array([[np.nan, 1.0, 0.0]]), np.array([[2.0, 1.0, 0.0]])
+    valid = np.ones((1, 3), bool)
+    got = metrics.per_example_gain_ndcg(scores, valid, grades, (3,))["gain_ndcg@3"]
+    assert got == pytest.approx((1 + 2 / math.log2(4)) / (2 + 1 / math.log2(3)))
+    scores = np.array([[2.0, 1.0, np.nan]])
+    got = metrics.per_example_gain_ndcg(scores, valid, grades, (1,))["gain_ndcg@1"]
+    assert got == 0.0
+
+
+def test_grades_add_metrics_and_change_no_other():
+    grades = np.array([[3.0, 2.0, 1.0, 0.0]] * 4)
+    plain = metrics.evaluate_logps(SCORES, SCORES[::-1], ALL, 0.1)
+    graded = metrics.evaluate_logps(SCORES, SCORES[::-1], ALL, 0.1, grades)
+    assert {name: graded[name] for name in plain} == plain
+    assert set(graded) - set(plain) == {
+        f"{by}/gain_ndcg@{k}{end}"
+        for by in ("policy", "reward") for k in (1, 3) for end in ("", "_se")
+    }  # fmt: skip
+    values = metrics.per_example_gain_ndcg(SCORES, ALL, grades)["gain_ndcg@3"]
+    assert graded["policy/gain_ndcg@3"] == pytest.approx(sum(values) / 4)
+    gains = metrics.ranking_gains(SCORES, SCORES[::-1], ALL, grades)
+    assert gains["policy/gain_ndcg@3"] == pytest.approx(0.0)
+    expected = np.std(values - values[::-1], ddof=1)
+    other = metrics.per_example_gain_ndcg(SCORES[::-1], ALL, grades)["gain_ndcg@3"]
+    assert other == pytest.approx(values[::-1])
+    assert gains["policy/gain_ndcg@3_se"] == pytest.approx(expected / 2)
+
+
+@pytest.mark.usefixtures("shapes_unchecked")
+def test_grades_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"grades \(4, 4\): \(4, 3\)"):
+        metrics.per_example_gain_ndcg(SCORES, ALL, np.zeros((4, 3)))
 
 
 def test_one_example_has_no_spread_and_the_report_stays_json():

@@ -127,7 +127,7 @@ class Evaluator:
                 logps = self._setup.score(params, split, "start")
             else:
                 logps = self._refs[split]  # The policy still is the reference.
-            values = evaluate_logps(logps, None, self._valid(split), 1.0)
+            values = evaluate_logps(logps, None, self._valid(split), 1.0, self._grades(split))
             if split == "validation":
                 self._log.write(0, {f"eval/{name}": value for name, value in values.items()})
             if split == self._final:
@@ -160,7 +160,8 @@ class Evaluator:
                 read_array(self._workdir / START_LOGPS) if distributed.is_primary() else None
             )
             assert start_logps is not None
-            gain = ranking_gains(logps, start_logps, self._valid(self._final))
+            valid, grades = self._valid(self._final), self._grades(self._final)
+            gain = ranking_gains(logps, start_logps, valid, grades)
             self._keep(FINAL_LOGPS, self._final, logps)
             if self._write_report is not None:
                 evaluated = self._evaluated_split(self._final, params, start_logps, logps)
@@ -219,6 +220,9 @@ class Evaluator:
     def _valid(self, split: str) -> np.ndarray:
         return self._setup.tokens[split].compared
 
+    def _grades(self, split: str) -> np.ndarray | None:
+        return self._setup.tokens[split].grades
+
     def _describe_final_split(self) -> dict[str, Any]:
         """Returns how many examples the final split has, and their digest."""
         if not self._final:
@@ -235,7 +239,8 @@ class Evaluator:
     def _evaluate(self, params: Any, split: str) -> tuple[dict[str, float], np.ndarray]:
         logps = self._setup.score(params, split, "evaluation")
         refs, beta = self._refs.get(split), self._setup.beta
-        return evaluate_logps(logps, refs, self._valid(split), beta), logps
+        valid, grades = self._valid(split), self._grades(split)
+        return evaluate_logps(logps, refs, valid, beta, grades), logps
 
     def _metrics_json(self, **fields: Any) -> dict[str, Any]:
         about = {"version": mass_dpo_jax.__version__, "split": self._final}

@@ -1479,6 +1479,12 @@ MUTATIONS = (
         "test_metrics.py",
     ),
     Mutation(
+        "metrics: equal scores of a graded list count for the model",
+        "np.lexsort((gains, -scores, ~valid), axis=1)",
+        "np.lexsort((-gains, -scores, ~valid), axis=1)",
+        "test_metrics.py",
+    ),
+    Mutation(
         "metrics: standard errors divide by M",
         "np.std(values, ddof=1)",
         "np.std(values)",
