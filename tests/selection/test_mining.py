@@ -55,7 +55,7 @@ def test_the_mean_over_draws_of_corrected_sums_is_the_full_sum(how: str) -> None
     rng = np.random.default_rng(1)
     scores = np.sort(rng.normal(size=12).astype(np.float32))[::-1]
     mask, f = rng.random(12) < 0.8, rng.normal(size=12) + 3.0
-    draws, n, temperature = 20_000, 4, 0.7
+    draws, n, temperature = 4000, 4, 0.2  # Cold: some are certain.
     keys = jax.random.split(jax.random.key(0), draws)
     drawn, pi, weights = map(
         np.asarray,
@@ -81,7 +81,7 @@ def test_the_mean_over_draws_of_corrected_sums_is_the_full_sum(how: str) -> None
     assert agrees((inverse * f).sum(1), float(f[mask].sum()))
     # The test can see an error of this size: without the correction it is another number.
     assert not agrees((drawn * f).sum(1) / n, float(p @ f)) or how == "uniform"
-    np.testing.assert_allclose(drawn.mean(0), pi[0] * mask, atol=0.02)
+    np.testing.assert_allclose(drawn.mean(0), pi[0] * mask, atol=0.04)
 
 
 def test_top_takes_the_first_ones() -> None:

@@ -9,12 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-import mass_dpo_jax as mdj
 from mass_dpo_jax.data.examples import Example, History
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.selection import mining as arrays
 from mass_dpo_jax.training import mining
-from tests.support.helpers import tiny_config, write_jsonl
 
 M, N, D = 9, 60, 5
 
@@ -38,7 +36,7 @@ def make_catalogue(tmp_path: Path) -> mining.Catalogue:
 
 
 def run(catalogue: mining.Catalogue, source: mining.Source, **changes: Any) -> list[dict[str, Any]]:
-    limits = {"first": 2, "last": 12, "margin": 0.1, **changes}
+    limits = {"first": 2, "last": 12, "margin": 0.5, **changes}
     draw = limits.pop("draw", "top")
     found = mining.mine(
         make_examples(), catalogue, source, arrays.Limits(**limits), 4, draw, 1.0, 0
@@ -53,7 +51,8 @@ def test_mined_negatives_are_those_of_a_full_sort(
     monkeypatch.setattr(mining, "PROMPTS_AT_A_TIME", 4)
     monkeypatch.setattr(arrays, "ITEMS_AT_A_TIME", 16)
     rng = np.random.default_rng(0)
-    prompts, items = rng.normal(size=(M, D)), rng.normal(size=(N, D))
+    items = rng.normal(size=(N, D))
+    prompts = items[:M] + 0.5 * rng.normal(size=(M, D))
     catalogue, examples = make_catalogue(tmp_path), make_examples()
     index = mining.chosen_index(examples, catalogue)
     table = prompts @ items.T
@@ -64,12 +63,12 @@ def test_mined_negatives_are_those_of_a_full_sort(
     else:
         source = mining.by_features(prompts, items, None, similarity=kind, index=index)
     found = {row["id"]: row for row in run(catalogue, source)}
-    fewer = 0
+    cut = 0
     for i in range(M):
         never = {50, i} | ({0, 1} if i < 2 else set()) | ({7, 8} if i == 2 else set())
         ranked = [j for j in np.argsort(-table[i]) if j not in never][2:12]
-        want = [int(j) for j in ranked if table[i, j] <= table[i, i] - 0.1][:4]
-        fewer += len(want) < 4
+        want = [int(j) for j in ranked if table[i, j] <= table[i, i] - 0.5][:4]
+        cut += want != ranked[:4]
         if not want:
             assert f"row{i}" not in found
             continue
@@ -77,7 +76,7 @@ def test_mined_negatives_are_those_of_a_full_sort(
         assert row["mined_ids"] == [f"a{j}" for j in want]
         assert row["rejected"] == [catalogue.texts[j] for j in want]
         np.testing.assert_allclose(row["mined_scores"], table[i, want], rtol=1e-5, atol=1e-5)
-    assert 0 < fewer < M  # Else the margin did nothing, or all.
+    assert len(found) > M / 2 and cut  # Else the margin did all, or nothing.
 
 
 def test_draws_stay_in_the_range_of_ranks_and_repeat_with_the_seed(tmp_path: Path) -> None:
@@ -91,32 +90,6 @@ def test_draws_stay_in_the_range_of_ranks_and_repeat_with_the_seed(tmp_path: Pat
         assert min(places) >= 2 and max(places) <= 12 and len(places) == 4
     probabilities = np.array([p for row in found for p in row["mined_probabilities"]])
     assert ((probabilities > 0) & (probabilities <= 1)).all() and (probabilities < 1).any()
-
-
-def test_features_are_means_of_hidden_states_and_padding_does_not_matter(tmp_path: Path) -> None:
-    """A text alone, and its feature by `Model.score`, which reads the responses of a prompt."""
-    data = write_jsonl(tmp_path / "data.jsonl", examples=4)
-    config = tiny_config(data, **{"train.eval_every": 0, "log.report": False})
-    from mass_dpo_jax.train import train
-
-    train(config, tmp_path / "run")
-    model = mdj.load_model(tmp_path / "run")
-    texts = ["amber", "amber basil cedar comes after fjord", "after", "ember " * 20]
-    found = mining.encode(model.policy, model.params, texts, 512)
-    alone = [mining.encode(model.policy, model.params, [text], 512)[0] for text in texts]
-    np.testing.assert_allclose(found, alone, rtol=1e-4, atol=1e-5)
-    # The end is read of what is too long: the same as that end.
-    before = mining.encode(model.policy, model.params, ["ember " * 20], 3)
-    assert not np.allclose(before, found[3:])
-    model.config.selection.pooling = "all"
-    tokens = model.tokenizer.encode(texts[1], add_special_tokens=False)
-    assert len(tokens) > 2 and found.shape == (4, 32)
-    rows = [{"prompt": texts[1], "chosen": "x", "rejected": ["y"]}]
-    scored = mdj.load_model(tmp_path / "run", model.config).score(rows, features=True)
-    # Of prompt and response together: the prompt's tokens plus x and the end of sequence.
-    assert scored.features is not None
-    hidden = scored.features[0]
-    assert np.corrcoef(hidden[0], found[1])[0, 1] > 0.5
 
 
 @pytest.mark.parametrize(
