@@ -137,9 +137,8 @@ def encode(policy: Policy, params: Any, texts: Sequence[str], limit: int) -> np.
     """
     before, _ = find_added_tokens(policy.tokenizer)
     encoded = encode_texts(policy.tokenizer, texts)
-    rows = [
-        np.concatenate([before, encoded[i][-limit:]]).astype(np.int32) for i in range(len(texts))
-    ]
+    lists = np.split(encoded.tokens, encoded.starts[1:])
+    rows = [np.concatenate([before, tokens[-limit:]]).astype(np.int32) for tokens in lists]
     lengths = np.array([max(len(row), 1) for row in rows])
     batch = -(-TEXTS_AT_A_TIME // policy.mesh.size) * policy.mesh.size
     features = np.zeros((len(texts), policy.config.hidden_size), np.float32)
