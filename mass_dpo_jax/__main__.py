@@ -14,6 +14,7 @@ COMMANDS = {
     "evaluate": "Measures how a model ranks and rewards the full candidate lists of a split.",
     "score": "Writes log-probabilities and rewards of every response, one JSON line per example.",
     "select": "Chooses negatives without training, for people who train elsewhere.",
+    "mine": "Mines negatives for each prompt from a whole catalogue of responses.",
     "export": "Writes a run's policy as a Hugging Face folder, for transformers, vLLM and others.",
     "compare": "Compares runs on the same test examples, with baselines, and draws their curves.",
     "report": "Writes the paper's tables and figures from run folders, with paired comparisons.",

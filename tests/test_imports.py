@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
-CONFIGURED = [*(f"mass_dpo_jax.{name}" for name in "train evaluate score select data".split())]
+CONFIGURED = [*(f"mass_dpo_jax.{name}" for name in "train evaluate score select mine data".split())]
 CONFIGURED += ["examples.quickstart"]
 COMMANDS = [*CONFIGURED, *(f"mass_dpo_jax.{name}" for name in "export compare report".split())]
 COMMANDS += ["benchmarks.simulation"]

@@ -20,7 +20,7 @@ LAYERS = (
     {"estimate"},
     {"reports"},
     {"cli", "api"},
-    {"train", "evaluate", "score", "select", "export", "report", "compare"},
+    {"train", "evaluate", "score", "select", "mine", "export", "report", "compare"},
 )
 RANKS = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 # Names of the package itself, as `mass_dpo_jax.__version__`; and entry points, above all.

@@ -22,7 +22,8 @@ SUFFIXES = "py|sh|md|png|yaml|yml|sbatch|csv|cfg|cff|toml|jsonl"
 # Pages speak of `training/step.py` and of `test_mesh.py` where the folder is clear.
 HOMES = ("", "mass_dpo_jax", "tests", "docs")
 # Files that readers have or that runs write.
-WRITTEN = {"pairs.jsonl", "scores.jsonl", "selected.jsonl", "metrics.jsonl", "words.jsonl",
+WRITTEN = {"pairs.jsonl", "scores.jsonl", "selected.jsonl", "items.jsonl", "mined.jsonl",
+           "metrics.jsonl", "words.jsonl",
            "train.jsonl", "pairs-dev.csv", "prompts.jsonl",
            "pairs.py", "rank.py", "mine.py", "make_model.py", "README.md"}  # fmt: skip
 FLAGS = {"print"}  # Behind --config., and no setting.

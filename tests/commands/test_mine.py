@@ -1,0 +1,68 @@
+"""The command `mine`: what it writes can be trained on, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mass_dpo_jax.data import load_examples
+from tests.support.helpers import tiny_config, write_jsonl
+from tests.support.processes import command
+
+WORDS = ("--config.data.chat_template=none", "--config.data.validation_share=0")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mine")
+    data = write_jsonl(folder / "data.jsonl", examples=6)
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    texts = [row["chosen"] for row in rows] + [f"more {i}" for i in range(20)]
+    (folder / "items.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    np.save(folder / "scores.npy", np.random.default_rng(0).normal(size=(6, len(texts))))
+    return folder
+
+
+def mine(folder: Path, *words: str) -> tuple[int, str]:
+    given = [f"--config.data.path={folder}/data.jsonl", f"--catalogue={folder}/items.jsonl"]
+    done = command("mass_dpo_jax.mine", "--config=tiny", *WORDS, *given, *words)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_what_is_mined_can_be_read_as_data(folder: Path) -> None:
+    output = folder / "mined.jsonl"
+    words = (f"--scores={folder}/scores.npy", "--ranks=1:9", "--n=3", f"--output={output}")
+    code, text = mine(folder, *words)
+    assert code == 0, text
+    assert "6 rows written" in text
+    examples = load_examples(tiny_config(output).data, "all", 0)
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    given = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
+    assert [example.id for example in examples] == [row["id"] for row in given]
+    for example, row, old in zip(examples, rows, given, strict=True):
+        assert example.chosen == old["chosen"] and example.prompt == old["prompt"]
+        assert list(example.rejected) == row["rejected"] and len(example.rejected) == 3
+        assert len(row["mined_weights"]) == len(row["mined_probabilities"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--ranks=9:3"], "--ranks=9:3: expected FIRST:LAST"),
+        (["--item_features=x.npy"], "expected --scores, or --prompt_features with"),
+        ([], "no model: give --workdir=RUN"),
+        (["--scores=/no/such.npy"], "/no/such.npy: no such file"),
+    ],
+)
+def test_mistakes_are_one_line(folder: Path, words: list[str], message: str) -> None:
+    code, text = mine(folder, f"--output={folder}/other.jsonl", *words)
+    assert code == 1 and message in text and "Traceback" not in text
+    assert not (folder / "other.jsonl").exists()
+
+
+def test_an_input_is_not_replaced(folder: Path) -> None:
+    code, text = mine(folder, f"--output={folder}/items.jsonl")
+    assert code == 1 and "would replace the input" in text

@@ -1,0 +1,143 @@
+"""Mined negatives against a full sort by hand, catalogues of several forms, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mass_dpo_jax.data.examples import Example, History
+from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.selection import mining as arrays
+from mass_dpo_jax.training import mining
+
+M, N, D = 9, 60, 5
+
+
+def make_examples() -> list[Example]:
+    """Of prompt 0 there are two rows; example 2 has a history of items."""
+    prompts: list[Any] = [f"prompt {i}" for i in range(M)]
+    prompts[1] = prompts[0]
+    prompts[2] = History("after ", ("item 7", "ITEM  8"), " comes ")
+    return [Example(f"row{i}", prompts[i], f"item {i}", ("other",), f"x:{i}") for i in range(M)]
+
+
+def make_catalogue(tmp_path: Path) -> mining.Catalogue:
+    path = tmp_path / "items.jsonl"
+    texts = [f"item {i}" for i in range(N)]
+    texts[50] = "Item 49"  # Once more.
+    path.write_text(
+        "".join(json.dumps({"id": f"a{i}", "text": t}) + "\n" for i, t in enumerate(texts))
+    )
+    return mining.read_catalogue(path)
+
+
+def run(catalogue: mining.Catalogue, source: mining.Source, **changes: Any) -> list[dict[str, Any]]:
+    limits = {"first": 2, "last": 12, "margin": 0.5, **changes}
+    draw = limits.pop("draw", "top")
+    found = mining.mine(
+        make_examples(), catalogue, source, arrays.Limits(**limits), 4, draw, 1.0, 0
+    )
+    return list(found)
+
+
+@pytest.mark.parametrize("kind", ["scores", "dot", "cosine"])
+def test_mined_negatives_are_those_of_a_full_sort(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(mining, "PROMPTS_AT_A_TIME", 4)
+    monkeypatch.setattr(arrays, "ITEMS_AT_A_TIME", 16)
+    rng = np.random.default_rng(0)
+    items = rng.normal(size=(N, D))
+    prompts = items[:M] + 0.5 * rng.normal(size=(M, D))
+    catalogue, examples = make_catalogue(tmp_path), make_examples()
+    index = mining.chosen_index(examples, catalogue)
+    table = prompts @ items.T
+    if kind == "cosine":
+        table /= np.linalg.norm(prompts, axis=1)[:, None] * np.linalg.norm(items, axis=1)
+    if kind == "scores":
+        source = mining.by_scores(table, index)
+    else:
+        source = mining.by_features(prompts, items, None, similarity=kind, index=index)
+    found = {row["id"]: row for row in run(catalogue, source)}
+    cut = 0
+    for i in range(M):
+        never = {50, i} | ({0, 1} if i < 2 else set()) | ({7, 8} if i == 2 else set())
+        ranked = [j for j in np.argsort(-table[i]) if j not in never][2:12]
+        want = [int(j) for j in ranked if table[i, j] <= table[i, i] - 0.5][:4]
+        cut += want != ranked[:4]
+        if not want:
+            assert f"row{i}" not in found
+            continue
+        row = found[f"row{i}"]
+        assert row["mined_ids"] == [f"a{j}" for j in want]
+        assert row["rejected"] == [catalogue.texts[j] for j in want]
+        np.testing.assert_allclose(row["mined_scores"], table[i, want], rtol=1e-5, atol=1e-5)
+    assert len(found) > M / 2 and cut  # Else the margin did all, or nothing.
+
+
+def test_draws_stay_in_the_range_of_ranks_and_repeat_with_the_seed(tmp_path: Path) -> None:
+    table = np.tile(-np.arange(N, dtype=float), (M, 1))
+    catalogue = make_catalogue(tmp_path)
+    source = mining.by_scores(table, mining.chosen_index(make_examples(), catalogue))
+    found = run(catalogue, source, margin=None, draw="softmax")
+    assert found == run(catalogue, source, margin=None, draw="softmax")
+    for row in found[3:]:  # Ranks 2 to 11 of all but the chosen one.
+        places = [int(name[1:]) for name in row["mined_ids"]]
+        assert min(places) >= 2 and max(places) <= 12 and len(places) == 4
+    probabilities = np.array([p for row in found for p in row["mined_probabilities"]])
+    assert ((probabilities > 0) & (probabilities <= 1)).all() and (probabilities < 1).any()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "want"),
+    [
+        ("a.txt", "one\n\ntwo words \n", (["one", "two words"], [0, 1])),
+        ("a.jsonl", '"one"\n"two"\n', (["one", "two"], [0, 1])),
+        ("a.jsonl", '{"id": 7, "text": "one"}\n{"text": "two"}\n', (["one", "two"], [7, 1])),
+        ("a.json", '[{"text": "one"}, {"text": "two"}]', (["one", "two"], [0, 1])),
+        ("a.csv", "id,text\nx,one\ny,two\n", (["one", "two"], ["x", "y"])),
+    ],
+)
+def test_forms_of_a_catalogue(
+    tmp_path: Path, name: str, content: str, want: tuple[list[str], list[Any]]
+) -> None:
+    (tmp_path / name).write_text(content)
+    found = mining.read_catalogue(tmp_path / name)
+    assert (found.texts, found.ids) == want
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "one"}\n{"txt": "two"}\n', "expected a text, or an object with a 'text'"),
+        ('{"text": "one"}\n{"text": " "}\n', "expected a text, or an object with a 'text'"),
+        ('{"text": "one"}\n{"text": "ONE "}\n', "1 different texts, expected two or more"),
+    ],
+)
+def test_a_catalogue_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        mining.read_catalogue(path)
+
+
+def test_margins_need_the_chosen_response_and_an_empty_range_is_an_error(tmp_path: Path) -> None:
+    catalogue = make_catalogue(tmp_path)
+    source = mining.by_scores(np.zeros((M, N)), np.full(M, -1))
+    with pytest.raises(UserError, match="x:0: its chosen response is not in the catalogue"):
+        run(catalogue, source)
+    with pytest.raises(UserError, match="no item of the catalogue is left for any of 9 prompts"):
+        run(catalogue, source, margin=None, max_score=-1.0)
+
+
+def test_tables_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.npy"
+    np.save(path, np.array([[0.0, np.nan], [1.0, 2.0]]))
+    with pytest.raises(UserError, match=r"\[0, 1\] is not a finite number"):
+        mining.read_table(path, "scores", 2, 2)
+    with pytest.raises(UserError, match=r"shape \[2, 2\], expected \[3, 2\]"):
+        mining.read_table(path, "scores", 3, 2)
