@@ -12,7 +12,11 @@ from mass_dpo_jax.data import load_examples
 from tests.support.helpers import tiny_config, write_jsonl
 from tests.support.processes import command
 
-WORDS = ("--config.data.chat_template=none", "--config.data.validation_share=0")
+WORDS = (
+    "--config.data.name=preferences",
+    "--config.data.chat_template=none",
+    "--config.data.validation_share=0",
+)
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +63,10 @@ def test_what_is_mined_can_be_read_as_data(folder: Path) -> None:
 )
 def test_mistakes_are_one_line(folder: Path, words: list[str], message: str) -> None:
     code, text = mine(folder, f"--output={folder}/other.jsonl", *words)
-    assert code == 1 and message in text and "Traceback" not in text
+    assert code == 2 and message in text and "Traceback" not in text
     assert not (folder / "other.jsonl").exists()
 
 
 def test_an_input_is_not_replaced(folder: Path) -> None:
     code, text = mine(folder, f"--output={folder}/items.jsonl")
-    assert code == 1 and "would replace the input" in text
+    assert code == 2 and "would replace the input" in text

@@ -8,13 +8,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import transformers
 
+from mass_dpo_jax.api import load_model
 from mass_dpo_jax.data.examples import Example, History
+from mass_dpo_jax.data.tokenizer import train_tokenizer
 from mass_dpo_jax.errors import UserError
+from mass_dpo_jax.models.config import load_config
 from mass_dpo_jax.selection import mining as arrays
 from mass_dpo_jax.training import mining
+from tests.support.helpers import WORDS, tiny_config
+from tests.support.models import hf_config, random_tensors, write_weights
 
 M, N, D = 9, 60, 5
+MARGIN = 0.5
 
 
 def make_examples() -> list[Example]:
@@ -36,7 +44,7 @@ def make_catalogue(tmp_path: Path) -> mining.Catalogue:
 
 
 def run(catalogue: mining.Catalogue, source: mining.Source, **changes: Any) -> list[dict[str, Any]]:
-    limits = {"first": 2, "last": 12, "margin": 0.5, **changes}
+    limits = {"first": 2, "last": 12, "margin": MARGIN, **changes}
     draw = limits.pop("draw", "top")
     found = mining.mine(
         make_examples(), catalogue, source, arrays.Limits(**limits), 4, draw, 1.0, 0
@@ -62,12 +70,13 @@ def test_mined_negatives_are_those_of_a_full_sort(
         source = mining.by_scores(table, index)
     else:
         source = mining.by_features(prompts, items, None, similarity=kind, index=index)
-    found = {row["id"]: row for row in run(catalogue, source)}
+    margin = 0.2 if kind == "cosine" else MARGIN
+    found = {row["id"]: row for row in run(catalogue, source, margin=margin)}
     cut = 0
     for i in range(M):
         never = {50, i} | ({0, 1} if i < 2 else set()) | ({7, 8} if i == 2 else set())
         ranked = [j for j in np.argsort(-table[i]) if j not in never][2:12]
-        want = [int(j) for j in ranked if table[i, j] <= table[i, i] - 0.5][:4]
+        want = [int(j) for j in ranked if table[i, j] <= table[i, i] - margin][:4]
         cut += want != ranked[:4]
         if not want:
             assert f"row{i}" not in found
@@ -77,6 +86,55 @@ def test_mined_negatives_are_those_of_a_full_sort(
         assert row["rejected"] == [catalogue.texts[j] for j in want]
         np.testing.assert_allclose(row["mined_scores"], table[i, want], rtol=1e-5, atol=1e-5)
     assert len(found) > M / 2 and cut  # Else the margin did all, or nothing.
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder with random weights."""
+    folder = tmp_path_factory.mktemp("base")
+    train_tokenizer([" ".join(WORDS)], 300, folder)
+    sizes = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    (folder / "config.json").write_text(json.dumps(hf_config(**sizes, tie_word_embeddings=True)))
+    write_weights(folder, random_tensors(load_config(folder)))
+    return folder
+
+
+def test_features_of_texts_are_those_of_transformers(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mining, "TEXTS_AT_A_TIME", 2)
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(WORDS, size)) for size in (1, 9, 3, 20, 5, 2, 30, 4, 4, 17, 11)]
+    policy = load_model(folder, tiny_config("")).policy
+    found = mining.encode(policy, policy.weights(str(folder), 0), texts, 1000)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).model
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    for text, features in zip(texts, found, strict=True):
+        with torch.no_grad():
+            hidden = theirs(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]
+        np.testing.assert_allclose(features, hidden.mean(0).numpy(), rtol=1e-4, atol=1e-4)
+    # Of a long text the last tokens are read, as if it were they alone.
+    ids = tokenizer(texts[6], add_special_tokens=False)["input_ids"]
+    before = tokenizer("", return_tensors="pt")["input_ids"][0].tolist()
+    with torch.no_grad():
+        hidden = theirs(torch.tensor([[*before, *ids[-5:]]])).last_hidden_state[0]
+    cut = mining.encode(policy, policy.weights(str(folder), 0), texts[6:7], 5)[0]
+    np.testing.assert_allclose(cut, hidden.mean(0).numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_policy_ranks_by_its_features(folder: Path, tmp_path: Path) -> None:
+    catalogue, examples = make_catalogue(tmp_path), make_examples()
+    model = load_model(folder, tiny_config(""))
+    arguments = model.policy, model.params, examples, catalogue, 100
+    rows = np.arange(M)
+    source = mining.by_policy(*arguments, "dot")
+    prompts = mining.encode(
+        model.policy, model.params, [mining.plain_text(x.prompt) for x in examples], 100
+    )
+    items = mining.encode(model.policy, model.params, catalogue.texts, 100)
+    table = prompts.astype(float) @ items.T.astype(float)
+    np.testing.assert_allclose(source.score(rows, slice(0, N)), table, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(source.score_chosen(rows), table[rows, rows], rtol=1e-4, atol=1e-3)
 
 
 def test_draws_stay_in_the_range_of_ranks_and_repeat_with_the_seed(tmp_path: Path) -> None:
