@@ -12,4 +12,4 @@ PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
 def test_the_table_has_every_model_type() -> None:
     found = re.findall(r"^\| `(\w+)` \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
-    assert found == [*FAMILIES, *MULTIMODAL]
+    assert found == ["model_type", *FAMILIES, *MULTIMODAL]

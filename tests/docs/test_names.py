@@ -16,7 +16,10 @@ from ml_collections import ConfigDict
 from mass_dpo_jax import config as config_lib
 
 ROOT = Path(__file__).parents[2]
-PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+PAGES = [  # Without those that a program wrote.
+    *ROOT.glob("*.md"),
+    *(page for page in ROOT.glob("docs/**/*.md") if "results" not in page.parts),
+]
 FOLDERS = ("mass_dpo_jax", "tests", "benchmarks", "launch", "configs", "docs", "examples")
 SUFFIXES = "py|sh|md|png|yaml|yml|sbatch|csv|cfg|cff|toml|jsonl"
 # Pages speak of `training/step.py` and of `test_mesh.py` where the folder is clear.
