@@ -227,10 +227,16 @@ def evaluate_logps(
     return values
 
 
-def metric_names(has_reference: bool) -> list[str]:
-    """Lists the metrics of `evaluate_logps` without their standard errors."""
-    logps = np.zeros((1, 2), np.float32)
-    values = evaluate_logps(logps, logps if has_reference else None, np.ones((1, 2), bool), 1.0)
+def metric_names(has_reference: bool, graded: int = 0) -> list[str]:
+    """Lists the metrics of `evaluate_logps` without their standard errors.
+
+    Args:
+        has_reference: whether there is a reference.
+        graded: C, where candidates have grades; 0: they have none.
+    """
+    logps = np.zeros((1, max(2, graded)), np.float32)
+    valid, grades = np.ones(logps.shape, bool), logps if graded else None
+    values = evaluate_logps(logps, logps if has_reference else None, valid, 1.0, grades)
     return [name for name in values if not name.endswith("_se")]
 
 

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 import mass_dpo_jax
 from mass_dpo_jax.data.examples import Example, digest_examples
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.metrics import evaluate_logps, metric_names, ranking_gains
+from mass_dpo_jax.metrics import GAIN_CUTOFFS, evaluate_logps, metric_names, ranking_gains
 from mass_dpo_jax.runs import metrics_files, run_folder
 from mass_dpo_jax.runs.loggers import Log
 from mass_dpo_jax.training import scoring
@@ -29,19 +29,22 @@ MAX_SELECTED_ROWS = 256  # Rows of the final split whose selection the report sh
 START_LOGPS, FINAL_LOGPS, EXIST_LOGPS = "logps-start.npy", "logps-final.npy", "logps-exist.npy"
 
 
-def check_best(train: ConfigDict, method: str, splits: Collection[str]) -> None:
+def check_best(
+    train: ConfigDict, method: str, splits: Collection[str], graded: int = max(GAIN_CUTOFFS)
+) -> None:
     """Checks that evaluations give the metric by which the best checkpoint is kept.
 
     Args:
         train: the section `config.train`.
         method: `config.method`.
         splits: names of the splits that have rows.
+        graded: candidates of a validation row, where they have grades; 0 where they have none.
 
     Raises:
         UserError: no evaluation gives it.
     """
     best = train.keep_best
-    names = metric_names(METHODS[method].uses_reference)
+    names = metric_names(METHODS[method].uses_reference, graded)
     if best and best not in names:
         raise UserError(
             f"config.train.keep_best={best!r}: expected a metric of the evaluations of "

@@ -166,7 +166,11 @@ def _prepare(config: ConfigDict, workdir: Path, lock: run_folder.Lock) -> _Start
     resolved_config = run_config.use_own_files(config, workdir) if has_checkpoint else config
     resolved_config = fetch_models(resolved_config)
     setup = prepare(resolved_config, workdir, SPLITS)
-    check_best(config.train, config.method, setup.tokens)
+    validation = setup.tokens.get("validation")
+    graded = 0
+    if validation is not None and validation.grades is not None:
+        graded = validation.response_lengths.shape[1]
+    check_best(config.train, config.method, setup.tokens, graded)
     digests = setup.digests()
     distributed.run_on_primary(lambda: resume.check_data(workdir, digests))
     params, reference_params, weights = _read_weights(setup, has_checkpoint)

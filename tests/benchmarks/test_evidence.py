@@ -240,6 +240,8 @@ class TestColdStart:
                 "columns": "",
                 "splits": "",
                 "subset": "",
+                "format": "auto",
+                "group": "none",
             }
         )
         examples = load_examples(data, "train", seed)

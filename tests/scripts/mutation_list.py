@@ -845,13 +845,13 @@ MUTATIONS = (
         "lora: what dropout keeps is not scaled",
         ".astype(jnp.float32) / (1.0 - rate)",
         ".astype(jnp.float32)",
-        "models/test_dropout.py::TestFactors",
+        "models/test_dropout.py",
     ),
     Mutation(
         "lora: responses of a prompt drop the same",
         "(1 + numbers) * MAX_LENGTH + offsets",
         "MAX_LENGTH + offsets",
-        "models/test_dropout.py::TestFactors",
+        "models/test_dropout.py",
     ),
     Mutation(
         "lora: a pass without dropout is the forward pass of training",
@@ -1912,8 +1912,8 @@ MUTATIONS = (
     ),
     Mutation(
         "loaders: what answers begin with is a prompt, though a column has one",
-        "    return str(row[other]).strip() not in chosen",
-        "    return False",
+        "bool(other) and has_content(row[other]) and not contains_prompt(row[other], chosen)",
+        "False",
         "data/readers/test_preferences.py",
     ),
     Mutation(

@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[2]
 AREAS = set(
     "losses methods selection catalogue prompts masks positions responses replay chunks log-probs "
     "models export lora optimizer steps refresh checkpoint resume origin loaders tokens batches "
-    "metrics mesh hosts signals runs config cli help files estimate reports".split()
+    "formats grouping metrics mesh hosts signals runs config cli help files estimate "
+    "reports".split()
 ) | {"model card"}
 
 

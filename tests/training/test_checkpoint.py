@@ -334,3 +334,17 @@ def test_every_metric_of_an_evaluation_can_be_the_best(tmp_path: Path, data: Pat
             if name.startswith("eval/") and not name.endswith("_se"):
                 config.train.keep_best = name.removeprefix("eval/")
                 check_best(config.train, config.method, ["validation"])
+
+
+@pytest.mark.usefixtures("one_device")
+def test_the_best_by_gains_needs_grades(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"{i} plus {i}", "chosen": str(2 * i), "rejected": [f"{i}1", f"{i}2"]}
+        for i in range(20)
+    ]
+    path = tmp_path / "plain.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"train.steps": 1, "train.keep_best": "policy/gain_ndcg@3", "num_negatives": 2}
+    config = tiny_config(path, **changes)
+    with pytest.raises(UserError, match=r"keep_best='policy/gain_ndcg@3': expected a metric"):
+        train(config, tmp_path / "run")
