@@ -46,6 +46,10 @@ def build_sequence(
     size = prompts_BP.shape[1]
     positions_BP = jnp.broadcast_to(jnp.arange(size), prompts_BP.shape)
     response_tokens = groups.tokens.reshape(len(prompts_BP), -1)
+    keys = None
+    if dropout is not None:
+        response_keys = dropout.make_response_keys(groups.segments, groups.offsets)
+        keys = jnp.concatenate([dropout.make_prompt_keys(size), response_keys], axis=1)
     return TokenSequence(
         jnp.concatenate([prompts_BP, response_tokens], axis=1),
         jnp.concatenate([positions_BP, _compute_positions(prompt_lengths_B, groups)], axis=1),
@@ -53,15 +57,7 @@ def build_sequence(
             attention, size, prompt_lengths_B, groups.segments, groups.offsets
         ),
         _make_outputs(size, prompt_lengths_B, groups, attention),
-        None
-        if dropout is None
-        else jnp.concatenate(
-            [
-                dropout.make_prompt_keys(size),
-                dropout.make_response_keys(groups.segments, groups.offsets),
-            ],
-            axis=1,
-        ),
+        keys,
     )
 
 

@@ -53,14 +53,20 @@ def _has_key(*keys: str) -> Any:
     return fits
 
 
-def check_ranks(ranks: Sequence[float], field: str, location: str) -> None:
-    """Raises UserError where two answers have the same rank."""
+def _read_ranked(row: Row, field: str, text: str, location: str) -> list[Answer]:
+    """Reads objects with a text and a `rank` of their own, smaller for better."""
+    items = read_objects(need(row, field, location), field, location)
+    ranks = [need_number(item, "rank", f"{field}[{i}].", location) for i, item in enumerate(items)]
     for i, j in itertools.combinations(range(len(ranks)), 2):
         if ranks[i] == ranks[j]:
             raise UserError(
                 f"{location}: field {field!r}: answers {i} and {j} have the same rank, "
                 f"{ranks[i]:g}; expected a rank of its own for each"
             )
+    return [
+        Answer(f"{field}[{i}].{text}", item.get(text), rank)
+        for i, (item, rank) in enumerate(zip(items, ranks, strict=True))
+    ]
 
 
 # ---- NeMo RL: https://docs.nvidia.com/nemo/rl/latest/guides/dpo.html
@@ -68,14 +74,7 @@ def check_ranks(ranks: Sequence[float], field: str, location: str) -> None:
 
 def _read_nemo(row: Row, location: str) -> RawRow:
     context = need(row, "context", location)
-    items = read_objects(need(row, "completions", location), "completions", location)
-    ranks = [need_number(x, "rank", f"completions[{i}].", location) for i, x in enumerate(items)]
-    check_ranks(ranks, "completions", location)
-    answers = [
-        Answer(f"completions[{i}].completion", item.get("completion"), rank)
-        for i, (item, rank) in enumerate(zip(items, ranks, strict=True))
-    ]
-    return RawRow(context, "context", answers)
+    return RawRow(context, "context", _read_ranked(row, "completions", "completion", location))
 
 
 # ---- UltraFeedback: https://huggingface.co/datasets/openbmb/UltraFeedback
@@ -133,13 +132,7 @@ def _average_ratings(item: Row, field: str, location: str) -> float | None:
 
 
 def _read_nectar(row: Row, location: str) -> RawRow:
-    items = read_objects(need(row, "answers", location), "answers", location)
-    ranks = [need_number(item, "rank", f"answers[{i}].", location) for i, item in enumerate(items)]
-    check_ranks(ranks, "answers", location)
-    answers = [
-        Answer(f"answers[{i}].answer", item.get("answer"), rank)
-        for i, (item, rank) in enumerate(zip(items, ranks, strict=True))
-    ]
+    answers = _read_ranked(row, "answers", "answer", location)
     return RawRow(_split_turns(need(row, "prompt", location), location), "prompt", answers)
 
 
@@ -204,12 +197,12 @@ def _has_objects(row: Row) -> bool:
 
 
 def _read_objects(row: Row, location: str) -> RawRow:
-    items = [(need(row, "chosen", location), "chosen", True)]
+    items = [(need(row, "chosen", location), "chosen")]
     rejected = read_objects(need(row, "rejected", location), "rejected", location)
-    items += [(item, f"rejected[{i}]", False) for i, item in enumerate(rejected)]
+    items += [(item, f"rejected[{i}]") for i, item in enumerate(rejected)]
     answers, scores = [], []
-    for item, field, _ in items:
-        item, text, score = to_json_value(item), None, None
+    for item, field in items:
+        item, score = to_json_value(item), None
         if isinstance(item, Mapping) and "role" not in item:
             field, text = find_text(item, field, location)
             key = next((key for key in SCORE_KEYS if key in item), "")

@@ -30,8 +30,8 @@ SHAREGPT_ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
     "system": "system", "observation": "tool", "tool": "tool", "function_call": "function_call",
 }  # fmt: skip
-# Columns of which one has the question, beside chosen and rejected.
 SCORES = ("score_chosen", "score_rejected")
+# Columns of which one has the question, beside chosen and rejected.
 QUESTIONS = ("question", "prompt", "input")
 
 
@@ -191,12 +191,10 @@ def _read_swift(row: Row, location: str) -> RawRow:
         prompt = messages[:-1]
         best = [Answer(f"messages[{len(messages) - 1}]", [last], 0)]
         prompt = add_context(row, prompt, location)
-    if get(row, "rejected_response") is not None:
-        worst = list_answers(row["rejected_response"], "rejected_response", 1, location)
-    else:
-        name = "rejected_messages" if get(row, "rejected_messages") is not None else ""
-        rejected = need(row, name or "rejected_response", location)
-        worst = list_answers(rejected, name, 1, location)
+    has_messages = get(row, "rejected_messages") is not None
+    lacks_response = get(row, "rejected_response") is None
+    name = "rejected_messages" if has_messages and lacks_response else "rejected_response"
+    worst = list_answers(need(row, name, location), name, 1, location)
     return RawRow(prompt, prompt_field, [*best, *worst])
 
 
