@@ -33,7 +33,7 @@ POSITIVE = (
 NOT_NEGATIVE = (
     "seed train.steps train.epochs train.weight_decay train.eval_every log.draw_noise_every "
     "data.max_train data.max_validation data.max_test sft_weight device_memory_gb "
-    "model.lora.rank train.responses_at_a_time pl_rank.top"
+    "model.lora.rank train.responses_at_a_time pl_rank.top loss.gamma"
 ).split()
 SHARES = ("data.validation_share", "train.warmup_ratio", "model.lora.dropout")
 LIMIT = 2**31  # XLA counts in 32 bits.
@@ -139,6 +139,11 @@ def _check_values(fields: Mapping[str, Any]) -> None:
             raise UserError(
                 f"config.{name}={fields[name]!r}: expected 0 to 1, a share: 0.1 is a tenth"
             )
+    if not 0 <= fields["loss.label_smoothing"] < 0.5:
+        raise UserError(
+            f"config.loss.label_smoothing={fields['loss.label_smoothing']!r}: expected 0 to 0.5, "
+            "the probability that a preference is the wrong way round"
+        )
     if fields["train.learning_rate"] > 1:
         raise UserError(
             f"config.train.learning_rate={fields['train.learning_rate']!r}: expected at most 1: "

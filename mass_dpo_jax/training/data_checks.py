@@ -23,11 +23,20 @@ def check_training_data(method: Method, tokens: Tokens) -> Tokens:
             the preferences.
     """
     check_pools(method, tokens)
+    return grade_split(method, tokens)
+
+
+def grade_split(method: Method, tokens: Tokens) -> Tokens:
+    """Returns a split with the grades that the method uses, if any.
+
+    Raises:
+        UserError: grades are missing or contradict the preferences.
+    """
     if method.uses_order:
         return _scale_grades(method, tokens)
     if method.uses_scores:
         _check_scores(method, tokens)
-    elif method.name == "odpo":  # By rank: rejected responses are listed from the best to the
+    elif method.margin == "grade":  # By rank: rejected responses are listed from the best to the
         # worst, and those left out as too long keep their rank.
         order = tokens.candidate_ids if tokens.ranks is None else tokens.ranks
         return dataclasses.replace(tokens, scores=-order.astype(np.float32))
@@ -104,7 +113,7 @@ def _scale(grades: np.ndarray, low: Any, width: Any) -> np.ndarray:
 def _check_scores(method: Method, tokens: Tokens) -> None:
     if tokens.scores is None:
         raise UserError(
-            "config.method=odpo: the training data has no scores; expected score_chosen and "
+            "margins by score: the training data has no scores; expected score_chosen and "
             "score_rejected in every row, or config.odpo.offset=rank where rejected responses are "
             "listed from the best to the worst"
         )

@@ -18,7 +18,7 @@ from mass_dpo_jax.metrics import GAIN_CUTOFFS, evaluate_logps, metric_names, ran
 from mass_dpo_jax.runs import metrics_files, run_folder
 from mass_dpo_jax.runs.loggers import Log
 from mass_dpo_jax.training import scoring
-from mass_dpo_jax.training.methods import METHODS
+from mass_dpo_jax.training.methods import uses_reference
 from mass_dpo_jax.training.setup import Setup
 from mass_dpo_jax.utils import distributed
 from mass_dpo_jax.utils.files import read_array
@@ -30,25 +30,24 @@ START_LOGPS, FINAL_LOGPS, EXIST_LOGPS = "logps-start.npy", "logps-final.npy", "l
 
 
 def check_best(
-    train: ConfigDict, method: str, splits: Collection[str], graded: int = max(GAIN_CUTOFFS)
+    config: ConfigDict, splits: Collection[str], graded: int = max(GAIN_CUTOFFS)
 ) -> None:
     """Checks that evaluations give the metric by which the best checkpoint is kept.
 
     Args:
-        train: the section `config.train`.
-        method: `config.method`.
+        config: the configuration.
         splits: names of the splits that have rows.
         graded: candidates of a validation row, where they have grades; 0 where they have none.
 
     Raises:
         UserError: no evaluation gives it.
     """
-    best = train.keep_best
-    names = metric_names(METHODS[method].uses_reference, graded)
+    train, best = config.train, config.train.keep_best
+    names = metric_names(uses_reference(config), graded)
     if best and best not in names:
         raise UserError(
             f"config.train.keep_best={best!r}: expected a metric of the evaluations of "
-            f"config.method={method}, one of {', '.join(names)}"
+            f"config.method={config.method}, one of {', '.join(names)}"
         )
     if best and not train.eval_every:
         raise UserError(

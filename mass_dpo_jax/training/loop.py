@@ -154,7 +154,7 @@ def _check_folder(
     )
     if metrics is None:
         distributed.run_on_primary(lambda: run_folder.check_writable(workdir))
-        check_best(config.train, config.method, SPLITS)
+        check_best(config, SPLITS)
         check_gaps(read_settings(config), bool(config.model.reference_path))
     return metrics
 
@@ -170,7 +170,7 @@ def _prepare(config: ConfigDict, workdir: Path, lock: run_folder.Lock) -> _Start
     graded = 0
     if validation is not None and validation.grades is not None:
         graded = validation.response_lengths.shape[1]
-    check_best(config.train, config.method, setup.tokens, graded)
+    check_best(config, setup.tokens, graded)
     digests = setup.digests()
     distributed.run_on_primary(lambda: resume.check_data(workdir, digests))
     params, reference_params, weights = _read_weights(setup, has_checkpoint)
@@ -198,7 +198,7 @@ def _read_weights(setup: Setup, has_checkpoint: bool) -> tuple[Any, Any, dict[st
         digests of both by the setting that names them.
     """
     model, policy, uses_reference = setup.model, setup.policy, setup.method.uses_reference
-    names = list_models_read(setup.method.name, model, has_checkpoint)
+    names = list_models_read(uses_reference, model, has_checkpoint)
     params: Any = {}
     reference, digests = None, {}
     if "path" in names or not model.path:

@@ -27,7 +27,7 @@ from mass_dpo_jax.models.logprobs import choose_max_logits
 from mass_dpo_jax.runs.run_folder import latest_step
 from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training.data_checks import check_training_data, describe_split
-from mass_dpo_jax.training.methods import METHODS, Method, make_method
+from mass_dpo_jax.training.methods import METHODS, Method, make_method, uses_reference
 from mass_dpo_jax.training.model_paths import check_model, uses_lora
 from mass_dpo_jax.training.open_policy import open_policy
 from mass_dpo_jax.training.policy import Policy
@@ -72,7 +72,7 @@ def prepare(
     if distributed.is_primary():
         has_checkpoint = workdir is not None and latest_step(workdir) is not None
         # Models first: reading data can take minutes, looking at a folder takes no time.
-        for name in list_models_read(config.method, model, has_checkpoint):
+        for name in list_models_read(uses_reference(config), model, has_checkpoint):
             check_model(Path(model[name]), not config.dry_run, f"model.{name}")
         examples = _load_examples(config, splits)
         policy = open_with(examples=examples.get("train", ()))
@@ -86,15 +86,14 @@ def prepare(
     return build_setup(config, policy, examples, tokens, training, ties)
 
 
-def list_models_read(method: str, model: ConfigDict, has_checkpoint: bool) -> list[str]:
+def list_models_read(uses_reference: bool, model: ConfigDict, has_checkpoint: bool) -> list[str]:
     """Returns the settings in `config.model` that name models whose weights a run reads.
 
     Args:
-        method: `config.method`.
+        uses_reference: whether the loss compares the policy with a reference.
         model: the section `config.model`.
         has_checkpoint: the run has saved the weights that it trains.
     """
-    uses_reference = METHODS[method].uses_reference
     uses_other = uses_reference and bool(model.reference_path)
     starts_from = not has_checkpoint or uses_lora(model.lora) or (uses_reference and not uses_other)
     return ["path"] * (starts_from and bool(model.path)) + ["reference_path"] * uses_other
