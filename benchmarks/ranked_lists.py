@@ -5,9 +5,10 @@
 
 The files of LastFM that S-DPO publishes have windows of each user's list of artists. Put together
 again they are the lists. Their order is that of HetRec's files, by how often a user has listened,
-as far as one can tell from here: the counts themselves are not in S-DPO's files. A row has ten artists of a user as its prompt, and as responses the next five of the
-list in their order, graded 5 to 1, and fourteen artists that the user does not have, graded 0.
-Users of S-DPO's validation and test files are tested on, the others trained on.
+as far as one can tell from here: the counts themselves are not in S-DPO's files. A row has ten
+artists of a user as its prompt, and as responses the next five of the list in their order, graded 5
+to 1, and fourteen artists that the user does not have, graded 0. Users of S-DPO's validation and
+test files are tested on, the others trained on.
 
 A cell is a loss and a seed. All of a seed train from the same start, a supervised training on the
 best response, on the same rows in the same order. It is tested by NDCG with linear gains.
