@@ -323,7 +323,7 @@ def evaluate_logps(
     rankings = {"policy": logps}
     if ref_logps is not None:
         rankings["reward"] = np.float32(beta) * (logps - ref_logps)
-    values = {}
+    values: dict[str, float] = {}
     for prefix, scores in rankings.items():
         values |= summarize(per_example_metrics(scores, lists, cutoffs), prefix)
         if lists.items is not None:
