@@ -16,10 +16,10 @@ from jaxtyping import Bool, Float, Integer, Shaped
 __all__ = [
     "Lists",
     "evaluate_logps",
-    "item_metrics",
     "metric_names",
     "paired_difference",
     "per_example_gain_ndcg",
+    "per_example_items",
     "per_example_metrics",
     "per_example_rank",
     "per_example_ranking",
@@ -171,6 +171,42 @@ def per_example_gain_ndcg(
     return values
 
 
+def per_example_items(
+    scores: Float[np.ndarray, "M C"], lists: Lists
+) -> dict[str, Float[np.ndarray, " M"]]:
+    """Computes which items are ranked first, where responses are items of a catalogue, in float64.
+
+    The mean of `coverage` is the share of all items in the lists that are ranked first in some
+    list. That is no mean over lists, so its values are the jackknife's: they differ from list to
+    list as pseudo-values do, and so have the jackknife's standard error, with all items in the
+    lists fixed. `popularity` is the share of the *other* lists in which the item ranked first is
+    relevant.
+
+    Args:
+        scores: values that rank the candidates. Of equal ones, one that is not relevant is first.
+        lists: what the data says of them, `items` too.
+
+    Raises:
+        ValueError: shapes differ, or a row's chosen response is not valid.
+    """
+    assert lists.items is not None
+    scores, valid = _check(scores, lists.valid)
+    relevant = np.zeros_like(valid) if lists.relevant is None else valid & lists.relevant
+    relevant[:, 0] = True
+    first = _rank_worst(scores, valid, relevant)[:, :1]
+    item = np.take_along_axis(lists.items, first, axis=1)[:, 0]
+    is_relevant = np.take_along_axis(relevant, first, axis=1)[:, 0]
+    times_relevant = np.bincount(lists.items[relevant], minlength=item.max() + 1)
+    others, times_first = len(item) - 1, np.bincount(item)
+    # Without a list there is one item less if it is first in that list alone.
+    alone, num_items = times_first[item] == 1, len(np.unique(lists.items[valid]))
+    covered = np.count_nonzero(times_first) + others * (alone - alone.mean())
+    return {
+        "coverage": covered / num_items,
+        "popularity": (times_relevant[item] - is_relevant) / max(1, others),
+    }
+
+
 def ranking(
     scores: Float[np.ndarray, "M C"],
     valid: Bool[np.ndarray, "M C"],
@@ -191,40 +227,6 @@ def ranking(
         standard error.
     """
     return summarize(per_example_metrics(scores, Lists(valid), cutoffs), prefix)
-
-
-def item_metrics(scores: Float[np.ndarray, "M C"], lists: Lists, prefix: str) -> dict[str, float]:
-    """Computes which items are ranked first, where responses are items of a catalogue.
-
-    Args:
-        scores: values that rank the candidates. Of equal ones, one that is not relevant is first.
-        lists: what the data says of them, `items` too.
-        prefix: precedes every name, with a slash between.
-
-    Returns:
-        `coverage`, the items that are ranked first in some list over all items in the lists; and
-        `popularity`, the mean share of the *other* lists that the item ranked first is relevant in.
-        Under NAME_se the standard error over lists: of `coverage`, a share of distinct values and
-        no mean, the jackknife's, with all items in the lists fixed.
-    """
-    assert lists.items is not None
-    scores, valid = _check(scores, lists.valid)
-    relevant = np.zeros_like(valid) if lists.relevant is None else valid & lists.relevant
-    relevant[:, 0] = True
-    first = _rank_worst(scores, valid, relevant)[:, :1]
-    item = np.take_along_axis(lists.items, first, axis=1)[:, 0]
-    is_relevant = np.take_along_axis(relevant, first, axis=1)[:, 0]
-    times_relevant = np.bincount(lists.items[relevant], minlength=item.max() + 1)
-    popularity = (times_relevant[item] - is_relevant) / max(1, len(item) - 1)
-    # Without one list there is one distinct item less where that is first in no other.
-    times_first, num_items = np.bincount(item), len(np.unique(lists.items[valid]))
-    once = np.count_nonzero(times_first == 1)
-    spread = (len(item) - 1) / len(item) * once * (1 - once / len(item))
-    return {
-        f"{prefix}/coverage": float(np.count_nonzero(times_first) / num_items),
-        f"{prefix}/coverage_se": float(np.sqrt(spread) / num_items),
-        **summarize({"popularity": popularity}, prefix),
-    }
 
 
 def reward_metrics(
@@ -318,7 +320,7 @@ def evaluate_logps(
 
     Returns:
         `policy/*` and, with a reference, `reward/*`, each with `*_se`; and `rewards/*`. With items
-        `chosen/*` too: what `item_metrics` are where the chosen responses are ranked first.
+        `chosen/*` too: those of `per_example_items` where the chosen responses are ranked first.
     """
     rankings = {"policy": logps}
     if ref_logps is not None:
@@ -327,20 +329,20 @@ def evaluate_logps(
     for prefix, scores in rankings.items():
         values |= summarize(per_example_metrics(scores, lists, cutoffs), prefix)
         if lists.items is not None:
-            values |= item_metrics(scores, lists, prefix)
+            values |= summarize(per_example_items(scores, lists), prefix)
     if ref_logps is not None:
         values |= reward_metrics(rankings["reward"], lists.compared)
     if lists.items is not None:
         chosen_first = np.zeros_like(logps)
         chosen_first[:, 0] = 1
-        values |= item_metrics(chosen_first, lists, "chosen")
+        values |= summarize(per_example_items(chosen_first, lists), "chosen")
     return values
 
 
 def metric_names(
     has_reference: bool, candidates: int, graded: bool, cutoffs: Sequence[int] = CUTOFFS
 ) -> list[str]:
-    """Lists the metrics of `evaluate_logps`, but for errors and `item_metrics`.
+    """Lists the metrics of `evaluate_logps`, but for errors and those of items.
 
     Args:
         has_reference: whether there is a reference.
@@ -369,10 +371,14 @@ def ranking_gains(
         cutoffs: the k of recall and NDCG; one above C is left out.
 
     Returns:
-        The mean difference of every metric of `per_example_metrics` under `policy/NAME`, and its
-        paired standard error under `policy/NAME_se`.
+        The mean difference of every metric of `per_example_metrics` and, with items, of
+        `per_example_items` under `policy/NAME`, and its paired standard error under
+        `policy/NAME_se`.
     """
     ours, theirs = (per_example_metrics(x, lists, cutoffs) for x in (after, before))
+    if lists.items is not None:
+        ours |= per_example_items(after, lists)
+        theirs |= per_example_items(before, lists)
     gains = {}
     for name in ours:
         gains[f"policy/{name}"], gains[f"policy/{name}_se"] = paired_difference(

@@ -216,30 +216,43 @@ def test_coverage_and_popularity_of_what_is_ranked_first():
     scores = rng.integers(0, 3, (30, 4)).astype(np.float32)
     items.sort(axis=1)  # Some are never chosen, and some are never first.
     items[~valid] = 0
-    got = metrics.item_metrics(scores, Lists(valid, relevant, None, items), "policy")
+    lists = Lists(valid, relevant, None, items)
+    got = metrics.summarize(metrics.per_example_items(scores, lists), "policy")
 
-    first = []
-    for i in range(30):
-        size = valid[i].sum()
-        first.append(min(range(size), key=lambda c: (-scores[i, c], relevant[i, c], c)))
-    shown = [items[i, c] for i, c in enumerate(first)]
+    def ranked_first(scores):
+        for row, is_relevant, names, exists in zip(scores, relevant, items, valid, strict=True):
+            listed = zip(-row[exists], is_relevant[exists], range(4), names[exists], strict=False)
+            yield min(listed)[-1]
+
+    shown, others = list(ranked_first(scores)), list(ranked_first(-scores))
     catalogue = set(items[valid].tolist())
 
-    def coverage(rows):
+    def coverage(rows, shown):
         return len({shown[i] for i in rows}) / len(catalogue)
 
-    left_out = np.array([coverage(set(range(30)) - {i}) for i in range(30)])
-    jackknife = 29 / 30 * np.sum((left_out - left_out.mean()) ** 2)
+    def jackknife(estimate):
+        left_out = np.array([estimate(set(range(30)) - {i}) for i in range(30)])
+        return math.sqrt(29 / 30 * np.sum((left_out - left_out.mean()) ** 2))
+
     popularity = [
         np.mean([(valid & relevant & (items == shown[i]))[j].sum() for j in range(30) if j != i])
         for i in range(30)
     ]
     assert got == pytest.approx({
-        "policy/coverage": coverage(range(30)), "policy/coverage_se": math.sqrt(jackknife),
+        "policy/coverage": coverage(range(30), shown),
+        "policy/coverage_se": jackknife(lambda rows: coverage(rows, shown)),
         "policy/popularity": np.mean(popularity),
         "policy/popularity_se": np.std(popularity, ddof=1) / math.sqrt(30),
     })  # fmt: skip
     assert 0 < got["policy/coverage"] < 1 and got["policy/coverage_se"] > 0
+
+    def difference(rows):
+        return coverage(rows, shown) - coverage(rows, others)
+
+    gains = metrics.ranking_gains(scores, -scores, lists)
+    assert gains["policy/coverage"] == pytest.approx(difference(range(30)))
+    assert gains["policy/coverage_se"] == pytest.approx(jackknife(difference))
+    assert gains["policy/popularity_se"] > 0
 
 
 def test_items_have_metrics_of_the_chosen_responses_beside():

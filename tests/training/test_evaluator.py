@@ -76,7 +76,11 @@ def test_cutoffs_beyond_the_longest_list_are_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = write_several_chosen(tmp_path)
-    changes = {"data.validation_share": 0.3, "eval.cutoffs": "2,9", "train.keep_best": "policy/recall@9"}
+    changes = {
+        "data.validation_share": 0.3,
+        "eval.cutoffs": "2,9",
+        "train.keep_best": "policy/recall@9",
+    }
     with pytest.raises(UserError, match=r"keep_best='policy/recall@9': expected .*recall@2, .*"):
         train(tiny_config(data, **changes), tmp_path / "run")
     changes["train.keep_best"] = "policy/coverage"  # More is not better.
