@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mass_dpo_jax.compare import compare
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.evaluate import evaluate
+from mass_dpo_jax.reports.comparison import reference_rankings
 from mass_dpo_jax.train import train
 from mass_dpo_jax.training.prepare import prepare
 from tests.support.helpers import WORDS, log_lines, tiny_config
@@ -33,7 +35,7 @@ def write_several_chosen(folder: Path, examples: int = 40) -> Path:
 def test_several_chosen_responses_are_all_to_be_ranked_first(tmp_path: Path) -> None:
     data, run = write_several_chosen(tmp_path), tmp_path / "run"
     changes = {"data.validation_share": 0.4, "train.keep_best": "policy/map", "log.report": True}
-    config = tiny_config(data, **changes, **{"eval.cutoffs": "2,4"})
+    config = tiny_config(data, **changes, **{"eval.cutoffs": "2,4", "data.max_shapes": 1})
     done = train(config, run)
     found = done["final"]
 
@@ -54,6 +56,14 @@ def test_several_chosen_responses_are_all_to_be_ranked_first(tmp_path: Path) -> 
     assert {name.split("@")[1][:1] for name in found if "@" in name} == {"2", "4"}
     assert any(line.get("eval/policy/map") for line in log_lines(run))
     assert evaluate(config, run, None) == pytest.approx(found, abs=1e-5)
+
+    # `compare` computes the same of the files, and ranks all chosen responses by popularity too.
+    table, graded, _ = compare([run]).split("\n\n")
+    for name, text in (("accuracy", table), ("map", graded)):
+        percent = f"{100 * found[f'policy/{name}']:.1f} ± {100 * found[f'policy/{name}_se']:.1f}"
+        assert any(x.startswith("run ") and f" {percent}" in x for x in text.splitlines())
+    popular = reference_rankings(config, "test")["popularity in training"]
+    assert 0 < popular["policy/recall@3"] < 1
 
     # Each of thirteen items is in many lists.
     assert 0 < found["policy/coverage"] <= 1 and found["policy/popularity_se"] > 0
