@@ -392,16 +392,16 @@ def parse_cutoffs(cutoffs: str) -> tuple[int, ...]:
     """Returns the numbers in `eval.cutoffs`.
 
     Raises:
-        UserError: they are not whole numbers from 1, each larger than the one before it.
+        UserError: they are not whole numbers, each larger than the one before it.
     """
     parts = [part.strip() for part in cutoffs.split(",")]
-    if all(part.isdecimal() and len(part) < 10 for part in parts):
+    if all(part.isdecimal() and len(part) < 6 for part in parts):
         numbers = tuple(map(int, parts))
         if numbers == tuple(sorted(set(numbers))) and numbers[0] > 0:
             return numbers
     raise UserError(
-        f"config.eval.cutoffs={cutoffs!r}: expected whole numbers from 1 upward, each larger than "
-        "the one before it, as in 1,3,5,10"
+        f"config.eval.cutoffs={cutoffs!r}: expected whole numbers from 1 to 99999, each larger "
+        "than the one before it, as in 1,3,5,10"
     )
 
 

@@ -129,8 +129,8 @@ def _have_grades(runs: Sequence[Path]) -> bool:
     without = [run for run in runs if not (run / GRADES).exists()]
     if without and len(without) < len(runs):
         _log.warning(
-            f"{without[0]}: has no {GRADES}, being of an earlier version: no metrics by grade are "
-            "compared, and of several chosen responses the first alone counts"
+            f"{without[0]}: has no {GRADES}, as runs of earlier versions: no metrics by grade are "
+            "compared, and of several chosen responses the first alone counts in differences"
         )
     return not without
 

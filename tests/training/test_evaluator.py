@@ -76,7 +76,7 @@ def test_several_chosen_responses_are_all_to_be_ranked_first(tmp_path: Path) -> 
 
 def test_cutoffs_that_no_run_could_use(tmp_path: Path) -> None:
     data = write_several_chosen(tmp_path)
-    for cutoffs in ("", "0", "3,1", "1,1", "1;3", "-1", "1.5", "all"):
+    for cutoffs in ("", "0", "3,1", "1,1", "1;3", "-1", "1.5", "all", "123456"):
         with pytest.raises(UserError, match=r"config.eval.cutoffs='.*': expected whole numbers"):
             train(tiny_config(data, **{"eval.cutoffs": cutoffs}), tmp_path / "run")
 
