@@ -321,6 +321,9 @@ def default() -> ConfigDict:
     # ---- Passes without gradients.
     c.eval = Settings()
     c.eval.batch_size = 32  # Prompts per batch in the reference pass, in evaluation and in score.
+    # The k of recall@k, ndcg@k and gain_ndcg@k, with commas between them. Those that are longer
+    # than every list of a split are left out.
+    c.eval.cutoffs = "1,3,5,10"
 
     # ---- Logs besides metrics.jsonl, which is always written.
     c.log = Settings()
@@ -431,6 +434,23 @@ def parse_budget(budget: float, rows: int, name: str = "config.selection.prompt_
     if budget > rows:
         raise UserError(f"{name}={budget:.0f}: expected at most {rows}, all prompts that there are")
     return max(1, round(budget * rows)) if budget < 1 else int(budget)
+
+
+def parse_cutoffs(cutoffs: str) -> tuple[int, ...]:
+    """Returns the numbers in `eval.cutoffs`.
+
+    Raises:
+        UserError: they are not whole numbers, each larger than the one before it.
+    """
+    parts = [part.strip() for part in cutoffs.split(",")]
+    if all(part.isdecimal() and len(part) < 6 for part in parts):
+        numbers = tuple(map(int, parts))
+        if numbers == tuple(sorted(set(numbers))) and numbers[0] > 0:
+            return numbers
+    raise UserError(
+        f"config.eval.cutoffs={cutoffs!r}: expected whole numbers from 1 to 99999, each larger "
+        "than the one before it, as in 1,3,5,10"
+    )
 
 
 def split_targets(targets: str) -> tuple[str, ...]:

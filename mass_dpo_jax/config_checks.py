@@ -14,6 +14,7 @@ from mass_dpo_jax.config import (
     default,
     flatten,
     parse_budget,
+    parse_cutoffs,
     parse_refresh,
     set_field,
     split_targets,
@@ -77,6 +78,7 @@ def check(config: ConfigDict) -> None:
         raise UserError("config.train.steps and config.train.epochs are both 0: nothing to train")
     parse_refresh(config.selection.refresh, steps_per_epoch=1)
     parse_budget(config.selection.prompt_budget, LIMIT)
+    parse_cutoffs(config.eval.cutoffs)
     split_targets(config.model.lora.targets)
     if (config.model.lora.rank or config.model.lora.path) and not config.model.path:
         raise UserError("config.model.lora adapts a model: config.model.path is missing")

@@ -130,4 +130,4 @@ if __name__ == "__main__":
         "temperature", 1.0, "Divides the scores of --draw=softmax.", lower_bound=1e-6
     )
     cli.define_path("output", "The JSON-lines file to write.")
-    cli.run(main, unread=[*cli.TRAINING, *cli.CHOOSING])
+    cli.run(main, unread=[*cli.TRAINING, *cli.CHOOSING, *cli.RANKING])

@@ -85,4 +85,4 @@ if __name__ == "__main__":
     cli.define_path("workdir", "A run's folder.")
     cli.define_split()
     cli.define_path("output", "The JSON-lines file to write.")
-    cli.run(main, unread=[*cli.TRAINING, *cli.CHOOSING, *cli.LIMITS])
+    cli.run(main, unread=[*cli.TRAINING, *cli.CHOOSING, *cli.LIMITS, *cli.RANKING])

@@ -74,4 +74,8 @@ if __name__ == "__main__":
     flags.DEFINE_enum("format", "lists", FORMATS, "Rows per prompt, or per pair.")
     flags.DEFINE_float("prompts", None, "Number or share of the prompts to choose; default: all.")
     cli.define_path("output", "The JSON-lines file to write.")
-    cli.run(main, default=config_lib.__file__, unread=[*cli.TRAINING, *cli.LIMITS, *UNREAD])
+    cli.run(
+        main,
+        default=config_lib.__file__,
+        unread=[*cli.TRAINING, *cli.LIMITS, *cli.RANKING, *UNREAD],
+    )

@@ -19,6 +19,7 @@ from __future__ import annotations
 from mass_dpo_jax.cli.flags import (
     CHOOSING,
     LIMITS,
+    RANKING,
     TRAINING,
     define_config,
     define_path,
@@ -32,6 +33,7 @@ from mass_dpo_jax.cli.running import log_unread, run
 __all__ = [
     "CHOOSING",
     "LIMITS",
+    "RANKING",
     "TRAINING",
     "check_output",
     "define_config",

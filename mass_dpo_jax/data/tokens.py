@@ -86,6 +86,30 @@ class Tokens:
             return exists
         return exists & ((self.ranks > 0) | (np.arange(exists.shape[1]) == 0))
 
+    @property
+    def relevant(self) -> np.ndarray | None:
+        """Which candidates the data calls chosen, bool [M, C]; None: the first alone."""
+        if self.ranks is None or not (self.ranks[:, 1:] == 0).any():
+            return None
+        return self.ranks == 0
+
+    @functools.cached_property
+    def items(self) -> np.ndarray | None:
+        """A number that equal responses share, int64 [M, C]; 0 too where there is no candidate.
+
+        None where responses are not items of a catalogue, which many rows have: where there are not
+        at least twice as many responses as different ones.
+        """
+        exists = self.response_lengths > 0
+        groups = RaggedTokens(
+            self.response_tokens, self.response_lengths[exists].astype(np.int64)
+        ).group_equal()
+        if len(groups) < 2 * (1 + groups.max()):
+            return None
+        items = np.zeros(exists.shape, np.int64)
+        items[exists] = groups
+        return items
+
     @functools.cached_property
     def grades(self) -> np.ndarray | None:
         """How good each candidate is, float32 [M, C], larger for better, 0 where there is none.

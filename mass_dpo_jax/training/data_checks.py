@@ -129,7 +129,7 @@ def _check_scores(method: Method, tokens: Tokens) -> None:
 
 def describe_split(tokens: Tokens) -> str:
     """Describes the size of a split in a line of text."""
-    pools = (tokens.response_lengths[:, 1:] > 0).sum(1)
+    pools, ties = tokens.compared[:, 1:].sum(1), tokens.relevant
     sizes = f"{pools.min()}" if pools.min() == pools.max() else f"{pools.min()} to {pools.max()}"
     prompts = tokens.prompt_lengths
     ranked = 0 if tokens.ranks is None else int((tokens.ranks > 1).any(1).sum())
@@ -140,5 +140,6 @@ def describe_split(tokens: Tokens) -> str:
         f"{len(tokens)} examples with {sizes} negatives, prompts of {prompts.mean():.0f} tokens "
         f"(at most {prompts.max()}), responses of at most {tokens.response_lengths.max()}"
         + (f"; negatives are ranked in {ranked}" if ranked else "")
+        + ("" if ties is None else f"; several are chosen in {(ties.sum(1) > 1).sum()}")
         + (f"; {cut}" if cut else "")
     )

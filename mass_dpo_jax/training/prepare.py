@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mass_dpo_jax import config_checks
+from mass_dpo_jax.config import parse_cutoffs
 from mass_dpo_jax.data.batches import make_buckets
 from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.data.split_cache import open_splits
@@ -56,7 +57,7 @@ def prepare(
         workdir: a run that is started or, if it has a checkpoint, resumed or scored.
         splits: the splits to load; the first must have rows.
         training: whether the split "train" is trained on, and must have what the method needs.
-        ties: whether responses as good as the chosen one are kept, see `build_setup`.
+        ties: whether responses as good as the chosen one are kept everywhere, see `build_setup`.
 
     Raises:
         UserError: the configuration, the data or the model folder is not what it should be.
@@ -175,14 +176,18 @@ def build_setup(
 ) -> Setup:
     """Builds the setup of tokenized splits; arguments as for `prepare` and `Setup`.
 
-    Responses as good as the chosen one are no negatives. They are left out unless the method's loss
-    is that of a graded list, or they are kept to be scored (`ties`).
+    Responses as good as the chosen one are no negatives. They are left out of what is trained on or
+    selected from, unless the method's loss is that of a graded list; and kept where responses are
+    only ranked: in the other splits of a training, and with `ties`.
 
     Raises:
         UserError: the training split does not have what the method needs.
     """
     if not (ties or METHODS[config.method].uses_order):
-        tokens = {split: rows.without_ties() for split, rows in tokens.items()}
+        tokens = {
+            split: rows if training and split != "train" else rows.without_ties()
+            for split, rows in tokens.items()
+        }
     for split, rows in tokens.items():
         _log.info(f"{split}: {describe_split(rows)}")
     selected_from = [tokens["train"]] if "train" in tokens else tokens.values()
@@ -203,6 +208,7 @@ def build_setup(
         refresh=config.selection.refresh,
         prompts=prompts,
         eval_batch_size=config.eval.batch_size,
+        cutoffs=parse_cutoffs(config.eval.cutoffs),
         cache=cache_folder(config.cache_dir),
         policy=policy,
         method=method,

@@ -1509,6 +1509,30 @@ MUTATIONS = (
         "test_metrics.py",
     ),
     Mutation(
+        "metrics: average precision forgets where the hits are",
+        "precision = (ranked * found / (1 + np.arange(scores.shape[1]))).sum(axis=1) / count",
+        "precision = (ranked * found / found[:, -1:]).sum(axis=1) / count",
+        "test_metrics.py",
+    ),
+    Mutation(
+        "metrics: a list counts in the popularity of its own item",
+        "(times_relevant[item] - is_relevant) / max(1, others)",
+        "times_relevant[item] / max(1, others)",
+        "test_metrics.py",
+    ),
+    Mutation(
+        "metrics: every list is alone in covering its item",
+        "alone, num_items = times_first[item] == 1,",
+        "alone, num_items = times_first[item] >= 1,",
+        "test_metrics.py",
+    ),
+    Mutation(
+        "metrics: what is as good as the chosen response is a negative",
+        "return Lists(tokens.response_lengths > 0, tokens.relevant, tokens.grades, tokens.items)",
+        "return Lists(tokens.response_lengths > 0, None, tokens.grades, tokens.items)",
+        "training/test_evaluator.py",
+    ),
+    Mutation(
         "metrics: standard errors divide by M",
         "np.std(values, ddof=1)",
         "np.std(values)",
