@@ -35,6 +35,8 @@ class Responses(NamedTuple):
             where it says only which one is chosen.
         weights: weights of negatives drawn from the policy's pool weights; else None.
         pool_loss: Plackett-Luce loss of the whole pool, with `weights`.
+        log_weights: how many responses each negative stands for (`Tokens.log_weights`); None where
+            all stand for themselves.
     """
 
     logps: Float[Array, "B 1+n"]
@@ -44,6 +46,7 @@ class Responses(NamedTuple):
     grades: Float[Array, "B 1+n"] | None
     weights: Float[Array, "B n"] | None
     pool_loss: Float[Array, " B"] | None
+    log_weights: Float[Array, "B 1+n"] | None = None
 
 
 Loss = Callable[[Responses, "Method"], Float[Array, " B"]]
@@ -61,6 +64,8 @@ class MethodSpec:
         max_negatives: upper bound on `config.num_negatives`; None for no bound.
         uses_order: whether the loss is that of a graded list: its responses include those as good
             as the chosen one, which other losses never see.
+        uses_draws_of_data: whether the loss is a function of a sum over negatives that a sum over
+            drawn ones with `Tokens.log_weights` estimates.
     """
 
     loss: Loss
@@ -69,10 +74,11 @@ class MethodSpec:
     uses_reference: bool = True
     max_negatives: int | None = None
     uses_order: bool = False
+    uses_draws_of_data: bool = False
 
 
 def _plackett_luce(x: Responses, m: Method) -> Array:
-    return losses.plackett_luce(x.log_ratios, x.valid, m.beta)
+    return losses.plackett_luce(x.log_ratios, x.valid, m.beta, x.log_weights)
 
 
 def _sampled_plackett_luce(x: Responses, m: Method) -> Array:
@@ -108,19 +114,28 @@ PLACKETT_LUCE = (
 )
 METHODS = {
     "mass_dpo": MethodSpec(
-        _plackett_luce, f"{PLACKETT_LUCE}, the sum over the selected negatives.", criterion=""
+        _plackett_luce,
+        f"{PLACKETT_LUCE}, the sum over the selected negatives.",
+        criterion="",
+        uses_draws_of_data=True,
     ),
     "pl_sampled": MethodSpec(
         _sampled_plackett_luce,
         f"{PLACKETT_LUCE}, the sum over the whole pool; its gradient is estimated, without bias, "
         "from negatives drawn with the pool's softmax weights.",
         criterion="sampled",
+        uses_draws_of_data=True,
     ),
     "pl_all": MethodSpec(
-        _plackett_luce, f"{PLACKETT_LUCE}, the sum over all negatives of the pool.", criterion="all"
+        _plackett_luce,
+        f"{PLACKETT_LUCE}, the sum over all negatives of the pool.",
+        criterion="all",
+        uses_draws_of_data=True,
     ),
     "sdpo": MethodSpec(
-        _plackett_luce, f"{PLACKETT_LUCE}, the sum over random negatives (S-DPO, Softmax DPO)."
+        _plackett_luce,
+        f"{PLACKETT_LUCE}, the sum over random negatives (S-DPO, Softmax DPO).",
+        uses_draws_of_data=True,
     ),
     "dpo": MethodSpec(
         lambda x, m: losses.dpo(x.log_ratios, x.valid, m.beta),
@@ -229,6 +244,11 @@ class Method:
     def uses_order(self) -> bool:
         """Whether the loss sees responses that are as good as the chosen one."""
         return METHODS[self.name].uses_order
+
+    @property
+    def uses_draws_of_data(self) -> bool:
+        """Whether the loss can be corrected for how the data's negatives were drawn."""
+        return METHODS[self.name].uses_draws_of_data
 
     @property
     def uses_draws(self) -> bool:

@@ -173,7 +173,7 @@ def _select_batch(
         at_reference: whether these weights are the reference, so that all scores are 0.
     """
     pools, scored = program.score_pools(params, batch, key, always=by in prompts.VALUES)
-    pools = prompts.forget_scores(pools) if at_reference else pools
+    pools = prompts.forget_scores(pools, batch) if at_reference else pools
     settings, measured = program.method.selection, None
     picks = batch_lib.select(pools, program.method.num_negatives, settings)
     if by in prompts.VALUES:

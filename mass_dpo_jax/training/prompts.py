@@ -243,21 +243,22 @@ def _measure_batch(
 ) -> Array:
     """Computes what prompts are chosen by, [B, ...]; see `measure_sets`."""
     pools, scored = program.score_pools(params, batch, key, always=True)
-    pools = forget_scores(pools) if is_reference else pools
+    pools = forget_scores(pools, batch) if is_reference else pools
     assert scored is not None and scored.features is not None
     candidate_ids = program.choose(pools)[0].candidate_ids
     feature_norm = program.method.selection.feature_norm
     return measure_sets(by, pools, scored.features, candidate_ids, feature_norm)
 
 
-def forget_scores(pools: Pool) -> Pool:
-    """Returns pools whose scores are 0, those of the reference itself.
+def forget_scores(pools: Pool, batch: Batch) -> Pool:
+    """Returns pools whose rewards are 0, those of the reference itself.
 
     Values that are not finite stay, so that they are found.
     """
     if pools.scores is None:
         return pools
-    return pools._replace(scores=jnp.where(jnp.isfinite(pools.scores), 0.0, pools.scores))
+    rest = 0.0 if batch.log_weights is None else batch.log_weights[:, 1:]
+    return pools._replace(scores=jnp.where(jnp.isfinite(pools.scores), rest, pools.scores))
 
 
 def measure_sets(

@@ -153,6 +153,8 @@ class Program:
         features = settings.needs_features and not self.method.frozen_features
         scored = self.scorer(params, batch, features=features or always, record=record)
         rewards = self.method.beta * (scored.logps - batch.ref_logps)
+        if batch.log_weights is not None:  # A negative counts as all that it stands for.
+            rewards += batch.log_weights
         gram = batch.ref_gram
         if features:
             gram = selection.compute_grams(scored.features, mask, settings)
@@ -232,6 +234,7 @@ class Program:
             grades=None if batch.grades is None else gather_picks(batch.grades),
             weights=choice.weights,
             pool_loss=choice.pool_loss,
+            log_weights=None if batch.log_weights is None else gather_picks(batch.log_weights),
         )
         losses = self.method.loss(scored)
         if self.method.is_supervised:
@@ -240,7 +243,8 @@ class Program:
             rewards = self.method.rewards(scored)
             metrics = _describe_responses(logps, rewards, valid)
             if self.method.uses_whole_pool:
-                spread = jax.vmap(selection.effective_pool)(rewards[:, 1:], valid[:, 1:])
+                scores = rewards if scored.log_weights is None else rewards + scored.log_weights
+                spread = jax.vmap(selection.effective_pool)(scores[:, 1:], valid[:, 1:])
                 metrics["selection/effective_pool"] = spread.mean()
         return losses.mean(), (~jnp.isfinite(losses), metrics)
 
