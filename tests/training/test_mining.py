@@ -17,7 +17,7 @@ from mass_dpo_jax.data.tokenizer import train_tokenizer
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models.config import load_config
 from mass_dpo_jax.selection import mining as arrays
-from mass_dpo_jax.training import mining
+from mass_dpo_jax.training import mining, mining_sources
 from tests.support.helpers import WORDS, tiny_config
 from tests.support.models import hf_config, random_tensors, write_weights
 
@@ -43,12 +43,15 @@ def make_catalogue(tmp_path: Path) -> mining.Catalogue:
     return mining.read_catalogue(path)
 
 
-def run(catalogue: mining.Catalogue, source: mining.Source, **changes: Any) -> list[dict[str, Any]]:
+def run(
+    catalogue: mining.Catalogue, source: mining_sources.Source, **changes: Any
+) -> list[dict[str, Any]]:
     limits = {"first": 2, "last": 12, "margin": MARGIN, **changes}
     draw = limits.pop("draw", "top")
-    found = mining.mine(
-        make_examples(), catalogue, source, arrays.Limits(**limits), 4, draw, 1.0, 0
-    )
+    examples = make_examples()
+    positives = mining.find_positives(examples, examples)
+    ranked = mining.rank(source, catalogue, positives, limits["last"])
+    found = mining.mine(ranked, examples, catalogue, arrays.Limits(**limits), 4, draw, 1.0, 0)
     return list(found)
 
 
@@ -67,9 +70,9 @@ def test_mined_negatives_are_those_of_a_full_sort(
     if kind == "cosine":
         table /= np.linalg.norm(prompts, axis=1)[:, None] * np.linalg.norm(items, axis=1)
     if kind == "scores":
-        source = mining.by_scores(table, index)
+        source = mining_sources.by_scores(table, index)
     else:
-        source = mining.by_features(prompts, items, None, similarity=kind, index=index)
+        source = mining_sources.by_features(prompts, items, None, similarity=kind, index=index)
     margin = 0.2 if kind == "cosine" else MARGIN
     found = {row["id"]: row for row in run(catalogue, source, margin=margin)}
     cut = 0
@@ -102,11 +105,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_features_of_texts_are_those_of_transformers(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mining, "TEXTS_AT_A_TIME", 2)
+    monkeypatch.setattr(mining_sources, "TEXTS_AT_A_TIME", 2)
     rng = np.random.default_rng(0)
     texts = [" ".join(rng.choice(WORDS, size)) for size in (1, 9, 3, 20, 5, 2, 30, 4, 4, 17, 11)]
     policy = load_model(folder, tiny_config("")).policy
-    found = mining.encode(policy, policy.weights(str(folder), 0), texts, 1000)
+    found = mining_sources.encode(policy, policy.weights(str(folder), 0), texts, 1000)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).model
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     for text, features in zip(texts, found, strict=True):
@@ -118,20 +121,20 @@ def test_features_of_texts_are_those_of_transformers(
     before = tokenizer("", return_tensors="pt")["input_ids"][0].tolist()
     with torch.no_grad():
         hidden = theirs(torch.tensor([[*before, *ids[-5:]]])).last_hidden_state[0]
-    cut = mining.encode(policy, policy.weights(str(folder), 0), texts[6:7], 5)[0]
+    cut = mining_sources.encode(policy, policy.weights(str(folder), 0), texts[6:7], 5)[0]
     np.testing.assert_allclose(cut, hidden.mean(0).numpy(), rtol=1e-4, atol=1e-4)
 
 
 def test_a_policy_ranks_by_its_features(folder: Path, tmp_path: Path) -> None:
     catalogue, examples = make_catalogue(tmp_path), make_examples()
     model = load_model(folder, tiny_config(""))
-    arguments = model.policy, model.params, examples, catalogue, 100
+    arguments = model.policy, model.params, examples, catalogue.texts, 100
     rows = np.arange(M)
-    source = mining.by_policy(*arguments, "dot")
-    prompts = mining.encode(
-        model.policy, model.params, [mining.plain_text(x.prompt) for x in examples], 100
+    source = mining_sources.by_policy(*arguments, "dot")
+    prompts = mining_sources.encode(
+        model.policy, model.params, [mining_sources.plain_text(x.prompt) for x in examples], 100
     )
-    items = mining.encode(model.policy, model.params, catalogue.texts, 100)
+    items = mining_sources.encode(model.policy, model.params, catalogue.texts, 100)
     table = prompts.astype(float) @ items.T.astype(float)
     np.testing.assert_allclose(source.score(rows, slice(0, N)), table, rtol=1e-4, atol=1e-3)
     np.testing.assert_allclose(source.score_chosen(rows), table[rows, rows], rtol=1e-4, atol=1e-3)
@@ -140,7 +143,7 @@ def test_a_policy_ranks_by_its_features(folder: Path, tmp_path: Path) -> None:
 def test_draws_stay_in_the_range_of_ranks_and_repeat_with_the_seed(tmp_path: Path) -> None:
     table = np.tile(-np.arange(N, dtype=float), (M, 1))
     catalogue = make_catalogue(tmp_path)
-    source = mining.by_scores(table, mining.chosen_index(make_examples(), catalogue))
+    source = mining_sources.by_scores(table, mining.chosen_index(make_examples(), catalogue))
     found = run(catalogue, source, margin=None, draw="softmax")
     assert found == run(catalogue, source, margin=None, draw="softmax")
     for row in found[3:]:  # Ranks 2 to 11 of all but the chosen one.
@@ -185,7 +188,7 @@ def test_a_catalogue_is_refused(tmp_path: Path, content: str, message: str) -> N
 
 def test_margins_need_the_chosen_response_and_an_empty_range_is_an_error(tmp_path: Path) -> None:
     catalogue = make_catalogue(tmp_path)
-    source = mining.by_scores(np.zeros((M, N)), np.full(M, -1))
+    source = mining_sources.by_scores(np.zeros((M, N)), np.full(M, -1))
     with pytest.raises(UserError, match="x:0: its chosen response is not in the catalogue"):
         run(catalogue, source)
     with pytest.raises(UserError, match="no item of the catalogue is left for any of 9 prompts"):
@@ -196,6 +199,6 @@ def test_tables_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.npy"
     np.save(path, np.array([[0.0, np.nan], [1.0, 2.0]]))
     with pytest.raises(UserError, match=r"\[0, 1\] is not a finite number"):
-        mining.read_table(path, "scores", 2, 2)
+        mining_sources.read_table(path, "scores", 2, 2)
     with pytest.raises(UserError, match=r"shape \[2, 2\], expected \[3, 2\]"):
-        mining.read_table(path, "scores", 3, 2)
+        mining_sources.read_table(path, "scores", 3, 2)
