@@ -11,6 +11,7 @@ import pytest
 from mass_dpo_jax.data import load_examples
 from tests.support.helpers import tiny_config, write_jsonl
 from tests.support.processes import command
+from tests.support.run_homes import write_base
 
 WORDS = (
     "--config.data.name=preferences",
@@ -52,12 +53,36 @@ def test_what_is_mined_can_be_read_as_data(folder: Path) -> None:
         assert len(row["mined_weights"]) == len(row["mined_probabilities"]) == 3
 
 
+def test_a_shortlist_has_the_scores_that_the_command_score_gives(
+    folder: Path, tmp_path: Path
+) -> None:
+    output, scored, base = tmp_path / "mined.jsonl", tmp_path / "scored.jsonl", tmp_path / "base"
+    base.mkdir()
+    model = f"--config.model.path={write_base(base)}"
+    words = (f"--scores={folder}/scores.npy", "--shortlist=6", "--ranks=0:6", "--draw=top", "--n=6")
+    code, text = mine(folder, model, *words, f"--output={output}")
+    assert code == 0, text
+    given = [f"--config.data.path={output}", f"--output={scored}", "--split=all"]
+    done = command("mass_dpo_jax.score", "--config=tiny", *WORDS, *given, model)
+    assert done.returncode == 0, done.stderr
+    rows, scores = (
+        [json.loads(line) for line in file.read_text().splitlines()] for file in (output, scored)
+    )
+    table = np.load(folder / "scores.npy")
+    for i, (row, line) in enumerate(zip(rows, scores, strict=True)):
+        np.testing.assert_allclose(row["mined_scores"], line["logps"][1:], rtol=1e-4)
+        assert row["mined_scores"] == sorted(row["mined_scores"], reverse=True)
+        best = [int(j) for j in np.argsort(-table[i]) if j != i][:6]  # Item i is the chosen one.
+        assert sorted(row["mined_ids"]) == sorted(best)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--ranks=9:3"], "--ranks=9:3: expected FIRST:LAST"),
         (["--item_features=x.npy"], "expected --scores, or --prompt_features with"),
         ([], "no model: give --workdir=RUN"),
+        (["--shortlist=20"], "--shortlist=20: --ranks=0:100 are ranks within it"),
         (["--scores=/no/such.npy"], "/no/such.npy: no such file"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models.config import load_config
 from mass_dpo_jax.selection import mining as arrays
 from mass_dpo_jax.training import mining, mining_sources
+from tests.support.data import write_lines
 from tests.support.helpers import WORDS, tiny_config
 from tests.support.models import hf_config, random_tensors, write_weights
 
@@ -151,6 +153,67 @@ def test_draws_stay_in_the_range_of_ranks_and_repeat_with_the_seed(tmp_path: Pat
         assert min(places) >= 2 and max(places) <= 12 and len(places) == 4
     probabilities = np.array([p for row in found for p in row["mined_probabilities"]])
     assert ((probabilities > 0) & (probabilities <= 1)).all() and (probabilities < 1).any()
+
+
+def test_chosen_responses_of_rows_that_are_not_mined_for_are_positives(tmp_path: Path) -> None:
+    def row(i: int, prompt: str) -> dict[str, Any]:
+        return {"prompt": prompt, "chosen": f"item {i}", "rejected": ["other"]}
+
+    write_lines(tmp_path / "train.jsonl", [row(i, "p") for i in range(5)])
+    write_lines(tmp_path / "test.jsonl", [row(7, "p"), row(8, "q")])
+    limits = {"data.max_train": 2, "data.max_test": 1, "data.validation_share": 0.0}
+    examples, everything = mining.load_rows(tiny_config(tmp_path, **limits), "train")
+    assert len(examples) == 2
+    want = {f"item {i}" for i in (*range(5), 7)}
+    assert mining.find_positives(examples, everything) == [want, want]
+
+
+def test_a_split_that_cannot_be_read_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"prompt": f"p{i}", "chosen": "a", "rejected": ["b"]} for i in range(3)]
+    write_lines(tmp_path / "train.jsonl", rows)
+    write_lines(tmp_path / "test.jsonl", [{"prompt": "p"}])
+    _, everything = mining.load_rows(tiny_config(tmp_path), "train")
+    assert len(everything) == 3
+    assert "split 'test' is not read for chosen responses:" in caplog.text
+
+
+def test_a_shortlist_is_ranked_anew(tmp_path: Path) -> None:
+    """By scores made up here; a row that cannot be scored is left out, as is a long response."""
+    catalogue, examples = make_catalogue(tmp_path), make_examples()
+    table = np.random.default_rng(0).normal(size=(M, N))
+    logps = np.random.default_rng(1).normal(size=(M, N))
+    size = 7
+
+    def score(pools: Sequence[Example]) -> tuple[list[str], np.ndarray, np.ndarray]:
+        names = [pool.id for pool in pools if pool.id != "row4"]
+        found = np.zeros((len(names), 1 + size))
+        for i, name in enumerate(names):
+            [pool] = [pool for pool in pools if pool.id == name]
+            items = [catalogue.texts.index(str(text)) for text in pool.responses]
+            found[i] = logps[int(name[3:]), items]
+        valid = np.ones(found.shape, bool)
+        valid[0, 3] = False
+        return names, np.where(valid, found, 0), valid
+
+    source = mining_sources.by_scores(table, mining.chosen_index(examples, catalogue))
+    positives = mining.find_positives(examples, examples)
+    ranked = mining.rank(source, catalogue, positives, size)
+    rescored = mining.rescore(ranked, examples, catalogue, size, score)
+    limits = arrays.Limits(1, 5, margin=0.3)
+    found = {r["id"]: r for r in mining.mine(rescored, examples, catalogue, limits, 9, "top", 1, 0)}
+    for i in range(M):
+        never = {50, i} | ({0, 1} if i < 2 else set()) | ({7, 8} if i == 2 else set())
+        short = [int(j) for j in np.argsort(-table[i]) if j not in never][:size]
+        short = short[:2] + short[3:] if i == 0 else short
+        ordered = sorted(short, key=lambda j: -logps[i, j])[1:5]
+        want = [j for j in ordered if logps[i, j] <= logps[i, i] - 0.3]
+        assert (f"row{i}" in found) == bool(want and i != 4)
+        if want and i != 4:
+            assert found[f"row{i}"]["mined_ids"] == [f"a{j}" for j in want]
+            np.testing.assert_allclose(found[f"row{i}"]["mined_scores"], logps[i, want], rtol=1e-6)
+    assert len(found) > M / 3
 
 
 @pytest.mark.parametrize(
