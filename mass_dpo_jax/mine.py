@@ -134,8 +134,8 @@ def main() -> None:
     config = cli.read_config()
     tables = (FLAGS.scores, FLAGS.prompt_features, FLAGS.item_features)
     inputs = [path for path in (config.data.path, FLAGS.catalogue, *tables) if path]
-    output = cli.check_output(FLAGS.output, "JSON-lines", *inputs)
-    count = cli.write_lines(output, mine(config))
+    output = cli.check_output(FLAGS.output, "JSON-lines or Parquet", *inputs)
+    count = cli.write_rows(output, mine(config))
     print(f"{count} rows written to {output}")
 
 
@@ -165,5 +165,5 @@ if __name__ == "__main__":
     flags.DEFINE_float(
         "temperature", 1.0, "Divides the scores of --draw=softmax.", lower_bound=1e-6
     )
-    cli.define_path("output", "The JSON-lines file to write.")
+    cli.define_path("output", "The file to write: JSON lines, or .parquet.")
     cli.run(main, unread=[*cli.TRAINING, *cli.CHOOSING])
