@@ -197,7 +197,8 @@ def default() -> ConfigDict:
     # Further arguments of the chat template, as a JSON object: {"enable_thinking": true}.
     c.data.chat_template_kwargs = ""
     # Names of the columns of preferences where they differ from ours, for example
-    # prompt=question,rejected=wrong_answers. An empty id= numbers the rows instead of reading ids.
+    # prompt=question,rejected=wrong_answers. An empty id= numbers the rows instead of reading ids,
+    # and mined_probabilities= does not correct for how negatives were drawn.
     c.data.columns = ""
     # How rows of preferences are written: auto (told by the columns of the first rows) | trl |
     # alpaca | sharegpt | ms-swift | openai | axolotl | numbered | nemo | ultrafeedback | nectar |

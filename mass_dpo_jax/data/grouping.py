@@ -23,14 +23,15 @@ def group_by_prompt(examples: Sequence[Example], name: str) -> list[Example]:
     Prompts are equal if `Example.question` is, responses if their texts are. The pool has each
     response once; those chosen in some row and rejected in another are left out, and a prompt
     without chosen or without rejected responses then. Scores are kept if all rows of a prompt have
-    them, as the mean where a response has several; ranks if the prompt has one row.
+    them, as the mean where a response has several; ranks and probabilities if it has one row.
 
     Args:
         examples: the rows of a split.
         name: of the table, for messages.
 
     Raises:
-        UserError: no prompt is left, or two prompts have the same id.
+        UserError: no prompt is left, two prompts have the same id, or a pool would be of several
+            draws, whose probabilities are not those of all together.
     """
     groups: dict[Hashable, list[Example]] = {}
     for example in examples:
@@ -90,11 +91,22 @@ def _make_pool(
     for row in rows if has_scores else ():
         for response, score in zip(row.responses, row.scores or (), strict=True):
             scores.setdefault(last_content(response), []).append(score)
-    ranks = None
+    ranks = probabilities = None
     if len(rows) == 1 and rows[0].ranks is not None:
         given = zip(map(last_content, rows[0].responses), rows[0].ranks, strict=True)
         by_text = dict(reversed(list(given)))
         ranks = tuple(by_text[text] for text in texts)
+    if drawn := next((row for row in rows if row.probabilities is not None), None):
+        if len(rows) > 1:
+            raise UserError(
+                f"{drawn.place}: field 'mined_probabilities' is that of one draw, and {len(rows)} "
+                "rows of this prompt become one pool (config.data.group=prompt); expected "
+                "config.data.group=none, or --config.data.columns=mined_probabilities= to read none"
+            )
+        by_response = dict(
+            zip(map(last_content, drawn.rejected), drawn.probabilities or (), strict=True)
+        )
+        probabilities = tuple(by_response[last_content(text)] for text in rejected)
     return dataclasses.replace(
         rows[0],
         chosen=chosen[0],
@@ -102,6 +114,7 @@ def _make_pool(
         also_chosen=tuple(chosen[1:]),
         scores=tuple(sum(scores[t]) / len(scores[t]) for t in texts) if has_scores else None,
         ranks=ranks,
+        probabilities=probabilities,
     )
 
 

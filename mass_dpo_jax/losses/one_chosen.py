@@ -111,7 +111,10 @@ def _apply_link(
 
 
 def plackett_luce(
-    log_ratios: Float[Array, "B C"], valid: Bool[Array, "B C"], beta: float
+    log_ratios: Float[Array, "B C"],
+    valid: Bool[Array, "B C"],
+    beta: float,
+    log_weights: Float[Array, "B C"] | None = None,
 ) -> Float[Array, " B"]:
     r"""Computes the Plackett-Luce loss: the chosen response ranks first among all responses.
 
@@ -125,6 +128,13 @@ def plackett_luce(
     selects. With one negative it is DPO's. At zero log-ratios, where the policy is the reference,
     it is $\log(1 + |S|)$ whatever the data.
 
+    With weights $w_i$ the sum is $\hat{Z} = \sum_{i \in S} w_i \exp(\beta (r_i - r_0))$. If $S$ was
+    drawn from more negatives, each with the probability $1 / w_i$, then $\hat{Z}$ has the sum over
+    all of these as its mean. The loss $\log(1 + \hat{Z})$ and its gradient
+    $\nabla \hat{Z} / (1 + \hat{Z})$ are not linear in it, so their means are not exactly those of
+    all negatives: the loss is too low on average, and both errors go with the variance of
+    $\hat{Z} / (1 + Z)$.
+
     Examples:
         >>> log_ratios = jnp.array([[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, jnp.nan]])
         >>> valid = jnp.array([[True, True, True, True], [True, True, True, False]])
@@ -135,11 +145,13 @@ def plackett_luce(
         log_ratios: nats; the chosen response in column 0.
         valid: True for the responses that count.
         beta: strength of the pull towards the reference, > 0.
+        log_weights: log w; that of the chosen response is not read. None: all are 0.
 
     Source: Chen et al., "On Softmax Direct Preference Optimization for Recommendation", 2024;
     the form by log-sum-exp avoids the overflow of exponentiating log-ratios.
     """
-    return preference_loss(log_ratios, valid, beta, "softmax")
+    margins = None if log_weights is None else log_weights[:, 1:]
+    return preference_loss(log_ratios, valid, beta, "softmax", margins=margins)
 
 
 def dpo(

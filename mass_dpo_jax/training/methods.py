@@ -35,6 +35,8 @@ class Responses(NamedTuple):
             where it says only which one is chosen.
         weights: weights of negatives drawn from the policy's pool weights; else None.
         pool_loss: Plackett-Luce loss of the whole pool, with `weights`.
+        log_weights: how many responses each negative stands for (`Tokens.log_weights`); None where
+            all stand for themselves.
     """
 
     logps: Float[Array, "B 1+n"]
@@ -44,6 +46,7 @@ class Responses(NamedTuple):
     grades: Float[Array, "B 1+n"] | None
     weights: Float[Array, "B n"] | None
     pool_loss: Float[Array, " B"] | None
+    log_weights: Float[Array, "B 1+n"] | None = None
 
 
 Loss = Callable[[Responses, "Method"], Float[Array, " B"]]
@@ -62,6 +65,8 @@ class MethodSpec:
         uses_order: whether the loss is that of a graded list: its responses include those as good
             as the chosen one, which other losses never see.
         takes: the settings of `config.loss` that the loss has room for.
+        uses_draws_of_data: whether the loss is a function of a sum over negatives that a sum over
+            drawn ones with `Tokens.log_weights` estimates.
     """
 
     loss: Loss
@@ -71,6 +76,7 @@ class MethodSpec:
     max_negatives: int | None = None
     uses_order: bool = False
     takes: tuple[str, ...] = ()
+    uses_draws_of_data: bool = False
 
 
 REWARD = ("reward", "reference")  # What all losses of rewards have room for.
@@ -126,6 +132,7 @@ METHODS = {
         f"{PLACKETT_LUCE}, the sum over the selected negatives.",
         criterion="",
         takes=LEAD,
+        uses_draws_of_data=True,
     ),
     "pl_sampled": MethodSpec(
         _sampled_plackett_luce,
@@ -133,17 +140,20 @@ METHODS = {
         "from negatives drawn with the pool's softmax weights.",
         criterion="sampled",
         takes=(*REWARD, "margin"),
+        uses_draws_of_data=True,
     ),
     "pl_all": MethodSpec(
         _lead("softmax"),
         f"{PLACKETT_LUCE}, the sum over all negatives of the pool.",
         criterion="all",
         takes=LEAD,
+        uses_draws_of_data=True,
     ),
     "sdpo": MethodSpec(
         _lead("softmax"),
         f"{PLACKETT_LUCE}, the sum over random negatives (S-DPO, Softmax DPO).",
         takes=LEAD,
+        uses_draws_of_data=True,
     ),
     "dpo": MethodSpec(
         _lead("pairs"),
@@ -268,6 +278,11 @@ class Method:
         return METHODS[self.name].uses_order
 
     @property
+    def uses_draws_of_data(self) -> bool:
+        """Whether the loss can be corrected for how the data's negatives were drawn."""
+        return METHODS[self.name].uses_draws_of_data
+
+    @property
     def uses_draws(self) -> bool:
         """Whether the loss needs the weights of negatives drawn at the current policy."""
         return self.selection.criterion == "sampled"
@@ -296,7 +311,18 @@ class Method:
         return values / jnp.maximum(x.lengths, 1) if self.per_token else values
 
     def margins(self, x: Responses) -> Float[Array, "B n"] | None:
-        """Computes by how much the reward of each negative should be below the chosen one's."""
+        """Computes by how much the reward of each negative should be below the chosen one's.
+
+        One that stands for w responses of which it was drawn counts in a softmax as if its reward
+        were log w larger.
+        """
+        margins = self._margins_of_settings(x)
+        if x.log_weights is None:
+            return margins
+        log_weights = x.log_weights[:, 1:]
+        return log_weights if margins is None else margins + log_weights
+
+    def _margins_of_settings(self, x: Responses) -> Float[Array, "B n"] | None:
         if self.margin == "none":
             return None
         if self.margin == "constant":

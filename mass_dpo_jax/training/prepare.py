@@ -6,6 +6,7 @@ sections and values that it reads.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Mapping, Sequence
@@ -190,6 +191,9 @@ def build_setup(
         }
     for split, rows in tokens.items():
         _log.info(f"{split}: {describe_split(rows)}")
+        # How negatives were drawn matters to a loss, and not to who ranks where.
+        if rows.log_weights is not None and not (training and split == "train"):
+            tokens = {**tokens, split: dataclasses.replace(rows, log_weights=None)}
     selected_from = [tokens["train"]] if "train" in tokens else tokens.values()
     largest_pool = max(t.response_lengths.shape[1] for t in selected_from) - 1
     method, prompts = make_method(config, largest_pool), read_settings(config)

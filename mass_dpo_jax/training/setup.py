@@ -95,6 +95,9 @@ class Setup:
         if self.method.uses_scores or self.method.uses_order:
             scores = np.ascontiguousarray(self.tokens["train"].scores, "<f4").tobytes()
             digests["train"] = hashlib.sha256(digests["train"].encode() + scores).hexdigest()
+        if "train" in self.tokens and self.tokens["train"].log_weights is not None:
+            weights = np.ascontiguousarray(self.tokens["train"].log_weights, "<f4").tobytes()
+            digests["train"] = hashlib.sha256(digests["train"].encode() + weights).hexdigest()
         return digests
 
     def score(self, params: Any, split: str, label: str) -> np.ndarray:

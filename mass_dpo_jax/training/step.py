@@ -169,6 +169,7 @@ class Program:
             grades=batch.grades,
             weights=None,
             pool_loss=None,
+            log_weights=batch.log_weights,
         )
         policy_scores = logps[:, 1:] - logps[:, :1]
         scores = self.method.scores(responses)
@@ -245,6 +246,7 @@ class Program:
             grades=None if batch.grades is None else gather_picks(batch.grades),
             weights=choice.weights,
             pool_loss=choice.pool_loss,
+            log_weights=None if batch.log_weights is None else gather_picks(batch.log_weights),
         )
         losses = self.method.loss(scored)
         if self.method.is_supervised:
@@ -253,7 +255,9 @@ class Program:
             rewards = self.method.rewards(scored)
             metrics = _describe_responses(logps, rewards, valid)
             if self.method.uses_whole_pool:
-                spread = jax.vmap(selection.effective_pool)(rewards[:, 1:], valid[:, 1:])
+                margins = self.method.margins(scored)
+                scores = rewards[:, 1:] if margins is None else rewards[:, 1:] + margins
+                spread = jax.vmap(selection.effective_pool)(scores, valid[:, 1:])
                 metrics["selection/effective_pool"] = spread.mean()
         return losses.mean(), (~jnp.isfinite(losses), metrics)
 

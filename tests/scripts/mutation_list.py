@@ -1258,8 +1258,8 @@ MUTATIONS = (
     ),
     Mutation(
         "loaders: more scores than rejected responses pass",
-        "if len(scores) != len(listed):",
-        "if len(scores) < len(listed):",
+        "if len(values) != len(listed):",
+        "if len(values) < len(listed):",
         "data/readers/test_preferences.py",
     ),
     Mutation(
@@ -1324,8 +1324,8 @@ MUTATIONS = (
     ),
     Mutation(
         "loaders: the score of a null goes to the next response",
-        "        if response is not None:\n            named.append",
-        "        if score is not None:\n            named.append",
+        "in enumerate(zip(values, listed, strict=True))\n        if response is not None",
+        "in enumerate(zip(values, listed, strict=True))\n        if value is not None",
         "data/readers/test_preferences.py",
     ),
     Mutation(
@@ -1456,8 +1456,8 @@ MUTATIONS = (
     ),
     Mutation(
         "tokens: cached ones are of examples with other scores",
-        "example.responses, example.scores, example.order]",
-        "example.responses, example.order]",
+        "numbers = [example.scores, example.order, example.probabilities]",
+        "numbers = [example.order, example.probabilities]",
         "data/test_token_cache.py",
     ),
     Mutation(

@@ -11,8 +11,11 @@ from mass_dpo_jax.data.examples import Text
 from mass_dpo_jax.data.fields import has_content, to_json_value
 from mass_dpo_jax.errors import UserError
 
-COLUMNS = ("id", "prompt", "chosen", "rejected", "score_chosen", "score_rejected")
-OPTIONAL = ("id", "score_chosen", "score_rejected")  # Columns that `data.columns` can leave out.
+COLUMNS = (
+    "id", "prompt", "chosen", "rejected", "score_chosen", "score_rejected", "mined_probabilities",
+)  # fmt: skip
+# Columns that `data.columns` can leave out.
+OPTIONAL = tuple(name for name in COLUMNS if name not in ("prompt", "chosen", "rejected"))
 # Columns that change what a prompt is, so they are refused where they have content.
 UNSUPPORTED_COLUMNS = {
     "tools": "leave it out, or write what the template makes of it into the prompt",
