@@ -1,6 +1,7 @@
 """docs/walkthrough.md as a user follows it: from the wheel, in an empty folder.
 
-`python tests/docs/test_walkthrough.py` writes what the commands print into the page.
+`python tests/docs/test_walkthrough.py` writes what the commands print into the page, but for the part
+with a pretrained model, which is followed with MASS_DPO_TEST_SMOLLM2.
 """
 
 from __future__ import annotations
@@ -20,14 +21,21 @@ from tests.support import processes
 from tests.support.packages import ROOT, build, install
 
 PAGE = ROOT / "docs" / "walkthrough.md"
+PRETRAINED = "## With a pretrained model"  # The heading of the part that needs one.
+MODEL = "SmolLM2-135M-Instruct"
 
 
-def perform(page: str, folder: Path, xla_flags: str = "") -> str:
-    """The page with what its commands print now, having been run in the empty `folder`/here."""
+def perform(page: str, folder: Path, xla_flags: str = "", model: str = "") -> str:
+    """The page with what its commands print now, having been run in the empty `folder`/here.
+
+    With the folder of a pretrained model it is there, too.
+    """
     here, site = folder / "here", folder / "site"
     for path in (here, site, folder / "built"):
         path.mkdir()
     install(build(folder / "built")[1], site)
+    if model:
+        (here / MODEL).symlink_to(Path(model).absolute())
     for name, program in re.findall(r"^`(\w+\.py)` .*?^```python\n(.*?)^```$", page, re.S | re.M):
         (here / name).write_text(program)
     env = {
@@ -70,7 +78,7 @@ def masked(page: str) -> str:
 
 @pytest.mark.slow(reason="installs the wheel and runs a page")
 def test_the_commands_of_the_page_print_what_it_says(tmp_path: Path, torch: ModuleType) -> None:
-    page = PAGE.read_text()
+    page = PAGE.read_text().partition(PRETRAINED)[0]
     now = perform(page, tmp_path, processes.xla_flags(1))
     assert masked(now) == masked(page)
     assert "the same ranking in 50 of 50 rows\nlog-probabilities equal to 1e-3\n" in now
@@ -78,6 +86,18 @@ def test_the_commands_of_the_page_print_what_it_says(tmp_path: Path, torch: Modu
     assert events.name.startswith("events.out.tfevents.") and events.stat().st_size > 1000
 
 
+@pytest.mark.smollm2
+def test_the_commands_with_a_pretrained_model_print_what_the_page_says(
+    tmp_path: Path, torch: ModuleType
+) -> None:
+    before, _, rest = PAGE.read_text().partition(PRETRAINED)
+    data = before[before.index("`pairs.py`") : before.index("```console")]
+    page = f"{data}\n```console\n$ python pairs.py\n```\n{rest}"
+    now = perform(page, tmp_path, processes.xla_flags(1), os.environ["MASS_DPO_TEST_SMOLLM2"])
+    assert masked(now) == masked(page)
+
+
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        PAGE.write_text(perform(PAGE.read_text(), Path(folder)))
+        small, heading, rest = PAGE.read_text().partition(PRETRAINED)
+        PAGE.write_text(perform(small, Path(folder)) + heading + rest)
