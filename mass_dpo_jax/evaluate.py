@@ -46,7 +46,8 @@ def evaluate(config: ConfigDict, workdir: Path | None, split: str | None) -> dic
     logps = setup.score(params, split, "evaluation")
     scoring.check_finite(logps, tokens, str(workdir or config.model.path))
     scoring.check_finite(refs, tokens, "the reference")
-    return metrics.evaluate_logps(logps, refs, make_lists(tokens), config.beta, setup.cutoffs)
+    rewards = setup.method.implicit_rewards(logps, refs, tokens.response_lengths)
+    return metrics.evaluate_logps(logps, rewards, make_lists(tokens), setup.cutoffs)
 
 
 def main() -> None:

@@ -303,35 +303,33 @@ def paired_difference(
 
 def evaluate_logps(
     logps: Float[np.ndarray, "M C"],
-    ref_logps: Float[np.ndarray, "M C"] | None,
+    rewards: Float[np.ndarray, "M C"] | None,
     lists: Lists,
-    beta: float,
     cutoffs: Sequence[int] = CUTOFFS,
 ) -> dict[str, float]:
     """Computes both rankings and TRL's reward metrics of a policy on a split.
 
     Args:
         logps: the policy's summed log-probabilities in nats.
-        ref_logps: the reference's, or None where there is none. Where the policy is the reference,
-            pass None too: its log-ratios are rounding noise.
+        rewards: its implicit rewards, such as beta times log-ratios; None where there are none.
+            Where the policy is the reference, pass None too: its log-ratios are rounding noise.
         lists: what the data says of the candidates.
-        beta: factor from log-ratios to rewards.
         cutoffs: the k of recall and NDCG; one above C is left out.
 
     Returns:
-        `policy/*` and, with a reference, `reward/*`, each with `*_se`; and `rewards/*`. With items
+        `policy/*` and, with rewards, `reward/*`, each with `*_se`; and `rewards/*`. With items
         `chosen/*` too: those of `per_example_items` where the chosen responses are ranked first.
     """
     rankings = {"policy": logps}
-    if ref_logps is not None:
-        rankings["reward"] = np.float32(beta) * (logps - ref_logps)
+    if rewards is not None:
+        rankings["reward"] = rewards
     values: dict[str, float] = {}
     for prefix, scores in rankings.items():
         values |= summarize(per_example_metrics(scores, lists, cutoffs), prefix)
         if lists.items is not None:
             values |= summarize(per_example_items(scores, lists), prefix)
-    if ref_logps is not None:
-        values |= reward_metrics(rankings["reward"], lists.compared)
+    if rewards is not None:
+        values |= reward_metrics(rewards, lists.compared)
     if lists.items is not None:
         chosen_first = np.zeros_like(logps)
         chosen_first[:, 0] = 1
@@ -340,19 +338,19 @@ def evaluate_logps(
 
 
 def metric_names(
-    has_reference: bool, candidates: int, graded: bool, cutoffs: Sequence[int] = CUTOFFS
+    has_rewards: bool, candidates: int, graded: bool, cutoffs: Sequence[int] = CUTOFFS
 ) -> list[str]:
     """Lists the metrics of `evaluate_logps`, but for errors and those of items.
 
     Args:
-        has_reference: whether there is a reference.
+        has_rewards: whether there are rewards.
         candidates: C, the most candidates of an example.
         graded: whether they have grades.
         cutoffs: the k of recall and NDCG.
     """
     logps = np.zeros((1, candidates), np.float32)
     lists = Lists(np.ones(logps.shape, bool), grades=logps if graded else None)
-    values = evaluate_logps(logps, logps if has_reference else None, lists, 1.0, cutoffs)
+    values = evaluate_logps(logps, logps if has_rewards else None, lists, cutoffs)
     return [name for name in values if not name.endswith("_se")]
 
 

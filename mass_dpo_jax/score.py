@@ -35,8 +35,6 @@ def score(config: ConfigDict, workdir: Path | None, split: str | None) -> Iterat
     Raises:
         UserError: something in the configuration, the data or the model folder is wrong.
     """
-    import numpy as np
-
     from mass_dpo_jax.training import scoring
     from mass_dpo_jax.training.scored_model import prepare_scoring
     from mass_dpo_jax.utils import distributed
@@ -51,15 +49,15 @@ def score(config: ConfigDict, workdir: Path | None, split: str | None) -> Iterat
     scoring.check_finite(refs, tokens, "the reference")
     if not distributed.is_primary():  # It has no texts, and writes nothing.
         return
+    rewards = setup.method.implicit_rewards(logps, refs, tokens.response_lengths)
     sizes = {example.id: len(example.responses) for example in setup.examples[split]}
     for row, example_id in enumerate(tokens.ids):
         mask = tokens.response_lengths[row] > 0
         values_by_name = {"logps": logps[row, mask]}
         if refs is not None:
             values_by_name["ref_logps"] = refs[row, mask]
-            values_by_name["rewards"] = np.float32(config.beta) * (
-                logps[row, mask] - refs[row, mask]
-            )
+        if rewards is not None:
+            values_by_name["rewards"] = rewards[row, mask]
         values_by_name["response_tokens"] = tokens.response_lengths[row, mask]
         line: dict[str, Any] = {"id": example_id}
         for name, values in values_by_name.items():

@@ -124,8 +124,8 @@ def test_nan_is_never_in_favour_of_a_graded_list():
 def test_grades_add_metrics_and_change_no_other():
     grades = np.array([[3.0, 2.0, 1.0, 0.0]] * 4)
     lists = Lists(ALL, grades=grades)
-    plain = metrics.evaluate_logps(SCORES, SCORES[::-1], Lists(ALL), 0.1)
-    graded = metrics.evaluate_logps(SCORES, SCORES[::-1], lists, 0.1)
+    plain = metrics.evaluate_logps(SCORES, SCORES[::-1], Lists(ALL))
+    graded = metrics.evaluate_logps(SCORES, SCORES[::-1], lists)
     assert {name: graded[name] for name in plain} == plain
     assert set(graded) - set(plain) == {
         f"{by}/{name}{end}" for by in ("policy", "reward")
@@ -203,7 +203,7 @@ def test_cutoffs_beyond_the_longest_list_are_left_out():
 
 def test_rewards_are_compared_with_what_is_below_the_chosen_response():
     relevant = np.array([[True, False, False, True]] * 4)
-    values = metrics.evaluate_logps(SCORES, 0 * SCORES, Lists(ALL, relevant, SCORES), 1.0)
+    values = metrics.evaluate_logps(SCORES, SCORES, Lists(ALL, relevant, SCORES))
     wanted = metrics.reward_metrics(SCORES[:, :3], ALL[:, :3])
     assert {name: values[name] for name in wanted} == wanted
 
@@ -259,7 +259,7 @@ def test_items_have_metrics_of_the_chosen_responses_beside():
     items = np.array([[0, 1], [0, 2], [1, 0], [0, 2]])
     valid = np.ones((4, 2), bool)
     logps = -np.array([[1.0, 2], [2, 1], [2, 1], [2, 1]], np.float32)
-    got = metrics.evaluate_logps(logps, None, Lists(valid, items=items), 1.0)
+    got = metrics.evaluate_logps(logps, None, Lists(valid, items=items))
     names = [name for name in got if name.startswith("chosen")]
     assert names == [f"chosen/{x}{end}" for x in ("coverage", "popularity") for end in ("", "_se")]
     # First are 0, 2, 0, 2; chosen 0, 0, 1, 0. Of the others: 2/3, 2/3, 0, 2/3.

@@ -76,9 +76,9 @@ def write(
         split=metrics.get("split"),
         ranking=_ranking_table(metrics) if metrics.get("final") else None,
         training=_draw_panels(workdir, TRAINING, series),
-        rewards=None if split is None else _draw_rewards(workdir, split, config.beta),
+        rewards=None if split is None else _draw_rewards(workdir, split),
         selection=_draw_panels(workdir, SELECTION, series),
-        changes=None if split is None else _rank_changes(split, config.beta),
+        changes=None if split is None else _rank_changes(split),
         settings="\n".join(f"{name} = {value!r}" for name, value in config_lib.flatten(config)),
     )
     write_whole(workdir / "report.html", [text])
@@ -112,9 +112,9 @@ def _draw_panels(workdir: Path, panels: Sequence[Panel], series: Mapping[str, Se
     return pictures
 
 
-def _draw_rewards(workdir: Path, split: EvaluatedSplit, beta: float) -> dict[str, Any] | None:
+def _draw_rewards(workdir: Path, split: EvaluatedSplit) -> dict[str, Any] | None:
     """Draws a histogram of the final rewards; None where they have none or are all the same."""
-    rewards = split.rewards(split.after, beta)
+    rewards = split.rewards_after
     if rewards is None:
         return None
     if split.selected is None:
@@ -168,7 +168,7 @@ def _save(figure: Figure, workdir: Path, title: str) -> str:
     return svg.replace("<svg ", label, 1)
 
 
-def _rank_changes(split: EvaluatedSplit, beta: float) -> dict[str, Any]:
+def _rank_changes(split: EvaluatedSplit) -> dict[str, Any]:
     """Returns the examples whose chosen response moved the most, with their candidates."""
     before = metrics_lib.per_example_rank(split.before, split.valid)
     after = metrics_lib.per_example_rank(split.after, split.valid)
@@ -176,8 +176,7 @@ def _rank_changes(split: EvaluatedSplit, beta: float) -> dict[str, Any]:
     order = np.argsort(change, kind="stable")
     # Log-probabilities and, where there is a reference, rewards; each before and after.
     header, tables = ["response", "", "log-prob before", "after"], [split.before, split.after]
-    for words, logps in (("reward before", split.before), ("after", split.after)):
-        table = split.rewards(logps, beta)
+    for words, table in (("reward before", split.rewards_before), ("after", split.rewards_after)):
         if table is not None:
             header.append(words)
             tables.append(table)

@@ -21,7 +21,7 @@ from mass_dpo_jax.metrics import CUTOFFS, Lists, evaluate_logps, metric_names, r
 from mass_dpo_jax.runs import metrics_files, run_folder
 from mass_dpo_jax.runs.loggers import Log
 from mass_dpo_jax.training import scoring
-from mass_dpo_jax.training.methods import uses_reference
+from mass_dpo_jax.training.methods import has_rewards
 from mass_dpo_jax.training.setup import Setup
 from mass_dpo_jax.utils import distributed
 from mass_dpo_jax.utils.files import read_array
@@ -79,7 +79,7 @@ def check_best(
     candidates, graded = max(2, *cutoffs), True
     if validation is not None:
         candidates, graded = validation.response_lengths.shape[1], validation.grades is not None
-    names = metric_names(uses_reference(config), candidates, graded, cutoffs)
+    names = metric_names(has_rewards(config), candidates, graded, cutoffs)
     if best and best not in names:
         raise UserError(
             f"config.train.keep_best={best!r}: expected a metric of the evaluations of "
@@ -108,7 +108,8 @@ class EvaluatedSplit:
         valid: bool [M, C], which of them are the chosen one or below it.
         before: float32 [M, C], log-probabilities at the start of the run.
         after: float32 [M, C], log-probabilities at its end.
-        refs: float32 [M, C], the reference's; None where there is no reference.
+        rewards_before: float32 [M, C], implicit rewards at the start; None where there are none.
+        rewards_after: likewise at the end.
         selected: bool [K, C], what the final policy selects in the first K rows; None where the
             method selects nothing.
     """
@@ -118,12 +119,9 @@ class EvaluatedSplit:
     valid: np.ndarray
     before: np.ndarray
     after: np.ndarray
-    refs: np.ndarray | None
+    rewards_before: np.ndarray | None
+    rewards_after: np.ndarray | None
     selected: np.ndarray | None
-
-    def rewards(self, logps: np.ndarray, beta: float) -> np.ndarray | None:
-        """Returns the rewards [M, C] of log-probabilities; None where there is no reference."""
-        return None if self.refs is None else np.float32(beta) * (logps - self.refs)
 
 
 class Evaluator:
@@ -165,7 +163,7 @@ class Evaluator:
                 logps = self._setup.score(params, split, "start")
             else:
                 logps = self._refs[split]  # The policy still is the reference.
-            values = evaluate_logps(logps, None, self._lists(split), 1.0, self._setup.cutoffs)
+            values = self._measure(logps, None, split)
             if split == "validation":
                 self._log.write(0, {f"eval/{name}": value for name, value in values.items()})
             if split == self._final:
@@ -227,7 +225,8 @@ class Evaluator:
             self._lists(split).compared,
             before,
             after,
-            self._refs.get(split),
+            self._rewards(before, self._refs.get(split), split),
+            self._rewards(after, self._refs.get(split), split),
             selected,
         )
 
@@ -284,9 +283,15 @@ class Evaluator:
 
     def _evaluate(self, params: Any, split: str) -> tuple[dict[str, float], np.ndarray]:
         logps = self._setup.score(params, split, "evaluation")
-        refs, beta = self._refs.get(split), self._setup.beta
-        lists, cutoffs = self._lists(split), self._setup.cutoffs
-        return evaluate_logps(logps, refs, lists, beta, cutoffs), logps
+        return self._measure(logps, self._refs.get(split), split), logps
+
+    def _measure(self, logps: np.ndarray, refs: np.ndarray | None, split: str) -> dict[str, float]:
+        rewards = self._rewards(logps, refs, split)
+        return evaluate_logps(logps, rewards, self._lists(split), self._setup.cutoffs)
+
+    def _rewards(self, logps: np.ndarray, refs: np.ndarray | None, split: str) -> np.ndarray | None:
+        lengths = self._setup.tokens[split].response_lengths
+        return self._setup.method.implicit_rewards(logps, refs, lengths)
 
     def _metrics_json(self, **fields: Any) -> dict[str, Any]:
         about = {"version": mass_dpo_jax.__version__, "split": self._final}

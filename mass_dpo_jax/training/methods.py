@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 from ml_collections import ConfigDict
@@ -310,6 +311,25 @@ class Method:
         values = x.log_ratios if self.uses_reference else x.logps
         return values / jnp.maximum(x.lengths, 1) if self.per_token else values
 
+    def implicit_rewards(
+        self, logps: np.ndarray, ref_logps: np.ndarray | None, lengths: np.ndarray
+    ) -> np.ndarray | None:
+        """Computes the rewards of scored responses, float32 [M, C], by which they can be ranked.
+
+        None where they are those of a missing reference, or rank as log-probabilities do.
+
+        Args:
+            logps: summed log-probabilities under the policy.
+            ref_logps: under the reference; None where there is none, or the policy is it.
+            lengths: int [M, C], in tokens.
+        """
+        if ref_logps is None and (self.uses_reference or not self.per_token):
+            return None
+        values = logps if ref_logps is None else logps - ref_logps
+        if self.per_token:
+            values = values / np.maximum(lengths, 1).astype(np.float32)
+        return np.float32(self.beta) * values
+
     def margins(self, x: Responses) -> Float[Array, "B n"] | None:
         """Computes by how much the reward of each negative should be below the chosen one's.
 
@@ -339,6 +359,12 @@ class Method:
         rewards, margins = self.beta * self.unscaled_rewards(x), self.margins(x)
         scores = rewards[:, 1:] - rewards[:, :1]
         return scores if margins is None else scores + margins
+
+
+def has_rewards(config: ConfigDict) -> bool:
+    """Whether `Method.implicit_rewards` of a configuration's own runs are there."""
+    takes = METHODS[config.method].takes
+    return uses_reference(config) or ("reward" in takes and config.loss.reward == "per_token")
 
 
 def uses_reference(config: ConfigDict) -> bool:

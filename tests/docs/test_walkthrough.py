@@ -1,7 +1,7 @@
 """docs/walkthrough.md as a user follows it: from the wheel, in an empty folder.
 
-`python tests/docs/test_walkthrough.py` writes what the commands print into the page, but for the part
-with a pretrained model, which is followed with MASS_DPO_TEST_SMOLLM2.
+`python tests/docs/test_walkthrough.py` writes what the commands print into the page, but for the
+part with a pretrained model, which is followed with MASS_DPO_TEST_SMOLLM2.
 """
 
 from __future__ import annotations

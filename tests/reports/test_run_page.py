@@ -96,8 +96,8 @@ def test_words_of_the_data_are_text(tmp_path: Path) -> None:
     example = Example("<b>1", "<script>x</script>", "<i>yes", ("</table>no", "&amp;"), "file:1")
     before, after = (np.array([[x, 2.0, 1.0]], np.float32) for x in (0.0, 3.0))
     tested = EvaluatedSplit(
-        [example], np.arange(3)[None], np.ones((1, 3), bool), before, after, before,
-        np.array([[False, True, False]]),
+        [example], np.arange(3)[None], np.ones((1, 3), bool), before, after, 0 * before,
+        after - before, np.array([[False, True, False]]),
     )  # fmt: skip
     ranks = {f"policy/{name}{kind}": 0.5 for name in HEADLINE_METRICS for kind in ("", "_se")}
     done = {"step": 1, "examples": 1, "split": "test", "final": ranks}

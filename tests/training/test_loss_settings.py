@@ -121,6 +121,22 @@ def test_when_all_are_drawn_the_draw_has_the_gradient_of_the_pool(changes: dict[
         np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-6)
 
 
+def test_rewards_are_those_of_the_loss() -> None:
+    x = make_responses()
+    logps, refs = np.asarray(x.logps), np.asarray(x.logps - x.log_ratios)
+    for loss_type in ("sigmoid", "ipo", "simpo"):
+        method = method_of("sdpo", **{"loss.type": loss_type})
+        has_reference = loss_type != "simpo"
+        found = method.implicit_rewards(logps, refs if has_reference else None, x.lengths)
+        wanted = np.where(x.valid, method.rewards(x), 0)
+        np.testing.assert_allclose(np.where(x.valid, found, 0), wanted, rtol=1e-5, atol=1e-6)
+        at_start = method.implicit_rewards(logps, None, x.lengths)
+        assert (at_start is None) == has_reference
+    assert (
+        method_of("sdpo", **{"loss.type": "cpo"}).implicit_rewards(logps, None, x.lengths) is None
+    )
+
+
 def test_margins_by_grade_are_those_of_odpo() -> None:
     x = make_responses()
     odpo = method_of("odpo", **{"odpo.alpha": 0.5})
@@ -176,6 +192,7 @@ def test_the_supervised_method_has_no_such_loss() -> None:
     config.update_from_flattened_dict({"method": "sft", "loss.type": "simpo"})
     assert make_method(config, POOL).is_supervised
     assert "loss.margin" in methods.find_unread(config)
+    assert not methods.has_rewards(config)
 
 
 @pytest.mark.parametrize("loss_type", ["simpo", slow("ipo"), slow("hinge")])
@@ -186,8 +203,9 @@ def test_a_run_lowers_its_loss_and_goes_on(tmp_path: Path, data: Path, loss_type
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     found = [line["loss"] for line in lines if "loss" in line]
     assert np.mean(found[-3:]) < 0.9 * np.mean(found[:3])
+    assert "reward/accuracy" in done["final"]  # By log-probabilities per token, with simpo.
     has_reference = loss_type != "simpo"
-    assert any(name.startswith("reward/") for name in done["final"]) == has_reference
+    assert ("reward/accuracy" in done["start"]) != has_reference
     stored = json.loads((tmp_path / "run" / "config.json").read_text())["loss"]
     assert stored["type"] == loss_type and stored["reference"] == has_reference
     export(tmp_path / "run", tmp_path / "out")
