@@ -7,10 +7,11 @@ chosen in one row and rejected in another says that this is not so, and is left 
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from collections.abc import Hashable, Iterable, Sequence
 
-from mass_dpo_jax.data.examples import Example, Text, last_content
+from mass_dpo_jax.data.examples import Example, Text, identify_answer
 from mass_dpo_jax.data.rows import DuplicateId
 from mass_dpo_jax.errors import UserError
 
@@ -20,10 +21,11 @@ _log = logging.getLogger(__name__)
 def group_by_prompt(examples: Sequence[Example], name: str) -> list[Example]:
     """Returns one example for each prompt, in the order in which prompts first occur.
 
-    Prompts are equal if `Example.question` is, responses if their texts are. The pool has each
-    response once; those chosen in some row and rejected in another are left out, and a prompt
-    without chosen or without rejected responses then. Scores are kept if all rows of a prompt have
-    them, as the mean where a response has several; ranks if the prompt has one row.
+    Prompts are equal if `Example.question` and `Example.tools` are, responses if their texts are,
+    calls of functions included. The pool has each response once; those chosen in some row and
+    rejected in another are left out, and a prompt without chosen or without rejected responses
+    then. Scores are kept if all rows of a prompt have them, as the mean where a response has
+    several; ranks if the prompt has one row.
 
     Args:
         examples: the rows of a split.
@@ -34,7 +36,8 @@ def group_by_prompt(examples: Sequence[Example], name: str) -> list[Example]:
     """
     groups: dict[Hashable, list[Example]] = {}
     for example in examples:
-        groups.setdefault(example.question, []).append(example)
+        tools = json.dumps(example.tools) if example.tools else ""
+        groups.setdefault((example.question, tools), []).append(example)
     pools = []
     contradictions = dropped = 0
     for rows in groups.values():
@@ -75,7 +78,7 @@ def _collect(rows: Iterable[Example], chosen: bool) -> dict[str, Text]:
     responses: dict[str, Text] = {}
     for row in rows:
         for response in (row.chosen, *row.also_chosen) if chosen else row.rejected:
-            responses.setdefault(last_content(response), response)
+            responses.setdefault(identify_answer(response), response)
     return responses
 
 
@@ -84,15 +87,15 @@ def _make_pool(
 ) -> Example:
     """Returns the example of some rows of one prompt; name, place and prompt are the first's."""
     responses = [chosen[0], *rejected, *chosen[1:]]
-    texts = [last_content(response) for response in responses]
+    texts = [identify_answer(response) for response in responses]
     scores: dict[str, list[float]] = {}
     has_scores = all(row.scores is not None for row in rows)
     for row in rows if has_scores else ():
         for response, score in zip(row.responses, row.scores or (), strict=True):
-            scores.setdefault(last_content(response), []).append(score)
+            scores.setdefault(identify_answer(response), []).append(score)
     ranks = None
     if len(rows) == 1 and rows[0].ranks is not None:
-        given = zip(map(last_content, rows[0].responses), rows[0].ranks, strict=True)
+        given = zip(map(identify_answer, rows[0].responses), rows[0].ranks, strict=True)
         by_text = dict(reversed(list(given)))
         ranks = tuple(by_text[text] for text in texts)
     return dataclasses.replace(

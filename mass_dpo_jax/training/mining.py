@@ -370,6 +370,7 @@ def _make_row(
         "prompt": as_text(example.prompt),
         "chosen": example.chosen,
         "rejected": texts,
+        **({"tools": example.tools} if example.tools else {}),
         "mined_ids": [catalogue.ids[i] for i in indices],
         "mined_scores": _shortest(scores),
         "mined_probabilities": _shortest(pi),

@@ -12,13 +12,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from mass_dpo_jax.data.examples import Example, Text, check_not_rejected, last_content
+from mass_dpo_jax.data.examples import Example, Text, as_answer, check_not_rejected
 from mass_dpo_jax.data.fields import check_id, to_json_value
 from mass_dpo_jax.data.formats import graded, pairs, retrieval
 from mass_dpo_jax.data.formats.raw_row import Answer, Format, RawRow
 from mass_dpo_jax.data.readers.columns import check_unsupported
 from mass_dpo_jax.data.readers.conversations import check_prompt_end, complete_prompt, read_answer
 from mass_dpo_jax.data.readers.messages import read_text
+from mass_dpo_jax.data.readers.tools import Tool, read_tools
 from mass_dpo_jax.errors import UserError
 
 FORMATS = {f.name: f for f in (*pairs.FORMATS, *graded.FORMATS, *retrieval.FORMATS)}
@@ -95,8 +96,9 @@ def look_at(rows: Iterable[tuple[str, Any]]) -> tuple[list[Any], Iterator[tuple[
 def read_formatted(row: Any, row_format: Format, default_id: str, location: str) -> Example:
     """Reads a row of a format.
 
-    Answers become strings. The best ones are chosen, the first of them as `Example.chosen`; all
-    others are rejected, in the order of the row. Null answers are left out.
+    Answers become strings, unless they have more than a text. The best ones are chosen, the first
+    of them as `Example.chosen`; all others are rejected, in the order of the row. Null answers are
+    left out.
 
     Raises:
         UserError: a field is missing or wrong, an answer is among the chosen and the rejected ones,
@@ -132,17 +134,23 @@ def read_formatted(row: Any, row_format: Format, default_id: str, location: str)
         None if None in scores else tuple(score for score in scores if score is not None),
         tuple(texts[i] for i in best[1:]),
         tuple(order[i] for i in indices) if len(levels) > 2 else None,
+        _read_tools(raw, row, location),
     )
 
 
-def _read_texts(raw: RawRow, answers: Sequence[Answer], location: str) -> tuple[Text, list[str]]:
+def _read_tools(raw: RawRow, row: Mapping[str, Any], location: str) -> tuple[Tool, ...]:
+    given = row.get("tools") if raw.tools is None else raw.tools
+    return read_tools(given, raw.tools_field, location)
+
+
+def _read_texts(raw: RawRow, answers: Sequence[Answer], location: str) -> tuple[Text, list[Text]]:
     """Reads the prompt and the answers, the prompt's messages removed where they repeat them."""
     prompt = read_text(raw.prompt, raw.prompt_field, location)
-    texts: list[str] = []
+    texts: list[Text] = []
     for answer in answers:
         text = read_text(answer.text, answer.field, location)
         if not texts:
             prompt = complete_prompt(prompt, text)
             check_prompt_end(prompt, raw.prompt_field, location)
-        texts.append(last_content(read_answer(prompt, text, answer.field, location)))
+        texts.append(as_answer(read_answer(prompt, text, answer.field, location)))
     return prompt, texts

@@ -23,7 +23,8 @@ from mass_dpo_jax.data.formats.raw_row import (
     read_prompt_text,
 )
 from mass_dpo_jax.data.readers.columns import contains_prompt
-from mass_dpo_jax.data.readers.messages import is_data, parse_literal
+from mass_dpo_jax.data.readers.literals import parse_literal
+from mass_dpo_jax.data.readers.messages import is_data
 from mass_dpo_jax.errors import UserError
 
 SHAREGPT_ROLES = {

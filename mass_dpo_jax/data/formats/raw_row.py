@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mass_dpo_jax.data.fields import describe_value, has_content, make_type_error, to_json_value
-from mass_dpo_jax.data.readers.messages import is_messages, parse_literal, parse_responses
+from mass_dpo_jax.data.readers.literals import parse_literal
+from mass_dpo_jax.data.readers.messages import is_messages, parse_responses
 from mass_dpo_jax.errors import UserError
 
 Row = Mapping[str, Any]
@@ -34,11 +35,21 @@ class Answer(NamedTuple):
 
 
 class RawRow(NamedTuple):
-    """A row of any format: a prompt and the answers to it, in the order of the row."""
+    """A row of any format: a prompt and the answers to it, in the order of the row.
+
+    Attributes:
+        prompt: a string or chat messages.
+        prompt_field: where it stands, for messages.
+        answers: the answers.
+        tools: the functions that the model may call; null for those of the column `tools`.
+        tools_field: where they stand.
+    """
 
     prompt: Any
     prompt_field: str
     answers: Sequence[Answer]
+    tools: Any = None
+    tools_field: str = "tools"
 
 
 class Format(NamedTuple):

@@ -11,11 +11,15 @@ from mass_dpo_jax.data.examples import Text
 from mass_dpo_jax.data.fields import has_content, to_json_value
 from mass_dpo_jax.errors import UserError
 
-COLUMNS = ("id", "prompt", "chosen", "rejected", "score_chosen", "score_rejected")
-OPTIONAL = ("id", "score_chosen", "score_rejected")  # Columns that `data.columns` can leave out.
+COLUMNS = ("id", "prompt", "chosen", "rejected", "score_chosen", "score_rejected", "tools")
+OPTIONAL = (
+    "id",
+    "score_chosen",
+    "score_rejected",
+    "tools",
+)  # Columns that `data.columns` can leave out.
 # Columns that change what a prompt is, so they are refused where they have content.
 UNSUPPORTED_COLUMNS = {
-    "tools": "leave it out, or write what the template makes of it into the prompt",
     "chat_template_kwargs": "set config.data.chat_template_kwargs, the same for all rows",
     **dict.fromkeys(
         ("image", "images", "video", "videos", "audio", "audios"),

@@ -35,6 +35,7 @@ from mass_dpo_jax.data.readers.conversations import (
 )
 from mass_dpo_jax.data.readers.messages import is_data, is_simple, parse_responses, read_text
 from mass_dpo_jax.data.readers.row_warnings import RowWarnings
+from mass_dpo_jax.data.readers.tools import read_tools
 from mass_dpo_jax.data.rows import Table, read_items, take_part
 from mass_dpo_jax.errors import UserError
 
@@ -136,7 +137,8 @@ def read_row(row: Any, default_id: str, location: str) -> Example:
 
     `score_chosen`, a number, and `score_rejected`, a list with a number for each rejected response
     (or one number, for one), are optional grades; a row in which one is null or not finite has
-    none. Other columns are ignored, see `RowWarnings`, except for UNSUPPORTED_COLUMNS.
+    none. `tools` are functions that the model may call (module `tools`). Other columns are ignored,
+    see `RowWarnings`, except for UNSUPPORTED_COLUMNS.
 
     Raises:
         UserError: a field is missing, empty or of the wrong type, the chosen response is also among
@@ -169,13 +171,14 @@ def read_row(row: Any, default_id: str, location: str) -> Example:
     chosen = read_answer(prompt, chosen, "chosen", location)
     indices = (i for i, text in enumerate(listed) if text is not None)
     rejected = [
-        text if isinstance(text, str) else read_answer(prompt, text, f"rejected[{i}]", location)
+        read_answer(prompt, text, f"rejected[{i}]", location)
         for i, text in zip(indices, rejected, strict=True)
     ]
     check_not_rejected(chosen, rejected, location)
     name = check_id(row.get("id"), default_id, location)
     scores = _read_scores(row, listed, location)
-    return Example(name, prompt, chosen, tuple(rejected), location, scores)
+    tools = read_tools(row.get("tools"), "tools", location)
+    return Example(name, prompt, chosen, tuple(rejected), location, scores, tools=tools)
 
 
 def _read_scores(
@@ -278,5 +281,10 @@ def _split_last_message(chosen: list[Message], location: str) -> list[Message]:
         raise UserError(
             f"{location}: field 'prompt' is missing and 'chosen' has one message only, so there is "
             "nothing before the answer"
+        )
+    if chosen[-2]["role"] == "assistant":
+        raise UserError(
+            f"{location}: field 'chosen' ends with two messages of role 'assistant', and field "
+            "'prompt' is missing: expected a question, or a tool's answer, before the last one"
         )
     return chosen[:-1]

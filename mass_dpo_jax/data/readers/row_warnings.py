@@ -65,11 +65,13 @@ class RowWarnings:
             self._counts["unscored"] += 1
         if self._has_template and isinstance(prompt, str):
             self._counts["turns"] += _TURNS.search(prompt) is not None
+        if isinstance(prompt, list):
+            self._counts["begun"] += prompt[-1]["role"] == "assistant"
 
     def _is_read(self, column: str) -> bool:
         if self._format is None:
             return column in COLUMNS
-        return column == "id" or self._format.reads(column)
+        return column in ("id", "tools") or self._format.reads(column)
 
     def _add_lists(self, row: Mapping[str, Any], example: Example) -> None:
         """Counts nulls in lists, and lists that were written as text."""
@@ -114,6 +116,8 @@ class RowWarnings:
 
 
 _MESSAGES = {
+    "begun": "have a prompt that ends with a message of the assistant, which is taken for the "
+    "beginning of all their answers",
     "null": "have null among the rejected responses, which is left out",
     "messages": "have chat messages written as text, which are read as messages",
     "decoded": "have a list written as text in rejected, which is read as that list; where it is "
