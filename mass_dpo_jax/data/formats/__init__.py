@@ -1,8 +1,9 @@
 """Formats of preference data, told by their columns: what other programs write and read.
 
 A file for each family, with a table `FORMATS` at its end: `pairs` (trainers), `graded` (ranked and
-graded answers), `retrieval` (queries and passages). `raw_row` has what a row becomes. TRL's format
-is `readers.preferences`; every row that no format here claims is read as that.
+graded answers), `retrieval` (queries and passages), `unpaired` (answers with labels). `raw_row` has
+what a row becomes. TRL's format is `readers.preferences`; every row that no format here claims is
+read as that.
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ from typing import Any
 
 from mass_dpo_jax.data.examples import Example, Text, as_answer, check_not_rejected
 from mass_dpo_jax.data.fields import check_id, to_json_value
-from mass_dpo_jax.data.formats import graded, pairs, retrieval
+from mass_dpo_jax.data.formats import graded, pairs, retrieval, unpaired
 from mass_dpo_jax.data.formats.raw_row import Answer, Format, RawRow
+from mass_dpo_jax.data.grouping import Completion
 from mass_dpo_jax.data.readers.columns import check_unsupported
 from mass_dpo_jax.data.readers.conversations import check_prompt_end, complete_prompt, read_answer
 from mass_dpo_jax.data.readers.messages import read_text
 from mass_dpo_jax.data.readers.tools import Tool, read_tools
 from mass_dpo_jax.errors import UserError
 
-FORMATS = {f.name: f for f in (*pairs.FORMATS, *graded.FORMATS, *retrieval.FORMATS)}
+FAMILIES = (pairs, graded, retrieval, unpaired)
+FORMATS = {f.name: f for family in FAMILIES for f in family.FORMATS}
 TRL = ("chosen", "rejected")
 NUM_FIRST_ROWS = 10  # By which a table's format is told.
 
@@ -104,13 +107,7 @@ def read_formatted(row: Any, row_format: Format, default_id: str, location: str)
         UserError: a field is missing or wrong, an answer is among the chosen and the rejected ones,
             or no answer is better than another.
     """
-    if not isinstance(row, Mapping):
-        raise UserError(f"{location}: expected an object in {row_format.title}, found no object")
-    check_unsupported(row, location)
-    raw = row_format.convert(row, location)
-    answers = [answer for answer in raw.answers if to_json_value(answer.text) is not None]
-    if not answers:
-        raise UserError(f"{location}: field {raw.answers[0].field!r} is null")
+    raw, answers = _convert(row, row_format, location)
     prompt, texts = _read_texts(raw, answers, location)
     ranks = [answer.rank for answer in answers]
     levels = {rank: level for level, rank in enumerate(sorted(set(ranks)))}
@@ -136,6 +133,31 @@ def read_formatted(row: Any, row_format: Format, default_id: str, location: str)
         tuple(order[i] for i in indices) if len(levels) > 2 else None,
         _read_tools(raw, row, location),
     )
+
+
+def read_completion(row: Any, row_format: Format, default_id: str, location: str) -> Completion:
+    """Reads a row of an unpaired format: one answer, which is good or bad.
+
+    Raises:
+        UserError: a field is missing or wrong.
+    """
+    raw, answers = _convert(row, row_format, location)
+    prompt, [text] = _read_texts(raw, answers, location)
+    name = check_id(row.get("id"), default_id, location)
+    tools = _read_tools(raw, row, location)
+    return Completion(name, prompt, text, not answers[0].rank, location, tools)
+
+
+def _convert(row: Any, row_format: Format, location: str) -> tuple[RawRow, list[Answer]]:
+    """Returns what a format makes of a row, and those of its answers that are not null."""
+    if not isinstance(row, Mapping):
+        raise UserError(f"{location}: expected an object in {row_format.title}, found no object")
+    check_unsupported(row, location)
+    raw = row_format.convert(row, location)
+    answers = [answer for answer in raw.answers if to_json_value(answer.text) is not None]
+    if not answers:
+        raise UserError(f"{location}: field {raw.answers[0].field!r} is null")
+    return raw, answers
 
 
 def _read_tools(raw: RawRow, row: Mapping[str, Any], location: str) -> tuple[Tool, ...]:

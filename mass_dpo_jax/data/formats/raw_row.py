@@ -63,6 +63,7 @@ class Format(NamedTuple):
         fits: whether a row with such columns is of this format.
         optional: further columns that are read.
         numbered: begins the names of columns that are numbered: rejected_1, rejected_2, ...
+        unpaired: whether a row has a single answer, of rank 0 or 1.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Format(NamedTuple):
     fits: Callable[[Row], bool] = lambda row: True
     optional: tuple[str, ...] = ()
     numbered: str = ""
+    unpaired: bool = False
 
     def find_columns(self, row: Row) -> tuple[str, ...]:
         """Returns the columns by which a row is of this format; none where it is not."""

@@ -43,7 +43,8 @@ def read_answer(prompt: Text, response: Text, field: str, location: str) -> Text
     if isinstance(response, str):
         return _check_beginning(prompt, response, field, location)
     asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if len(response) > 1 and response[:-1] == asked:
+    start = int(asked[0]["role"] == "system")  # It may stand in a column of its own.
+    if len(response) > 1 and response[:-1] in (asked, asked[start:]):
         response = response[-1:]
     if len(response) > 1:
         raise UserError(f"{location}: field {field!r} {_describe_messages(asked, response)}")

@@ -21,11 +21,11 @@ from mass_dpo_jax.data.fields import (
     to_json_value,
 )
 from mass_dpo_jax.data.readers.literals import has_adjacent_strings, parse_literal
-from mass_dpo_jax.data.readers.tools import read_calls
+from mass_dpo_jax.data.readers.tools import CALL_ROLES, RETURN_ROLES, join_calls, read_calls
 from mass_dpo_jax.errors import UserError
 
-ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 TOOL_ROLES = ("tool", "function", "ipython")  # What a function returned.
+ROLES = ("system", "developer", "user", "assistant", *TOOL_ROLES, *CALL_ROLES, *RETURN_ROLES)
 
 # Keys of messages that change what is said, and what to do about them.
 _UNSUPPORTED_KEYS = {
@@ -69,6 +69,7 @@ def read_text(value: Any, field: str, location: str) -> Text:
         raise make_type_error(location, field, expected, value)
     if not value:
         raise UserError(f"{location}: field {field!r} is empty")
+    value = join_calls(value, field, location)
     return [_read_message(m, f"{field}[{i}]", location) for i, m in enumerate(value)]
 
 

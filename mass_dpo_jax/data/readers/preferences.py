@@ -20,7 +20,7 @@ from mass_dpo_jax.data.fields import (
     make_type_error,
     to_json_value,
 )
-from mass_dpo_jax.data.grouping import group_by_prompt
+from mass_dpo_jax.data.grouping import Completion, group_by_prompt
 from mass_dpo_jax.data.readers.columns import (
     check_unsupported,
     describe_absent,
@@ -78,13 +78,23 @@ def read_preferences(
     names = parse_columns(data.columns)
     row_format, table = _tell_format(table, names, data.format)
     warnings = RowWarnings(table.name, data.chat_template != "none", row_format)
+    grouped = data.group == "prompt"
+    if row_format is not None and row_format.unpaired and not grouped:
+        raise UserError(
+            f"{table.name}: has one answer a row, with a label that says whether it is good "
+            f"({row_format.title}): set --config.data.group=prompt, which makes one pool of all "
+            "answers to a prompt"
+        )
 
-    def make(row: Any, i: int, location: str) -> Example:
+    def make(row: Any, i: int, location: str) -> Example | Completion:
         if isinstance(row, Example):
             return row
         row = rename_columns(row, names, location)
+        example: Example | Completion
         if row_format is None:
             example = read_row(row, f"{prefix}{i}", location)
+        elif row_format.unpaired:
+            example = formats.read_completion(row, row_format, f"{prefix}{i}", location)
         else:
             example = formats.read_formatted(row, row_format, f"{prefix}{i}", location)
         warnings.add(row, example)
@@ -96,10 +106,11 @@ def read_preferences(
         f"; several rows of one prompt? --config.data.columns={setting} numbers rows instead; "
         "--config.data.group=prompt makes one pool of them"
     )
-    grouped = data.group == "prompt"
-    examples = read_items(table, make, data.on_bad_row, advice, unique_ids=not grouped)
+    rows = read_items(table, make, data.on_bad_row, advice, unique_ids=not grouped)
     warnings.log(log_once)
-    return group_by_prompt(examples, table.name) if grouped else examples
+    if grouped:
+        return group_by_prompt(rows, table.name)
+    return [row for row in rows if isinstance(row, Example)]
 
 
 def _tell_format(

@@ -11,6 +11,7 @@ from typing import Any
 from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.data.fields import has_content, to_json_value
 from mass_dpo_jax.data.formats.raw_row import Format
+from mass_dpo_jax.data.grouping import Completion
 from mass_dpo_jax.data.readers.columns import COLUMNS
 from mass_dpo_jax.data.readers.messages import is_data, is_response_list
 
@@ -39,12 +40,16 @@ class RowWarnings:
         self._unread: dict[str, None] = {}  # Columns, in order.
         self._counts: collections.Counter[str] = collections.Counter()
 
-    def add(self, row: Mapping[str, Any], example: Example) -> None:
+    def add(self, row: Mapping[str, Any], example: Example | Completion) -> None:
         """Looks at a row and the example that was read from it."""
         self._rows += 1
         for column, value in row.items():
             if not self._is_read(column) and column not in self._unread and has_content(value):
                 self._unread[column] = None
+        if isinstance(example.prompt, list):
+            self._counts["begun"] += example.prompt[-1]["role"] == "assistant"
+        if isinstance(example, Completion):
+            return
         if self._format is None:
             self._add_lists(row, example)
         prompt = example.prompt
@@ -65,8 +70,6 @@ class RowWarnings:
             self._counts["unscored"] += 1
         if self._has_template and isinstance(prompt, str):
             self._counts["turns"] += _TURNS.search(prompt) is not None
-        if isinstance(prompt, list):
-            self._counts["begun"] += prompt[-1]["role"] == "assistant"
 
     def _is_read(self, column: str) -> bool:
         if self._format is None:

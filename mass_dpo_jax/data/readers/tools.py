@@ -15,6 +15,9 @@ from mass_dpo_jax.data.readers.literals import parse_literal
 from mass_dpo_jax.errors import UserError
 
 Tool = dict[str, Any]
+# Roles of other programs: whose message is a call, and what it returned.
+CALL_ROLES = ("tool_call", "function_call")
+RETURN_ROLES = ("tool_response", "observation")
 
 
 def read_tools(value: Any, field: str, location: str) -> tuple[Tool, ...]:
@@ -67,6 +70,32 @@ def read_calls(value: Any, field: str, location: str) -> list[Tool]:
         called = {"name": function["name"], "arguments": arguments}
         read.append({"type": "function", **rest, "function": called})
     return read
+
+
+def join_calls(messages: list[Any], field: str, location: str) -> list[Any]:
+    """Returns a conversation whose calls are in messages of the assistant, as in transformers.
+
+    ms-swift and LLaMA-Factory have a message for each call, whose content is JSON.
+
+    Raises:
+        UserError: such a content is no call.
+    """
+    joined: list[Any] = []
+    for i, message in enumerate(messages):
+        role = message.get("role") if isinstance(message, Mapping) else None
+        if role in RETURN_ROLES:
+            message = {**message, "role": "tool"}
+        elif role in CALL_ROLES:
+            calls = read_calls(message.get("content"), f"{field}[{i}].content", location)
+            last = joined[-1] if joined else None
+            if isinstance(last, Mapping) and last.get("role") == "assistant":
+                earlier = last.get("tool_calls")
+                earlier = earlier if isinstance(earlier, list) else []
+                joined[-1] = {**last, "tool_calls": [*earlier, *calls]}
+                continue
+            message = {"role": "assistant", "content": "", "tool_calls": calls}
+        joined.append(message)
+    return joined
 
 
 def drop_nulls(value: Any) -> Any:
