@@ -191,8 +191,8 @@ class ChatTemplate:
             )
         thoughts = next((key for key in REASONING if key in message), "")
         self._look_for_special(json.dumps(message), identify_answer(list(answer)))
-        self._check_thoughts(talk, bool(thoughts), thoughts, field)
         self._checks.check_answer(talk.messages, message, talk.tools, field, talk.location)
+        self._check_thoughts(talk, bool(thoughts), thoughts, field)
         text = self._write(talk, message, f"the answer with {', '.join(message)}")
         if kind.end in text:
             return text[: text.index(kind.end) + len(kind.end)]

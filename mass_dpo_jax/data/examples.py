@@ -122,6 +122,12 @@ def list_more(message: Message) -> dict[str, Any]:
     return {key: value for key, value in message.items() if key not in ("role", "content")}
 
 
+def show(message: Message) -> str:
+    """Returns what a message says, calls and thoughts included."""
+    more = [f"{key}: {json.dumps(value)}" for key, value in list_more(message).items()]
+    return "\n".join(([message["content"]] if message["content"] or not more else []) + more)
+
+
 def name_response(candidate: int, num_rejected: int) -> str:
     """Returns the field of a response, by its index in `Example.responses`."""
     if candidate > num_rejected:

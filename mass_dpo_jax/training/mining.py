@@ -17,7 +17,15 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mass_dpo_jax.data import text_files
-from mass_dpo_jax.data.examples import Example, History, Prompt, Text, as_text, last_content
+from mass_dpo_jax.data.examples import (
+    Example,
+    History,
+    Prompt,
+    Text,
+    as_text,
+    identify_answer,
+    show,
+)
 from mass_dpo_jax.data.row_files import read_rows
 from mass_dpo_jax.data.tokenizer import encode_texts, find_added_tokens
 from mass_dpo_jax.errors import UserError
@@ -120,7 +128,7 @@ def find_positives(examples: Sequence[Example]) -> list[set[str]]:
     """
     by_question: dict[Any, set[str]] = {}
     for example in examples:
-        chosen = {normalize(last_content(t)) for t in (example.chosen, *example.also_chosen)}
+        chosen = {normalize(identify_answer(t)) for t in (example.chosen, *example.also_chosen)}
         by_question.setdefault(example.question, set()).update(chosen)
     found = []
     for example in examples:
@@ -177,7 +185,7 @@ def _encode_batch(graphdef: Any, params: Any, tokens: jax.Array, lengths: jax.Ar
 def plain_text(text: Prompt) -> str:
     """Returns a prompt or response as one text: the contents of messages, one below the other."""
     text = as_text(text)
-    return text if isinstance(text, str) else "\n".join(m["content"] for m in text)
+    return text if isinstance(text, str) else "\n".join(map(show, text))
 
 
 def by_policy(
@@ -279,7 +287,7 @@ def read_table(path: Path, flag: str, rows: int, columns: int | None) -> np.ndar
 
 def chosen_index(examples: Sequence[Example], catalogue: Catalogue) -> np.ndarray:
     """Returns the item that each chosen response is, -1 where the catalogue lacks it."""
-    keys = (normalize(last_content(example.chosen)) for example in examples)
+    keys = (normalize(identify_answer(example.chosen)) for example in examples)
     return np.array([catalogue.index.get(key, -1) for key in keys])
 
 

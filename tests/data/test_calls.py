@@ -65,6 +65,25 @@ ROWS: list[tuple[Any, Any, list[Message], tuple[str, ...]]] = [
 ]
 
 
+# A template that writes everything.
+CALLS_AND_TOOLS = (
+    "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{% for m in messages %}<|{{ m.role }}|>"
+    "{{ m.name }}{{ m.tool_call_id }}{% if m.reasoning_content %}{{ m.reasoning_content }}"
+    "{% endif %}{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}<eos>"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def list_rows() -> list[dict[str, Any]]:
+    """Rows with calls and tools, and with thoughts, as TRL has them."""
+    given = [(prompt, tools, answers) for prompt, tools, answers, _ in ROWS]
+    given += [(prompt, None, answers) for prompt, answers in THOUGHTS]
+    return [
+        {"prompt": prompt, "chosen": [a], "rejected": [[b]], "tools": tools}
+        for prompt, tools, (a, b) in given
+    ]
+
+
 @pytest.mark.parametrize("row", ROWS)
 def test_calls_and_tools_are_rendered_as_by_transformers(
     real_data: Path, tmp_path: Path, row: Any

@@ -94,7 +94,16 @@ BROKEN: list[tuple[str, Row, str]] = [
     ("ms-swift", {**row_of("ms-swift"), "images": ["x.png"]}, "'images' is not read here"),
     ("OpenAI", {**row_of("OpenAI"), "input": {}}, "'input.messages' is missing"),
     ("OpenAI", without(row_of("OpenAI"), "preferred_output"), "'preferred_output' is missing"),
-    ("OpenAI", {**row_of("OpenAI"), "input": {"messages": [user("q")], "tools": [{"a": 1}]}}, "tools"),
+    ("OpenAI", {**row_of("OpenAI"), "input": {"messages": [user("q")], "tools": 3}}, "input.tools"),
+    ("ms-swift", {**row_of("ms-swift"), "tools": '[{"a": 1}]'}, r"'tools\[0\]' needs the 'name'"),
+    (
+        "ms-swift, a call chosen",
+        {
+            "messages": [user("q"), {"role": "tool_call", "content": "moons()"}],
+            "rejected_response": "b",
+        },
+        r"'messages\[1\].content' must be a list of calls, found the string",
+    ),
     ("axolotl", {**row_of("axolotl"), "question": None}, "'question'.* is missing"),
     ("axolotl", {**row_of("axolotl"), "system": 4}, "'system' must be a string"),
     ("numbered", {"prompt": "q", "chosen": "a"}, "'rejected_1' is missing"),
