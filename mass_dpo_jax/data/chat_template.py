@@ -231,7 +231,8 @@ class ChatTemplate:
         text = self._render(messages, talk.tools, talk.location, complete=True)
         if not text.startswith(talk.text):
             thinks = any(tag in message["content"] for tag in THINK_TAGS)
-            advice = f"; {_THINK}" if thinks or any(k in message for k in REASONING) else ""
+            thinks = thinks or any(key in message for key in REASONING)
+            advice = "" if self._arguments.get("enable_thinking") or not thinks else f"; {_THINK}"
             raise UserError(
                 f"{talk.location}: the chat template's text with {what} does not start with its "
                 f"generation prompt, which ends with {shorten(talk.text[-40:])}{advice}"

@@ -235,6 +235,8 @@ def _describe(part: str) -> str:
             "the chat template does not write it; write it into content as the model does, "
             "<think>...</think>"
         )
+    if part == "name":
+        return "the chat template does not write it; leave it out"
     what = "a text beside calls" if part == "content" else "it"
     return (
         f"the chat template does not write {what}; take a model whose template does, or such a "

@@ -36,7 +36,7 @@ def _is_labelled(row: Row) -> bool:
     pairs = ("chosen", "rejected", "rejected_response", "rejected_messages")
     if any(get(row, name) is not None for name in pairs) or isinstance(get(row, "output"), list):
         return False
-    if get(row, "label") is not None and get(row, "completion") is None:
+    if get(row, "label") is not None and has_content(row.get("messages")):
         # A class of a conversation may be called so, too: then it is a number.
         return isinstance(label, bool) or str(label).lower() in ("true", "false")
     return _find_label(label) is not None
@@ -94,8 +94,9 @@ FORMATS = (
     Format(
         "unpaired", "single answers with labels",
         (
-            *((question, "completion", "label") for question in ("prompt", *QUESTIONS)),
-            ("completion", "label"), ("query", "response", "label"), ("messages", "label"),
+            *((question, answer, "label") for question in ("prompt", *QUESTIONS)
+              for answer in ("completion", "response")),
+            ("completion", "label"), ("messages", "label"),
             ("instruction", "output", "kto_tag"), *((name, "kto_tag") for name in CONVERSATIONS),
         ),
         _read_unpaired, _is_labelled, ("system", "history", "input"), unpaired=True,

@@ -105,8 +105,10 @@ def _read_message(value: Any, field: str, location: str) -> Message:
     if content is None and "tool_calls" in message:
         return message
     if not isinstance(content, str):
+        advice = "; write what a tool returns as JSON" if role in TOOL_ROLES else ""
         raise UserError(
             f"{start}: a chat message needs a string 'content', found {describe_value(content)}"
+            f"{advice}"
         )
     may_be_empty = role in ("system", *TOOL_ROLES) or "tool_calls" in message
     if content.strip() or not may_be_empty:
