@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -295,3 +296,35 @@ def test_answers_go_on_with_the_assistant_s_last_message(
                 assert text + response == whole.rstrip("\n")
             assert response.endswith(("<|eot_id|>", "<|im_end|>"))
         assert renderer.find_warnings(example, prompt) == []
+
+
+def test_nulls_are_those_of_tables_unless_they_are_in_json(tmp_path: Path) -> None:
+    nulls = {"planet": "Mars", "moon": None, "of": [None, {"a": None}]}
+    schema = {"type": "function", "function": {"name": "moons", "strict": None}}
+    answers = [calls("moons", **nulls), calls("mass")]
+    rows = [{"prompt": "q", "chosen": answers[:1], "rejected": answers[1:], "tools": [schema]}]
+    written = json.loads(json.dumps(rows[0]))
+    function = written["chosen"][0]["tool_calls"][0]["function"]
+    function["arguments"] = json.dumps(nulls)
+    rows.append({**written, "tools": json.dumps([schema])})
+    table, text = load("preferences", write_lines(tmp_path / "file.jsonl", rows))
+    found = [row.chosen[0]["tool_calls"][0]["function"]["arguments"] for row in (table, text)]
+    assert found == [{"planet": "Mars", "of": [None, {}]}, nulls]
+    assert (table.tools, text.tools) == (
+        ({"type": "function", "function": {"name": "moons"}},),
+        (schema,),
+    )
+
+
+def test_what_is_not_json_or_too_deep_is_refused(tmp_path: Path) -> None:
+    row = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    deep = "{'name': 'f', 'x': " + "[" * 500 + "]" * 500 + "}"
+    for tools, message in {
+        "[{'name': 'f', 'x': {1, 2}}]": "'tools[0]' is not for JSON: ",
+        "[{'name': 'f', (1, 2): 3}]": "'tools[0]' is not for JSON: ",
+        f"[{deep}]": "'tools' must be a list",
+    }.items():
+        with pytest.raises(UserError, match=re.escape(message)):
+            load("preferences", write_lines(tmp_path / "f.jsonl", [{**row, "tools": tools}]))
+    with pytest.raises(UserError, match=r"'tools\[0\]' must be a function"):
+        load("preferences", write_lines(tmp_path / "f.jsonl", [{**row, "tools": [deep]}]))

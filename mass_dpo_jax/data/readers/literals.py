@@ -9,13 +9,23 @@ import tokenize
 import warnings
 from typing import Any
 
+from mass_dpo_jax.utils.files import is_deep
+
 MAX_PARSED_CHARS = 1 << 20  # Longer texts are never parsed.
 
 
 def parse_literal(text: str) -> Any:
-    """Returns what a text stands for in JSON or as a Python literal; None if it is neither."""
+    """Returns what a text stands for in JSON or as a Python literal; None if it is neither.
+
+    What is nested too deeply for JSON in a file is neither.
+    """
     if len(text) > MAX_PARSED_CHARS or text.strip()[-1:] not in ("]", "}"):
         return None
+    value = _parse(text)
+    return None if is_deep(text, value) else value
+
+
+def _parse(text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

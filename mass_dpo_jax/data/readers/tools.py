@@ -7,6 +7,7 @@ is written as text keeps them.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,7 +41,9 @@ def read_tools(value: Any, field: str, location: str) -> tuple[Tool, ...]:
         if not isinstance(tool, Mapping):
             raise make_type_error(location, name, "a function, as a JSON schema", tool)
         _read_name(tool, name, location)
-        read.append(dict(tool) if isinstance(value, str) else drop_nulls(tool))
+        read.append(
+            _check_json(tool if isinstance(value, str) else drop_nulls(tool), name, location)
+        )
     return tuple(read)
 
 
@@ -134,12 +137,21 @@ def _read_name(value: Mapping[str, Any], field: str, location: str) -> Mapping[s
     return function
 
 
-def _read_arguments(value: Any, field: str, location: str) -> dict[str, Any]:
+def _read_arguments(value: Any, field: str, location: str) -> Any:
     """Reads the arguments of a call; an empty text, or none, is no arguments."""
     arguments = _parse(value)
     if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
         return {}
     if not isinstance(arguments, Mapping):
         raise make_type_error(location, field, "an object, or JSON of one", arguments)
-    read: dict[str, Any] = dict(arguments) if isinstance(value, str) else drop_nulls(arguments)
-    return read
+    read = arguments if isinstance(value, str) else drop_nulls(arguments)
+    return _check_json(read, field, location)
+
+
+def _check_json(value: Any, field: str, location: str) -> Any:
+    """Returns a value that JSON has; a table, or a literal of Python, may hold others."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{location}: field {field!r} is not for JSON: {error}") from None
+    return value
