@@ -11,6 +11,7 @@ import pytest
 
 from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.data.render import make_renderer
+from mass_dpo_jax.data.tokenization import tokenize
 from mass_dpo_jax.errors import UserError
 from tests.support.data import load, write_lines
 from tests.support.tokenizers import USER, real, settings, small
@@ -328,3 +329,23 @@ def test_what_is_not_json_or_too_deep_is_refused(tmp_path: Path) -> None:
             load("preferences", write_lines(tmp_path / "f.jsonl", [{**row, "tools": tools}]))
     with pytest.raises(UserError, match=r"'tools\[0\]' must be a function"):
         load("preferences", write_lines(tmp_path / "f.jsonl", [{**row, "tools": [deep]}]))
+
+
+def test_long_prompts_keep_calls_and_tools(real_data: Path) -> None:
+    tokenizer = real(real_data, "qwen3")
+    old = [{"role": "user", "content": "old " * 50}, says("x")]
+    prompt = [SYSTEM, *old, USER, CALL_, {"role": "tool", "content": "12 " * 200 + "end"}]
+    example = Example("0", prompt, "a", ("b",), "file:1", tools=tuple(TOOLS[:1]))
+    data = settings("tokenizer", {"max_prompt_length": 300})
+    tokens = tokenize([example], tokenizer, data, progress=False)
+    assert (tokens.cut["history_items_dropped"], tokens.cut["prompts_truncated"]) == (1, 1)
+    text = tokenizer.decode(tokens.prompt(0))
+    assert 290 <= tokens.prompt_lengths[0] <= 300
+    for kept in ("Be brief.", "Looks up moons.", "Hi!", '"planet": "Mars"', "12 end\n</tool_resp"):
+        assert kept in text
+    assert "old" not in text
+    beginning = [SYSTEM, *old, {"role": "user", "content": "new " * 400}, says("So:")]
+    example = Example("0", beginning, " a", (" b",), "file:1")
+    text = tokenizer.decode(tokenize([example], tokenizer, data, progress=False).prompt(0))
+    assert text.endswith("new <|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\nSo:")
+    assert "old" not in text

@@ -18,6 +18,7 @@ OPTIONAL = (
     "score_rejected",
     "tools",
 )  # Columns that `data.columns` can leave out.
+RENAMABLE = (*COLUMNS, "completion", "label")  # Those of unpaired rows, too.
 # Columns that change what a prompt is, so they are refused where they have content.
 UNSUPPORTED_COLUMNS = {
     "chat_template_kwargs": "set config.data.chat_template_kwargs, the same for all rows",
@@ -55,10 +56,10 @@ def parse_columns(text: str) -> dict[str, str]:
     for part in text.split(",") if text else []:
         ours, equals, theirs = (word.strip() for word in part.partition("="))
         missing = not theirs and not (equals and ours in OPTIONAL)
-        if ours not in COLUMNS or missing or ours in names:
+        if ours not in RENAMABLE or missing or ours in names:
             raise UserError(
                 f"config.data.columns={text!r}: {part!r}, expected each of "
-                f"{', '.join(COLUMNS)} at most once, as in prompt=question,chosen=answer; "
+                f"{', '.join(RENAMABLE)} at most once, as in prompt=question,chosen=answer; "
                 f"and {', '.join(f'{name}=' for name in OPTIONAL)} to read no such column"
             )
         names[ours] = theirs

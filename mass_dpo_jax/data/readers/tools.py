@@ -61,7 +61,9 @@ def read_calls(value: Any, field: str, location: str) -> list[Tool]:
     calls = _parse(value)
     calls = [calls] if isinstance(calls, Mapping) else calls
     if not isinstance(calls, list):
-        raise make_type_error(location, field, "a list of calls", calls)
+        raise make_type_error(
+            location, field, "a call of a function, as JSON, or a list of calls", calls
+        )
     read = []
     for i, call in enumerate(calls):
         call, name = _parse(call), f"{field}[{i}]"
@@ -89,7 +91,7 @@ def join_calls(messages: list[Any], field: str, location: str) -> list[Any]:
         if role in RETURN_ROLES:
             message = {**message, "role": "tool"}
         elif role in CALL_ROLES:
-            calls = read_calls(message.get("content"), f"{field}[{i}].content", location)
+            calls = read_calls(message.get("content"), f"{field}[{i}]", location)
             last = joined[-1] if joined else None
             if isinstance(last, Mapping) and last.get("role") == "assistant":
                 earlier = last.get("tool_calls")

@@ -102,7 +102,7 @@ BROKEN: list[tuple[str, Row, str]] = [
             "messages": [user("q"), {"role": "tool_call", "content": "moons()"}],
             "rejected_response": "b",
         },
-        r"'messages\[1\].content' must be a list of calls, found the string",
+        r"'messages\[1\]' must be a call of a function, as JSON, .* found the string",
     ),
     ("axolotl", {**row_of("axolotl"), "question": None}, "'question'.* is missing"),
     ("axolotl", {**row_of("axolotl"), "system": 4}, "'system' must be a string"),

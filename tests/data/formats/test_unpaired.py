@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mass_dpo_jax.errors import UserError
-from tests.data.formats.cases import UNPAIRED, label_rows, says, user
+from tests.data.formats.cases import UNPAIRED, calls, label_rows, says, user
 from tests.support.data import load, write_lines
 
 
@@ -85,3 +85,27 @@ def test_labels_of_pairs_and_classes_are_no_format(tmp_path: Path) -> None:
     classes = [{"messages": [user("q"), says("a")], "label": 1}]
     with pytest.raises(UserError, match="field 'chosen' is missing"):
         load("preferences", write_lines(tmp_path / "file.jsonl", classes))
+
+
+def test_columns_are_renamed(tmp_path: Path) -> None:
+    rows = [{"q": "p", "text": t, "good": t == "a"} for t in "abc"]
+    columns = "prompt=q,completion=text,label=good"
+    file = write_lines(tmp_path / "file.jsonl", rows)
+    [pool] = load("preferences", file, group="prompt", columns=columns)
+    assert (pool.prompt, pool.chosen, pool.rejected) == ("p", "a", ("b", "c"))
+
+
+def test_pools_are_of_one_prompt_with_the_same_tools_and_calls_are_answers(tmp_path: Path) -> None:
+    tools = [{"name": "f"}, {"name": "g"}]
+    answers = [calls({"a": 1}), calls({"a": 2}), calls({"a": 1}), says("x")]
+    labels = [True, False, True, False]
+    rows = [
+        {"prompt": "q", "completion": [answer], "label": label, "tools": [tool]}
+        for tool in tools
+        for answer, label in zip(answers, labels, strict=True)
+    ]
+    pools = load("preferences", write_lines(tmp_path / "file.jsonl", rows), group="prompt")
+    assert [pool.tools for pool in pools] == [(tool,) for tool in tools]
+    for pool in pools:
+        assert (pool.chosen, pool.also_chosen) == ([calls({"a": 1})], ())
+        assert pool.rejected == ([calls({"a": 2})], "x")

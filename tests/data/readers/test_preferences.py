@@ -233,7 +233,7 @@ def test_ids_are_given_or_count_rows_and_blank_lines_are_skipped(tmp_path: Path)
         *[
             ({**GOOD, "chosen": [{**assistant("a"), "tool_calls": value}]}, f"tool_calls{message}")
             for value, message in (
-                ("f(x)", "' must be a list of calls, found the string"),
+                ("f(x)", "' must be a call of a function, .* found the string"),
                 ([3], r"\[0\]' must be a call, with a function, found the number 3"),
                 ([{"function": "f"}], r"\[0\].function' must be an object with a name, found"),
                 ([{"name": " "}], r"\[0\].name' is empty"),
