@@ -101,10 +101,10 @@ class Example:
 
         That is a history's items; for messages, a single one counts as its text.
         """
-        return ask(self.prompt)
+        return identify_prompt(self.prompt)
 
 
-def ask(prompt: Prompt) -> Hashable:
+def identify_prompt(prompt: Prompt) -> Hashable:
     """Returns what is equal for prompts that ask the same, see `Example.question`."""
     if isinstance(prompt, History):
         return prompt.items
@@ -122,7 +122,7 @@ def list_more(message: Message) -> dict[str, Any]:
     return {key: value for key, value in message.items() if key not in ("role", "content")}
 
 
-def show(message: Message) -> str:
+def format_message(message: Message) -> str:
     """Returns what a message says, calls and thoughts included."""
     more = [f"{key}: {json.dumps(value)}" for key, value in list_more(message).items()]
     return "\n".join(([message["content"]] if message["content"] or not more else []) + more)

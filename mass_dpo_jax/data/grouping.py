@@ -12,7 +12,7 @@ import logging
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
-from mass_dpo_jax.data.examples import Example, Prompt, Text, ask, identify_answer
+from mass_dpo_jax.data.examples import Example, Prompt, Text, identify_answer, identify_prompt
 from mass_dpo_jax.data.rows import DuplicateId
 from mass_dpo_jax.errors import UserError
 
@@ -38,7 +38,7 @@ class Completion:
     @property
     def question(self) -> Hashable:
         """Equal for rows whose prompts ask the same."""
-        return ask(self.prompt)
+        return identify_prompt(self.prompt)
 
 
 Row = Example | Completion

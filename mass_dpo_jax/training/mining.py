@@ -23,8 +23,8 @@ from mass_dpo_jax.data.examples import (
     Prompt,
     Text,
     as_text,
+    format_message,
     identify_answer,
-    show,
 )
 from mass_dpo_jax.data.row_files import read_rows
 from mass_dpo_jax.data.tokenizer import encode_texts, find_added_tokens
@@ -185,7 +185,7 @@ def _encode_batch(graphdef: Any, params: Any, tokens: jax.Array, lengths: jax.Ar
 def plain_text(text: Prompt) -> str:
     """Returns a prompt or response as one text: the contents of messages, one below the other."""
     text = as_text(text)
-    return text if isinstance(text, str) else "\n".join(map(show, text))
+    return text if isinstance(text, str) else "\n".join(map(format_message, text))
 
 
 def by_policy(
