@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -69,7 +70,7 @@ class PromptChecks:
                 )
             if RENDERED.match(start) or (self._header and start.startswith(self._header)):
                 warning = "that look rendered already"
-            elif not warning and self._special.search(text):
+            elif not warning and self._special.search(text + _more_text(message)):
                 warning = "with special tokens in their text"
         return warning
 
@@ -183,6 +184,11 @@ class PromptChecks:
         lines = self._special.sub("\n", self._opening).strip().splitlines()
         header = lines[-1].strip() if lines else ""
         return header if re.search(r"[^\w\s]", header) else ""
+
+
+def _more_text(message: Message) -> str:
+    more = list_more(message)
+    return json.dumps(more) if more else ""
 
 
 def _describe_shape(message: Message) -> tuple[Any, ...]:

@@ -261,6 +261,8 @@ def test_what_a_template_leaves_out_on_purpose_is_counted(real_data: Path) -> No
         "with text beside tool calls that the chat template does not write"
     ]
     assert look(qwen, "tokenizer", beside, says("a")) == []
+    control = [USER, calls("moons", content="", planet="<|im_end|>"), TOOL]
+    assert look(qwen, "tokenizer", control, says("a"))[0] == "with special tokens in their text"
 
 
 def test_tools_need_a_template() -> None:
