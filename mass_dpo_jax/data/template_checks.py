@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
@@ -153,8 +154,9 @@ class PromptChecks:
                 if key in ("name", "tool_call_id"):
                     rest = {k: v for k, v in message.items() if k != key}
                     others = [*marked[:i], rest, *marked[i + 1 :]]
-                    if text == self._render(others, marked_tools, complete=complete):
-                        yield i, key
+                    with contextlib.suppress(UserError):  # The template needs it.
+                        if text == self._render(others, marked_tools, complete=complete):
+                            yield i, key
                 elif key != "role" and not all(mark in written for mark in _marks(message[key])):
                     yield i, key
 

@@ -351,3 +351,13 @@ def test_long_prompts_keep_calls_and_tools(real_data: Path) -> None:
     text = tokenizer.decode(tokenize([example], tokenizer, data, progress=False).prompt(0))
     assert text.endswith("new <|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\nSo:")
     assert "old" not in text
+
+
+def test_a_template_may_need_names_or_ids(tmp_path: Path) -> None:
+    needs = "{% if m.role == 'tool' and not m.name %}{{ raise_exception('no name') }}{% endif %}"
+    path = tmp_path / "t.jinja"
+    path.write_text(CALLS_AND_TOOLS.replace("{{ m.name }}", needs))
+    assert look(small(), str(path), [USER, CALL_, TOOL], says("a"), TOOLS) == []
+    nameless = {"role": "tool", "content": "2"}
+    with pytest.raises(UserError, match=r"^file:1: .* fails on \(user, assistant, tool\): no name"):
+        look(small(), str(path), [USER, CALL_, nameless], says("a"))
