@@ -361,3 +361,13 @@ def test_a_template_may_need_names_or_ids(tmp_path: Path) -> None:
     nameless = {"role": "tool", "content": "2"}
     with pytest.raises(UserError, match=r"^file:1: .* fails on \(user, assistant, tool\): no name"):
         look(small(), str(path), [USER, CALL_, nameless], says("a"))
+
+
+def test_calls_may_end_with_a_token_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "t.jinja"
+    end = "{% if m.tool_calls %}<bos>{% else %}<eos>{% endif %}"
+    path.write_text(CALLS_AND_TOOLS.replace("<eos>", end))
+    renderer = make_renderer(small(), settings(str(path)))
+    example = Example("0", "q", [calls("f", content="")], ("x",), "file:1")
+    call, text = renderer.render_responses(example, renderer.render_prompt("q", ""))
+    assert call.endswith("}]<bos>") and text == "x<eos>"
