@@ -47,12 +47,29 @@ CRITERION_SUMMARIES = {
     "boundary": "ranked no lower than the chosen response, or the highest cluster (DynamicPO)",
     "kmedoids": "medoids of the pool's features (AMPO)",
 }
+# Losses by their names in TRL, and what each sets of the section `loss`.
+LOSS_TYPES = {
+    name: {"link": link, "reward": reward, "reference": reference, "margin": margin}
+    for name, link, reward, reference, margin in (
+        ("sigmoid", "logistic", "sum", True, "none"),
+        ("sigmoid_norm", "logistic", "per_token", True, "none"),
+        ("hinge", "hinge", "sum", True, "none"),
+        ("ipo", "squared", "per_token", True, "none"),
+        ("robust", "robust", "sum", True, "none"),
+        ("cpo", "logistic", "sum", False, "none"),
+        ("simpo", "logistic", "per_token", False, "constant"),
+    )
+}
 # Names of the reader of preference rows: the first, and what it was called by kinds of files.
 PREFERENCES = ("preferences", "jsonl", "hub")
 # The values that a setting can have. Tests hold them equal to the code that reads them, which is
 # not imported here: --help should be quick.
 CHOICES = {
     "method": tuple(METHOD_SUMMARIES),
+    "loss.type": tuple(LOSS_TYPES),
+    "loss.link": ("logistic", "hinge", "squared", "robust"),
+    "loss.reward": ("sum", "per_token"),
+    "loss.margin": ("none", "constant", "grade"),
     "odpo.offset": ("score", "rank"),
     "model.dtype": ("float32", "bfloat16"),
     "train.moments_dtype": ("float32", "bfloat16"),
@@ -180,7 +197,8 @@ def default() -> ConfigDict:
     # Further arguments of the chat template, as a JSON object: {"enable_thinking": true}.
     c.data.chat_template_kwargs = ""
     # Names of the columns of preferences where they differ from ours, for example
-    # prompt=question,rejected=wrong_answers. An empty id= numbers the rows instead of reading ids.
+    # prompt=question,rejected=wrong_answers. An empty id= numbers the rows instead of reading ids,
+    # and mined_probabilities= does not correct for how negatives were drawn.
     c.data.columns = ""
     # How rows of preferences are written: auto (told by the columns of the first rows) | trl |
     # alpaca | sharegpt | ms-swift | openai | axolotl | numbered | nemo | ultrafeedback | nectar |
@@ -246,7 +264,26 @@ def default() -> ConfigDict:
     # by the policy as it is then).
     c.selection.prompt_refresh = "once"
 
-    # ---- Margins of the method odpo.
+    # ---- What a loss takes of the responses' rewards; the method says how it sums over negatives.
+    c.loss = Settings()
+    # A loss by its name in TRL, which sets the four settings after it where they are not set
+    # themselves: sigmoid | sigmoid_norm | hinge | ipo | robust | cpo | simpo.
+    c.loss.type = "sigmoid"
+    # Loss of the chosen response's lead: logistic | hinge | squared | robust (to wrong labels).
+    c.loss.link = _set_by_type(c, "link")
+    # What beta is multiplied with: sum (a response's log-ratio) | per_token (over its length).
+    c.loss.reward = _set_by_type(c, "reward")
+    # Whether log-ratios to the reference are taken. False: log-probabilities.
+    c.loss.reference = _set_by_type(c, "reference")
+    # By how much the chosen response should lead: none | constant | grade (grows with the
+    # difference in grade, see odpo).
+    c.loss.margin = _set_by_type(c, "margin")
+    c.loss.gamma = 0.5  # The constant margin, in rewards: beta is multiplied already.
+    # Probability that a preference is the wrong way round, for the links logistic (conservative
+    # DPO) and robust.
+    c.loss.label_smoothing = 0.0
+
+    # ---- Margins by grade, of the method odpo and of loss.margin=grade.
     c.odpo = Settings()
     # What the margin of a pair grows with: the difference in score (columns of the data) | in rank.
     c.odpo.offset = "score"
@@ -286,6 +323,9 @@ def default() -> ConfigDict:
     # ---- Passes without gradients.
     c.eval = Settings()
     c.eval.batch_size = 32  # Prompts per batch in the reference pass, in evaluation and in score.
+    # The k of recall@k, ndcg@k and gain_ndcg@k, with commas between them. Those that are longer
+    # than every list of a split are left out.
+    c.eval.cutoffs = "1,3,5,10"
 
     # ---- Logs besides metrics.jsonl, which is always written.
     c.log = Settings()
@@ -336,6 +376,18 @@ def _paper_rows(_: int, name: str) -> int:
     return 20_000 if name in PAPER_DATA else 0
 
 
+def _set_by_type(config: ConfigDict, name: str) -> FieldReference:
+    """Returns a setting of the section `loss` that follows from `loss.type` until it is set."""
+    default_value = LOSS_TYPES[config.loss.type][name]
+
+    def look_up(_: Any, loss_type: str) -> Any:
+        # An unknown name is refused later, with all names there are.
+        return LOSS_TYPES.get(loss_type, {}).get(name, default_value)
+
+    op = _Computed(look_up, [config.loss.get_ref("type")])
+    return FieldReference(default_value, field_type=type(default_value), op=op)
+
+
 def get_config() -> ConfigDict:
     """Returns the defaults, for `--config=.../config.py`."""
     return default()
@@ -384,6 +436,23 @@ def parse_budget(budget: float, rows: int, name: str = "config.selection.prompt_
     if budget > rows:
         raise UserError(f"{name}={budget:.0f}: expected at most {rows}, all prompts that there are")
     return max(1, round(budget * rows)) if budget < 1 else int(budget)
+
+
+def parse_cutoffs(cutoffs: str) -> tuple[int, ...]:
+    """Returns the numbers in `eval.cutoffs`.
+
+    Raises:
+        UserError: they are not whole numbers, each larger than the one before it.
+    """
+    parts = [part.strip() for part in cutoffs.split(",")]
+    if all(part.isdecimal() and len(part) < 6 for part in parts):
+        numbers = tuple(map(int, parts))
+        if numbers == tuple(sorted(set(numbers))) and numbers[0] > 0:
+            return numbers
+    raise UserError(
+        f"config.eval.cutoffs={cutoffs!r}: expected whole numbers from 1 to 99999, each larger "
+        "than the one before it, as in 1,3,5,10"
+    )
 
 
 def split_targets(targets: str) -> tuple[str, ...]:

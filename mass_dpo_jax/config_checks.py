@@ -14,6 +14,7 @@ from mass_dpo_jax.config import (
     default,
     flatten,
     parse_budget,
+    parse_cutoffs,
     parse_refresh,
     set_field,
     split_targets,
@@ -33,7 +34,7 @@ POSITIVE = (
 NOT_NEGATIVE = (
     "seed train.steps train.epochs train.weight_decay train.eval_every log.draw_noise_every "
     "data.max_train data.max_validation data.max_test sft_weight device_memory_gb "
-    "model.lora.rank train.responses_at_a_time pl_rank.top"
+    "model.lora.rank train.responses_at_a_time pl_rank.top loss.gamma"
 ).split()
 SHARES = ("data.validation_share", "train.warmup_ratio", "model.lora.dropout")
 LIMIT = 2**31  # XLA counts in 32 bits.
@@ -77,6 +78,7 @@ def check(config: ConfigDict) -> None:
         raise UserError("config.train.steps and config.train.epochs are both 0: nothing to train")
     parse_refresh(config.selection.refresh, steps_per_epoch=1)
     parse_budget(config.selection.prompt_budget, LIMIT)
+    parse_cutoffs(config.eval.cutoffs)
     split_targets(config.model.lora.targets)
     if (config.model.lora.rank or config.model.lora.path) and not config.model.path:
         raise UserError("config.model.lora adapts a model: config.model.path is missing")
@@ -139,6 +141,11 @@ def _check_values(fields: Mapping[str, Any]) -> None:
             raise UserError(
                 f"config.{name}={fields[name]!r}: expected 0 to 1, a share: 0.1 is a tenth"
             )
+    if not 0 <= fields["loss.label_smoothing"] < 0.5:
+        raise UserError(
+            f"config.loss.label_smoothing={fields['loss.label_smoothing']!r}: expected 0 to 0.5, "
+            "the probability that a preference is the wrong way round"
+        )
     if fields["train.learning_rate"] > 1:
         raise UserError(
             f"config.train.learning_rate={fields['train.learning_rate']!r}: expected at most 1: "

@@ -33,18 +33,20 @@ def evaluate(config: ConfigDict, workdir: Path | None, split: str | None) -> dic
     """
     from mass_dpo_jax import metrics
     from mass_dpo_jax.training import scoring
+    from mass_dpo_jax.training.evaluator import log_long_cutoffs, make_lists
     from mass_dpo_jax.training.scored_model import prepare_scoring
 
     config = config_checks.resolve(config)
     workdir = None if workdir is None else resolve_run(workdir)
     if split is None and workdir is not None:
         split = "test"  # Rows that the run did not train on.
-    setup, split, params, reference = prepare_scoring(config, workdir, split)
+    setup, split, params, reference = prepare_scoring(config, workdir, split, ties=True)
     tokens, refs = setup.tokens[split], reference.logps.get(split)
+    log_long_cutoffs(config.eval.cutoffs, {split: tokens})
     logps = setup.score(params, split, "evaluation")
     scoring.check_finite(logps, tokens, str(workdir or config.model.path))
     scoring.check_finite(refs, tokens, "the reference")
-    return metrics.evaluate_logps(logps, refs, tokens.compared, config.beta, tokens.grades)
+    return metrics.evaluate_logps(logps, refs, make_lists(tokens), config.beta, setup.cutoffs)
 
 
 def main() -> None:

@@ -1,29 +1,60 @@
 """Ranking and reward metrics over a split, with standard errors. NumPy, outside `jit`.
 
 Arrays are [M, C]: M examples, C candidates of each, the chosen response in column 0. `valid` says
-which candidates exist; the others may hold anything.
+which candidates exist; the others may hold anything. *Relevant* are the candidates that the data
+calls chosen: the first, and any that are as good as it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Integer, Shaped
 
 __all__ = [
+    "Lists",
     "evaluate_logps",
     "metric_names",
     "paired_difference",
     "per_example_gain_ndcg",
+    "per_example_items",
+    "per_example_metrics",
     "per_example_rank",
     "per_example_ranking",
     "ranking",
     "ranking_gains",
     "reward_metrics",
     "standard_error",
+    "summarize",
 ]
 
-CUTOFFS = (1, 3)
-GAIN_CUTOFFS = (1, 3, 5, 10)  # Those that no list is long enough for are left out.
+CUTOFFS = (1, 3, 5, 10)  # The default of `eval.cutoffs`.
+
+
+class Lists(NamedTuple):
+    """What the data says of the candidates that are ranked.
+
+    Attributes:
+        valid: bool [M, C], True for the candidates that exist.
+        relevant: bool [M, C], which of them the data calls chosen; None: the first alone.
+        grades: float [M, C], how good they are, larger for better; None where it does not say.
+        items: int [M, C], a number that equal responses of all lists share; None where responses
+            are not items that several lists have.
+    """
+
+    valid: np.ndarray
+    relevant: np.ndarray | None = None
+    grades: np.ndarray | None = None
+    items: np.ndarray | None = None
+
+    @property
+    def compared(self) -> np.ndarray:
+        """The chosen response and those below it: what rewards are compared over, bool [M, C]."""
+        if self.relevant is None:
+            return self.valid
+        return self.valid & (~self.relevant | (np.arange(self.valid.shape[1]) == 0))
 
 
 def per_example_rank(
@@ -44,11 +75,11 @@ def per_example_rank(
 
 
 def per_example_ranking(
-    ranks: Integer[np.ndarray, " M"], cutoffs: tuple[int, ...] = CUTOFFS
+    ranks: Integer[np.ndarray, " M"], cutoffs: Sequence[int] = CUTOFFS
 ) -> dict[str, Float[np.ndarray, " M"]]:
-    r"""Computes ranking metrics of every example, in float64.
+    r"""Computes ranking metrics of examples with one relevant candidate, in float64.
 
-    With one relevant candidate at rank $r$: `accuracy` is 1 where r = 1; `mrr` is 1/r;
+    With that at rank $r$: `accuracy` is 1 where r = 1; `mrr` is 1/r;
     `recall@k` is 1 where $r \le k$; `ndcg@k` is $1 / \log_2(1 + r)$ where $r \le k$, else 0.
     """
     values = {"accuracy": (ranks == 1).astype(np.float64), "mrr": 1.0 / ranks}
@@ -58,11 +89,51 @@ def per_example_ranking(
     return values
 
 
+def per_example_metrics(
+    scores: Float[np.ndarray, "M C"], lists: Lists, cutoffs: Sequence[int] = CUTOFFS
+) -> dict[str, Float[np.ndarray, " M"]]:
+    """Computes all ranking metrics of every example, in float64.
+
+    Those of `per_example_ranking`, with several relevant candidates as usual: `accuracy` is 1 where
+    one of them is first, `mrr` is 1 over the rank of the first of them, `recall@k` is the share of
+    them in the first k, and `ndcg@k` is `gain_ndcg@k` of grades 1 and 0. With grades also `map`,
+    average precision: the mean, over the relevant, of the share of relevant candidates among those
+    ranked down to it; and `gain_ndcg@k`.
+
+    Args:
+        scores: values that rank the candidates, compared in float32.
+        lists: what the data says of them.
+        cutoffs: the k; one above C is left out.
+
+    Raises:
+        ValueError: shapes differ, or a row's chosen response is not valid.
+    """
+    scores, valid = _check(scores, lists.valid)
+    cutoffs = [k for k in cutoffs if k <= scores.shape[1]]
+    if lists.relevant is None:
+        values = per_example_ranking(per_example_rank(scores, valid), cutoffs)
+        precision = values["mrr"]
+    else:
+        relevant = valid & lists.relevant
+        ranked = np.take_along_axis(relevant, _rank_worst(scores, valid, relevant), axis=1)
+        found, count = np.cumsum(ranked, axis=1), relevant.sum(axis=1)
+        values = per_example_ranking(1 + ranked.argmax(axis=1), [])
+        ndcg = per_example_gain_ndcg(scores, valid, relevant.astype(np.float64), cutoffs)
+        for k in cutoffs:
+            values[f"recall@{k}"] = found[:, k - 1] / count
+            values[f"ndcg@{k}"] = ndcg[f"gain_ndcg@{k}"]
+        precision = (ranked * found / (1 + np.arange(scores.shape[1]))).sum(axis=1) / count
+    if lists.grades is not None:
+        values["map"] = precision
+        values |= per_example_gain_ndcg(scores, valid, lists.grades, cutoffs)
+    return values
+
+
 def per_example_gain_ndcg(
     scores: Float[np.ndarray, "M C"],
     valid: Bool[np.ndarray, "M C"],
     grades: Float[np.ndarray, "M C"],
-    cutoffs: tuple[int, ...] = GAIN_CUTOFFS,
+    cutoffs: Sequence[int] = CUTOFFS,
 ) -> dict[str, Float[np.ndarray, " M"]]:
     r"""Computes the NDCG of every example's graded list, in float64, as `gain_ndcg@k`.
 
@@ -89,8 +160,7 @@ def per_example_gain_ndcg(
     # Grades of missing candidates may be anything. They have no gain, and stand last.
     present = np.where(valid, np.asarray(grades, np.float64), np.inf)
     gains = np.where(valid, present - present.min(axis=1, keepdims=True), 0.0)
-    scores = np.where(np.isnan(scores), np.where(gains == 0, np.inf, -np.inf), scores)
-    order = np.lexsort((gains, -scores, ~valid), axis=1)
+    order = _rank_worst(scores, valid, gains)
     ranked, ideal = np.take_along_axis(gains, order, axis=1), -np.sort(-gains, axis=1)
     discounts = 1.0 / np.log2(2.0 + np.arange(scores.shape[1]))
     values = {}
@@ -101,26 +171,62 @@ def per_example_gain_ndcg(
     return values
 
 
+def per_example_items(
+    scores: Float[np.ndarray, "M C"], lists: Lists
+) -> dict[str, Float[np.ndarray, " M"]]:
+    """Computes which items are ranked first, where responses are items of a catalogue, in float64.
+
+    The mean of `coverage` is the share of all items in the lists that are ranked first in some
+    list. That is no mean over lists, so its values are the jackknife's: they differ from list to
+    list as pseudo-values do, and so have the jackknife's standard error, with all items in the
+    lists fixed. `popularity` is the share of the *other* lists in which the item ranked first is
+    relevant.
+
+    Args:
+        scores: values that rank the candidates. Of equal ones, one that is not relevant is first.
+        lists: what the data says of them, `items` too.
+
+    Raises:
+        ValueError: shapes differ, or a row's chosen response is not valid.
+    """
+    assert lists.items is not None
+    scores, valid = _check(scores, lists.valid)
+    relevant = np.zeros_like(valid) if lists.relevant is None else valid & lists.relevant
+    relevant[:, 0] = True
+    first = _rank_worst(scores, valid, relevant)[:, :1]
+    item = np.take_along_axis(lists.items, first, axis=1)[:, 0]
+    is_relevant = np.take_along_axis(relevant, first, axis=1)[:, 0]
+    times_relevant = np.bincount(lists.items[relevant], minlength=item.max() + 1)
+    others, times_first = len(item) - 1, np.bincount(item)
+    # Without a list there is one item less if it is first in that list alone.
+    alone, num_items = times_first[item] == 1, len(np.unique(lists.items[valid]))
+    covered = np.count_nonzero(times_first) + others * (alone - alone.mean())
+    return {
+        "coverage": covered / num_items,
+        "popularity": (times_relevant[item] - is_relevant) / max(1, others),
+    }
+
+
 def ranking(
     scores: Float[np.ndarray, "M C"],
     valid: Bool[np.ndarray, "M C"],
     prefix: str,
-    cutoffs: tuple[int, ...] = CUTOFFS,
+    cutoffs: Sequence[int] = CUTOFFS,
 ) -> dict[str, float]:
-    """Computes ranking metrics of a split.
+    """Computes ranking metrics of a split whose only relevant candidates are the first.
 
     Args:
         scores: values that rank the candidates: summed log-probabilities (`policy`) or log-ratios
             to the reference (`reward`).
         valid: True for the candidates that exist.
         prefix: precedes every name, with a slash between.
-        cutoffs: the k of Recall@k and NDCG@k.
+        cutoffs: the k of Recall@k and NDCG@k; one above C is left out.
 
     Returns:
         The mean of every metric of `per_example_ranking` over the examples, and under NAME_se its
         standard error.
     """
-    return _summarize(per_example_ranking(per_example_rank(scores, valid), cutoffs), prefix)
+    return summarize(per_example_metrics(scores, Lists(valid), cutoffs), prefix)
 
 
 def reward_metrics(
@@ -198,9 +304,9 @@ def paired_difference(
 def evaluate_logps(
     logps: Float[np.ndarray, "M C"],
     ref_logps: Float[np.ndarray, "M C"] | None,
-    valid: Bool[np.ndarray, "M C"],
+    lists: Lists,
     beta: float,
-    grades: Float[np.ndarray, "M C"] | None = None,
+    cutoffs: Sequence[int] = CUTOFFS,
 ) -> dict[str, float]:
     """Computes both rankings and TRL's reward metrics of a policy on a split.
 
@@ -208,61 +314,71 @@ def evaluate_logps(
         logps: the policy's summed log-probabilities in nats.
         ref_logps: the reference's, or None where there is none. Where the policy is the reference,
             pass None too: its log-ratios are rounding noise.
-        valid: True for the candidates that exist.
+        lists: what the data says of the candidates.
         beta: factor from log-ratios to rewards.
-        grades: how good the data says candidates are, for `gain_ndcg@k`; None where it does not.
+        cutoffs: the k of recall and NDCG; one above C is left out.
 
     Returns:
-        `policy/*` and, with a reference, `reward/*`, each with `*_se`; and `rewards/*`.
+        `policy/*` and, with a reference, `reward/*`, each with `*_se`; and `rewards/*`. With items
+        `chosen/*` too: those of `per_example_items` where the chosen responses are ranked first.
     """
-    values = ranking(logps, valid, "policy")
-    if grades is not None:
-        values |= _summarize(per_example_gain_ndcg(logps, valid, grades), "policy")
+    rankings = {"policy": logps}
     if ref_logps is not None:
-        rewards = np.float32(beta) * (logps - ref_logps)
-        values |= ranking(rewards, valid, "reward")
-        if grades is not None:
-            values |= _summarize(per_example_gain_ndcg(rewards, valid, grades), "reward")
-        values |= reward_metrics(rewards, valid)
+        rankings["reward"] = np.float32(beta) * (logps - ref_logps)
+    values: dict[str, float] = {}
+    for prefix, scores in rankings.items():
+        values |= summarize(per_example_metrics(scores, lists, cutoffs), prefix)
+        if lists.items is not None:
+            values |= summarize(per_example_items(scores, lists), prefix)
+    if ref_logps is not None:
+        values |= reward_metrics(rankings["reward"], lists.compared)
+    if lists.items is not None:
+        chosen_first = np.zeros_like(logps)
+        chosen_first[:, 0] = 1
+        values |= summarize(per_example_items(chosen_first, lists), "chosen")
     return values
 
 
-def metric_names(has_reference: bool, graded: int = 0) -> list[str]:
-    """Lists the metrics of `evaluate_logps` without their standard errors.
+def metric_names(
+    has_reference: bool, candidates: int, graded: bool, cutoffs: Sequence[int] = CUTOFFS
+) -> list[str]:
+    """Lists the metrics of `evaluate_logps`, but for errors and those of items.
 
     Args:
         has_reference: whether there is a reference.
-        graded: C, where candidates have grades; 0: they have none.
+        candidates: C, the most candidates of an example.
+        graded: whether they have grades.
+        cutoffs: the k of recall and NDCG.
     """
-    logps = np.zeros((1, max(2, graded)), np.float32)
-    valid, grades = np.ones(logps.shape, bool), logps if graded else None
-    values = evaluate_logps(logps, logps if has_reference else None, valid, 1.0, grades)
+    logps = np.zeros((1, candidates), np.float32)
+    lists = Lists(np.ones(logps.shape, bool), grades=logps if graded else None)
+    values = evaluate_logps(logps, logps if has_reference else None, lists, 1.0, cutoffs)
     return [name for name in values if not name.endswith("_se")]
 
 
 def ranking_gains(
     after: Float[np.ndarray, "M C"],
     before: Float[np.ndarray, "M C"],
-    valid: Bool[np.ndarray, "M C"],
-    grades: Float[np.ndarray, "M C"] | None = None,
+    lists: Lists,
+    cutoffs: Sequence[int] = CUTOFFS,
 ) -> dict[str, float]:
     """Computes how much a policy's ranking of the same examples improved.
 
     Args:
         after: log-probabilities after training.
         before: log-probabilities before it.
-        valid: True for the candidates that exist.
-        grades: how good the data says candidates are, if it does.
+        lists: what the data says of the candidates.
+        cutoffs: the k of recall and NDCG; one above C is left out.
 
     Returns:
-        The mean difference of every metric of `per_example_ranking` and, with grades, of
-        `per_example_gain_ndcg`, under `policy/NAME`, and its
-        paired standard error under `policy/NAME_se`.
+        The mean difference of every metric of `per_example_metrics` and, with items, of
+        `per_example_items` under `policy/NAME`, and its paired standard error under
+        `policy/NAME_se`.
     """
-    ours, theirs = (per_example_ranking(per_example_rank(x, valid)) for x in (after, before))
-    if grades is not None:
-        ours |= per_example_gain_ndcg(after, valid, grades)
-        theirs |= per_example_gain_ndcg(before, valid, grades)
+    ours, theirs = (per_example_metrics(x, lists, cutoffs) for x in (after, before))
+    if lists.items is not None:
+        ours |= per_example_items(after, lists)
+        theirs |= per_example_items(before, lists)
     gains = {}
     for name in ours:
         gains[f"policy/{name}"], gains[f"policy/{name}_se"] = paired_difference(
@@ -271,13 +387,23 @@ def ranking_gains(
     return gains
 
 
-def _summarize(values: dict[str, Float[np.ndarray, " M"]], prefix: str) -> dict[str, float]:
+def summarize(values: dict[str, Float[np.ndarray, " M"]], prefix: str) -> dict[str, float]:
     """Returns the mean of every metric under PREFIX/NAME, and its error under PREFIX/NAME_se."""
     summary = {}
     for name, value in values.items():
         summary[f"{prefix}/{name}"] = float(np.mean(value))
         summary[f"{prefix}/{name}_se"] = standard_error(value)
     return summary
+
+
+def _rank_worst(scores: np.ndarray, valid: np.ndarray, gains: np.ndarray) -> np.ndarray:
+    """Sorts candidates by score, the worst order that ties and NaN allow; int [M, C].
+
+    Of equal scores the smaller gain comes first. Candidates whose score is NaN are first if they
+    have no gain, else last. What does not exist comes after all others.
+    """
+    scores = np.where(np.isnan(scores), np.where(gains == 0, np.inf, -np.inf), scores)
+    return np.lexsort((gains, -scores, ~valid), axis=1)
 
 
 def _check(

@@ -9,21 +9,24 @@ r"""Mines negatives for each prompt from a whole catalogue of responses.
 
 The catalogue has a text per row, or an object with `text` and perhaps `id`. Items are ranked for
 each prompt by the model's features (--similarity), or by numbers in .npy files: --scores [prompts,
-items], or --prompt_features and --item_features. The chosen responses of all rows with the same
-prompt and the items of a history are never negatives; --margin, --relative_margin and --max_score
-also leave out what scores too close to the chosen response. Of the rest, the items of --ranks are
-the pool, from which --n are drawn (--draw).
+items], or --prompt_features and --item_features. With --shortlist=K the best K of these are ranked
+by the model's log-probabilities instead. The chosen responses of all rows with the same prompt, in
+any split, and the items of a history are never negatives; --margin, --relative_margin and
+--max_score also leave out what scores too close to the chosen response. Of the rest, the items of
+--ranks are the pool, from which --n are drawn (--draw).
 
 Each line has `id`, `prompt`, `chosen` and `rejected`, which this program and TRL read, and for each
-negative `mined_ids`, `mined_scores`, `mined_probabilities` (of being drawn) and `mined_weights`:
-docs/mining.md says how to correct with them. The limits config.data.max_* are applied.
+negative `mined_ids`, `mined_scores`, `mined_probabilities` (of being drawn) and `mined_weights`.
+Training corrects for the draw by `mined_probabilities`; docs/mining.md says how. The limits
+config.data.max_* are applied.
 """
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -32,6 +35,12 @@ from mass_dpo_jax import cli, config_checks
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.utils.run_paths import resolve_run
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from mass_dpo_jax.api import Model
+    from mass_dpo_jax.data.examples import Example
 
 FLAGS = flags.FLAGS
 
@@ -55,13 +64,17 @@ def mine(config: ConfigDict) -> Iterator[dict[str, Any]]:
         UserError: something in the flags, the configuration, the data or the model is wrong.
     """
     from mass_dpo_jax import api
-    from mass_dpo_jax.data import load_examples
     from mass_dpo_jax.selection.mining import Limits
-    from mass_dpo_jax.training import mining
+    from mass_dpo_jax.training import mining, mining_sources
     from mass_dpo_jax.training.scored_model import choose_split
 
     first, last = parse_ranks(FLAGS.ranks)
     limits = Limits(first, last, FLAGS.margin, FLAGS.relative_margin, FLAGS.max_score)
+    if FLAGS.shortlist is not None and FLAGS.shortlist < last:
+        raise UserError(
+            f"--shortlist={FLAGS.shortlist}: --ranks={FLAGS.ranks} are ranks within it; expected "
+            f"--shortlist={last} or more, or lower ranks"
+        )
     tables = [FLAGS.scores, FLAGS.prompt_features, FLAGS.item_features]
     given = [path is not None for path in tables]
     if given not in ([False] * 3, [True, False, False], [False, True, True]):
@@ -71,32 +84,49 @@ def mine(config: ConfigDict) -> Iterator[dict[str, Any]]:
     config = config_checks.resolve(config)
     catalogue = mining.read_catalogue(FLAGS.catalogue)
     split = FLAGS.split or choose_split(config.data, "train")
-    examples = load_examples(config.data, split, config.seed)
-    rows, items = len(examples), len(catalogue.texts)
-    if FLAGS.scores is not None:
-        table = mining.read_table(FLAGS.scores, "scores", rows, items)
-        source = mining.by_scores(table, mining.chosen_index(examples, catalogue))
-    elif FLAGS.prompt_features is not None:
-        prompts = mining.read_table(FLAGS.prompt_features, "prompt_features", rows, None)
-        source = mining.by_features(
-            prompts,
-            mining.read_table(FLAGS.item_features, "item_features", items, prompts.shape[1]),
-            None,
-            similarity=FLAGS.similarity,
-            index=mining.chosen_index(examples, catalogue),
-        )
-    else:
+    examples, everything = mining.load_rows(config, split)
+    model = None
+    if FLAGS.shortlist is not None or not any(given):
         if FLAGS.workdir is not None:
             config.model.update(path=str(resolve_run(FLAGS.workdir)))
             config.model.lora = config_lib.default().model.lora
         if not config.model.path:
             raise UserError("no model: give --workdir=RUN, --config.model.path=FOLDER or --scores")
         model = api.load_model(config.model.path, config)
-        limit = config.data.max_prompt_length
-        arguments = model.policy, model.params, examples, catalogue, limit
-        source = mining.by_policy(*arguments, FLAGS.similarity)
+    rows, items = len(examples), len(catalogue.texts)
+    if FLAGS.scores is not None:
+        table = mining_sources.read_table(FLAGS.scores, "scores", rows, items)
+        source = mining_sources.by_scores(table, mining.chosen_index(examples, catalogue))
+    elif FLAGS.prompt_features is not None:
+        prompts = mining_sources.read_table(FLAGS.prompt_features, "prompt_features", rows, None)
+        width = prompts.shape[1]
+        source = mining_sources.by_features(
+            prompts,
+            mining_sources.read_table(FLAGS.item_features, "item_features", items, width),
+            None,
+            similarity=FLAGS.similarity,
+            index=mining.chosen_index(examples, catalogue),
+        )
+    else:
+        assert model is not None
+        arguments = model.policy, model.params, examples, catalogue.texts
+        source = mining_sources.by_policy(
+            *arguments, config.data.max_prompt_length, FLAGS.similarity
+        )
+    positives = mining.find_positives(examples, everything)
+    ranked = mining.rank(source, catalogue, positives, FLAGS.shortlist or last)
+    if FLAGS.shortlist is not None:
+        assert model is not None
+        ranked = mining.rescore(
+            ranked, examples, catalogue, FLAGS.shortlist, functools.partial(_score, model)
+        )
     how = FLAGS.n, FLAGS.draw, FLAGS.temperature, config.seed
-    return mining.mine(examples, catalogue, source, limits, *how)
+    return mining.mine(ranked, examples, catalogue, limits, *how)
+
+
+def _score(model: Model, examples: Sequence[Example]) -> tuple[list[str], np.ndarray, np.ndarray]:
+    scores = model.score(examples)
+    return scores.ids, scores.logps, scores.valid
 
 
 def main() -> None:
@@ -104,8 +134,8 @@ def main() -> None:
     config = cli.read_config()
     tables = (FLAGS.scores, FLAGS.prompt_features, FLAGS.item_features)
     inputs = [path for path in (config.data.path, FLAGS.catalogue, *tables) if path]
-    output = cli.check_output(FLAGS.output, "JSON-lines", *inputs)
-    count = cli.write_lines(output, mine(config))
+    output = cli.check_output(FLAGS.output, "JSON-lines or Parquet", *inputs)
+    count = cli.write_rows(output, mine(config))
     print(f"{count} rows written to {output}")
 
 
@@ -118,6 +148,12 @@ if __name__ == "__main__":
     cli.define_path("prompt_features", "A .npy file [prompts, D], no model.")
     cli.define_path("item_features", "A .npy file [items, D], no model.")
     flags.DEFINE_enum("similarity", "cosine", ("cosine", "dot"), "How features are compared.")
+    flags.DEFINE_integer(
+        "shortlist",
+        None,
+        "Order so many of the best items by the model's log-probabilities, and rank those.",
+        lower_bound=1,
+    )
     flags.DEFINE_string("ranks", "0:100", "FIRST:LAST, the ranks to draw from; from 0.")
     flags.DEFINE_float("margin", None, "Leave out what scores above the chosen one's - this.")
     flags.DEFINE_float(
@@ -129,5 +165,5 @@ if __name__ == "__main__":
     flags.DEFINE_float(
         "temperature", 1.0, "Divides the scores of --draw=softmax.", lower_bound=1e-6
     )
-    cli.define_path("output", "The JSON-lines file to write.")
-    cli.run(main, unread=[*cli.TRAINING, *cli.CHOOSING])
+    cli.define_path("output", "The file to write: JSON lines, or .parquet.")
+    cli.run(main, unread=[*cli.TRAINING, *cli.CHOOSING, *cli.RANKING])

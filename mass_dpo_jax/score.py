@@ -74,8 +74,8 @@ def score(config: ConfigDict, workdir: Path | None, split: str | None) -> Iterat
 def main() -> None:
     """Writes the scores that the flags ask for."""
     config = cli.read_config()
-    output = cli.check_output(FLAGS.output, "JSON-lines", config.data.path)
-    count = cli.write_lines(output, score(config, FLAGS.workdir, FLAGS.split))
+    output = cli.check_output(FLAGS.output, "JSON-lines or Parquet", config.data.path)
+    count = cli.write_rows(output, score(config, FLAGS.workdir, FLAGS.split))
     print(f"{count} examples written to {output}")
 
 
@@ -84,5 +84,5 @@ if __name__ == "__main__":
     cli.define_processes()
     cli.define_path("workdir", "A run's folder.")
     cli.define_split()
-    cli.define_path("output", "The JSON-lines file to write.")
-    cli.run(main, unread=[*cli.TRAINING, *cli.CHOOSING, *cli.LIMITS])
+    cli.define_path("output", "The file to write: JSON lines, or .parquet.")
+    cli.run(main, unread=[*cli.TRAINING, *cli.CHOOSING, *cli.LIMITS, *cli.RANKING])

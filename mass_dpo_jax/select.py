@@ -44,7 +44,7 @@ def main() -> None:
     """Writes the negatives that the flags ask for."""
     config = config_checks.resolve(FLAGS.config or config_lib.default())
     inputs = (config.data.path, FLAGS.features or "")
-    output = cli.check_output(FLAGS.output, "JSON-lines", *inputs)
+    output = cli.check_output(FLAGS.output, "JSON-lines or Parquet", *inputs)
     from mass_dpo_jax.training.offline_selection import (
         select_with_features,
         select_with_model,
@@ -61,7 +61,7 @@ def main() -> None:
         rows = split_into_pairs(
             rows, chat=not FLAGS.features and config.data.chat_template != "none"
         )
-    count = cli.write_lines(output, rows)
+    count = cli.write_rows(output, rows)
     print(f"{count} {'pairs' if FLAGS.format == 'pairs' else 'rows'} written to {output}")
 
 
@@ -73,5 +73,9 @@ if __name__ == "__main__":
     cli.define_path("features", "A .npy or .safetensors file, no model.")
     flags.DEFINE_enum("format", "lists", FORMATS, "Rows per prompt, or per pair.")
     flags.DEFINE_float("prompts", None, "Number or share of the prompts to choose; default: all.")
-    cli.define_path("output", "The JSON-lines file to write.")
-    cli.run(main, default=config_lib.__file__, unread=[*cli.TRAINING, *cli.LIMITS, *UNREAD])
+    cli.define_path("output", "The file to write: JSON lines, or .parquet.")
+    cli.run(
+        main,
+        default=config_lib.__file__,
+        unread=[*cli.TRAINING, *cli.LIMITS, *cli.RANKING, *UNREAD],
+    )

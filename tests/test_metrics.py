@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from mass_dpo_jax import metrics
+from mass_dpo_jax.config import default, parse_cutoffs
+from mass_dpo_jax.metrics import Lists
 
 SCORES = np.array(
     [
@@ -121,21 +123,149 @@ def test_nan_is_never_in_favour_of_a_graded_list():
 
 def test_grades_add_metrics_and_change_no_other():
     grades = np.array([[3.0, 2.0, 1.0, 0.0]] * 4)
-    plain = metrics.evaluate_logps(SCORES, SCORES[::-1], ALL, 0.1)
-    graded = metrics.evaluate_logps(SCORES, SCORES[::-1], ALL, 0.1, grades)
+    lists = Lists(ALL, grades=grades)
+    plain = metrics.evaluate_logps(SCORES, SCORES[::-1], Lists(ALL), 0.1)
+    graded = metrics.evaluate_logps(SCORES, SCORES[::-1], lists, 0.1)
     assert {name: graded[name] for name in plain} == plain
     assert set(graded) - set(plain) == {
-        f"{by}/gain_ndcg@{k}{end}"
-        for by in ("policy", "reward") for k in (1, 3) for end in ("", "_se")
+        f"{by}/{name}{end}" for by in ("policy", "reward")
+        for name in ("map", "gain_ndcg@1", "gain_ndcg@3") for end in ("", "_se")
     }  # fmt: skip
     values = metrics.per_example_gain_ndcg(SCORES, ALL, grades)["gain_ndcg@3"]
     assert graded["policy/gain_ndcg@3"] == pytest.approx(sum(values) / 4)
-    gains = metrics.ranking_gains(SCORES, SCORES[::-1], ALL, grades)
+    gains = metrics.ranking_gains(SCORES, SCORES[::-1], lists)
     assert gains["policy/gain_ndcg@3"] == pytest.approx(0.0)
     expected = np.std(values - values[::-1], ddof=1)
     other = metrics.per_example_gain_ndcg(SCORES[::-1], ALL, grades)["gain_ndcg@3"]
     assert other == pytest.approx(values[::-1])
     assert gains["policy/gain_ndcg@3_se"] == pytest.approx(expected / 2)
+
+
+def list_metrics(order, relevant, cutoffs):
+    """The textbook's metrics of a list, the positions of the best first."""
+    hits = [c in relevant for c in order]
+    first = hits.index(True) + 1
+    values = {"accuracy": float(hits[0]), "mrr": 1 / first}
+    for k in cutoffs:
+        found = [1 / math.log2(1 + rank) for rank, hit in enumerate(hits[:k], 1) if hit]
+        best = [1 / math.log2(1 + rank) for rank in range(1, min(k, len(relevant)) + 1)]
+        values[f"recall@{k}"] = len(found) / len(relevant)
+        values[f"ndcg@{k}"] = sum(found) / sum(best)
+    places = [rank for rank, hit in enumerate(hits, 1) if hit]
+    values["map"] = sum(n / rank for n, rank in enumerate(places, 1)) / len(places)
+    return values
+
+
+def test_metrics_of_several_relevant_are_those_of_the_worst_order():
+    rng = np.random.default_rng(1)
+    scores = rng.integers(-3, 3, (80, 5)).astype(np.float32)
+    valid, relevant = np.arange(5) < rng.integers(1, 6, (80, 1)), rng.random((80, 5)) < 0.4
+    relevant[:, 0] = True
+    scores[~valid] = np.nan
+    grades = np.where(relevant, 1.0, 0.0)
+    got = metrics.per_example_metrics(scores, Lists(valid, relevant, grades))
+    for i, exists in enumerate(valid):
+        row, size = scores[i].tolist(), int(exists.sum())
+        best = {c for c in range(size) if relevant[i, c]}
+        wanted = [
+            list_metrics(order, best, (1, 3, 5))
+            for order in itertools.permutations(range(size))
+            if all(row[a] >= row[b] for a, b in itertools.pairwise(order))
+        ]
+        assert set(wanted[0]) == {name for name in got if "gain" not in name}
+        for name in wanted[0]:
+            assert got[name][i] == pytest.approx(min(values[name] for values in wanted)), name
+
+
+def test_one_relevant_response_has_the_metrics_that_it_always_had():
+    rng = np.random.default_rng(2)
+    scores = rng.integers(-4, 4, (200, 12)).astype(np.float32)
+    scores[rng.random(scores.shape) < 0.05] = np.nan
+    valid = np.arange(12) < rng.integers(1, 13, (200, 1))
+    only_first = np.zeros_like(valid)
+    only_first[:, 0] = True
+    plain = metrics.per_example_ranking(metrics.per_example_rank(scores, valid))
+    got = metrics.per_example_metrics(scores, Lists(valid, only_first, only_first * 1.0))
+    assert set(got) - set(plain) == {"map", *(f"gain_ndcg@{k}" for k in (1, 3, 5, 10))}
+    for name, values in plain.items():
+        np.testing.assert_array_equal(got[name], values, err_msg=name)
+    np.testing.assert_array_equal(got["map"], plain["mrr"])
+    without = metrics.per_example_metrics(scores, Lists(valid, None, only_first * 1.0))
+    assert all(np.array_equal(without[name], got[name]) for name in got)
+
+
+def test_cutoffs_beyond_the_longest_list_are_left_out():
+    got = metrics.per_example_metrics(SCORES, Lists(ALL, ALL & (np.arange(4) < 2)), (2, 4, 5))
+    assert [name for name in got if "@" in name] == ["recall@2", "ndcg@2", "recall@4", "ndcg@4"]
+    assert got["recall@4"].tolist() == [1.0] * 4
+    assert parse_cutoffs(default().eval.cutoffs) == metrics.CUTOFFS
+
+
+def test_rewards_are_compared_with_what_is_below_the_chosen_response():
+    relevant = np.array([[True, False, False, True]] * 4)
+    values = metrics.evaluate_logps(SCORES, 0 * SCORES, Lists(ALL, relevant, SCORES), 1.0)
+    wanted = metrics.reward_metrics(SCORES[:, :3], ALL[:, :3])
+    assert {name: values[name] for name in wanted} == wanted
+
+
+def test_coverage_and_popularity_of_what_is_ranked_first():
+    rng = np.random.default_rng(3)
+    items = np.array([rng.choice(9, 4, replace=False) for _ in range(30)])
+    valid, relevant = np.arange(4) < rng.integers(2, 5, (30, 1)), rng.random((30, 4)) < 0.3
+    relevant[:, 0] = True
+    scores = rng.integers(0, 3, (30, 4)).astype(np.float32)
+    items.sort(axis=1)  # Some are never chosen, and some are never first.
+    items[~valid] = 0
+    lists = Lists(valid, relevant, None, items)
+    got = metrics.summarize(metrics.per_example_items(scores, lists), "policy")
+
+    def ranked_first(scores):
+        for row, is_relevant, names, exists in zip(scores, relevant, items, valid, strict=True):
+            listed = zip(-row[exists], is_relevant[exists], range(4), names[exists], strict=False)
+            yield min(listed)[-1]
+
+    shown, others = list(ranked_first(scores)), list(ranked_first(-scores))
+    catalogue = set(items[valid].tolist())
+
+    def coverage(rows, shown):
+        return len({shown[i] for i in rows}) / len(catalogue)
+
+    def jackknife(estimate):
+        left_out = np.array([estimate(set(range(30)) - {i}) for i in range(30)])
+        return math.sqrt(29 / 30 * np.sum((left_out - left_out.mean()) ** 2))
+
+    popularity = [
+        np.mean([(valid & relevant & (items == shown[i]))[j].sum() for j in range(30) if j != i])
+        for i in range(30)
+    ]
+    assert got == pytest.approx({
+        "policy/coverage": coverage(range(30), shown),
+        "policy/coverage_se": jackknife(lambda rows: coverage(rows, shown)),
+        "policy/popularity": np.mean(popularity),
+        "policy/popularity_se": np.std(popularity, ddof=1) / math.sqrt(30),
+    })  # fmt: skip
+    assert 0 < got["policy/coverage"] < 1 and got["policy/coverage_se"] > 0
+
+    def difference(rows):
+        return coverage(rows, shown) - coverage(rows, others)
+
+    gains = metrics.ranking_gains(scores, -scores, lists)
+    assert gains["policy/coverage"] == pytest.approx(difference(range(30)))
+    assert gains["policy/coverage_se"] == pytest.approx(jackknife(difference))
+    assert gains["policy/popularity_se"] > 0
+
+
+def test_items_have_metrics_of_the_chosen_responses_beside():
+    items = np.array([[0, 1], [0, 2], [1, 0], [0, 2]])
+    valid = np.ones((4, 2), bool)
+    logps = -np.array([[1.0, 2], [2, 1], [2, 1], [2, 1]], np.float32)
+    got = metrics.evaluate_logps(logps, None, Lists(valid, items=items), 1.0)
+    names = [name for name in got if name.startswith("chosen")]
+    assert names == [f"chosen/{x}{end}" for x in ("coverage", "popularity") for end in ("", "_se")]
+    # First are 0, 2, 0, 2; chosen 0, 0, 1, 0. Of the others: 2/3, 2/3, 0, 2/3.
+    assert got["policy/coverage"] == got["chosen/coverage"] == pytest.approx(2 / 3)
+    assert got["chosen/popularity"] == pytest.approx(1 / 2)
+    assert got["policy/popularity"] == pytest.approx((2 / 3 + 0 + 1 + 0) / 4)
 
 
 @pytest.mark.usefixtures("shapes_unchecked")

@@ -4,7 +4,7 @@ A command is a module with `main`, which ends in the flags it has and a call of 
 
     if __name__ == "__main__":
         cli.define_config()
-        cli.define_path("output", "The JSON-lines file to write.")
+        cli.define_path("output", "The file to write: JSON lines, or .parquet.")
         cli.run(main)
 
 `main` reads flags from absl's `flags.FLAGS`. Commands that take run folders as plain arguments and
@@ -19,6 +19,7 @@ from __future__ import annotations
 from mass_dpo_jax.cli.flags import (
     CHOOSING,
     LIMITS,
+    RANKING,
     TRAINING,
     define_config,
     define_path,
@@ -26,12 +27,13 @@ from mass_dpo_jax.cli.flags import (
     define_split,
     read_config,
 )
-from mass_dpo_jax.cli.output import check_output, write_lines
+from mass_dpo_jax.cli.output import check_output, write_lines, write_rows
 from mass_dpo_jax.cli.running import log_unread, run
 
 __all__ = [
     "CHOOSING",
     "LIMITS",
+    "RANKING",
     "TRAINING",
     "check_output",
     "define_config",
@@ -42,4 +44,5 @@ __all__ = [
     "read_config",
     "run",
     "write_lines",
+    "write_rows",
 ]

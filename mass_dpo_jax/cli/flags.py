@@ -24,6 +24,7 @@ TRAINING = (
     "device_memory sft_weight"
 ).split()
 CHOOSING = ("selection.", "num_negatives", "odpo.", "pl_rank.")  # Read by training and `select`.
+RANKING = ("eval.cutoffs",)  # Read by training, `evaluate` and `compare`.
 LIMITS = ("data.max_train", "data.max_validation", "data.max_test")
 
 PROCESS_FLAGS = (

@@ -11,6 +11,10 @@ from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.utils.files import list_paths, write_whole
 from mass_dpo_jax.utils.run_paths import find_enclosing_run
 
+PARQUET = ".parquet"
+# Endings of files that are read as data, and not written.
+NOT_WRITTEN = (".csv", ".tsv", ".arrow", ".gz", ".zst", ".bz2", ".xz")
+
 
 def check_output(path: Path | None, kind: str, *inputs: str | Path) -> Path:
     """Returns the file that --output names, in a folder that exists.
@@ -27,6 +31,8 @@ def check_output(path: Path | None, kind: str, *inputs: str | Path) -> Path:
         raise UserError(f"--output is missing: the {kind} file to write")
     if str(path) == "-" or path.is_relative_to("/dev"):  # /dev/stdout would become a file itself.
         raise UserError(f"--output={path}: no ordinary file; expected the {kind} file to write")
+    if path.suffix.lower() in NOT_WRITTEN:
+        raise UserError(f"--output={path}: expected a name with .jsonl, or {PARQUET} for Parquet")
     from mass_dpo_jax.utils import distributed
 
     if not distributed.is_primary():
@@ -43,6 +49,38 @@ def check_output(path: Path | None, kind: str, *inputs: str | Path) -> Path:
             target = f"a file in the folder of the data, {read}" if inside else f"the input {read}"
             raise UserError(f"--output={path}: would replace {target}; name another file")
     return path
+
+
+def write_rows(path: Path, rows: Iterable[Any]) -> int:
+    """Writes objects with the same keys, whole or not at all, and returns how many.
+
+    They become Parquet where the file's name ends so, and lines of JSON otherwise; see
+    `write_lines`.
+
+    Raises:
+        UserError: in Parquet a column would have values of several kinds.
+    """
+    from mass_dpo_jax.utils import distributed
+
+    if path.suffix.lower() != PARQUET or not distributed.is_primary():
+        return write_lines(path, rows)
+    import pyarrow
+    from pyarrow import parquet
+
+    objects = list(rows)
+    columns = {}
+    for name in dict.fromkeys(name for row in objects for name in row):
+        try:
+            columns[name] = pyarrow.array([row.get(name) for row in objects])
+        except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
+            raise UserError(
+                f"--output={path}: {name!r} has values of several kinds, which no column of "
+                "Parquet can have; expected a name with .jsonl"
+            ) from error
+    buffer = pyarrow.BufferOutputStream()
+    parquet.write_table(pyarrow.table(columns), buffer)
+    write_whole(path, [buffer.getvalue().to_pybytes()])
+    return len(objects)
 
 
 def write_lines(path: Path, rows: Iterable[Any]) -> int:

@@ -47,6 +47,7 @@ class Batch(NamedTuple):
         grades: float32 [B, C], how good responses are, larger for better, equal where the data
             prefers neither (`Tokens.grades`); None where it says only which one is chosen.
         ref_gram: float32 [B, C, C], of the reference's features, where they are frozen.
+        log_weights: float32 [B, C], see `Tokens.log_weights`; None where all are 0.
     """
 
     prompts: Any
@@ -57,6 +58,7 @@ class Batch(NamedTuple):
     index: Any
     grades: Any = None
     ref_gram: Any = None
+    log_weights: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,4 +307,5 @@ def make_batch(
         indices,
         None if tokens.grades is None else tokens.grades[indices],
         None if ref_grams is None else ref_grams[indices],
+        None if tokens.log_weights is None else tokens.log_weights[indices],
     )

@@ -64,6 +64,8 @@ class Example:
         also_chosen: the responses that are as good as the chosen one.
         ranks: the order of `responses`: 0 for the best, larger for worse, equal where the data
             prefers neither. None: all that is known is which are chosen, see `order`.
+        probabilities: of each rejected response, to be among them, where they were drawn from more;
+            in (0, 1]. None: they were not drawn.
         tools: the functions that the model may call, as JSON schemas.
     """
 
@@ -75,6 +77,7 @@ class Example:
     scores: tuple[float, ...] | None = None
     also_chosen: tuple[Text, ...] = ()
     ranks: tuple[int, ...] | None = None
+    probabilities: tuple[float, ...] | None = None
     tools: tuple[dict[str, Any], ...] = ()
 
     @property

@@ -51,14 +51,15 @@ def group_by_prompt(examples: Sequence[Row], name: str) -> list[Example]:
     calls of functions included. The pool has each response once; those chosen in some row and
     rejected in another are left out, and a prompt without chosen or without rejected responses
     then. Scores are kept if all rows of a prompt have them, as the mean where a response has
-    several; ranks if the prompt has one row.
+    several; ranks and probabilities if it has one row.
 
     Args:
         examples: the rows of a split.
         name: of the table, for messages.
 
     Raises:
-        UserError: no prompt is left, or two prompts have the same id.
+        UserError: no prompt is left, two prompts have the same id, or a pool would be of several
+            draws, whose probabilities are not those of all together.
     """
     groups: dict[Hashable, list[Row]] = {}
     for example in examples:
@@ -124,11 +125,22 @@ def _make_pool(rows: Sequence[Row], chosen: Sequence[Text], rejected: Sequence[T
     for row in paired if has_scores else ():
         for response, score in zip(row.responses, row.scores or (), strict=True):
             scores.setdefault(identify_answer(response), []).append(score)
-    ranks = None
+    ranks = probabilities = None
     if len(rows) == 1 and paired and paired[0].ranks is not None:
         given = zip(map(identify_answer, paired[0].responses), paired[0].ranks, strict=True)
         by_text = dict(reversed(list(given)))
         ranks = tuple(by_text[text] for text in texts)
+    if drawn := next((row for row in paired if row.probabilities is not None), None):
+        if len(rows) > 1:
+            raise UserError(
+                f"{drawn.place}: field 'mined_probabilities' is that of one draw, and {len(rows)} "
+                "rows of this prompt become one pool (config.data.group=prompt); expected "
+                "config.data.group=none, or --config.data.columns=mined_probabilities= to read none"
+            )
+        by_response = dict(
+            zip(map(identify_answer, drawn.rejected), drawn.probabilities or (), strict=True)
+        )
+        probabilities = tuple(by_response[identify_answer(text)] for text in rejected)
     return Example(
         rows[0].id,
         rows[0].prompt,
@@ -138,6 +150,7 @@ def _make_pool(rows: Sequence[Row], chosen: Sequence[Text], rejected: Sequence[T
         tuple(sum(scores[t]) / len(scores[t]) for t in texts) if has_scores else None,
         tuple(chosen[1:]),
         ranks,
+        probabilities,
         rows[0].tools,
     )
 

@@ -106,7 +106,8 @@ def _make_key(
         prompt: Any = example.prompt
         if isinstance(prompt, History):
             prompt = dataclasses.astuple(prompt)
-        row = [example.id, prompt, *example.responses, example.scores, example.order, example.tools]
+        numbers = [example.scores, example.order, example.probabilities]
+        row = [example.id, prompt, *example.responses, *numbers, example.tools]
         sha.update(json.dumps(row).encode())
     return sha.hexdigest()[:32]
 

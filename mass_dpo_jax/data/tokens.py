@@ -33,6 +33,9 @@ class Tokens:
         scores: float32 [M, C], the data's scores, 0 where there is no candidate; None without any.
         ranks: int32 [M, C], the order of candidates: 0 for the best, larger for worse, -1 where
             there is none; None where all is 0 for the first and 1 for the others.
+        log_weights: float32 [M, C], how many responses of what they were drawn from a rejected one
+            stands for, as a logarithm: -log of `Example.probabilities`; 0 for all others. None
+            where all are 0.
     """
 
     ids: list[str]
@@ -44,6 +47,7 @@ class Tokens:
     candidate_ids: np.ndarray
     scores: np.ndarray | None = None
     ranks: np.ndarray | None = None
+    log_weights: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -86,6 +90,30 @@ class Tokens:
             return exists
         return exists & ((self.ranks > 0) | (np.arange(exists.shape[1]) == 0))
 
+    @property
+    def relevant(self) -> np.ndarray | None:
+        """Which candidates the data calls chosen, bool [M, C]; None: the first alone."""
+        if self.ranks is None or not (self.ranks[:, 1:] == 0).any():
+            return None
+        return self.ranks == 0
+
+    @functools.cached_property
+    def items(self) -> np.ndarray | None:
+        """A number that equal responses share, int64 [M, C]; 0 too where there is no candidate.
+
+        None where responses are not items of a catalogue, which many rows have: where there are not
+        at least twice as many responses as different ones.
+        """
+        exists = self.response_lengths > 0
+        groups = RaggedTokens(
+            self.response_tokens, self.response_lengths[exists].astype(np.int64)
+        ).group_equal()
+        if len(groups) < 2 * (1 + groups.max()):
+            return None
+        items = np.zeros(exists.shape, np.int64)
+        items[exists] = groups
+        return items
+
     @functools.cached_property
     def grades(self) -> np.ndarray | None:
         """How good each candidate is, float32 [M, C], larger for better, 0 where there is none.
@@ -125,6 +153,10 @@ class Tokens:
         if not count:
             return self
         width = int(keep.sum(1).max())  # What is left out stands last.
+
+        def narrow(table: np.ndarray | None) -> np.ndarray | None:
+            return None if table is None else np.where(keep, table, 0)[:, :width]
+
         lengths = np.where(keep, self.response_lengths, 0)[:, :width]
         responses = RaggedTokens(self.response_tokens, self.response_lengths[exists].astype(int))
         return dataclasses.replace(
@@ -133,8 +165,9 @@ class Tokens:
             response_lengths=lengths,
             cut={**self.cut, "as_good_as_the_chosen_one_left_out": count},
             candidate_ids=np.where(keep, self.candidate_ids, 0)[:, :width],
-            scores=None if self.scores is None else np.where(keep, self.scores, 0)[:, :width],
+            scores=narrow(self.scores),
             ranks=np.where(keep, self.ranks, -1)[:, :width],
+            log_weights=narrow(self.log_weights),
         )
 
     def digest(self) -> str:
@@ -290,6 +323,7 @@ def join_chunks(
         candidate_ids,
         _make_scores(kept, candidate_ids, exists),
         _make_ranks(kept, candidate_ids, exists),
+        _make_log_weights(kept, candidate_ids, exists),
     )
 
 
@@ -314,4 +348,19 @@ def _make_ranks(
     table = np.full(exists.shape, -1, np.int32)
     for row, ids, present, example in zip(table, candidate_ids, exists, examples, strict=True):
         row[present] = np.array(example.order, np.int32)[ids[present]]
+    return table
+
+
+def _make_log_weights(
+    examples: Sequence[Example], candidate_ids: np.ndarray, exists: np.ndarray
+) -> np.ndarray | None:
+    """Returns `Tokens.log_weights`; a row without probabilities has all it could have."""
+    if all(set(example.probabilities or ()) <= {1.0} for example in examples):
+        return None
+    table = np.zeros(exists.shape, np.float32)
+    for row, ids, present, example in zip(table, candidate_ids, exists, examples, strict=True):
+        if example.probabilities is not None:
+            weights = np.zeros(len(example.responses))
+            weights[1 : 1 + len(example.rejected)] = -np.log(example.probabilities)
+            row[present] = weights[ids[present]]
     return table

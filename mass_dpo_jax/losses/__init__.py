@@ -2,7 +2,8 @@
 
 Every loss takes `log_ratios` [B, C]: the log-probability of each of the C = 1 + n responses under
 the policy minus that under the reference, the chosen response in column 0 and its n negatives after
-it (`mppo` and `supervised`, which have no reference, take log-probabilities). `valid` has the same
+it (`mppo` and `supervised`, which have no reference, take log-probabilities). In their place may
+stand log-probabilities, or either divided by the lengths of the responses. `valid` has the same
 shape and says which entries count; the others may hold anything, NaN and infinities included, and
 reach neither the values nor the gradients. A row whose chosen response is not valid, or that has no
 valid negative, has loss 0 and gradient 0. Losses are computed in float32 unless the input is more
@@ -36,6 +37,7 @@ from mass_dpo_jax.losses.one_chosen import (
     mppo,
     odpo,
     plackett_luce,
+    preference_loss,
     sampled_plackett_luce,
     supervised,
 )
@@ -51,6 +53,7 @@ __all__ = [
     "odpo",
     "pl_rank",
     "plackett_luce",
+    "preference_loss",
     "sampled_plackett_luce",
     "supervised",
     "tree_po",

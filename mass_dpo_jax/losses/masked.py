@@ -37,13 +37,22 @@ def log1p_sum_exp(
 ) -> Float[Array, " ..."]:
     """Computes log(1 + sum exp(score)) over the scores that count; 0 where there are none.
 
-    The largest score is taken out of the sum, and softplus keeps small values exact. A sum without
-    terms is one over zeros instead and dropped at the end: log(0) never occurs.
+    Softplus keeps small values exact.
     """
-    has_terms = counts.any(axis=-1)
-    included = counts | ~has_terms[..., None]
-    value = jax.nn.softplus(jax.nn.logsumexp(scores, axis=-1, where=included))
-    return jnp.where(has_terms, value, 0.0)
+    value = jax.nn.softplus(log_sum_exp(scores, counts))
+    return jnp.where(counts.any(axis=-1), value, 0.0)
+
+
+def log_sum_exp(
+    scores: Float[Array, "... n"], counts: Bool[Array, "... n"]
+) -> Float[Array, " ..."]:
+    """Computes log sum exp(score) over the scores that count.
+
+    The largest score is taken out of the sum. A sum without terms is one over all scores instead,
+    which the caller drops: log(0) never occurs.
+    """
+    included = counts | ~counts.any(axis=-1, keepdims=True)
+    return jax.nn.logsumexp(scores, axis=-1, where=included)
 
 
 def masked_mean(values: Float[Array, "B n"], counts: Bool[Array, "B n"]) -> Float[Array, " B"]:

@@ -2,6 +2,10 @@
 
 Those in between have no order: which of two negatives is better does not matter. Inputs are as
 `mass_dpo_jax.losses` says.
+
+`preference_loss` has what they share, as a grid: how the negatives are summed over, what is taken
+of the chosen response's lead over them, and by how much it should lead. The losses with names of
+their own are cells of it.
 """
 
 from __future__ import annotations
@@ -10,11 +14,107 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mass_dpo_jax.losses.masked import as_float32, log1p_sum_exp, masked_mean, negative_scores
+from mass_dpo_jax.losses.masked import as_float32, log_sum_exp, masked_mean, negative_scores
+
+LINKS = ("logistic", "hinge", "squared", "robust")
+AGGREGATIONS = ("softmax", "pairs", "mean")
+
+
+def preference_loss(
+    log_ratios: Float[Array, "B C"],
+    valid: Bool[Array, "B C"],
+    beta: float,
+    aggregation: str = "softmax",
+    link: str = "logistic",
+    label_smoothing: float = 0.0,
+    margins: Float[Array, "B C-1"] | None = None,
+) -> Float[Array, " B"]:
+    r"""Computes a loss of the chosen response's lead over its negatives.
+
+    With the scores $s_i = \beta (r_i - r_0) + m_i$ of the negatives and a link $\phi$, by
+    aggregation,
+
+    $$
+    \text{softmax: } \phi\Bigl(\log \sum_{i \in S} e^{s_i}\Bigr), \qquad
+    \text{pairs: } \frac{1}{|S|} \sum_{i \in S} \phi(s_i), \qquad
+    \text{mean: } \phi\Bigl(\frac{1}{|S|} \sum_{i \in S} s_i\Bigr),
+    $$
+
+    which with one negative are the same, and by link
+
+    - `logistic`: $\phi(s) = (1 - \epsilon) \lambda(s) + \epsilon \lambda(-s)$ with
+      $\lambda(s) = \log(1 + e^s)$, as in DPO and, with $\epsilon > 0$, conservative DPO;
+    - `robust`: $\phi(s) = \bigl((1 - \epsilon) \lambda(s) - \epsilon \lambda(-s)\bigr) /
+      (1 - 2 \epsilon)$, as in robust DPO;
+    - `hinge`: $\phi(s) = \max(0, 1 + s)$, as in SLiC and RSO;
+    - `squared`: $\phi(s) = (s + \frac{1}{2})^2 / \beta^2$, as in IPO.
+
+    $r$ need not be log-ratios. Divided by the lengths of the responses they give IPO as its authors
+    run it; log-probabilities divided by the lengths, without a reference, with a constant margin
+    give SimPO.
+
+    Examples:
+        >>> log_ratios, valid = jnp.array([[0.0, 1.0, -1.0]]), jnp.ones((1, 3), bool)
+        >>> print(preference_loss(log_ratios, valid, 1.0, "pairs", "hinge"))
+        [1.]
+        >>> print(preference_loss(log_ratios, valid, 1.0, "mean", "squared"))
+        [0.25]
+
+    Args:
+        log_ratios: nats; the chosen response in column 0.
+        valid: True for the responses that count.
+        beta: factor of the log-ratios, > 0.
+        aggregation: one of `AGGREGATIONS`.
+        link: one of `LINKS`.
+        label_smoothing: $\epsilon$ of the links logistic and robust, the probability that a
+            preference is the wrong way round, in [0, 0.5).
+        margins: m, by how much a negative's reward should be lower; None: 0.
+
+    Source: for the links, Rafailov et al. 2023 and Mitchell, "A note on DPO with noisy
+    preferences", 2023; Chowdhury et al., "Provably Robust DPO", 2024; Zhao et al., "SLiC-HF", 2023;
+    Azar et al., "A General Theoretical Paradigm to Understand Learning from Human Preferences",
+    2023. For margins, Meng et al., "SimPO", 2024, and those of `odpo`. Forms and names are those
+    of TRL's trainers.
+    """
+    scores, negatives = negative_scores(log_ratios, valid, beta)
+    if margins is not None:
+        scores += jnp.where(negatives, as_float32(margins), 0.0)
+    has_negatives = negatives.any(axis=-1)
+    if aggregation == "pairs":
+        return masked_mean(_apply_link(scores, beta, link, label_smoothing), negatives)
+    if aggregation == "softmax":
+        merged = log_sum_exp(scores, negatives)
+    elif aggregation == "mean":
+        merged = masked_mean(scores, negatives)
+    else:
+        raise ValueError(f"aggregation={aggregation!r}: expected one of {AGGREGATIONS}")
+    return jnp.where(has_negatives, _apply_link(merged, beta, link, label_smoothing), 0.0)
+
+
+def _apply_link(
+    scores: Float[Array, "*n"], beta: float, link: str, label_smoothing: float
+) -> Float[Array, "*n"]:
+    """Computes the loss of scores that should be low."""
+    if link == "hinge":
+        return jax.nn.relu(1.0 + scores)
+    if link == "squared":
+        return jnp.square((scores + 0.5) / beta)
+    if link not in ("logistic", "robust"):
+        raise ValueError(f"link={link!r}: expected one of {LINKS}")
+    loss = jax.nn.softplus(scores)
+    if not label_smoothing:
+        return loss
+    flipped = label_smoothing * jax.nn.softplus(-scores)
+    if link == "robust":
+        return ((1.0 - label_smoothing) * loss - flipped) / (1.0 - 2.0 * label_smoothing)
+    return (1.0 - label_smoothing) * loss + flipped
 
 
 def plackett_luce(
-    log_ratios: Float[Array, "B C"], valid: Bool[Array, "B C"], beta: float
+    log_ratios: Float[Array, "B C"],
+    valid: Bool[Array, "B C"],
+    beta: float,
+    log_weights: Float[Array, "B C"] | None = None,
 ) -> Float[Array, " B"]:
     r"""Computes the Plackett-Luce loss: the chosen response ranks first among all responses.
 
@@ -28,6 +128,13 @@ def plackett_luce(
     selects. With one negative it is DPO's. At zero log-ratios, where the policy is the reference,
     it is $\log(1 + |S|)$ whatever the data.
 
+    With weights $w_i$ the sum is $\hat{Z} = \sum_{i \in S} w_i \exp(\beta (r_i - r_0))$. If $S$ was
+    drawn from more negatives, each with the probability $1 / w_i$, then $\hat{Z}$ has the sum over
+    all of these as its mean. The loss $\log(1 + \hat{Z})$ and its gradient
+    $\nabla \hat{Z} / (1 + \hat{Z})$ are not linear in it, so their means are not exactly those of
+    all negatives: the loss is too low on average, and both errors go with the variance of
+    $\hat{Z} / (1 + Z)$.
+
     Examples:
         >>> log_ratios = jnp.array([[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, jnp.nan]])
         >>> valid = jnp.array([[True, True, True, True], [True, True, True, False]])
@@ -38,12 +145,13 @@ def plackett_luce(
         log_ratios: nats; the chosen response in column 0.
         valid: True for the responses that count.
         beta: strength of the pull towards the reference, > 0.
+        log_weights: log w; that of the chosen response is not read. None: all are 0.
 
     Source: Chen et al., "On Softmax Direct Preference Optimization for Recommendation", 2024;
     the form by log-sum-exp avoids the overflow of exponentiating log-ratios.
     """
-    scores, negatives = negative_scores(log_ratios, valid, beta)
-    return log1p_sum_exp(scores, negatives)
+    margins = None if log_weights is None else log_weights[:, 1:]
+    return preference_loss(log_ratios, valid, beta, "softmax", margins=margins)
 
 
 def dpo(
@@ -72,8 +180,7 @@ def dpo(
     """
     if log_ratios.shape[-1] != 2:
         raise ValueError(f"dpo takes log_ratios of shape [B, 2], got {log_ratios.shape}")
-    scores, negatives = negative_scores(log_ratios, valid, beta)
-    return jnp.where(negatives[:, 0], jax.nn.softplus(scores[:, 0]), 0.0)
+    return preference_loss(log_ratios, valid, beta, "pairs")
 
 
 def dpo_k(
@@ -99,8 +206,7 @@ def dpo_k(
     Source: MASS-DPO names this baseline without defining it; the mean over pairs is the reading
     that leaves the step's size independent of n.
     """
-    scores, negatives = negative_scores(log_ratios, valid, beta)
-    return masked_mean(jax.nn.softplus(scores), negatives)
+    return preference_loss(log_ratios, valid, beta, "pairs")
 
 
 def dmpo(
@@ -128,9 +234,7 @@ def dmpo(
     code hands the reference's log-probability of the chosen response over twice, so that the
     reference cancels; here it does not.
     """
-    scores, negatives = negative_scores(log_ratios, valid, beta)
-    loss = jax.nn.softplus(masked_mean(scores, negatives))
-    return jnp.where(negatives.any(axis=-1), loss, 0.0)
+    return preference_loss(log_ratios, valid, beta, "mean")
 
 
 def odpo(
@@ -164,9 +268,7 @@ def odpo(
     (github.com/rycolab/odpo), where alpha is 1 by default. Margins are negative where grades differ
     by less than 1, there too.
     """
-    scores, negatives = negative_scores(log_ratios, valid, beta)
-    margins = jnp.where(negatives, as_float32(margins), 0.0)
-    return masked_mean(jax.nn.softplus(scores + margins), negatives)
+    return preference_loss(log_ratios, valid, beta, "pairs", margins=margins)
 
 
 def mppo(

@@ -1,8 +1,8 @@
 """Rankings that need no language model, which a trained one has to beat.
 
-Both count in the training split and give scores [M, C]: candidates in the order of the example,
-chosen first, -inf where an example has fewer than C. Responses are compared as strings without the
-space around them.
+Both count in the training split and give scores [M, C]: candidates in the order of
+`Example.responses`, -inf where an example has fewer than C. Responses are compared as strings
+without the space around them.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _text(response: Text) -> str:
 
 
 def _candidates(example: Example) -> list[str]:
-    return [_text(response) for response in (example.chosen, *example.rejected)]
+    return [_text(response) for response in example.responses]
 
 
 def _history(example: Example) -> set[str]:

@@ -23,12 +23,23 @@ from mass_dpo_jax.reports.format import HEADLINE_METRICS, format_metric, markdow
 from mass_dpo_jax.runs import origin, run_config, run_folder
 from mass_dpo_jax.runs.metrics_files import read_metrics_json, read_metrics_log
 from mass_dpo_jax.selection.registry import CRITERIA
-from mass_dpo_jax.training.methods import METHODS
+from mass_dpo_jax.training.methods import METHODS, SMOOTHED
 
 REWARD = (
-    "The reward of a response is r = beta * (log-probability of the response under this model - "
-    "that under the reference), summed over its tokens, with beta = {beta:g}."
+    "The reward of a response is r = beta * ({value}), {over} its tokens, with beta = {beta:g}."
 )
+LINKS = {
+    "hinge": "The lead z enters by a hinge, max(0, 1 - z), in place of -log sigmoid(z).",
+    "squared": "The lead z enters squared, ((z - 1/2) / beta)^2, in place of -log sigmoid(z).",
+    "robust": "In place of -log sigmoid(z) stands its unbiased estimate where each preference is "
+    "the wrong way round with probability {epsilon:g}.",
+    "logistic": "Each preference is taken to be the wrong way round with probability {epsilon:g}.",
+}
+MARGINS = {
+    "constant": "Rewards of rejected responses are raised by a margin of {gamma:g}.",
+    "grade": "Rewards of rejected responses are raised by a margin of {alpha:g} * log of how much "
+    "better the chosen response was graded.",
+}
 
 
 def write(
@@ -99,8 +110,8 @@ def base_name(path: str) -> str:
 def _describe_method(config: ConfigDict) -> str:
     method = METHODS[config.method]
     sentences = [method.description]
-    if method.uses_reference:
-        sentences.insert(0, REWARD.format(beta=config.beta))
+    if method.takes:
+        sentences = [_describe_reward(config), method.description, *_describe_loss(config)]
     if config.method == "odpo":
         sentences.append(f"alpha = {config.odpo.alpha:g}.")
     if config.method == "pl_rank" and config.pl_rank.top:
@@ -122,6 +133,26 @@ def _describe_method(config: ConfigDict) -> str:
             f"with weight {config.sft_weight:g}."
         )
     return " ".join(sentences)
+
+
+def _describe_reward(config: ConfigDict) -> str:
+    value = "log-probability of the response under this model"
+    if config.loss.reference:
+        value += " - that under the reference"
+    over = "averaged over" if config.loss.reward == "per_token" else "summed over"
+    return REWARD.format(value=value, over=over, beta=config.beta)
+
+
+def _describe_loss(config: ConfigDict) -> list[str]:
+    """Returns a sentence for each part of the loss that is not DPO's."""
+    loss, takes = config.loss, METHODS[config.method].takes
+    sentences = []
+    smoothed = loss.label_smoothing and loss.link in SMOOTHED
+    if "link" in takes and (loss.link not in SMOOTHED or smoothed):
+        sentences.append(LINKS[loss.link].format(epsilon=loss.label_smoothing))
+    if "margin" in takes and loss.margin != "none":
+        sentences.append(MARGINS[loss.margin].format(gamma=loss.gamma, alpha=config.odpo.alpha))
+    return sentences
 
 
 def _metrics(workdir: Path, step: int) -> dict[str, Any]:

@@ -58,21 +58,28 @@ class Inclusion(NamedTuple):
 def draw_pivotal(pool: Pool, n: int) -> Draw:
     """Draws n different candidates by duels in random order, as a knockout tournament."""
     inclusion = inclusion_probabilities(_log_weights(pool.scores, pool.mask), n)
-    size = pool.mask.shape[0]
+    drawn = hold_tournament(inclusion.probabilities, pool.mask, pool.key)
+    return _weigh(drawn, inclusion.weights, pool.mask)
+
+
+def hold_tournament(
+    pi: Float[Array, " N"], mask: Bool[Array, " N"], key: Key[Array, ""]
+) -> Bool[Array, " N"]:
+    """Draws each candidate with its probability pi, and as many as the sum of all is."""
+    size = mask.shape[0]
     # A shuffle with masked candidates last: the others meet as if those were not there.
-    order = jnp.lexsort((deal_uniforms(jax.random.fold_in(pool.key, 0), size), ~pool.mask))
+    order = jnp.lexsort((deal_uniforms(jax.random.fold_in(key, 0), size), ~mask))
     rounds = max(size - 1, 0).bit_length()
     players = jnp.pad(order, (0, 2**rounds - size), constant_values=size)
-    pi = jnp.pad(inclusion.probabilities, (0, 1))[players]
+    pi = jnp.pad(pi, (0, 1))[players]
     drawn = jnp.zeros(size + 1, bool)
     for number in range(rounds):
-        noise = deal_uniforms(jax.random.fold_in(pool.key, number + 1), len(pi) // 2)
+        noise = deal_uniforms(jax.random.fold_in(key, number + 1), len(pi) // 2)
         left_drawn, right_drawn, left_stays, pi = duel(pi[::2], pi[1::2], noise)
         drawn = drawn.at[players[::2]].max(left_drawn).at[players[1::2]].max(right_drawn)
         players = jnp.where(left_stays, players[::2], players[1::2])
     # All probability is with the last one: 0 or 1, up to rounding.
-    drawn = drawn.at[players].max(pi > 0.5)[:size]
-    return _weigh(drawn, inclusion.weights, pool.mask)
+    return drawn.at[players].max(pi > 0.5)[:size] & mask
 
 
 def draw_local(pool: Pool, n: int) -> Draw:

@@ -19,8 +19,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from mass_dpo_jax.selection.draws import draw_pivotal, inclusion_probabilities
-from mass_dpo_jax.selection.types import Pool
+from mass_dpo_jax.selection.draws import hold_tournament, inclusion_probabilities
 
 ITEMS_AT_A_TIME = 16384
 DRAWS = ("softmax", "uniform", "top")
@@ -127,8 +126,9 @@ def draw_items(
     logits_BK = scores_BK / temperature if how == "softmax" else jnp.zeros_like(scores_BK)
 
     def draw(logits: Array, mask: Array, key: Array) -> tuple[Array, Array, Array]:
-        drawn, weights = draw_pivotal(Pool(None, logits, mask, key), n)
         log_p = jnp.where(mask, jax.nn.log_softmax(jnp.where(mask, logits, -jnp.inf)), -jnp.inf)
-        return drawn, inclusion_probabilities(log_p, n).probabilities, weights
+        pi, weights = inclusion_probabilities(log_p, n)
+        drawn = hold_tournament(pi, mask, key)
+        return drawn, pi, jnp.where(drawn, weights, 0.0)
 
     return jax.vmap(draw)(logits_BK, mask_BK, keys_B)

@@ -12,6 +12,7 @@ from mass_dpo_jax.runs import metrics_files
 
 PAGE = "docs/methods.md says which method when"
 OTHER_LOSSES = ("sft", "odpo", "mppo", *LIST_METHODS)
+USUAL_LOSS = ("logistic", 0.0)  # Link and label smoothing of what pl_sampled estimates.
 
 
 def advise(config: ConfigDict, workdir: Path) -> str:
@@ -23,7 +24,8 @@ def advise(config: ConfigDict, workdir: Path) -> str:
     """
     spread_by_step = metrics_files.read_figure(workdir, "selection/effective_pool")
     n = config.num_negatives
-    if config.method in OTHER_LOSSES:
+    usual = (config.loss.link, config.loss.label_smoothing) == USUAL_LOSS
+    if config.method in OTHER_LOSSES or not usual:
         return ""
     if not spread_by_step:
         return f"pl_all and pl_sampled train on the loss of the whole pool; {PAGE}"

@@ -1,4 +1,4 @@
-"""Whether the training data has what a method needs: enough negatives, and grades."""
+"""Whether the training data has what a method needs: enough negatives, grades, no odd draws."""
 
 from __future__ import annotations
 
@@ -10,24 +10,34 @@ import numpy as np
 
 from mass_dpo_jax.data.tokens import Tokens
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.training.methods import Method
+from mass_dpo_jax.training.methods import METHODS, Method
 
 _log = logging.getLogger(__name__)
 
 
 def check_training_data(method: Method, tokens: Tokens) -> Tokens:
-    """Checks the training split, and returns it with the grades that the method uses.
+    """Checks the training split, and returns it with the grades and weights that the method uses.
 
     Raises:
-        UserError: every pool is smaller than the method's n, or grades are missing or contradict
-            the preferences.
+        UserError: every pool is smaller than the method's n, grades are missing or contradict the
+            preferences, or negatives were drawn in a way that the method cannot correct for.
     """
     check_pools(method, tokens)
+    tokens = _check_draws(method, tokens)
+    return grade_split(method, tokens)
+
+
+def grade_split(method: Method, tokens: Tokens) -> Tokens:
+    """Returns a split with the grades that the method uses, if any.
+
+    Raises:
+        UserError: grades are missing or contradict the preferences.
+    """
     if method.uses_order:
         return _scale_grades(method, tokens)
     if method.uses_scores:
         _check_scores(method, tokens)
-    elif method.name == "odpo":  # By rank: rejected responses are listed from the best to the
+    elif method.margin == "grade":  # By rank: rejected responses are listed from the best to the
         # worst, and those left out as too long keep their rank.
         order = tokens.candidate_ids if tokens.ranks is None else tokens.ranks
         return dataclasses.replace(tokens, scores=-order.astype(np.float32))
@@ -51,6 +61,32 @@ def check_pools(method: Method, tokens: Tokens) -> None:
         )
     if not method.uses_whole_pool:
         log_small_pools(n, sizes)
+
+
+def _check_draws(method: Method, tokens: Tokens) -> Tokens:
+    """Returns a split with the weights of drawn negatives only where the loss uses them.
+
+    Raises:
+        UserError: there are some, and the loss is not of a kind that they could correct.
+    """
+    if tokens.log_weights is None:
+        return tokens
+    if method.is_supervised:  # It sees no negatives.
+        return dataclasses.replace(tokens, log_weights=None)
+    if not method.uses_draws_of_data:
+        able = ", ".join(name for name, spec in METHODS.items() if spec.uses_draws_of_data)
+        raise UserError(
+            f"config.method={method.name}: the training data's negatives were drawn with the "
+            f"probabilities in mined_probabilities, which only {able} correct for; "
+            "--config.data.columns=mined_probabilities= reads none, and mining with --draw=top "
+            "needs no correction"
+        )
+    drawn = tokens.log_weights[:, 1:][tokens.response_lengths[:, 1:] > 0]
+    _log.info(
+        f"negatives were drawn with probabilities from {np.exp(-drawn.max()):.2g} to "
+        f"{np.exp(-drawn.min()):.2g} (mined_probabilities), for which the loss is corrected"
+    )
+    return tokens
 
 
 def log_small_pools(n: int, sizes: np.ndarray) -> None:
@@ -104,7 +140,7 @@ def _scale(grades: np.ndarray, low: Any, width: Any) -> np.ndarray:
 def _check_scores(method: Method, tokens: Tokens) -> None:
     if tokens.scores is None:
         raise UserError(
-            "config.method=odpo: the training data has no scores; expected score_chosen and "
+            "margins by score: the training data has no scores; expected score_chosen and "
             "score_rejected in every row, or config.odpo.offset=rank where rejected responses are "
             "listed from the best to the worst"
         )
@@ -120,7 +156,7 @@ def _check_scores(method: Method, tokens: Tokens) -> None:
 
 def describe_split(tokens: Tokens) -> str:
     """Describes the size of a split in a line of text."""
-    pools = (tokens.response_lengths[:, 1:] > 0).sum(1)
+    pools, ties = tokens.compared[:, 1:].sum(1), tokens.relevant
     sizes = f"{pools.min()}" if pools.min() == pools.max() else f"{pools.min()} to {pools.max()}"
     prompts = tokens.prompt_lengths
     ranked = 0 if tokens.ranks is None else int((tokens.ranks > 1).any(1).sum())
@@ -131,5 +167,6 @@ def describe_split(tokens: Tokens) -> str:
         f"{len(tokens)} examples with {sizes} negatives, prompts of {prompts.mean():.0f} tokens "
         f"(at most {prompts.max()}), responses of at most {tokens.response_lengths.max()}"
         + (f"; negatives are ranked in {ranked}" if ranked else "")
+        + ("" if ties is None else f"; several are chosen in {(ties.sum(1) > 1).sum()}")
         + (f"; {cut}" if cut else "")
     )

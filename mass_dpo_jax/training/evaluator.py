@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,43 +13,77 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import mass_dpo_jax
+from mass_dpo_jax.config import parse_cutoffs
 from mass_dpo_jax.data.examples import Example, digest_examples
+from mass_dpo_jax.data.tokens import Tokens
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.metrics import GAIN_CUTOFFS, evaluate_logps, metric_names, ranking_gains
+from mass_dpo_jax.metrics import CUTOFFS, Lists, evaluate_logps, metric_names, ranking_gains
 from mass_dpo_jax.runs import metrics_files, run_folder
 from mass_dpo_jax.runs.loggers import Log
 from mass_dpo_jax.training import scoring
-from mass_dpo_jax.training.methods import METHODS
+from mass_dpo_jax.training.methods import uses_reference
 from mass_dpo_jax.training.setup import Setup
 from mass_dpo_jax.utils import distributed
 from mass_dpo_jax.utils.files import read_array
 
 MAX_SELECTED_ROWS = 256  # Rows of the final split whose selection the report shows.
 
-# Files in the run folder: log-probabilities, and which candidates exist.
+# Files in the run folder: log-probabilities; which candidates are the chosen one or below it; and,
+# of graded data, the grades of all, NaN where there is no candidate.
 START_LOGPS, FINAL_LOGPS, EXIST_LOGPS = "logps-start.npy", "logps-final.npy", "logps-exist.npy"
+GRADES = "logps-grades.npy"
+_log = logging.getLogger(__name__)
+
+
+def make_lists(tokens: Tokens) -> Lists:
+    """Returns what the data says of a split's candidates, for `metrics`."""
+    return Lists(tokens.response_lengths > 0, tokens.relevant, tokens.grades, tokens.items)
+
+
+def log_long_cutoffs(cutoffs: str, tokens: Mapping[str, Tokens]) -> None:
+    """Logs which of the cutoffs no list of a split is long enough for.
+
+    Those of the default are for lists of every length: they are left out without a word.
+
+    Args:
+        cutoffs: `config.eval.cutoffs`.
+        tokens: splits that are evaluated, by name.
+    """
+    numbers = parse_cutoffs(cutoffs)
+    if numbers == CUTOFFS:
+        return
+    for split, rows in tokens.items():
+        longest = rows.response_lengths.shape[1]
+        if long := [str(k) for k in numbers if k > longest]:
+            _log.warning(
+                f"config.eval.cutoffs={cutoffs}: no list of the split {split} has more than "
+                f"{longest} responses; it has no metrics at {', '.join(long)}"
+            )
 
 
 def check_best(
-    train: ConfigDict, method: str, splits: Collection[str], graded: int = max(GAIN_CUTOFFS)
+    config: ConfigDict, splits: Collection[str], validation: Tokens | None = None
 ) -> None:
     """Checks that evaluations give the metric by which the best checkpoint is kept.
 
     Args:
-        train: the section `config.train`.
-        method: `config.method`.
+        config: the configuration.
         splits: names of the splits that have rows.
-        graded: candidates of a validation row, where they have grades; 0 where they have none.
+        validation: the validation split; None before it is read: what some data would give.
 
     Raises:
         UserError: no evaluation gives it.
     """
+    train, cutoffs = config.train, parse_cutoffs(config.eval.cutoffs)
     best = train.keep_best
-    names = metric_names(METHODS[method].uses_reference, graded)
+    candidates, graded = max(2, *cutoffs), True
+    if validation is not None:
+        candidates, graded = validation.response_lengths.shape[1], validation.grades is not None
+    names = metric_names(uses_reference(config), candidates, graded, cutoffs)
     if best and best not in names:
         raise UserError(
             f"config.train.keep_best={best!r}: expected a metric of the evaluations of "
-            f"config.method={method}, one of {', '.join(names)}"
+            f"config.method={config.method}, one of {', '.join(names)}"
         )
     if best and not train.eval_every:
         raise UserError(
@@ -70,7 +105,7 @@ class EvaluatedSplit:
         examples: the M examples.
         candidate_ids: int [M, C], index of a candidate in its example's responses, 0 the chosen
             one.
-        valid: bool [M, C].
+        valid: bool [M, C], which of them are the chosen one or below it.
         before: float32 [M, C], log-probabilities at the start of the run.
         after: float32 [M, C], log-probabilities at its end.
         refs: float32 [M, C], the reference's; None where there is no reference.
@@ -96,7 +131,7 @@ class Evaluator:
 
     The start and the end are measured on the test split, or on the validation split where there is
     no test split. Their log-probabilities [M, C] are kept as `.npy` files, for comparisons row by
-    row, and another file says which candidates exist.
+    row; two more files say which candidates exist, and what grades they have.
 
     Args:
         setup: the run's setup.
@@ -130,7 +165,7 @@ class Evaluator:
                 logps = self._setup.score(params, split, "start")
             else:
                 logps = self._refs[split]  # The policy still is the reference.
-            values = evaluate_logps(logps, None, self._valid(split), 1.0, self._grades(split))
+            values = evaluate_logps(logps, None, self._lists(split), 1.0, self._setup.cutoffs)
             if split == "validation":
                 self._log.write(0, {f"eval/{name}": value for name, value in values.items()})
             if split == self._final:
@@ -163,8 +198,8 @@ class Evaluator:
                 read_array(self._workdir / START_LOGPS) if distributed.is_primary() else None
             )
             assert start_logps is not None
-            valid, grades = self._valid(self._final), self._grades(self._final)
-            gain = ranking_gains(logps, start_logps, valid, grades)
+            lists = self._lists(self._final)
+            gain = ranking_gains(logps, start_logps, lists, self._setup.cutoffs)
             self._keep(FINAL_LOGPS, self._final, logps)
             if self._write_report is not None:
                 evaluated = self._evaluated_split(self._final, params, start_logps, logps)
@@ -189,7 +224,7 @@ class Evaluator:
         return EvaluatedSplit(
             [by_id[name] for name in tokens.ids],
             tokens.candidate_ids,
-            self._valid(split),
+            self._lists(split).compared,
             before,
             after,
             self._refs.get(split),
@@ -200,14 +235,21 @@ class Evaluator:
         """Marks what the method would train on in the first K rows of a split, bool [K, C]."""
         setup, method = self._setup, self._setup.method
         tokens = setup.tokens[split]
+        width = tokens.response_lengths.shape[1]
         # Frozen features are kept of the training split only.
         if method.is_supervised or method.frozen_features:
             return None
         rows = np.arange(min(len(tokens), MAX_SELECTED_ROWS))
         if method.uses_whole_pool:  # n is that of the training split; pools here may be larger.
-            return self._valid(split)[rows] & (np.arange(tokens.response_lengths.shape[1]) > 0)
-        selected = np.zeros((len(rows), tokens.response_lengths.shape[1]), bool)
-        batches = setup.scoring_batches(split, "selecting", rows, self._refs.get(split))
+            return self._lists(split).compared[rows] & (np.arange(width) > 0)
+        selected = np.zeros((len(rows), width), bool)
+        # What is as good as the chosen response stands last, and is never selected.
+        pools, refs = tokens.without_ties(), self._refs.get(split)
+        if refs is not None:
+            refs = refs[:, : pools.response_lengths.shape[1]]
+        batches = dataclasses.replace(setup, tokens={split: pools}).scoring_batches(
+            split, "selecting", rows, refs
+        )
         key = setup.key(0)
         for batch_rows, candidate_ids in scoring.compute_each(
             lambda batch: setup.program.choose_batch(params, batch, key)[0].candidate_ids, batches
@@ -218,13 +260,14 @@ class Evaluator:
 
     def _keep(self, name: str, split: str, logps: np.ndarray) -> None:
         run_folder.write_table(self._workdir / name, logps)
-        run_folder.write_table(self._workdir / EXIST_LOGPS, self._valid(split))
+        lists = self._lists(split)
+        run_folder.write_table(self._workdir / EXIST_LOGPS, lists.compared)
+        if lists.grades is not None:
+            grades = np.where(lists.valid, lists.grades, np.nan).astype(np.float32)
+            run_folder.write_table(self._workdir / GRADES, grades)
 
-    def _valid(self, split: str) -> np.ndarray:
-        return self._setup.tokens[split].compared
-
-    def _grades(self, split: str) -> np.ndarray | None:
-        return self._setup.tokens[split].grades
+    def _lists(self, split: str) -> Lists:
+        return make_lists(self._setup.tokens[split])
 
     def _describe_final_split(self) -> dict[str, Any]:
         """Returns how many examples the final split has, and their digest."""
@@ -242,8 +285,8 @@ class Evaluator:
     def _evaluate(self, params: Any, split: str) -> tuple[dict[str, float], np.ndarray]:
         logps = self._setup.score(params, split, "evaluation")
         refs, beta = self._refs.get(split), self._setup.beta
-        valid, grades = self._valid(split), self._grades(split)
-        return evaluate_logps(logps, refs, valid, beta, grades), logps
+        lists, cutoffs = self._lists(split), self._setup.cutoffs
+        return evaluate_logps(logps, refs, lists, beta, cutoffs), logps
 
     def _metrics_json(self, **fields: Any) -> dict[str, Any]:
         about = {"version": mass_dpo_jax.__version__, "split": self._final}

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.runs import loggers, metrics_files, origin, resume, run_config, run_folder
 from mass_dpo_jax.training import checkpoint, interruption, scoring
-from mass_dpo_jax.training.evaluator import EvaluatedSplit, Evaluator, check_best
+from mass_dpo_jax.training.evaluator import EvaluatedSplit, Evaluator, check_best, log_long_cutoffs
 from mass_dpo_jax.training.methods import find_unread
 from mass_dpo_jax.training.model_paths import fetch_models
 from mass_dpo_jax.training.open_policy import save_description
@@ -154,7 +154,7 @@ def _check_folder(
     )
     if metrics is None:
         distributed.run_on_primary(lambda: run_folder.check_writable(workdir))
-        check_best(config.train, config.method, SPLITS)
+        check_best(config, SPLITS)
         check_gaps(read_settings(config), bool(config.model.reference_path))
     return metrics
 
@@ -166,11 +166,10 @@ def _prepare(config: ConfigDict, workdir: Path, lock: run_folder.Lock) -> _Start
     resolved_config = run_config.use_own_files(config, workdir) if has_checkpoint else config
     resolved_config = fetch_models(resolved_config)
     setup = prepare(resolved_config, workdir, SPLITS)
-    validation = setup.tokens.get("validation")
-    graded = 0
-    if validation is not None and validation.grades is not None:
-        graded = validation.response_lengths.shape[1]
-    check_best(config.train, config.method, setup.tokens, graded)
+    check_best(config, setup.tokens, setup.tokens.get("validation"))
+    log_long_cutoffs(
+        config.eval.cutoffs, {name: t for name, t in setup.tokens.items() if name != "train"}
+    )
     digests = setup.digests()
     distributed.run_on_primary(lambda: resume.check_data(workdir, digests))
     params, reference_params, weights = _read_weights(setup, has_checkpoint)
@@ -198,7 +197,7 @@ def _read_weights(setup: Setup, has_checkpoint: bool) -> tuple[Any, Any, dict[st
         digests of both by the setting that names them.
     """
     model, policy, uses_reference = setup.model, setup.policy, setup.method.uses_reference
-    names = list_models_read(setup.method.name, model, has_checkpoint)
+    names = list_models_read(uses_reference, model, has_checkpoint)
     params: Any = {}
     reference, digests = None, {}
     if "path" in names or not model.path:

@@ -35,6 +35,8 @@ class Responses(NamedTuple):
             where it says only which one is chosen.
         weights: weights of negatives drawn from the policy's pool weights; else None.
         pool_loss: Plackett-Luce loss of the whole pool, with `weights`.
+        log_weights: how many responses each negative stands for (`Tokens.log_weights`); None where
+            all stand for themselves.
     """
 
     logps: Float[Array, "B 1+n"]
@@ -44,6 +46,7 @@ class Responses(NamedTuple):
     grades: Float[Array, "B 1+n"] | None
     weights: Float[Array, "B n"] | None
     pool_loss: Float[Array, " B"] | None
+    log_weights: Float[Array, "B 1+n"] | None = None
 
 
 Loss = Callable[[Responses, "Method"], Float[Array, " B"]]
@@ -61,6 +64,9 @@ class MethodSpec:
         max_negatives: upper bound on `config.num_negatives`; None for no bound.
         uses_order: whether the loss is that of a graded list: its responses include those as good
             as the chosen one, which other losses never see.
+        takes: the settings of `config.loss` that the loss has room for.
+        uses_draws_of_data: whether the loss is a function of a sum over negatives that a sum over
+            drawn ones with `Tokens.log_weights` estimates.
     """
 
     loss: Loss
@@ -69,22 +75,35 @@ class MethodSpec:
     uses_reference: bool = True
     max_negatives: int | None = None
     uses_order: bool = False
+    takes: tuple[str, ...] = ()
+    uses_draws_of_data: bool = False
 
 
-def _plackett_luce(x: Responses, m: Method) -> Array:
-    return losses.plackett_luce(x.log_ratios, x.valid, m.beta)
+REWARD = ("reward", "reference")  # What all losses of rewards have room for.
+LEAD = (*REWARD, "link", "margin")  # Those of the chosen response's lead over negatives.
+
+
+def _lead(aggregation: str) -> Loss:
+    """Makes the method's loss of a way to sum over negatives."""
+
+    def compute(x: Responses, m: Method) -> Array:
+        return losses.preference_loss(
+            m.unscaled_rewards(x),
+            x.valid,
+            m.beta,
+            aggregation,
+            m.link,
+            m.label_smoothing,
+            m.margins(x),
+        )
+
+    return compute
 
 
 def _sampled_plackett_luce(x: Responses, m: Method) -> Array:
     assert x.weights is not None and x.pool_loss is not None
-    return losses.sampled_plackett_luce(x.log_ratios, x.valid, m.beta, x.weights, x.pool_loss)
-
-
-def _odpo(x: Responses, m: Method) -> Array:
-    assert x.grades is not None
-    difference = x.grades[:, :1] - x.grades[:, 1:]
-    margins = m.odpo_alpha * jnp.log(jnp.where(x.valid[:, 1:], difference, 1.0))
-    return losses.odpo(x.log_ratios, x.valid, m.beta, margins)
+    values = m.unscaled_rewards(x)  # Margins are constants, and reach the gradient by the weights.
+    return losses.sampled_plackett_luce(values, x.valid, m.beta, x.weights, x.pool_loss)
 
 
 def _graded(loss: Callable[..., Array]) -> Loss:
@@ -92,57 +111,75 @@ def _graded(loss: Callable[..., Array]) -> Loss:
 
     def compute(x: Responses, m: Method) -> Array:
         assert x.grades is not None
-        return loss(x.log_ratios, x.valid, m.beta, x.grades)
+        return loss(m.unscaled_rewards(x), x.valid, m.beta, x.grades)
 
     return compute
 
 
 def _pl_rank(x: Responses, m: Method) -> Array:
     assert x.grades is not None
-    return losses.pl_rank(x.log_ratios, x.valid, m.beta, x.grades, m.rank_top)
+    return losses.pl_rank(m.unscaled_rewards(x), x.valid, m.beta, x.grades, m.rank_top)
 
 
+SMOOTHED = ("logistic", "robust")  # Links that have label_smoothing.
 PLACKETT_LUCE = (
     "The loss of a prompt is the Plackett-Luce negative log-likelihood that the chosen response is "
     "the best of those in the set: -log( exp(r_chosen) / (exp(r_chosen) + sum_i exp(r_i)) )"
 )
 METHODS = {
     "mass_dpo": MethodSpec(
-        _plackett_luce, f"{PLACKETT_LUCE}, the sum over the selected negatives.", criterion=""
+        _lead("softmax"),
+        f"{PLACKETT_LUCE}, the sum over the selected negatives.",
+        criterion="",
+        takes=LEAD,
+        uses_draws_of_data=True,
     ),
     "pl_sampled": MethodSpec(
         _sampled_plackett_luce,
         f"{PLACKETT_LUCE}, the sum over the whole pool; its gradient is estimated, without bias, "
         "from negatives drawn with the pool's softmax weights.",
         criterion="sampled",
+        takes=(*REWARD, "margin"),
+        uses_draws_of_data=True,
     ),
     "pl_all": MethodSpec(
-        _plackett_luce, f"{PLACKETT_LUCE}, the sum over all negatives of the pool.", criterion="all"
+        _lead("softmax"),
+        f"{PLACKETT_LUCE}, the sum over all negatives of the pool.",
+        criterion="all",
+        takes=LEAD,
+        uses_draws_of_data=True,
     ),
     "sdpo": MethodSpec(
-        _plackett_luce, f"{PLACKETT_LUCE}, the sum over random negatives (S-DPO, Softmax DPO)."
+        _lead("softmax"),
+        f"{PLACKETT_LUCE}, the sum over random negatives (S-DPO, Softmax DPO).",
+        takes=LEAD,
+        uses_draws_of_data=True,
     ),
     "dpo": MethodSpec(
-        lambda x, m: losses.dpo(x.log_ratios, x.valid, m.beta),
+        _lead("pairs"),
         "The loss of a prompt is DPO's with one random negative: "
         "-log sigmoid(r_chosen - r_negative).",
         max_negatives=1,
+        takes=LEAD,
     ),
     "dpo_k": MethodSpec(
-        lambda x, m: losses.dpo_k(x.log_ratios, x.valid, m.beta),
+        _lead("pairs"),
         "The loss of a prompt is the mean over random negatives of DPO's: "
         "-log sigmoid(r_chosen - r_i).",
+        takes=LEAD,
     ),
     "dmpo": MethodSpec(
-        lambda x, m: losses.dmpo(x.log_ratios, x.valid, m.beta),
+        _lead("mean"),
         "The loss of a prompt is DPO's against the average of random negatives (DMPO): "
         "-log sigmoid(r_chosen - mean_i r_i).",
+        takes=LEAD,
     ),
     "odpo": MethodSpec(
-        _odpo,
+        _lead("pairs"),
         "The loss of a prompt is the mean over random negatives of DPO's with an offset (ODPO): "
         "-log sigmoid(r_chosen - r_i - d_i), where d_i = alpha * log of how much better the "
         "chosen response was graded.",
+        takes=(*REWARD, "link"),
     ),
     "mppo": MethodSpec(
         lambda x, m: losses.mppo(x.logps, x.lengths, x.valid),
@@ -157,6 +194,7 @@ METHODS = {
         "sum over those that are worse than i.",
         criterion="all",
         uses_order=True,
+        takes=REWARD,
     ),
     "lipo_lambda": MethodSpec(
         _graded(losses.lipo_lambda),
@@ -165,6 +203,7 @@ METHODS = {
         "(LiPO-lambda).",
         criterion="all",
         uses_order=True,
+        takes=REWARD,
     ),
     "tree_po": MethodSpec(
         _graded(losses.tree_po),
@@ -173,6 +212,7 @@ METHODS = {
         "DCG (Tree Preference Optimization, without its adaptive step reward).",
         criterion="all",
         uses_order=True,
+        takes=REWARD,
     ),
     "sft": MethodSpec(
         lambda x, m: losses.supervised(x.logps[:, 0], x.lengths[:, 0]),
@@ -194,8 +234,14 @@ class Method:
         selection: the settings that they are chosen by.
         beta: factor from log-ratios to rewards.
         sft_weight: weight of a supervised term on the chosen response.
-        uses_scores: whether the data's scores are the grades (odpo by score).
-        odpo_alpha: margin per log difference of grades.
+        link: see `losses.preference_loss`.
+        label_smoothing: likewise.
+        per_token: whether rewards are divided by the responses' lengths.
+        uses_reference: whether rewards are of log-ratios to a reference, not of log-probabilities.
+        margin: none, constant or grade.
+        gamma: the constant margin.
+        margin_alpha: margin per log difference of grades.
+        uses_scores: whether the data's scores are the grades of margins.
         rank_top: places of a ranking that count, for pl_rank; 0: all.
         frozen_features: whether criteria see the reference's hidden states.
     """
@@ -205,8 +251,14 @@ class Method:
     selection: Settings
     beta: float
     sft_weight: float
+    link: str
+    label_smoothing: float
+    per_token: bool
+    uses_reference: bool
+    margin: str
+    gamma: float
+    margin_alpha: float
     uses_scores: bool
-    odpo_alpha: float
     rank_top: int
     frozen_features: bool
 
@@ -221,14 +273,14 @@ class Method:
         return self.selection.criterion == "all"
 
     @property
-    def uses_reference(self) -> bool:
-        """Whether the loss needs the reference's log-probabilities."""
-        return METHODS[self.name].uses_reference
-
-    @property
     def uses_order(self) -> bool:
         """Whether the loss sees responses that are as good as the chosen one."""
         return METHODS[self.name].uses_order
+
+    @property
+    def uses_draws_of_data(self) -> bool:
+        """Whether the loss can be corrected for how the data's negatives were drawn."""
+        return METHODS[self.name].uses_draws_of_data
 
     @property
     def uses_draws(self) -> bool:
@@ -249,9 +301,50 @@ class Method:
 
     def rewards(self, x: Responses) -> Float[Array, "B 1+n"]:
         """Computes what the loss takes for the responses' rewards."""
-        if self.uses_reference:
-            return self.beta * x.log_ratios
+        if METHODS[self.name].takes:
+            return self.beta * self.unscaled_rewards(x)
         return losses.likelihood_per_token(x.logps, x.lengths, x.valid)
+
+    def unscaled_rewards(self, x: Responses) -> Float[Array, "B 1+n"]:
+        """Computes rewards over beta, in nats."""
+        values = x.log_ratios if self.uses_reference else x.logps
+        return values / jnp.maximum(x.lengths, 1) if self.per_token else values
+
+    def margins(self, x: Responses) -> Float[Array, "B n"] | None:
+        """Computes by how much the reward of each negative should be below the chosen one's.
+
+        One that stands for w responses of which it was drawn counts in a softmax as if its reward
+        were log w larger.
+        """
+        margins = self._margins_of_settings(x)
+        if x.log_weights is None:
+            return margins
+        log_weights = x.log_weights[:, 1:]
+        return log_weights if margins is None else margins + log_weights
+
+    def _margins_of_settings(self, x: Responses) -> Float[Array, "B n"] | None:
+        if self.margin == "none":
+            return None
+        if self.margin == "constant":
+            return jnp.full(x.valid[:, 1:].shape, self.gamma)
+        assert x.grades is not None
+        difference = x.grades[:, :1] - x.grades[:, 1:]
+        return self.margin_alpha * jnp.log(jnp.where(x.valid[:, 1:], difference, 1.0))
+
+    def scores(self, x: Responses) -> Float[Array, "B n"]:
+        """Computes how far negatives' rewards, with their margins, are above the chosen one's.
+
+        Criteria choose by those of the whole pool.
+        """
+        rewards, margins = self.beta * self.unscaled_rewards(x), self.margins(x)
+        scores = rewards[:, 1:] - rewards[:, :1]
+        return scores if margins is None else scores + margins
+
+
+def uses_reference(config: ConfigDict) -> bool:
+    """Whether the loss of a configuration compares the policy with a reference."""
+    spec = METHODS[config.method]
+    return spec.uses_reference and (config.loss.reference or "reference" not in spec.takes)
 
 
 def make_method(config: ConfigDict, largest_pool: int) -> Method:
@@ -259,7 +352,7 @@ def make_method(config: ConfigDict, largest_pool: int) -> Method:
 
     Args:
         config: the configuration; `method`, `num_negatives`, `beta`, `sft_weight`, `selection`,
-            `odpo` and `pl_rank` are read.
+            `loss`, `odpo` and `pl_rank` are read.
         largest_pool: the most negatives that any pool has.
 
     Raises:
@@ -272,6 +365,7 @@ def make_method(config: ConfigDict, largest_pool: int) -> Method:
             f"config.selection.refresh={config.selection.refresh}: config.method=pl_sampled draws "
             "at every step (its weights are those of the current policy); expected step"
         )
+    _check_loss(config, spec)
     settings = Settings(
         criterion=criterion,
         ridge=config.selection.ridge,
@@ -281,6 +375,14 @@ def make_method(config: ConfigDict, largest_pool: int) -> Method:
         draw=config.selection.draw,
         top=config.selection.top,
     )
+    loss = config.loss
+    margin = "grade" if config.method == "odpo" else loss.margin
+    frozen_features = config.selection.features == "reference" and settings.needs_features
+    if frozen_features and not uses_reference(config):
+        raise UserError(
+            "config.selection.features=reference: with config.loss.reference=False there is no "
+            "reference; expected config.selection.features=policy"
+        )
     bounds = [config.num_negatives, spec.max_negatives]
     n = min(bound for bound in bounds if bound is not None)
     return Method(
@@ -289,11 +391,34 @@ def make_method(config: ConfigDict, largest_pool: int) -> Method:
         selection=settings,
         beta=config.beta,
         sft_weight=config.sft_weight,
-        uses_scores=config.method == "odpo" and config.odpo.offset == "score",
-        odpo_alpha=config.odpo.alpha,
+        link=loss.link,
+        label_smoothing=loss.label_smoothing,
+        per_token=loss.reward == "per_token",
+        uses_reference=uses_reference(config),
+        margin=margin,
+        gamma=loss.gamma,
+        margin_alpha=config.odpo.alpha,
+        uses_scores=margin == "grade" and config.odpo.offset == "score",
         rank_top=config.pl_rank.top,
-        frozen_features=config.selection.features == "reference" and settings.needs_features,
+        frozen_features=frozen_features,
     )
+
+
+def _check_loss(config: ConfigDict, spec: MethodSpec) -> None:
+    """Raises UserError for settings of the loss that the method has no room for.
+
+    The supervised method has none at all, and is silent about them, as about beta.
+    """
+    if spec.max_negatives == 0:
+        return
+    usual = config_lib.LOSS_TYPES["sigmoid"]
+    for name, value in usual.items():
+        if name not in spec.takes and config.loss[name] != value:
+            others = [other for other, s in METHODS.items() if name in s.takes]
+            raise UserError(
+                f"config.loss.{name}={config.loss[name]}: config.method={config.method} has "
+                f"{value} only; expected one of the methods {', '.join(others)}"
+            )
 
 
 def find_unread(config: ConfigDict) -> list[str]:
@@ -324,9 +449,14 @@ def find_unread(config: ConfigDict) -> list[str]:
         "log.draw_noise_every": criterion in (CRITERIA["random"], CRITERIA["sampled"])
         and config.selection.refresh == "step"
         and spec.max_negatives != 0,
-        "odpo.offset odpo.alpha": config.method == "odpo",
+        "loss.gamma": "margin" in spec.takes and config.loss.margin == "constant",
+        "loss.label_smoothing": "link" in spec.takes and config.loss.link in SMOOTHED,
+        "odpo.offset odpo.alpha": config.method == "odpo"
+        or ("margin" in spec.takes and config.loss.margin == "grade"),
         "pl_rank.top": config.method == "pl_rank",
-        "beta model.reference_path": spec.uses_reference,
+        **{f"loss.{name}": name in spec.takes for name in config_lib.LOSS_TYPES["sigmoid"]},
+        "beta": bool(spec.takes),
+        "model.reference_path": uses_reference(config),
         "model.lora.alpha model.lora.rank_stabilized model.lora.targets": uses_lora,
         "model.lora.base model.lora.dropout": uses_lora,
         "model.scratch.": not config.model.path,

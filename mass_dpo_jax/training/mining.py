@@ -1,44 +1,29 @@
-"""Mines negatives for each prompt from a catalogue of texts, by a policy or by given numbers."""
+"""Mines negatives for each prompt from a catalogue of texts, by the scores of `mining_sources`."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
 
-from mass_dpo_jax.data import text_files
-from mass_dpo_jax.data.examples import (
-    Example,
-    History,
-    Prompt,
-    Text,
-    as_text,
-    format_message,
-    identify_answer,
-)
+from mass_dpo_jax.data import load_examples, splits, text_files
+from mass_dpo_jax.data.examples import Example, History, Text, as_text, identify_answer
 from mass_dpo_jax.data.row_files import read_rows
-from mass_dpo_jax.data.tokenizer import encode_texts, find_added_tokens
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.models import attention
 from mass_dpo_jax.selection import mining
-from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training import scoring
-from mass_dpo_jax.training.policy import Policy
-from mass_dpo_jax.utils import distributed
-from mass_dpo_jax.utils.files import read_array, shorten
+from mass_dpo_jax.training.mining_sources import Source
+from mass_dpo_jax.utils.files import shorten
 
 PROMPTS_AT_A_TIME = 512
-TEXTS_AT_A_TIME = 64
 _log = logging.getLogger(__name__)
 
 
@@ -59,18 +44,25 @@ class Catalogue:
     valid: np.ndarray
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """The scores of items for prompts, of rows in the order of the examples.
+class Ranked(NamedTuple):
+    """The best items of some prompts, best first.
 
     Attributes:
-        score: from rows of prompts and a range of items to float32 [B, I].
-        score_chosen: from rows of prompts to the scores float64 [B] of the chosen responses; NaN
-            where one is not known.
+        rows: int [B], which examples.
+        indices: int32 [B, K], items.
+        scores: float32 [B, K], -inf for an item that is a positive, and where there is none.
+        chosen: float64 [B], the scores of the chosen responses; NaN where one is not known.
     """
 
-    score: Callable[[np.ndarray, slice], jax.Array]
-    score_chosen: Callable[[np.ndarray], np.ndarray]
+    rows: np.ndarray
+    indices: np.ndarray
+    scores: np.ndarray
+    chosen: np.ndarray
+
+
+# From examples to the ids of those that could be scored, log-probabilities [M, C] of the responses
+# of each, and which of these exist. `Model.score` of the API.
+ScoreResponses = Callable[[Sequence[Example]], tuple[list[str], np.ndarray, np.ndarray]]
 
 
 def normalize(text: str) -> str:
@@ -121,13 +113,35 @@ def _read_items(path: Path) -> Iterator[tuple[str, Any]]:
             yield f"{path} line {number}", text
 
 
-def find_positives(examples: Sequence[Example]) -> list[set[str]]:
+def load_rows(config: ConfigDict, split: str) -> tuple[list[Example], list[Example]]:
+    """Loads the rows of a split to mine for, and every row of the data, whose positives count.
+
+    A split that cannot be read beside the one asked for is left out with a warning.
+
+    Raises:
+        UserError: the split cannot be read.
+    """
+    data = config.data.copy_and_resolve_references()
+    data.update(max_train=0, max_validation=0, max_test=0)
+    rows = load_examples(data, split, config.seed)
+    everything = list(rows)
+    others = [] if split == "all" else [name for name in splits.NAMES if name != split]
+    for other in others:
+        try:
+            everything += load_examples(data, other, config.seed)
+        except UserError as error:
+            _log.warning(f"split {other!r} is not read for chosen responses: {error}")
+    return splits.limit(rows, config.data, split, config.seed), everything
+
+
+def find_positives(examples: Sequence[Example], everything: Sequence[Example]) -> list[set[str]]:
     """Returns, for each example, the texts that are never its negatives, normalized.
 
-    They are the chosen responses of all rows that ask the same and the items of its history.
+    They are the chosen responses of all rows of `everything` that ask the same, and the items of
+    its history.
     """
     by_question: dict[Any, set[str]] = {}
-    for example in examples:
+    for example in everything:
         chosen = {normalize(identify_answer(t)) for t in (example.chosen, *example.also_chosen)}
         by_question.setdefault(example.question, set()).update(chosen)
     found = []
@@ -137,164 +151,91 @@ def find_positives(examples: Sequence[Example]) -> list[set[str]]:
     return found
 
 
-def encode(policy: Policy, params: Any, texts: Sequence[str], limit: int) -> np.ndarray:
-    """Computes the mean final hidden state of each text, float32 [M, D], over all devices.
-
-    A text is read alone, as it is, with the tokens that the tokenizer adds before any text; of a
-    longer one than `limit` tokens the last ones are read.
-    """
-    before, _ = find_added_tokens(policy.tokenizer)
-    encoded = encode_texts(policy.tokenizer, texts)
-    lists = np.split(encoded.tokens, encoded.starts[1:])
-    rows = [np.concatenate([before, tokens[-limit:]]).astype(np.int32) for tokens in lists]
-    lengths = np.array([max(len(row), 1) for row in rows])
-    batch = -(-TEXTS_AT_A_TIME // policy.mesh.size) * policy.mesh.size
-    features = np.zeros((len(texts), policy.config.hidden_size), np.float32)
-    order = np.argsort(lengths, kind="stable")
-    starts = range(0, len(texts), batch)
-    for start in scoring.progress_bar(starts, desc="features", unit="batch"):
-        indices = order[start : start + batch]
-        width = 1 << int(lengths[indices].max() - 1).bit_length()  # Few shapes to compile.
-
-        def make(local: np.ndarray, width: int = width) -> tuple[np.ndarray, np.ndarray]:
-            tokens = np.zeros((len(local), width), np.int32)
-            for place, row in enumerate(local):
-                if row >= 0:
-                    tokens[place, : len(rows[row])] = rows[row]
-            return tokens, np.where(local >= 0, lengths[local], 1)
-
-        padded = np.pad(indices, (0, batch - len(indices)), constant_values=-1)
-        arrays = mesh_lib.shard_rows(policy.mesh, padded, make)
-        means = distributed.gather(_encode_batch(policy.graphdef, params, *arrays))
-        features[indices] = means[: len(indices)]
-    if not np.isfinite(features).all():
-        raise UserError("the model's hidden states are not finite: did its run diverge?")
-    return features
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _encode_batch(graphdef: Any, params: Any, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    decoder = nnx.merge(graphdef, params)
-    hidden, _ = decoder(tokens, positions, attention.attend_causally)
-    real = positions < lengths[:, None]
-    total = jnp.sum(hidden.astype(jnp.float32) * real[..., None], axis=1)
-    return total / lengths[:, None]
-
-
-def plain_text(text: Prompt) -> str:
-    """Returns a prompt or response as one text: the contents of messages, one below the other."""
-    text = as_text(text)
-    return text if isinstance(text, str) else "\n".join(map(format_message, text))
-
-
-def by_policy(
-    policy: Policy,
-    params: Any,
-    examples: Sequence[Example],
-    catalogue: Catalogue,
-    limit: int,
-    similarity: str,
-) -> Source:
-    """Scores items by the policy's features: those of a prompt against those of an item."""
-    texts = [plain_text(example.prompt) for example in examples]
-    chosen = [plain_text(example.chosen) for example in examples]
-    unique = list(dict.fromkeys([*texts, *catalogue.texts, *chosen]))
-    place = {text: i for i, text in enumerate(unique)}
-    table = encode(policy, params, unique, limit)
-    parts = [table[[place[t] for t in group]] for group in (texts, catalogue.texts, chosen)]
-    return by_features(*parts, similarity=similarity, index=None)
-
-
-def by_features(
-    prompts: np.ndarray,
-    items: np.ndarray,
-    chosen: np.ndarray | None,
-    *,
-    similarity: str,
-    index: np.ndarray | None,
-) -> Source:
-    """Scores items by inner products of features, or by cosines.
-
-    Args:
-        prompts: [M, D].
-        items: [N, D].
-        chosen: [M, D]; None: those of the item that `index` says.
-        similarity: `cosine` or `dot`.
-        index: int [M], the chosen response's item, -1 where it is none.
-    """
-
-    def scale(x: np.ndarray) -> np.ndarray:
-        x = np.asarray(x, np.float32)
-        norms = np.linalg.norm(x, axis=-1, keepdims=True)
-        return x / np.maximum(norms, 1e-30) if similarity == "cosine" else x
-
-    mesh = jax.sharding.Mesh(np.array(jax.local_devices()), ("rows",))
-
-    def score(rows: np.ndarray, part: slice) -> jax.Array:
-        block = scale(prompts[rows])
-        block = np.pad(block, ((0, -len(block) % mesh.size), (0, 0)))
-        left = jax.device_put(block, NamedSharding(mesh, P("rows")))
-        right = jax.device_put(scale(items[part]), NamedSharding(mesh, P()))
-        return _multiply(left, right)[: len(rows)]
-
-    def score_chosen(rows: np.ndarray) -> np.ndarray:
-        left = scale(prompts[rows]).astype(np.float64)
-        if chosen is not None:
-            return (left * scale(chosen[rows])).sum(-1)
-        assert index is not None
-        found = (left * scale(items[np.maximum(index[rows], 0)])).sum(-1)
-        return np.where(index[rows] >= 0, found, np.nan)
-
-    return Source(score, score_chosen)
-
-
-@jax.jit
-def _multiply(left: jax.Array, right: jax.Array) -> jax.Array:
-    return jnp.matmul(left, right.T, precision="highest")
-
-
-def by_scores(table: np.ndarray, index: np.ndarray) -> Source:
-    """Reads scores [M, N] of a file, block by block; `index` as in `by_features`."""
-
-    def score_chosen(rows: np.ndarray) -> np.ndarray:
-        found = table[rows, np.maximum(index[rows], 0)].astype(np.float64)
-        return np.where(index[rows] >= 0, found, np.nan)
-
-    return Source(lambda rows, part: jnp.asarray(table[rows, part], jnp.float32), score_chosen)
-
-
-def read_table(path: Path, flag: str, rows: int, columns: int | None) -> np.ndarray:
-    """Reads a .npy file of finite numbers [rows, columns]; it stays on the disk.
-
-    Raises:
-        UserError: it is something else.
-    """
-    array = read_array(path)
-    if array.ndim != 2 or len(array) != rows or columns not in (None, array.shape[1]):
-        raise UserError(
-            f"--{flag}={path}: shape {list(array.shape)}, expected [{rows}, {columns or 'D'}]"
-        )
-    for start in range(0, rows, PROMPTS_AT_A_TIME):
-        bad = ~np.isfinite(np.asarray(array[start : start + PROMPTS_AT_A_TIME], np.float32))
-        if bad.any():
-            row, column = np.argwhere(bad)[0].tolist()
-            raise UserError(
-                f"--{flag}={path}: [{start + row}, {column}] is not a finite number of float32"
-            )
-    return array
-
-
 def chosen_index(examples: Sequence[Example], catalogue: Catalogue) -> np.ndarray:
     """Returns the item that each chosen response is, -1 where the catalogue lacks it."""
     keys = (normalize(identify_answer(example.chosen)) for example in examples)
     return np.array([catalogue.index.get(key, -1) for key in keys])
 
 
-def mine(
+def rank(
+    source: Source, catalogue: Catalogue, positives: Sequence[set[str]], count: int
+) -> Iterator[Ranked]:
+    """Yields the best items of each prompt, block by block: `count` or more that are no positives.
+
+    Args:
+        source: the scores.
+        catalogue: the items.
+        positives: of each prompt, as `find_positives` returns them.
+        count: how many are needed.
+    """
+    banned = [
+        {catalogue.index[text] for text in texts if text in catalogue.index} for texts in positives
+    ]
+    k = count + max(map(len, banned))
+    starts = range(0, len(banned), PROMPTS_AT_A_TIME)
+    for start in scoring.progress_bar(starts, desc="mining", unit="block"):
+        rows = np.arange(start, min(start + PROMPTS_AT_A_TIME, len(banned)))
+        best = mining.rank_items(functools.partial(source.score, rows), catalogue.valid, k)
+        scores, indices = np.array(best[0]), best[1]
+        for place, row in enumerate(rows):
+            scores[place, np.isin(indices[place], list(banned[row]))] = -np.inf
+        yield Ranked(rows, indices, scores, source.score_chosen(rows))
+
+
+def rescore(
+    ranked: Iterable[Ranked],
     examples: Sequence[Example],
     catalogue: Catalogue,
-    source: Source,
+    size: int,
+    score: ScoreResponses,
+) -> Iterator[Ranked]:
+    """Yields the best `size` items of each prompt in the order of their log-probabilities.
+
+    All shortlists are held in memory, so that few shapes of batches are compiled.
+
+    Raises:
+        UserError: the model cannot score a row, or its log-probabilities are not finite.
+    """
+    shortlists = [
+        indices[np.isfinite(scores)][:size]
+        for block in ranked
+        for indices, scores in zip(block.indices, block.scores, strict=True)
+    ]
+    pools = [
+        Example(
+            example.id,
+            example.prompt,
+            example.chosen,
+            tuple(_as_responses(example, catalogue, indices)),
+            f"{example.place} with its shortlist from the catalogue",
+        )
+        for example, indices in zip(examples, shortlists, strict=True)
+        if len(indices)
+    ]
+    ids, logps, valid = score(pools) if pools else ([], np.zeros((0, 1)), np.ones((0, 1), bool))
+    if not np.isfinite(logps[valid]).all():
+        raise UserError("the model's log-probabilities are not finite: did its run diverge?")
+    scored = {name: row for row, name in enumerate(ids)}  # Those too long may be missing.
+    for start in range(0, len(examples), PROMPTS_AT_A_TIME):
+        rows = np.arange(start, min(start + PROMPTS_AT_A_TIME, len(examples)))
+        scores = np.full((len(rows), size), -np.inf, np.float32)
+        indices, chosen = np.zeros(scores.shape, np.int32), np.full(len(rows), np.nan)
+        for place, row in enumerate(rows.tolist()):
+            if (k := scored.get(examples[row].id)) is None:
+                continue
+            count = len(shortlists[row])
+            values = np.where(valid[k], logps[k], -np.inf)
+            order = np.argsort(-values[1 : 1 + count], kind="stable")
+            chosen[place] = values[0]
+            scores[place, :count] = values[1:][order]
+            indices[place, :count] = shortlists[row][order]
+        yield Ranked(rows, indices, scores, chosen)
+
+
+def mine(
+    ranked: Iterable[Ranked],
+    examples: Sequence[Example],
+    catalogue: Catalogue,
     limits: mining.Limits,
     n: int,
     draw: str,
@@ -309,32 +250,20 @@ def mine(
     Raises:
         UserError: a chosen response has no score although margins need it, or nothing is left.
     """
-    positives = find_positives(examples)
-    banned = [
-        {catalogue.index[text] for text in texts if text in catalogue.index} for texts in positives
-    ]
-    k = limits.last + max(map(len, banned))
     empty, few = 0, 0
     key = jax.random.key(seed)
-    starts = range(0, len(examples), PROMPTS_AT_A_TIME)
-    for start in scoring.progress_bar(starts, desc="mining", unit="block"):
-        rows = np.arange(start, min(start + PROMPTS_AT_A_TIME, len(examples)))
-        scores, indices = mining.rank_items(
-            functools.partial(source.score, rows), catalogue.valid, k
-        )
-        chosen = source.score_chosen(rows)
-        mask = np.isfinite(scores)
+    for rows, indices, scores, chosen in ranked:
+        exists = np.isfinite(scores)
+        ranks = np.cumsum(exists, axis=1) - 1
+        mask = exists & (ranks >= limits.first) & (ranks < limits.last)
         for place, row in enumerate(rows):
-            if limits.need_chosen and np.isnan(chosen[place]):
+            if limits.need_chosen and np.isnan(chosen[place]) and exists[place].any():
                 raise UserError(
                     f"{examples[row].place}: its chosen response is not in the catalogue, so there "
                     "is no score that a margin could be measured from; add it, or use --max_score"
                 )
-            allowed = mask[place] & ~np.isin(indices[place], list(banned[row]))
-            ranks = np.cumsum(allowed) - 1
-            allowed &= (ranks >= limits.first) & (ranks < limits.last)
             value = None if np.isnan(chosen[place]) else float(chosen[place])
-            mask[place] = allowed & limits.allow(scores[place], value)
+            mask[place] &= limits.allow(scores[place], value)
         keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.asarray(rows))
         drawn, pi, weights = map(
             np.asarray,
@@ -370,20 +299,25 @@ def _make_row(
     pi: np.ndarray,
     weights: np.ndarray,
 ) -> dict[str, Any]:
-    texts: list[Text] = [catalogue.texts[i] for i in indices]
-    if not isinstance(example.chosen, str):  # TRL takes no mixture of both.
-        texts = [[{"role": "assistant", "content": str(text)}] for text in texts]
     return {
         "id": example.id,
         "prompt": as_text(example.prompt),
         "chosen": example.chosen,
-        "rejected": texts,
+        "rejected": _as_responses(example, catalogue, indices),
         **({"tools": example.tools} if example.tools else {}),
         "mined_ids": [catalogue.ids[i] for i in indices],
         "mined_scores": _shortest(scores),
         "mined_probabilities": _shortest(pi),
         "mined_weights": _shortest(weights),
     }
+
+
+def _as_responses(example: Example, catalogue: Catalogue, indices: np.ndarray) -> list[Text]:
+    """Returns items in the form of the chosen response: TRL takes no mixture of both."""
+    texts = [catalogue.texts[i] for i in indices]
+    if isinstance(example.chosen, str):
+        return [*texts]
+    return [[{"role": "assistant", "content": text}] for text in texts]
 
 
 def _shortest(values: np.ndarray) -> list[float]:

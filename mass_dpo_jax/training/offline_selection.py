@@ -22,7 +22,7 @@ from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.selection import Pool, Selection
 from mass_dpo_jax.selection import batch as batch_lib
 from mass_dpo_jax.training import prompts, scoring
-from mass_dpo_jax.training.data_checks import log_small_pools
+from mass_dpo_jax.training.data_checks import grade_split, log_small_pools
 from mass_dpo_jax.training.feature_files import mask_of_examples, read_features, to_float32
 from mass_dpo_jax.training.methods import Method, make_method
 from mass_dpo_jax.training.scored_model import ScoredModel, choose_split, prepare_scoring
@@ -128,9 +128,12 @@ def _select_rows(
     Returns also what prompts are chosen by, see `prompts.measure_sets`, where anything is.
     """
     setup, program, method = model.setup, model.setup.program, model.setup.method
+    if method.margin == "grade" and method.scores_pools:
+        setup.tokens[model.split] = grade_split(method, setup.tokens[model.split])
     tokens, ref_logps = setup.tokens[model.split], model.reference.logps.get(model.split)
     if not method.uses_whole_pool:
         log_small_pools(method.num_negatives, (tokens.response_lengths[:, 1:] > 0).sum(1))
+    at_reference = ref_logps is None and method.uses_reference
     if ref_logps is None:  # The model is its own reference, whose features are frozen.
         method = dataclasses.replace(method, frozen_features=False)
         program = dataclasses.replace(program, method=method)
@@ -141,9 +144,7 @@ def _select_rows(
     selected: dict[int, Row] = {}
     measures: dict[int, np.ndarray] = {}
     for indices, (picks, excess, measured) in scoring.compute_each(
-        lambda batch: _select_batch(
-            program, by, model.params, batch, setup.key(0), ref_logps is None
-        ),
+        lambda batch: _select_batch(program, by, model.params, batch, setup.key(0), at_reference),
         batches,
     ):
         names = [f"{name}: example {tokens.ids[index]!r}" for index in indices]
@@ -170,10 +171,11 @@ def _select_batch(
         params: the weights.
         batch: a batch on the devices.
         key: the key of random choices.
-        at_reference: whether these weights are the reference, so that all scores are 0.
+        at_reference: whether these weights are the reference, so that all log-ratios are 0.
     """
-    pools, scored = program.score_pools(params, batch, key, always=by in prompts.VALUES)
-    pools = prompts.forget_scores(pools) if at_reference else pools
+    pools, scored = program.score_pools(
+        params, batch, key, always=by in prompts.VALUES, at_reference=at_reference
+    )
     settings, measured = program.method.selection, None
     picks = batch_lib.select(pools, program.method.num_negatives, settings)
     if by in prompts.VALUES:

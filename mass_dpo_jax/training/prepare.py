@@ -6,6 +6,7 @@ sections and values that it reads.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mass_dpo_jax import config_checks
+from mass_dpo_jax.config import parse_cutoffs
 from mass_dpo_jax.data.batches import make_buckets
 from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.data.split_cache import open_splits
@@ -27,7 +29,7 @@ from mass_dpo_jax.models.logprobs import choose_max_logits
 from mass_dpo_jax.runs.run_folder import latest_step
 from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training.data_checks import check_training_data, describe_split
-from mass_dpo_jax.training.methods import METHODS, Method, make_method
+from mass_dpo_jax.training.methods import METHODS, Method, make_method, uses_reference
 from mass_dpo_jax.training.model_paths import check_model, uses_lora
 from mass_dpo_jax.training.open_policy import open_policy
 from mass_dpo_jax.training.policy import Policy
@@ -56,7 +58,7 @@ def prepare(
         workdir: a run that is started or, if it has a checkpoint, resumed or scored.
         splits: the splits to load; the first must have rows.
         training: whether the split "train" is trained on, and must have what the method needs.
-        ties: whether responses as good as the chosen one are kept, see `build_setup`.
+        ties: whether responses as good as the chosen one are kept everywhere, see `build_setup`.
 
     Raises:
         UserError: the configuration, the data or the model folder is not what it should be.
@@ -72,7 +74,7 @@ def prepare(
     if distributed.is_primary():
         has_checkpoint = workdir is not None and latest_step(workdir) is not None
         # Models first: reading data can take minutes, looking at a folder takes no time.
-        for name in list_models_read(config.method, model, has_checkpoint):
+        for name in list_models_read(uses_reference(config), model, has_checkpoint):
             check_model(Path(model[name]), not config.dry_run, f"model.{name}")
         examples = _load_examples(config, splits)
         policy = open_with(examples=examples.get("train", ()))
@@ -86,15 +88,14 @@ def prepare(
     return build_setup(config, policy, examples, tokens, training, ties)
 
 
-def list_models_read(method: str, model: ConfigDict, has_checkpoint: bool) -> list[str]:
+def list_models_read(uses_reference: bool, model: ConfigDict, has_checkpoint: bool) -> list[str]:
     """Returns the settings in `config.model` that name models whose weights a run reads.
 
     Args:
-        method: `config.method`.
+        uses_reference: whether the loss compares the policy with a reference.
         model: the section `config.model`.
         has_checkpoint: the run has saved the weights that it trains.
     """
-    uses_reference = METHODS[method].uses_reference
     uses_other = uses_reference and bool(model.reference_path)
     starts_from = not has_checkpoint or uses_lora(model.lora) or (uses_reference and not uses_other)
     return ["path"] * (starts_from and bool(model.path)) + ["reference_path"] * uses_other
@@ -176,16 +177,23 @@ def build_setup(
 ) -> Setup:
     """Builds the setup of tokenized splits; arguments as for `prepare` and `Setup`.
 
-    Responses as good as the chosen one are no negatives. They are left out unless the method's loss
-    is that of a graded list, or they are kept to be scored (`ties`).
+    Responses as good as the chosen one are no negatives. They are left out of what is trained on or
+    selected from, unless the method's loss is that of a graded list; and kept where responses are
+    only ranked: in the other splits of a training, and with `ties`.
 
     Raises:
         UserError: the training split does not have what the method needs.
     """
     if not (ties or METHODS[config.method].uses_order):
-        tokens = {split: rows.without_ties() for split, rows in tokens.items()}
+        tokens = {
+            split: rows if training and split != "train" else rows.without_ties()
+            for split, rows in tokens.items()
+        }
     for split, rows in tokens.items():
         _log.info(f"{split}: {describe_split(rows)}")
+        # How negatives were drawn matters to a loss, and not to who ranks where.
+        if rows.log_weights is not None and not (training and split == "train"):
+            tokens = {**tokens, split: dataclasses.replace(rows, log_weights=None)}
     selected_from = [tokens["train"]] if "train" in tokens else tokens.values()
     largest_pool = max(t.response_lengths.shape[1] for t in selected_from) - 1
     method, prompts = make_method(config, largest_pool), read_settings(config)
@@ -204,6 +212,7 @@ def build_setup(
         refresh=config.selection.refresh,
         prompts=prompts,
         eval_batch_size=config.eval.batch_size,
+        cutoffs=parse_cutoffs(config.eval.cutoffs),
         cache=cache_folder(config.cache_dir),
         policy=policy,
         method=method,

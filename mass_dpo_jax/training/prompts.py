@@ -21,7 +21,7 @@ from mass_dpo_jax.selection import prompts as selection
 from mass_dpo_jax.selection.prompts import PromptSelection
 from mass_dpo_jax.selection.shards import make_mesh
 from mass_dpo_jax.training import scoring
-from mass_dpo_jax.training.methods import METHODS
+from mass_dpo_jax.training.methods import METHODS, uses_reference
 from mass_dpo_jax.utils import distributed
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def read_settings(config: ConfigDict) -> PromptSettings:
     name, spec = f"config.selection.prompts={settings.by}", METHODS[config.method]
     if not settings.needs_policy:
         return settings
-    if spec.max_negatives == 0 or not spec.uses_reference:
+    if spec.max_negatives == 0 or not uses_reference(config):
         lacks = "negatives" if spec.max_negatives == 0 else "reference"
         raise UserError(
             f"{name} compares implicit rewards, and config.method={config.method} has no {lacks}; "
@@ -242,22 +242,11 @@ def _measure_batch(
     program: Program, by: str, is_reference: bool, params: Any, batch: Batch, key: Array
 ) -> Array:
     """Computes what prompts are chosen by, [B, ...]; see `measure_sets`."""
-    pools, scored = program.score_pools(params, batch, key, always=True)
-    pools = forget_scores(pools) if is_reference else pools
+    pools, scored = program.score_pools(params, batch, key, always=True, at_reference=is_reference)
     assert scored is not None and scored.features is not None
     candidate_ids = program.choose(pools)[0].candidate_ids
     feature_norm = program.method.selection.feature_norm
     return measure_sets(by, pools, scored.features, candidate_ids, feature_norm)
-
-
-def forget_scores(pools: Pool) -> Pool:
-    """Returns pools whose scores are 0, those of the reference itself.
-
-    Values that are not finite stay, so that they are found.
-    """
-    if pools.scores is None:
-        return pools
-    return pools._replace(scores=jnp.where(jnp.isfinite(pools.scores), 0.0, pools.scores))
 
 
 def measure_sets(

@@ -12,7 +12,7 @@ from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.data import sources
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.runs import origin, run_config, run_folder
-from mass_dpo_jax.training.methods import METHODS
+from mass_dpo_jax.training.methods import uses_reference
 from mass_dpo_jax.training.model_paths import fetch_models, uses_lora
 from mass_dpo_jax.training.prepare import prepare
 from mass_dpo_jax.training.setup import Reference, Setup
@@ -98,12 +98,12 @@ def _prepare_run(
         raise UserError(f"{workdir}: {run_folder.NO_CHECKPOINT}")
     run_settings = run_config.get_config(str(workdir))
     run_uses_lora = uses_lora(run_settings.model.lora)
-    uses_reference = METHODS[run_settings.method].uses_reference
+    has_reference = uses_reference(run_settings)
     other_reference = config.model.reference_path or run_settings.model.reference_path
 
     # The base that the run started from: read again for LoRA, and as the reference.
     base = run_settings.model.path
-    reads_base = run_uses_lora or (uses_reference and not other_reference)
+    reads_base = run_uses_lora or (has_reference and not other_reference)
     if reads_base and "model.path" in origin.read(workdir)["weights"]:
         if config.model.path and not origin.is_same(Path(config.model.path), workdir):
             base = config.model.path
@@ -123,7 +123,7 @@ def _prepare_run(
         config.model.lora.path = str(workdir)
     setup = prepare(config, workdir, (split,), training=False, ties=ties)
     reference = Reference({})
-    if uses_reference or config.model.reference_path:
+    if has_reference or config.model.reference_path:
         params, digest = setup.policy.read(reference_path, run_settings.seed, adapters)
         _check_reference(config, run_settings, workdir, reference_path, digest)
         reference = setup.score_reference(params, select_from)

@@ -54,6 +54,7 @@ class Setup:
         refresh: `selection.refresh`, the time that picks last.
         prompts: how the prompts of an epoch are chosen.
         eval_batch_size: prompts per scoring batch.
+        cutoffs: the k of recall and NDCG.
         cache: folder of what is computed once.
         policy: decoder and tokenizer.
         method: the choice of negatives to train on, and the loss.
@@ -70,6 +71,7 @@ class Setup:
     refresh: str
     prompts: PromptSettings
     eval_batch_size: int
+    cutoffs: tuple[int, ...]
     cache: Path
     policy: Policy
     method: Method
@@ -93,6 +95,9 @@ class Setup:
         if self.method.uses_scores or self.method.uses_order:
             scores = np.ascontiguousarray(self.tokens["train"].scores, "<f4").tobytes()
             digests["train"] = hashlib.sha256(digests["train"].encode() + scores).hexdigest()
+        if "train" in self.tokens and self.tokens["train"].log_weights is not None:
+            weights = np.ascontiguousarray(self.tokens["train"].log_weights, "<f4").tobytes()
+            digests["train"] = hashlib.sha256(digests["train"].encode() + weights).hexdigest()
         return digests
 
     def score(self, params: Any, split: str, label: str) -> np.ndarray:

@@ -132,6 +132,7 @@ class Program:
         key: Array,
         record: bool = False,
         always: bool = False,
+        at_reference: bool = False,
     ) -> tuple[selection.Pool, CandidateScores | None]:
         """Computes what the method's criterion chooses from.
 
@@ -141,6 +142,8 @@ class Program:
             key: the key of this draw; every prompt folds its row of the split into it.
             record: whether to keep what `loss` can use of the scoring pass.
             always: whether to compute scores, with features, even if the criterion needs none.
+            at_reference: whether these weights are the reference, so that all log-ratios are 0 but
+                for those that are not finite, which stay so that they are found.
 
         Returns:
             The pools, and their scores; None where nothing needs them.
@@ -152,14 +155,25 @@ class Program:
             return selection.Pool(gram=None, scores=None, mask=mask, key=keys), None
         features = settings.needs_features and not self.method.frozen_features
         scored = self.scorer(params, batch, features=features or always, record=record)
-        rewards = self.method.beta * (scored.logps - batch.ref_logps)
         gram = batch.ref_gram
         if features:
             gram = selection.compute_grams(scored.features, mask, settings)
-        pools = selection.Pool(
-            gram, _above_chosen(rewards), mask, keys, policy_scores=_above_chosen(scored.logps)
+        logps = scored.logps
+        responses = Responses(
+            logps=logps,
+            log_ratios=jnp.where(jnp.isfinite(logps), 0.0, logps)
+            if at_reference
+            else logps - batch.ref_logps,
+            lengths=batch.response_lengths,
+            valid=batch.response_lengths > 0,
+            grades=batch.grades,
+            weights=None,
+            pool_loss=None,
+            log_weights=batch.log_weights,
         )
-        return pools, scored
+        policy_scores = logps[:, 1:] - logps[:, :1]
+        scores = self.method.scores(responses)
+        return selection.Pool(gram, scores, mask, keys, policy_scores=policy_scores), scored
 
     def choose(self, pools: selection.Pool) -> tuple[Choice, Metrics]:
         """Chooses negatives by the method's criterion, and describes the choice."""
@@ -232,6 +246,7 @@ class Program:
             grades=None if batch.grades is None else gather_picks(batch.grades),
             weights=choice.weights,
             pool_loss=choice.pool_loss,
+            log_weights=None if batch.log_weights is None else gather_picks(batch.log_weights),
         )
         losses = self.method.loss(scored)
         if self.method.is_supervised:
@@ -240,7 +255,9 @@ class Program:
             rewards = self.method.rewards(scored)
             metrics = _describe_responses(logps, rewards, valid)
             if self.method.uses_whole_pool:
-                spread = jax.vmap(selection.effective_pool)(rewards[:, 1:], valid[:, 1:])
+                margins = self.method.margins(scored)
+                scores = rewards[:, 1:] if margins is None else rewards[:, 1:] + margins
+                spread = jax.vmap(selection.effective_pool)(scores, valid[:, 1:])
                 metrics["selection/effective_pool"] = spread.mean()
         return losses.mean(), (~jnp.isfinite(losses), metrics)
 
@@ -439,11 +456,6 @@ def average_micro_batches(micro_step: Callable[..., tuple[Any, Any]], *args: Any
         total, stacked = jax.lax.scan(add, zeros, args)
     with jax.named_scope("average"):
         return jax.tree.map(lambda x: x / count, total), stacked
-
-
-def _above_chosen(values: Array) -> Array:
-    """Subtracts the chosen response's from those of the others: [B, C] to [B, N]."""
-    return values[:, 1:] - values[:, :1]
 
 
 def _make_picks(choice: Choice, packed_length: int) -> Picks:

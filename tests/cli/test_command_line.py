@@ -187,6 +187,8 @@ def test_settings_without_an_effect_are_named(tmp_path: Path) -> None:
         ({"method": "pl_sampled"}, "selection.criterion selection.fisher_scale"),
         ({"method": "sft"}, "beta num_negatives selection.refresh model.reference_path"),
         ({"method": "mppo"}, "beta model.reference_path"),
+        ({"loss.type": "cpo"}, "model.reference_path"),
+        ({"loss.link": "hinge"}, "loss.label_smoothing"),
         ({"train.steps": 3}, "train.epochs"),
         ({"model.path": "folder"}, "model.scratch."),
     ],

@@ -15,7 +15,7 @@ from tests.support.helpers import tiny_config, write_jsonl
 
 
 @pytest.mark.usefixtures("one_device")
-def test_table_and_paired_difference(tmp_path: Path) -> None:
+def test_table_and_paired_difference(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = write_jsonl(tmp_path / "data.jsonl", examples=60)
     config = tiny_config(data, method="sft", **{"data.validation_share": 0.3})
     first, second = tmp_path / "first" / "run", tmp_path / "second" / "run"
@@ -43,7 +43,33 @@ def test_table_and_paired_difference(tmp_path: Path) -> None:
     np.save(second / "logps-final.npy", final)
     gain = gains()
     expected = f"{100 * gain.mean():+.1f} ± {100 * gain.std(ddof=1) / np.sqrt(len(gain)):.1f}"
-    assert gain.mean() > 0 and expected in compare([first, second]).splitlines()[-1]
+    lines = compare([first, second]).splitlines()
+    accuracy, graded = [line for line in lines if line.startswith("second/run - its start")]
+    assert gain.mean() > 0 and accuracy.endswith(f" {expected}")
+
+    # The rows have scores, with one best each: average precision is 1 over its rank.
+    precision = []
+    for name in ("logps-final.npy", "logps-start.npy"):
+        logps, exists = (np.load(second / file) for file in (name, "logps-exist.npy"))
+        above = exists & (logps >= logps[:, :1])
+        precision.append(1 / above.sum(1))
+    gain = precision[0] - precision[1]
+    expected = f"{100 * gain.mean():+.1f} ± {100 * gain.std(ddof=1) / np.sqrt(len(gain)):.1f}"
+    assert graded.split("start")[1].strip().startswith(expected)
+    (titles,) = [line for line in lines if line.startswith("difference by grade")]
+    assert titles.split()[-4:] == ["map", "gain_ndcg@1", "gain_ndcg@3", "gain_ndcg@5"]
+
+    # Folders of earlier versions have no grades.
+    (second / "logps-grades.npy").unlink()
+    assert compare([first, second]).splitlines()[-1] == accuracy
+    assert "second/run: has no logps-grades.npy" in caplog.text
+    caplog.clear()
+    (first / "logps-grades.npy").unlink()
+    assert compare([first, second]).splitlines()[-1] == accuracy and not caplog.text
+    np.save(second / "logps-grades.npy", final[:, 1:])
+    np.save(first / "logps-grades.npy", final[:, 1:])
+    with pytest.raises(UserError, match=r"logps-grades.npy: an array float32\[18, 6\], expected"):
+        compare([first, second])
 
 
 @pytest.mark.usefixtures("one_device")

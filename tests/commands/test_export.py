@@ -190,7 +190,7 @@ def test_a_trained_run(tmp_path: Path, torch: ModuleType, model_type: str) -> No
     changes = {"model.path": str(output), "data.chat_template": "tokenizer"}
     found = evaluate(tiny_config(data, **changes), None, "test")
     policy = {k: v for k, v in done["final"].items() if k.startswith("policy/")}
-    assert len(policy) == 18 and found == policy
+    assert len(policy) == 24 and found == policy
 
     # transformers tokenizes alike, and its log-probs are those that the run reported.
     tokenizer = AutoTokenizer.from_pretrained(output)

@@ -114,6 +114,16 @@ def test_ranks_of_a_single_row_are_kept(tmp_path: Path) -> None:
     ]
 
 
+def test_probabilities_of_one_draw_are_kept_and_several_draws_are_refused(tmp_path: Path) -> None:
+    rows = [pair("p", "a", ["b", "c"], mined_probabilities=[0.5, 0.25]), pair("q", "a", "b")]
+    assert [example.probabilities for example in group(tmp_path, rows)] == [(0.5, 0.25), None]
+    rows[1]["prompt"] = "p"
+    with pytest.raises(UserError, match=r":1: field 'mined_probabilities' .* 2 rows of this"):
+        group(tmp_path, rows)
+    [pool] = group(tmp_path, rows, columns="mined_probabilities=")
+    assert pool.rejected == ("b", "c") and pool.probabilities is None
+
+
 def test_splits_are_by_prompt(tmp_path: Path) -> None:
     rows = [pair(f"p{i % 20}", "a", f"b{i}") for i in range(60)]
     trained, held_out = (group(tmp_path, rows, split=split) for split in ("train", "validation"))

@@ -197,6 +197,7 @@ def test_all_that_an_example_has_is_kept() -> None:
         Example("b", [{"role": "user", "content": "q"}], "c", ("d",), "file:2"),
         Example("c", "q", [{"role": "assistant", "content": "x"}], ("d",), "file:3"),
         Example("d", "q", "c", ("d", "e"), "file:4", None, ("f",), (0, 2, 1, 0)),
+        Example("e", "q", "c", ("d", "e"), "file:5", probabilities=(0.25, 1.0)),
     ]
     for row in rows:
         again = split_cache._from_json(json.loads(json.dumps(split_cache._to_json(row))))

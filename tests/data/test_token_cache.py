@@ -82,6 +82,7 @@ def test_without_scores(tmp_path: Path, made: list[int]) -> None:
         {"chosen": "fjord"},
         {"rejected": ("delta", "fjord")},
         {"scores": (3.0, 2.0, 0.5)},
+        {"probabilities": (1.0, 0.5)},
     ],
 )
 def test_other_rows_are_tokenized(tmp_path: Path, made: list[int], change: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +63,52 @@ def test_plackett_luce_is_its_float64_formula_and_ignores_what_is_masked(
         gradient, want_gradient, rtol=1e-4 + 1e-6 * magnitude, atol=1e-6 * beta * (1 + magnitude)
     )
     assert (gradient[~valid] == 0).all()
+
+
+@pytest.mark.parametrize("garbage", GARBAGE)
+def test_weighted_plackett_luce_is_its_float64_formula(garbage):
+    rng = np.random.default_rng(0)
+    log_ratios, log_weights = (rng.normal(0, 3, (6, 6)).astype(np.float32) for _ in range(2))
+    valid = rng.random((6, 6)) < 0.7
+    valid[:, :2] = True
+    scores = 0.5 * (log_ratios[:, 1:] - log_ratios[:, :1]).astype(np.float64)
+    terms = np.where(valid[:, 1:], np.exp(log_weights[:, 1:] + scores), 0.0)
+    total = terms.sum(1, keepdims=True)
+    slopes = 0.5 * terms / (1 + total)
+    log_ratios[~valid] = log_weights[~valid] = garbage
+    log_weights[:, 0] = garbage  # The chosen response stands for itself.
+    got, gradient = value_and_grad(
+        lambda r: losses.plackett_luce(r, jnp.asarray(valid), 0.5, jnp.asarray(log_weights)),
+        log_ratios,
+    )
+    np.testing.assert_allclose(got, np.log1p(total[:, 0]), rtol=1e-5)
+    np.testing.assert_allclose(gradient[:, 1:], slopes, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(gradient[:, 0], -slopes.sum(1), rtol=1e-4)
+
+
+def test_weights_of_one_change_nothing_bit_for_bit():
+    rng = np.random.default_rng(0)
+    log_ratios = rng.normal(0, 3, (6, 6)).astype(np.float32)
+    valid = jnp.asarray(rng.random((6, 6)) < 0.7)
+    plain = value_and_grad(losses.plackett_luce, log_ratios, valid, 0.5)
+    weighted = value_and_grad(
+        losses.plackett_luce, log_ratios, valid, 0.5, np.zeros((6, 6), np.float32)
+    )
+    for got, want in zip(weighted, plain, strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_weights_make_the_sum_over_all_negatives_the_mean_over_draws_and_the_loss_lower():
+    """Over every set of n of N negatives, each of which is drawn with the probability n / N."""
+    total, n = 6, 2
+    log_ratios = np.random.default_rng(0).normal(0, 1, (1, 1 + total)).astype(np.float32)
+    sets = [(0, *(1 + i for i in s)) for s in itertools.combinations(range(total), n)]
+    rows = np.concatenate([log_ratios[:, s] for s in sets])
+    log_weights = jnp.full(rows.shape, np.log(total / n), jnp.float32)
+    drawn = losses.plackett_luce(jnp.asarray(rows), jnp.ones(rows.shape, bool), 1.0, log_weights)
+    whole = losses.plackett_luce(jnp.asarray(log_ratios), jnp.ones((1, 1 + total), bool), 1.0)[0]
+    assert np.expm1(drawn).mean() == pytest.approx(np.expm1(whole), rel=1e-5)
+    assert drawn.mean() < whole - 0.01
 
 
 @pytest.mark.parametrize("scale", [0.1, 100.0])

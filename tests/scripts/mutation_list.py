@@ -63,7 +63,7 @@ MUTATIONS = (
     ),
     Mutation(
         "losses: a row without negatives costs log 2",
-        "return jnp.where(has_terms, value, 0.0)",
+        "return jnp.where(counts.any(axis=-1), value, 0.0)",
         "return value",
         "losses/test_one_chosen.py",
     ),
@@ -117,8 +117,8 @@ MUTATIONS = (
     ),
     Mutation(
         "losses: ODPO's margin has the other sign",
-        "jax.nn.softplus(scores + margins)",
-        "jax.nn.softplus(scores - margins)",
+        "scores += jnp.where(negatives, as_float32(margins), 0.0)",
+        "scores -= jnp.where(negatives, as_float32(margins), 0.0)",
         "losses/test_one_chosen.py",
     ),
     Mutation(
@@ -140,9 +140,33 @@ MUTATIONS = (
         "losses/test_one_chosen.py::test_half_precision_is_computed_in_float32",
     ),
     Mutation(
+        "losses: a smoothed preference is never the wrong way round",
+        "return (1.0 - label_smoothing) * loss + flipped",
+        "return (1.0 - label_smoothing) * loss",
+        "losses/test_preference_loss.py",
+    ),
+    Mutation(
+        "losses: the target of the squared link does not depend on beta",
+        "return jnp.square((scores + 0.5) / beta)",
+        "return jnp.square(scores / beta + 0.5)",
+        "losses/test_preference_loss.py",
+    ),
+    Mutation(
+        "methods: rewards are never per token",
+        "return values / jnp.maximum(x.lengths, 1) if self.per_token else values",
+        "return values",
+        "training/test_loss_settings.py",
+    ),
+    Mutation(
+        "methods: pools are weighted without margins",
+        "return scores if margins is None else scores + margins",
+        "return scores",
+        "training/test_loss_settings.py",
+    ),
+    Mutation(
         "methods: ODPO's alpha is ignored",
-        "margins = m.odpo_alpha * jnp.log(",
-        "margins = jnp.log(",
+        "return self.margin_alpha * jnp.log(",
+        "return jnp.log(",
         "training/test_train.py::test_losses_at_the_reference",
     ),
     Mutation(
@@ -159,8 +183,8 @@ MUTATIONS = (
     ),
     Mutation(
         "methods: the reference's features are not used",
-        'frozen_features=config.selection.features == "reference" and settings.needs_features',
-        "frozen_features=False",
+        'frozen_features = config.selection.features == "reference" and settings.needs_features',
+        "frozen_features = False",
         "training/test_train.py::test_frozen_features_are_those_of_the_reference",
     ),
     Mutation(
@@ -171,8 +195,8 @@ MUTATIONS = (
     ),
     Mutation(
         "methods: pools are scored without the reference",
-        "rewards = self.method.beta * (scored.logps - batch.ref_logps)",
-        "rewards = self.method.beta * scored.logps",
+        "else logps - batch.ref_logps",
+        "else logps",
         "training/test_train.py::test_losses_at_the_reference",
     ),
     Mutation(
@@ -477,8 +501,8 @@ MUTATIONS = (
     ),
     Mutation(
         "prompts: rounding decides where the policy is the reference",
-        "pools = forget_scores(pools) if is_reference else pools",
-        "pools = pools if is_reference else pools",
+        "params, batch, key, always=True, at_reference=is_reference",
+        "params, batch, key, always=True, at_reference=False",
         "training/test_prompts.py::test_the_reference_itself_has_no_gaps",
     ),
     Mutation(
@@ -1234,8 +1258,8 @@ MUTATIONS = (
     ),
     Mutation(
         "loaders: more scores than rejected responses pass",
-        "if len(scores) != len(listed):",
-        "if len(scores) < len(listed):",
+        "if len(values) != len(listed):",
+        "if len(values) < len(listed):",
         "data/readers/test_preferences.py",
     ),
     Mutation(
@@ -1300,8 +1324,8 @@ MUTATIONS = (
     ),
     Mutation(
         "loaders: the score of a null goes to the next response",
-        "        if response is not None:\n            named.append",
-        "        if score is not None:\n            named.append",
+        "in enumerate(zip(values, listed, strict=True))\n        if response is not None",
+        "in enumerate(zip(values, listed, strict=True))\n        if value is not None",
         "data/readers/test_preferences.py",
     ),
     Mutation(
@@ -1432,8 +1456,8 @@ MUTATIONS = (
     ),
     Mutation(
         "tokens: cached ones are of examples with other scores",
-        "example.responses, example.scores, example.order]",
-        "example.responses, example.order]",
+        "numbers = [example.scores, example.order, example.probabilities]",
+        "numbers = [example.order, example.probabilities]",
         "data/test_token_cache.py",
     ),
     Mutation(
@@ -1483,6 +1507,30 @@ MUTATIONS = (
         "np.lexsort((gains, -scores, ~valid), axis=1)",
         "np.lexsort((-gains, -scores, ~valid), axis=1)",
         "test_metrics.py",
+    ),
+    Mutation(
+        "metrics: average precision forgets where the hits are",
+        "precision = (ranked * found / (1 + np.arange(scores.shape[1]))).sum(axis=1) / count",
+        "precision = (ranked * found / found[:, -1:]).sum(axis=1) / count",
+        "test_metrics.py",
+    ),
+    Mutation(
+        "metrics: a list counts in the popularity of its own item",
+        "(times_relevant[item] - is_relevant) / max(1, others)",
+        "times_relevant[item] / max(1, others)",
+        "test_metrics.py",
+    ),
+    Mutation(
+        "metrics: every list is alone in covering its item",
+        "alone, num_items = times_first[item] == 1,",
+        "alone, num_items = times_first[item] >= 1,",
+        "test_metrics.py",
+    ),
+    Mutation(
+        "metrics: what is as good as the chosen response is a negative",
+        "return Lists(tokens.response_lengths > 0, tokens.relevant, tokens.grades, tokens.items)",
+        "return Lists(tokens.response_lengths > 0, None, tokens.grades, tokens.items)",
+        "training/test_evaluator.py",
     ),
     Mutation(
         "metrics: standard errors divide by M",

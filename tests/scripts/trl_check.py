@@ -8,9 +8,9 @@ Python 3.11, on a CPU.
 
 1. `losses.dpo` and `plackett_luce`, values and gradients, and `metrics.reward_metrics` equal what
    DPOTrainer computes from the same log-probabilities.
+   The loss of every `config.loss.type` equals theirs, those without a reference CPOTrainer's.
 2. What `python -m mass_dpo_jax.select --format=pairs` writes, plain texts and chat messages, loads
    as it is, has the same tokens there, gives the loss and rewards that `score` gives, and trains.
-
 3. Rows of every kind of preference data that TRL documents (explicit and implicit prompts, texts
    and conversations, another name for a column) become the same prompt and responses, for a
    template of our own and, with MASS_DPO_TEST_DATA, those of Llama 3.2, Qwen3 and SmolLM3.
@@ -45,13 +45,16 @@ import torch
 import transformers
 import trl
 from trl.data_utils import maybe_apply_chat_template, maybe_extract_prompt
+from trl.experimental.cpo import CPOTrainer
 
+from mass_dpo_jax import config as config_lib
 from mass_dpo_jax import losses, metrics
 from mass_dpo_jax.data import load_examples
 from mass_dpo_jax.data.render import make_renderer, read_template_arguments
 from mass_dpo_jax.data.tokenization import tokenize
 from mass_dpo_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from mass_dpo_jax.score import score
+from mass_dpo_jax.training.methods import Responses, make_method
 from tests.support import tokenizers
 from tests.support.helpers import WORDS, tiny_config, write_jsonl
 from tests.support.tokenizers import real
@@ -175,6 +178,61 @@ def same_log_probabilities(trainer: trl.DPOTrainer) -> None:
         np.testing.assert_allclose(logps.grad.numpy(), gradient, rtol=1e-5, atol=1e-9)
 
 
+def same_losses(trainer: trl.DPOTrainer) -> None:
+    """DPOTrainer's and CPOTrainer's loss code for every `config.loss.type`, on the same responses.
+
+    Responses have 1 to 3 tokens.
+    """
+    rng = np.random.default_rng(0)
+    rows = 64
+    tokens = rng.integers(1, 4, (rows, 2))
+    mask = np.arange(3) < tokens[..., None]
+    policy, reference = np.where(mask, -np.abs(rng.normal(0, 4, (2, rows, 2, 3))), 0)
+
+    def stacked(x: np.ndarray) -> torch.Tensor:
+        """The chosen responses first, then the rejected ones."""
+        return torch.tensor(np.concatenate([x[:, 0], x[:, 1]]), dtype=torch.float32)
+
+    def model_that_says(logps: np.ndarray) -> Callable[..., SimpleNamespace]:
+        values = stacked(logps).requires_grad_()
+        zeros = torch.zeros_like(values)
+        outputs = SimpleNamespace(
+            log_probs=values, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool()
+        )
+        return lambda **_: outputs
+
+    padded = np.concatenate([np.zeros((rows, 2, 1), bool), mask], axis=-1)
+    inputs = {
+        "input_ids": torch.ones(2 * rows, 4, dtype=torch.long),
+        "attention_mask": torch.ones(2 * rows, 4, dtype=torch.long),
+        "completion_mask": stacked(padded).long(),
+    }
+    lengths, valid = jax.numpy.asarray(tokens), jax.numpy.ones((rows, 2), bool)
+    logps, refs = policy.sum(-1).astype(np.float32), reference.sum(-1).astype(np.float32)
+    for name in config_lib.LOSS_TYPES:
+        config = config_lib.default()
+        config.update(method="dpo", beta=BETA)
+        config.loss.update(type=name, gamma=0.7, label_smoothing=0.1 if name == "robust" else 0.0)
+        x = Responses(logps, logps - refs, lengths, valid, None, None, None)
+        found = float(make_method(config, 1).loss(x).mean())
+        if config.loss.reference:
+            trainer.loss_types, trainer.loss_weights = [name], [1.0]
+            trainer.label_smoothing = config.loss.label_smoothing
+            trainer.ref_model = model_that_says(reference)
+            expected = trainer.compute_loss(model_that_says(policy), inputs).item()
+        else:
+            settings = SimpleNamespace(
+                alpha=0.0, beta=BETA, label_smoothing=0.0, simpo_gamma=0.7,
+                loss_type="sigmoid" if name == "cpo" else name,
+                accelerator=SimpleNamespace(device="cpu"),
+            )  # fmt: skip
+            values = logps / tokens if config.loss.reward == "per_token" else logps
+            pair = (torch.tensor(values[:, column]) for column in (0, 1))
+            expected = CPOTrainer.cpo_loss(settings, *pair)[0].mean().item()
+        compare(f"loss.type={name}", {"loss": found}, {"loss": expected}, tol=1e-6)
+    trainer.loss_types, trainer.label_smoothing = ["sigmoid"], 0.0
+
+
 def select_pairs(config: str, output: Path) -> list[dict]:
     words = [
         sys.executable, "-m", "mass_dpo_jax.select", "--config=configs/tiny.py", *config.split(),
@@ -290,10 +348,8 @@ def same_texts(tokenizer: Any, folder: Path, arguments: dict[str, Any]) -> int:
         )
         (example,) = load_examples(data, "all", 0)
         renderer = make_renderer(tokenizer, data)
-        found = [
-            renderer.render_prompt(example.prompt, example.place),
-            *renderer.render_responses(example),
-        ]
+        prompt = renderer.render_prompt(example.prompt, example.place)
+        found = [prompt, *renderer.render_responses(example, prompt)]
         theirs = maybe_apply_chat_template(
             maybe_extract_prompt(row), tokenizer, **read_template_arguments(data)
         )
@@ -332,6 +388,7 @@ def main() -> None:
         policy, reference = make_model(folder / "a", 0), make_model(folder / "b", 1)
         trainer = selected_pairs(policy, reference, folder / "plain", chat=False)
         same_log_probabilities(trainer)
+        same_losses(trainer)
         chat = selected_pairs(policy, reference, folder / "chat", chat=True)
         every_kind_of_row(chat.processing_class, folder)
     print("TRL agrees")

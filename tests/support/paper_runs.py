@@ -57,12 +57,12 @@ def write_run(
     tested_on = {k: v for k, v in changes.items() if k.startswith("data.")}
     found = {"split": "test", "examples": ROWS, "finished": finished, "step": steps}
     found["digest"] = f"{seed} {tested_on}"
-    found["start"] = metrics.evaluate_logps(before, None, exists, 1.0)
+    found["start"] = metrics.evaluate_logps(before, None, metrics.Lists(exists), 1.0)
     np.save(folder / "logps-start.npy", before)
     np.save(folder / "logps-exist.npy", exists)
     if finished:
         refs = None if config.method == "sft" else before
-        found["final"] = metrics.evaluate_logps(after, refs, exists, config.beta)
+        found["final"] = metrics.evaluate_logps(after, refs, metrics.Lists(exists), config.beta)
         np.save(folder / "logps-final.npy", after)
     (folder / "metrics.json").write_text(json.dumps(found))
     return folder

@@ -333,7 +333,7 @@ def test_every_metric_of_an_evaluation_can_be_the_best(tmp_path: Path, data: Pat
         for name in logged:
             if name.startswith("eval/") and not name.endswith("_se"):
                 config.train.keep_best = name.removeprefix("eval/")
-                check_best(config.train, config.method, ["validation"])
+                check_best(config, ["validation"])
 
 
 @pytest.mark.usefixtures("one_device")

@@ -1,4 +1,4 @@
-"""Grades that losses of lists get: scores and ranks, scaled; and data that has none."""
+"""Grades that losses of lists get: scores and ranks, scaled; draws; and data that has neither."""
 
 from __future__ import annotations
 
@@ -101,3 +101,23 @@ def test_other_methods_get_the_split_as_it_is() -> None:
     by_rank = dataclasses.replace(method("odpo"), uses_scores=False)
     graded = check_training_data(by_rank, tokens)
     np.testing.assert_array_equal(graded.scores, -tokens.candidate_ids.astype(np.float32))
+
+
+def drawn_split() -> Tokens:
+    weights = np.log(np.array([[1, 4, 1, 2], [1, 2, 1, 1]], np.float32))
+    return dataclasses.replace(split(LENGTHS), log_weights=weights)
+
+
+@pytest.mark.parametrize("name", ["dpo", "dpo_k", "dmpo", "mppo", *config_lib.LIST_METHODS])
+def test_draws_that_a_loss_cannot_correct_for_are_refused(name: str) -> None:
+    message = f"config.method={name}: .*only mass_dpo, pl_sampled, pl_all, sdpo correct for"
+    with pytest.raises(UserError, match=message):
+        check_training_data(method(name), drawn_split())
+
+
+def test_draws_are_kept_or_of_no_account(caplog: pytest.LogCaptureFixture) -> None:
+    tokens = drawn_split()
+    with caplog.at_level("INFO"):
+        assert check_training_data(method("pl_all"), tokens) is tokens
+    assert "drawn with probabilities from 0.25 to 1 " in caplog.text
+    assert check_training_data(method("sft"), tokens).log_weights is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from mass_dpo_jax.data.tokenizer import train_tokenizer
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models.config import load_config
 from mass_dpo_jax.selection import mining as arrays
-from mass_dpo_jax.training import mining
+from mass_dpo_jax.training import mining, mining_sources
+from tests.support.data import write_lines
 from tests.support.helpers import WORDS, tiny_config
 from tests.support.models import hf_config, random_tensors, write_weights
 
@@ -43,12 +45,15 @@ def make_catalogue(tmp_path: Path) -> mining.Catalogue:
     return mining.read_catalogue(path)
 
 
-def run(catalogue: mining.Catalogue, source: mining.Source, **changes: Any) -> list[dict[str, Any]]:
+def run(
+    catalogue: mining.Catalogue, source: mining_sources.Source, **changes: Any
+) -> list[dict[str, Any]]:
     limits = {"first": 2, "last": 12, "margin": MARGIN, **changes}
     draw = limits.pop("draw", "top")
-    found = mining.mine(
-        make_examples(), catalogue, source, arrays.Limits(**limits), 4, draw, 1.0, 0
-    )
+    examples = make_examples()
+    positives = mining.find_positives(examples, examples)
+    ranked = mining.rank(source, catalogue, positives, limits["last"])
+    found = mining.mine(ranked, examples, catalogue, arrays.Limits(**limits), 4, draw, 1.0, 0)
     return list(found)
 
 
@@ -67,9 +72,9 @@ def test_mined_negatives_are_those_of_a_full_sort(
     if kind == "cosine":
         table /= np.linalg.norm(prompts, axis=1)[:, None] * np.linalg.norm(items, axis=1)
     if kind == "scores":
-        source = mining.by_scores(table, index)
+        source = mining_sources.by_scores(table, index)
     else:
-        source = mining.by_features(prompts, items, None, similarity=kind, index=index)
+        source = mining_sources.by_features(prompts, items, None, similarity=kind, index=index)
     margin = 0.2 if kind == "cosine" else MARGIN
     found = {row["id"]: row for row in run(catalogue, source, margin=margin)}
     cut = 0
@@ -102,11 +107,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_features_of_texts_are_those_of_transformers(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mining, "TEXTS_AT_A_TIME", 2)
+    monkeypatch.setattr(mining_sources, "TEXTS_AT_A_TIME", 2)
     rng = np.random.default_rng(0)
     texts = [" ".join(rng.choice(WORDS, size)) for size in (1, 9, 3, 20, 5, 2, 30, 4, 4, 17, 11)]
     policy = load_model(folder, tiny_config("")).policy
-    found = mining.encode(policy, policy.weights(str(folder), 0), texts, 1000)
+    found = mining_sources.encode(policy, policy.weights(str(folder), 0), texts, 1000)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).model
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     for text, features in zip(texts, found, strict=True):
@@ -118,20 +123,20 @@ def test_features_of_texts_are_those_of_transformers(
     before = tokenizer("", return_tensors="pt")["input_ids"][0].tolist()
     with torch.no_grad():
         hidden = theirs(torch.tensor([[*before, *ids[-5:]]])).last_hidden_state[0]
-    cut = mining.encode(policy, policy.weights(str(folder), 0), texts[6:7], 5)[0]
+    cut = mining_sources.encode(policy, policy.weights(str(folder), 0), texts[6:7], 5)[0]
     np.testing.assert_allclose(cut, hidden.mean(0).numpy(), rtol=1e-4, atol=1e-4)
 
 
 def test_a_policy_ranks_by_its_features(folder: Path, tmp_path: Path) -> None:
     catalogue, examples = make_catalogue(tmp_path), make_examples()
     model = load_model(folder, tiny_config(""))
-    arguments = model.policy, model.params, examples, catalogue, 100
+    arguments = model.policy, model.params, examples, catalogue.texts, 100
     rows = np.arange(M)
-    source = mining.by_policy(*arguments, "dot")
-    prompts = mining.encode(
-        model.policy, model.params, [mining.plain_text(x.prompt) for x in examples], 100
+    source = mining_sources.by_policy(*arguments, "dot")
+    prompts = mining_sources.encode(
+        model.policy, model.params, [mining_sources.plain_text(x.prompt) for x in examples], 100
     )
-    items = mining.encode(model.policy, model.params, catalogue.texts, 100)
+    items = mining_sources.encode(model.policy, model.params, catalogue.texts, 100)
     table = prompts.astype(float) @ items.T.astype(float)
     np.testing.assert_allclose(source.score(rows, slice(0, N)), table, rtol=1e-4, atol=1e-3)
     np.testing.assert_allclose(source.score_chosen(rows), table[rows, rows], rtol=1e-4, atol=1e-3)
@@ -140,7 +145,7 @@ def test_a_policy_ranks_by_its_features(folder: Path, tmp_path: Path) -> None:
 def test_draws_stay_in_the_range_of_ranks_and_repeat_with_the_seed(tmp_path: Path) -> None:
     table = np.tile(-np.arange(N, dtype=float), (M, 1))
     catalogue = make_catalogue(tmp_path)
-    source = mining.by_scores(table, mining.chosen_index(make_examples(), catalogue))
+    source = mining_sources.by_scores(table, mining.chosen_index(make_examples(), catalogue))
     found = run(catalogue, source, margin=None, draw="softmax")
     assert found == run(catalogue, source, margin=None, draw="softmax")
     for row in found[3:]:  # Ranks 2 to 11 of all but the chosen one.
@@ -148,6 +153,67 @@ def test_draws_stay_in_the_range_of_ranks_and_repeat_with_the_seed(tmp_path: Pat
         assert min(places) >= 2 and max(places) <= 12 and len(places) == 4
     probabilities = np.array([p for row in found for p in row["mined_probabilities"]])
     assert ((probabilities > 0) & (probabilities <= 1)).all() and (probabilities < 1).any()
+
+
+def test_chosen_responses_of_rows_that_are_not_mined_for_are_positives(tmp_path: Path) -> None:
+    def row(i: int, prompt: str) -> dict[str, Any]:
+        return {"prompt": prompt, "chosen": f"item {i}", "rejected": ["other"]}
+
+    write_lines(tmp_path / "train.jsonl", [row(i, "p") for i in range(5)])
+    write_lines(tmp_path / "test.jsonl", [row(7, "p"), row(8, "q")])
+    limits = {"data.max_train": 2, "data.max_test": 1, "data.validation_share": 0.0}
+    examples, everything = mining.load_rows(tiny_config(tmp_path, **limits), "train")
+    assert len(examples) == 2
+    want = {f"item {i}" for i in (*range(5), 7)}
+    assert mining.find_positives(examples, everything) == [want, want]
+
+
+def test_a_split_that_cannot_be_read_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"prompt": f"p{i}", "chosen": "a", "rejected": ["b"]} for i in range(3)]
+    write_lines(tmp_path / "train.jsonl", rows)
+    write_lines(tmp_path / "test.jsonl", [{"prompt": "p"}])
+    _, everything = mining.load_rows(tiny_config(tmp_path), "train")
+    assert len(everything) == 3
+    assert "split 'test' is not read for chosen responses:" in caplog.text
+
+
+def test_a_shortlist_is_ranked_anew(tmp_path: Path) -> None:
+    """By scores made up here; a row that cannot be scored is left out, as is a long response."""
+    catalogue, examples = make_catalogue(tmp_path), make_examples()
+    table = np.random.default_rng(0).normal(size=(M, N))
+    logps = np.random.default_rng(1).normal(size=(M, N))
+    size = 7
+
+    def score(pools: Sequence[Example]) -> tuple[list[str], np.ndarray, np.ndarray]:
+        names = [pool.id for pool in pools if pool.id != "row4"]
+        found = np.zeros((len(names), 1 + size))
+        for i, name in enumerate(names):
+            [pool] = [pool for pool in pools if pool.id == name]
+            items = [catalogue.texts.index(str(text)) for text in pool.responses]
+            found[i] = logps[int(name[3:]), items]
+        valid = np.ones(found.shape, bool)
+        valid[0, 3] = False
+        return names, np.where(valid, found, 0), valid
+
+    source = mining_sources.by_scores(table, mining.chosen_index(examples, catalogue))
+    positives = mining.find_positives(examples, examples)
+    ranked = mining.rank(source, catalogue, positives, size)
+    rescored = mining.rescore(ranked, examples, catalogue, size, score)
+    limits = arrays.Limits(1, 5, margin=0.3)
+    found = {r["id"]: r for r in mining.mine(rescored, examples, catalogue, limits, 9, "top", 1, 0)}
+    for i in range(M):
+        never = {50, i} | ({0, 1} if i < 2 else set()) | ({7, 8} if i == 2 else set())
+        short = [int(j) for j in np.argsort(-table[i]) if j not in never][:size]
+        short = short[:2] + short[3:] if i == 0 else short
+        ordered = sorted(short, key=lambda j: -logps[i, j])[1:5]
+        want = [j for j in ordered if logps[i, j] <= logps[i, i] - 0.3]
+        assert (f"row{i}" in found) == bool(want and i != 4)
+        if want and i != 4:
+            assert found[f"row{i}"]["mined_ids"] == [f"a{j}" for j in want]
+            np.testing.assert_allclose(found[f"row{i}"]["mined_scores"], logps[i, want], rtol=1e-6)
+    assert len(found) > M / 3
 
 
 @pytest.mark.parametrize(
@@ -185,7 +251,7 @@ def test_a_catalogue_is_refused(tmp_path: Path, content: str, message: str) -> N
 
 def test_margins_need_the_chosen_response_and_an_empty_range_is_an_error(tmp_path: Path) -> None:
     catalogue = make_catalogue(tmp_path)
-    source = mining.by_scores(np.zeros((M, N)), np.full(M, -1))
+    source = mining_sources.by_scores(np.zeros((M, N)), np.full(M, -1))
     with pytest.raises(UserError, match="x:0: its chosen response is not in the catalogue"):
         run(catalogue, source)
     with pytest.raises(UserError, match="no item of the catalogue is left for any of 9 prompts"):
@@ -196,6 +262,6 @@ def test_tables_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.npy"
     np.save(path, np.array([[0.0, np.nan], [1.0, 2.0]]))
     with pytest.raises(UserError, match=r"\[0, 1\] is not a finite number"):
-        mining.read_table(path, "scores", 2, 2)
+        mining_sources.read_table(path, "scores", 2, 2)
     with pytest.raises(UserError, match=r"shape \[2, 2\], expected \[3, 2\]"):
-        mining.read_table(path, "scores", 3, 2)
+        mining_sources.read_table(path, "scores", 3, 2)

@@ -131,7 +131,7 @@ def read_formatted(row: Any, row_format: Format, default_id: str, location: str)
         None if None in scores else tuple(score for score in scores if score is not None),
         tuple(texts[i] for i in best[1:]),
         tuple(order[i] for i in indices) if len(levels) > 2 else None,
-        _read_tools(raw, row, location),
+        tools=_read_tools(raw, row, location),
     )
 
 

@@ -11,13 +11,12 @@ from mass_dpo_jax.data.examples import Text
 from mass_dpo_jax.data.fields import has_content, to_json_value
 from mass_dpo_jax.errors import UserError
 
-COLUMNS = ("id", "prompt", "chosen", "rejected", "score_chosen", "score_rejected", "tools")
-OPTIONAL = (
-    "id",
-    "score_chosen",
-    "score_rejected",
+COLUMNS = (
+    "id", "prompt", "chosen", "rejected", "score_chosen", "score_rejected", "mined_probabilities",
     "tools",
-)  # Columns that `data.columns` can leave out.
+)  # fmt: skip
+# Columns that `data.columns` can leave out.
+OPTIONAL = tuple(name for name in COLUMNS if name not in ("prompt", "chosen", "rejected"))
 RENAMABLE = (*COLUMNS, "completion", "label")  # Those of unpaired rows, too.
 # Columns that change what a prompt is, so they are refused where they have content.
 UNSUPPORTED_COLUMNS = {

@@ -148,8 +148,9 @@ def read_row(row: Any, default_id: str, location: str) -> Example:
 
     `score_chosen`, a number, and `score_rejected`, a list with a number for each rejected response
     (or one number, for one), are optional grades; a row in which one is null or not finite has
-    none. `tools` are functions that the model may call (module `tools`). Other columns are ignored,
-    see `RowWarnings`, except for UNSUPPORTED_COLUMNS.
+    none. `mined_probabilities`, likewise a list, has the probability with which each rejected
+    response was drawn, as `mine` writes it. `tools` are functions that the model may call (module
+    `tools`). Other columns are ignored, see `RowWarnings`, except for UNSUPPORTED_COLUMNS.
 
     Raises:
         UserError: a field is missing, empty or of the wrong type, the chosen response is also among
@@ -188,8 +189,12 @@ def read_row(row: Any, default_id: str, location: str) -> Example:
     check_not_rejected(chosen, rejected, location)
     name = check_id(row.get("id"), default_id, location)
     scores = _read_scores(row, listed, location)
+    probabilities = _read_probabilities(row, listed, location)
     tools = read_tools(row.get("tools"), "tools", location)
-    return Example(name, prompt, chosen, tuple(rejected), location, scores, tools=tools)
+    return Example(
+        name, prompt, chosen, tuple(rejected), location, scores,
+        probabilities=probabilities, tools=tools,
+    )  # fmt: skip
 
 
 def _read_scores(
@@ -203,19 +208,45 @@ def _read_scores(
         raise UserError(f"{location}: field {present[0]!r} is there, but {missing!r} is missing")
     if len(present) < 2:
         return None
-    scores = to_json_value(row["score_rejected"])
-    scores = scores if isinstance(scores, list) else [scores]
-    if len(scores) != len(listed):
+    scores = _read_list(row, "score_rejected", listed, location)
+    scores.insert(0, _read_number(row["score_chosen"], "score_chosen", location))
+    return None if None in scores else tuple(score for score in scores if score is not None)
+
+
+def _read_probabilities(
+    row: Mapping[str, Any], listed: Sequence[Text | None], location: str
+) -> tuple[float, ...] | None:
+    """Reads `mined_probabilities`; None without them."""
+    field = "mined_probabilities"
+    if to_json_value(row.get(field)) is None:
+        return None
+    values = _read_list(row, field, listed, location)
+    for value in values:
+        if value is None or not 0 < value <= 1:
+            raise UserError(
+                f"{location}: field {field!r}: found {'null' if value is None else value}, "
+                "expected a probability above 0 and at most 1 for each rejected response; "
+                f"--config.data.columns={field}= reads none"
+            )
+    return tuple(value for value in values if value is not None)
+
+
+def _read_list(
+    row: Mapping[str, Any], field: str, listed: Sequence[Text | None], location: str
+) -> list[float | None]:
+    """Reads a field with a number for each rejected response that is not null."""
+    values = to_json_value(row[field])
+    values = values if isinstance(values, list) else [values]
+    if len(values) != len(listed):
         raise UserError(
-            f"{location}: field 'score_rejected' must have a number for each of the {len(listed)} "
-            f"rejected response(s), found {len(scores)}"
+            f"{location}: field {field!r} must have a number for each of the {len(listed)} "
+            f"rejected response(s), found {len(values)}"
         )
-    named = [("score_chosen", row["score_chosen"])]
-    for i, (score, response) in enumerate(zip(scores, listed, strict=True)):
-        if response is not None:
-            named.append((f"score_rejected[{i}]", score))
-    values = [_read_number(value, field, location) for field, value in named]
-    return None if None in values else tuple(score for score in values if score is not None)
+    return [
+        _read_number(value, f"{field}[{i}]", location)
+        for i, (value, response) in enumerate(zip(values, listed, strict=True))
+        if response is not None
+    ]
 
 
 def _read_number(value: Any, field: str, location: str) -> float | None:

@@ -401,6 +401,29 @@ def test_scores_of_nulls_among_the_rejected_go_with_them(tmp_path: Path) -> None
         assert (example.rejected, example.scores) == (("b", "c"), (9.0, 1.0, 3.0))
 
 
+@pytest.mark.parametrize(
+    ("rejected", "given", "want"),
+    [
+        (["b", "c"], [0.5, 1], (0.5, 1.0)),
+        (["b", None, "c"], [0.5, 0.25, 1], (0.5, 1.0)),
+        ("b", 0.5, (0.5,)),
+        (["b", "c"], None, None),
+        (["b", "c"], [0.5], "must have a number for each of the 2 rejected"),
+        (["b", "c"], [0.5, 0], "found 0.0, expected a probability above 0"),
+        (["b", "c"], [0.5, 1.5], "found 1.5, expected a probability above 0"),
+        (["b", "c"], [0.5, None], "found null, expected a probability above 0"),
+    ],
+)
+def test_probabilities_of_a_draw(tmp_path: Path, rejected: Any, given: Any, want: Any) -> None:
+    row = {**GOOD, "rejected": rejected, "mined_probabilities": given}
+    if isinstance(want, str):
+        with pytest.raises(UserError, match=f"file.jsonl:1: field 'mined_probabilities'.*{want}"):
+            read(tmp_path, row)
+        return
+    [example] = read(tmp_path, row)
+    assert example.probabilities == want
+
+
 def test_ids_of_tables_with_gaps(tmp_path: Path) -> None:
     rows = [{"id": i, **GOOD} for i in (0.0, 3.0, math.nan, None)]
     assert [e.id for e in read(tmp_path, *rows)] == ["0", "3", "file-2", "file-3"]
