@@ -93,7 +93,7 @@ CHOICES = {
     "data.format": (
         *("auto", "trl", "alpaca", "sharegpt", "ms-swift", "openai", "axolotl", "numbered"),
         *("nemo", "ultrafeedback", "nectar", "helpsteer", "rewardbench2", "objects", "responses"),
-        *("flagembedding", "sentence-transformers"),
+        *("flagembedding", "sentence-transformers", "unpaired"),
     ),
     "data.group": ("none", "prompt"),
     "data.on_bad_row": ("error", "skip"),
@@ -202,7 +202,8 @@ def default() -> ConfigDict:
     c.data.columns = ""
     # How rows of preferences are written: auto (told by the columns of the first rows) | trl |
     # alpaca | sharegpt | ms-swift | openai | axolotl | numbered | nemo | ultrafeedback | nectar |
-    # helpsteer | rewardbench2 | objects | responses | flagembedding | sentence-transformers.
+    # helpsteer | rewardbench2 | objects | responses | flagembedding | sentence-transformers |
+    # unpaired (answers with labels; needs data.group=prompt).
     c.data.format = "auto"
     # What becomes one pool: none (each row) | prompt (all rows of preferences with one prompt).
     c.data.group = "none"

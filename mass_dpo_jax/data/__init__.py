@@ -12,8 +12,10 @@ In the order in which a row passes through them::
       rows.py             tables of rows, and what happens to a bad one
       fields.py           checks of single fields
       readers/columns.py, messages.py, conversations.py, row_warnings.py    for preferences
+      readers/tools.py      functions that may be called, and calls of them
+      readers/literals.py   values that a table wrote as text
       formats/            preferences as other programs write them
-      grouping.py         rows of one prompt as one pool
+      grouping.py         rows of one prompt as one pool: pairs, answers with labels
       readers/questions.py    for qasc, medmcqa
       readers/sequences.py    for movielens, lastfm
     examples.py           Example: a prompt with its chosen and its rejected responses
@@ -21,7 +23,7 @@ In the order in which a row passes through them::
     render.py             text as it is, or
       chat_template.py    what a chat template writes
       template_probe.py   ... known without rendering each answer
-      template_checks.py  ... with warnings of prompts that look wrong
+      template_checks.py  ... with warnings of what looks wrong or is not written
     prompts.py            prompts as token ids, cut to the length limit
     tokenizer.py          loads, trains and runs tokenizers
     tokenization.py       examples as token ids: all of the above and the limits of responses

@@ -2,8 +2,9 @@
 
 The prompt is rendered with the generation prompt. A response is what the template writes after that
 for the assistant's message, up to its end token (`<|eot_id|>`, `<|im_end|>`): as in TRL, except for
-what a template writes after that token. Thinking is off, and every date that a template can ask for
-is the configured one, unless `data.chat_template_kwargs` says otherwise.
+what a template writes after that token. A prompt that ends with a message of the assistant has the
+beginning of that message, and responses go on with it. Thinking is off, and every date that a
+template can ask for is the configured one, unless `data.chat_template_kwargs` says otherwise.
 """
 
 from __future__ import annotations
@@ -12,13 +13,22 @@ import dataclasses
 import json
 import logging
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from transformers.utils import chat_template_utils
 
 from mass_dpo_jax.data import template_probe
-from mass_dpo_jax.data.examples import Example, Message, Prompt, as_messages, last_content
+from mass_dpo_jax.data.examples import (
+    REASONING,
+    Example,
+    Message,
+    Prompt,
+    Text,
+    as_answer,
+    as_messages,
+    identify_answer,
+)
 from mass_dpo_jax.data.template_checks import PromptChecks
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.utils.files import shorten
@@ -28,6 +38,28 @@ MAX_CACHED = 100_000  # Answers, and kinds of prompts, whose text is remembered.
 THINK_TAGS = ("<think>", "</think>")
 _THINK = "--config.data.chat_template_kwargs='{\"enable_thinking\": true}' lets it"
 _log = logging.getLogger(__name__)
+
+
+class Conversation(NamedTuple):
+    """A prompt with its text.
+
+    Attributes:
+        messages: the prompt.
+        tools: the functions that the model may call.
+        text: both, rendered; the generation prompt included.
+        location: of the row.
+    """
+
+    messages: list[Message]
+    tools: Sequence[Mapping[str, Any]]
+    text: str
+    location: str
+
+    @property
+    def beginning(self) -> str:
+        """The beginning of the answer, where the prompt ends with it."""
+        last = self.messages[-1]
+        return str(last["content"]) if last["role"] == "assistant" else ""
 
 
 @dataclasses.dataclass
@@ -70,17 +102,17 @@ class ChatTemplate:
         self._specials = sorted({*special, *tokenizer.all_special_tokens} - {""})
         longest_first = sorted(self._specials, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        self._kinds: dict[str, PromptKind] = {}  # By what is written for PLACEHOLDER.
-        self._checks = PromptChecks(
-            lambda messages: self._render(messages, "", generation_prompt=True),
-            template, self._special, tokenizer.bos_token,
-        )  # fmt: skip
+        # By what is written for PLACEHOLDER, and what answers to it begin with and can call.
+        self._kinds: dict[tuple[str, str, str], PromptKind] = {}
+        self._checks = PromptChecks(self._render, template, self._special, tokenizer.bos_token)
         self._with_special: set[str] = set()  # Answers with special tokens.
         self._starts: set[str] = set()  # Beginnings of responses that were warned of.
 
-    def render_prompt(self, prompt: Prompt, location: str) -> str:
+    def render_prompt(
+        self, prompt: Prompt, location: str, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> str:
         """Returns the prompt's text, generation prompt included."""
-        return self._render(as_messages(prompt), location, generation_prompt=True)
+        return self._render(as_messages(prompt), tools, location)
 
     def render_responses(self, example: Example, prompt: str) -> list[str]:
         """Renders responses: each answer once for a kind of prompt, and most of them not at all.
@@ -88,82 +120,131 @@ class ChatTemplate:
         Answers repeat (titles, letters). The kind of a prompt is what the template writes for the
         placeholder after it: an empty block of thoughts, say, if it follows the last question.
         """
-        messages = as_messages(example.prompt)
-        written = self._write_answer(messages, prompt, PLACEHOLDER, example.place)
-        kind = self._kinds.get(written)
+        talk = Conversation(as_messages(example.prompt), example.tools, prompt, example.place)
+        written = self._write_answer(talk, PLACEHOLDER)
+        key = (written, talk.beginning, json.dumps(example.tools) if example.tools else "")
+        kind = self._kinds.get(key)
         if kind is None:
-            kind = self._make_kind(written, messages, prompt, example.place)
+            if len(self._kinds) >= MAX_CACHED:
+                self._kinds.clear()
+            kind = self._kinds[key] = self._make_kind(written, talk)
         texts = []
         for field, response in example.named_responses:
-            content = last_content(response)
-            text = kind.texts.get(content)
+            name = identify_answer(response)
+            text = kind.texts.get(name)
             if text is None:
-                text = self._render_response(kind, messages, prompt, content, field, example.place)
+                text = self._render_response(kind, talk, response, field)
+                if len(kind.texts) >= MAX_CACHED:
+                    kind.texts.clear()
+                kind.texts[name] = text
             texts.append(text)
         return texts
 
     def find_warnings(self, example: Example, prompt: Prompt) -> list[str]:
         """Returns what looks wrong with an example, see `render.Renderer`."""
+        messages = as_messages(example.prompt)
         warnings = [
-            self._checks.check_texts(as_messages(example.prompt), example.place),
-            self._checks.check_roles(as_messages(prompt)),
+            self._checks.check_texts(messages, example.place),
+            self._checks.check_roles(as_messages(prompt), example.tools),
+            *self._checks.check_calls(messages, example.tools, example.place),
         ]
         if self._with_special and any(
-            last_content(response) in self._with_special for _, response in example.named_responses
+            identify_answer(response) in self._with_special
+            for _, response in example.named_responses
         ):
             warnings.append("with special tokens in their responses")
         return [warning for warning in warnings if warning]
 
     def _render_response(
-        self,
-        kind: PromptKind,
-        messages: list[Message],
-        prompt: str,
-        content: str,
-        field: str,
-        location: str,
+        self, kind: PromptKind, talk: Conversation, response: Text, field: str
     ) -> str:
-        answer = remove_end_token(content, kind.end, field, location)
-        if any(token not in THINK_TAGS for token in self._special.findall(answer)):
-            self._with_special.add(content)
-        # Such a prompt ends with an empty block of thoughts.
-        if prompt.rstrip().endswith(THINK_TAGS[1]) and any(tag in answer for tag in THINK_TAGS):
-            raise UserError(
-                f"{location}: field {field!r} has {THINK_TAGS[0]}, and the chat template is told "
-                f"not to think: {_THINK}"
-            )
+        answer = as_answer(response)
+        if not isinstance(answer, str):
+            return self._render_calls(kind, talk, answer, field)
+        name, answer = answer, remove_end_token(answer, kind.end, field, talk.location)
+        self._look_for_special(answer, name)
+        self._check_thoughts(talk, any(tag in answer for tag in THINK_TAGS), "<think>", field)
         if kind.rule is not None and kind.rule.holds(answer):
             text = kind.rule.before + answer + kind.rule.after
         else:
-            text = self._write_answer(messages, prompt, answer, location)
-        text = text[: text.index(kind.end) + len(kind.end)]
-        if len(kind.texts) >= MAX_CACHED:
-            kind.texts.clear()
-        kind.texts[content] = text
-        return text
+            text = self._write_answer(talk, answer)
+        return text[: text.index(kind.end) + len(kind.end)]
 
-    def _write_answer(
-        self, messages: list[Message], prompt: str, answer: str, location: str
+    def _render_calls(
+        self, kind: PromptKind, talk: Conversation, answer: Sequence[Message], field: str
     ) -> str:
-        """Returns what the template writes after the generation prompt for an answer."""
-        message = {"role": "assistant", "content": answer}
-        text = self._render([*messages, message], location, generation_prompt=False)
-        if not text.startswith(prompt):
-            advice = f"; {_THINK}" if any(tag in answer for tag in THINK_TAGS) else ""
+        """Renders a message that has more than a text: calls of functions, thoughts."""
+        if len(answer) > 1:
             raise UserError(
-                f"{location}: the chat template's text with the answer {shorten(answer)} does not "
-                f"start with its generation prompt, which ends with {shorten(prompt[-40:])}{advice}"
+                f"{talk.location}: field {field!r} has {len(answer)} messages: one turn is scored; "
+                "put those before it into the prompt"
             )
-        return text[len(prompt) :]
+        [message] = answer
+        content = message["content"]
+        if content:
+            content = remove_end_token(content, kind.end, field, talk.location)
+        message = {**message, "content": content}
+        if kind.end in json.dumps(message, ensure_ascii=False):
+            raise UserError(
+                f"{talk.location}: field {field!r} contains the end-of-sequence token {kind.end}, "
+                "which is added to every response: leave it out"
+            )
+        thoughts = next((key for key in REASONING if key in message), "")
+        self._look_for_special(json.dumps(message), identify_answer(list(answer)))
+        self._checks.check_answer(talk.messages, message, talk.tools, field, talk.location)
+        self._check_thoughts(talk, bool(thoughts), thoughts, field)
+        text = self._write(talk, message, f"the answer with {', '.join(message)}")
+        if kind.end in text:
+            return text[: text.index(kind.end) + len(kind.end)]
+        if not text.strip().endswith(tuple(self._specials)):
+            raise UserError(
+                f"{talk.location}: the chat template writes no special token at the end of field "
+                f"{field!r}, so nothing says where it ends: {shorten(text)}"
+            )
+        return text.rstrip()
 
-    def _make_kind(
-        self, written: str, messages: list[Message], prompt: str, location: str
-    ) -> PromptKind:
-        """Makes and remembers the kind of prompt for which `written` follows the prompt."""
+    def _look_for_special(self, answer: str, name: str) -> None:
+        """Remembers the name of an answer with special tokens."""
+        if any(token not in THINK_TAGS for token in self._special.findall(answer)):
+            self._with_special.add(name)
+
+    def _check_thoughts(self, talk: Conversation, thinks: bool, what: str, field: str) -> None:
+        """Raises UserError where an answer thinks and its prompt ends with an empty block."""
+        if thinks and talk.text.rstrip().endswith(THINK_TAGS[1]):
+            raise UserError(
+                f"{talk.location}: field {field!r} has {what}, and the chat template is told "
+                f"not to think: {_THINK}"
+            )
+
+    def _write_answer(self, talk: Conversation, answer: str) -> str:
+        """Returns what the template writes after the generation prompt for an answer's text."""
+        return self._write(
+            talk, {"role": "assistant", "content": answer}, f"the answer {shorten(answer)}"
+        )
+
+    def _write(self, talk: Conversation, message: Message, what: str) -> str:
+        """Returns what the template writes after the generation prompt for an answer."""
+        messages = [*talk.messages, message]
+        if talk.messages[-1]["role"] == "assistant":
+            whole = {**message, "content": talk.beginning + message["content"]}
+            messages = [*talk.messages[:-1], whole]
+        text = self._render(messages, talk.tools, talk.location, complete=True)
+        if not text.startswith(talk.text):
+            thinks = any(tag in message["content"] for tag in THINK_TAGS)
+            thinks = thinks or any(key in message for key in REASONING)
+            advice = "" if self._arguments.get("enable_thinking") or not thinks else f"; {_THINK}"
+            raise UserError(
+                f"{talk.location}: the chat template's text with {what} does not start with its "
+                f"generation prompt, which ends with {shorten(talk.text[-40:])}{advice}"
+            )
+        return text[len(talk.text) :]
+
+    def _make_kind(self, written: str, talk: Conversation) -> PromptKind:
+        """Makes the kind of prompt for which `written` follows the prompt."""
         start, placeholder, tail = written.partition(PLACEHOLDER)
         if not placeholder:
             raise UserError(
-                f"{location}: the chat template does not write an answer as it is: for "
+                f"{talk.location}: the chat template does not write an answer as it is: for "
                 f"{PLACEHOLDER!r} {shorten(written)}"
             )
         ends = [
@@ -171,40 +252,37 @@ class ChatTemplate:
         ]
         if not ends:
             raise UserError(
-                f"{location}: the chat template writes no special token at the end of the "
+                f"{talk.location}: the chat template writes no special token at the end of the "
                 f"assistant's message, so nothing says where a response ends: {shorten(written)}; "
                 "write {{ eos_token }} after that message's content in the template"
             )
-        if start.strip() and start not in self._starts:
+        if start.strip() and start not in self._starts and not talk.beginning:
             self._starts.add(start)
-            if self._render(messages, location, generation_prompt=False) == prompt:
+            if self._render(talk.messages, talk.tools, talk.location, complete=True) == talk.text:
                 _log.warning(
                     "the chat template has no generation prompt: all responses begin with %s, "
                     "which is trained too; write that under {%% if add_generation_prompt %%}",
                     shorten(start),
                 )
-        if len(self._kinds) >= MAX_CACHED:
-            self._kinds.clear()
-        rule = self._find_rule(written, messages, prompt)
-        return self._kinds.setdefault(written, PromptKind(min(ends)[2], rule))
+        return PromptKind(min(ends)[2], self._find_rule(written, talk))
 
-    def _find_rule(
-        self, written: str, messages: list[Message], prompt: str
-    ) -> template_probe.Rule | None:
+    def _find_rule(self, written: str, talk: Conversation) -> template_probe.Rule | None:
+        if talk.beginning:
+            return None  # What the template asks of the whole answer, it asks of a part.
         # `apply_chat_template` would turn the probe into an ordinary string.
         compiled = chat_template_utils._compile_jinja_template(self._template)
         context = {**self._tokenizer.special_tokens_map, **self._arguments}
 
         def render(answer: str) -> str:
-            conversation = [*messages, {"role": "assistant", "content": answer}]
+            conversation = [*talk.messages, {"role": "assistant", "content": answer}]
             text: str = compiled.render(
                 messages=conversation,
-                tools=None,
+                tools=list(talk.tools) or None,
                 documents=None,
                 add_generation_prompt=False,
                 **context,
             )
-            return text.removeprefix(prompt)
+            return text.removeprefix(talk.text)
 
         try:
             if render(PLACEHOLDER) == written:
@@ -213,13 +291,26 @@ class ChatTemplate:
             pass
         return None
 
-    def _render(self, messages: list[Message], location: str, generation_prompt: bool) -> str:
+    def _render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] = (),
+        location: str = "",
+        complete: bool = False,
+    ) -> str:
+        """Returns the text of messages, up to where an answer begins or, if complete, to its end.
+
+        An answer that is there already, the last of messages that are not complete, goes on.
+        """
+        goes_on = not complete and messages[-1]["role"] == "assistant"
         try:
             text: str = self._tokenizer.apply_chat_template(
-                messages,
+                list(messages),
+                tools=[dict(tool) for tool in tools] or None,
                 chat_template=self._template,
                 tokenize=False,
-                add_generation_prompt=generation_prompt,
+                add_generation_prompt=not (complete or goes_on),
+                continue_final_message=goes_on,
                 **self._arguments,
             )
             text.encode()

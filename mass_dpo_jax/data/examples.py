@@ -11,8 +11,10 @@ from typing import Any
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.utils.files import shorten
 
-Message = dict[str, str]  # {"role": ..., "content": ...}
+# Role and content, two strings, and what more a chat template reads: calls, names, thoughts.
+Message = dict[str, Any]
 Text = str | list[Message]
+REASONING = ("reasoning_content", "reasoning", "thinking")  # Where a message has its thoughts.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Example:
             prefers neither. None: all that is known is which are chosen, see `order`.
         probabilities: of each rejected response, to be among them, where they were drawn from more;
             in (0, 1]. None: they were not drawn.
+        tools: the functions that the model may call, as JSON schemas.
     """
 
     id: str
@@ -75,6 +78,7 @@ class Example:
     also_chosen: tuple[Text, ...] = ()
     ranks: tuple[int, ...] | None = None
     probabilities: tuple[float, ...] | None = None
+    tools: tuple[dict[str, Any], ...] = ()
 
     @property
     def responses(self) -> tuple[Text, ...]:
@@ -100,12 +104,31 @@ class Example:
 
         That is a history's items; for messages, a single one counts as its text.
         """
-        if isinstance(self.prompt, History):
-            return self.prompt.items
-        if isinstance(self.prompt, str):
-            return self.prompt.strip()
-        messages = tuple((m["role"], m["content"].strip()) for m in self.prompt)
-        return messages[0][1] if len(messages) == 1 else messages
+        return identify_prompt(self.prompt)
+
+
+def identify_prompt(prompt: Prompt) -> Hashable:
+    """Returns what is equal for prompts that ask the same, see `Example.question`."""
+    if isinstance(prompt, History):
+        return prompt.items
+    if isinstance(prompt, str):
+        return prompt.strip()
+    messages = tuple(
+        (m["role"], m["content"].strip(), *([json.dumps(more)] if (more := list_more(m)) else ()))
+        for m in prompt
+    )
+    return messages[0][1] if len(messages) == 1 else messages
+
+
+def list_more(message: Message) -> dict[str, Any]:
+    """Returns what a message has besides its role and content: calls, names, thoughts."""
+    return {key: value for key, value in message.items() if key not in ("role", "content")}
+
+
+def format_message(message: Message) -> str:
+    """Returns what a message says, calls and thoughts included."""
+    more = [f"{key}: {json.dumps(value)}" for key, value in list_more(message).items()]
+    return "\n".join(([message["content"]] if message["content"] or not more else []) + more)
 
 
 def name_response(candidate: int, num_rejected: int) -> str:
@@ -128,14 +151,29 @@ def as_messages(prompt: Prompt) -> list[Message]:
 
 def last_content(text: Text) -> str:
     """Returns a text, or the content of the last of its messages."""
-    return text if isinstance(text, str) else text[-1]["content"]
+    content: str = text if isinstance(text, str) else text[-1]["content"]
+    return content
+
+
+def as_answer(text: Text) -> Text:
+    """Returns an answer as its text, or as messages where these have more than that."""
+    if isinstance(text, str) or len(text) > 1 or list_more(text[0]):
+        return text
+    content: str = text[0]["content"]
+    return content
+
+
+def identify_answer(text: Text) -> str:
+    """Returns a string that is equal for equal answers: the text of those that are no more."""
+    answer = as_answer(text)
+    return answer if isinstance(answer, str) else json.dumps(answer)
 
 
 def check_not_rejected(chosen: Any, rejected: Sequence[Any], location: str) -> None:
     """Raises UserError where the chosen response is also a rejected one."""
     for i, response in enumerate(rejected):
         if response == chosen:
-            text = shorten(last_content(chosen))
+            text = shorten(identify_answer(chosen))
             raise UserError(f"{location}: the chosen response is also rejected[{i}]: {text}")
 
 
@@ -146,5 +184,7 @@ def digest_examples(examples: Iterable[Example]) -> str:
         row: list[Any] = [example.id, as_text(example.prompt), *example.responses]
         if example.also_chosen or example.ranks is not None:
             row.append(example.order)
+        if example.tools:
+            row.append(example.tools)
         sha.update(json.dumps(row).encode())
     return sha.hexdigest()[:32]

@@ -1,4 +1,4 @@
-"""Rows of one prompt as one pool (`data.group=prompt`): pairs become lists of negatives.
+"""Rows of one prompt as one pool (`data.group=prompt`): pairs, or answers with labels.
 
 All chosen responses of a prompt are taken for better than all rejected ones. A response that is
 chosen in one row and rejected in another says that this is not so, and is left out.
@@ -7,23 +7,51 @@ chosen in one row and rejected in another says that this is not so, and is left 
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from collections.abc import Hashable, Iterable, Sequence
+from typing import Any
 
-from mass_dpo_jax.data.examples import Example, Text, last_content
+from mass_dpo_jax.data.examples import Example, Prompt, Text, identify_answer, identify_prompt
 from mass_dpo_jax.data.rows import DuplicateId
 from mass_dpo_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
 
 
-def group_by_prompt(examples: Sequence[Example], name: str) -> list[Example]:
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """An answer with a label, half of what makes an `Example`, whose attributes are the same.
+
+    Attributes:
+        text: the answer.
+        is_good: the label.
+    """
+
+    id: str
+    prompt: Prompt
+    text: Text
+    is_good: bool
+    place: str
+    tools: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def question(self) -> Hashable:
+        """Equal for rows whose prompts ask the same."""
+        return identify_prompt(self.prompt)
+
+
+Row = Example | Completion
+
+
+def group_by_prompt(examples: Sequence[Row], name: str) -> list[Example]:
     """Returns one example for each prompt, in the order in which prompts first occur.
 
-    Prompts are equal if `Example.question` is, responses if their texts are. The pool has each
-    response once; those chosen in some row and rejected in another are left out, and a prompt
-    without chosen or without rejected responses then. Scores are kept if all rows of a prompt have
-    them, as the mean where a response has several; ranks and probabilities if it has one row.
+    Prompts are equal if `Example.question` and `Example.tools` are, responses if their texts are,
+    calls of functions included. The pool has each response once; those chosen in some row and
+    rejected in another are left out, and a prompt without chosen or without rejected responses
+    then. Scores are kept if all rows of a prompt have them, as the mean where a response has
+    several; ranks and probabilities if it has one row.
 
     Args:
         examples: the rows of a split.
@@ -33,9 +61,10 @@ def group_by_prompt(examples: Sequence[Example], name: str) -> list[Example]:
         UserError: no prompt is left, two prompts have the same id, or a pool would be of several
             draws, whose probabilities are not those of all together.
     """
-    groups: dict[Hashable, list[Example]] = {}
+    groups: dict[Hashable, list[Row]] = {}
     for example in examples:
-        groups.setdefault(example.question, []).append(example)
+        tools = json.dumps(example.tools) if example.tools else ""
+        groups.setdefault((example.question, tools), []).append(example)
     pools = []
     contradictions = dropped = 0
     for rows in groups.values():
@@ -71,32 +100,37 @@ def group_by_prompt(examples: Sequence[Example], name: str) -> list[Example]:
     return pools
 
 
-def _collect(rows: Iterable[Example], chosen: bool) -> dict[str, Text]:
+def _collect(rows: Iterable[Row], chosen: bool) -> dict[str, Text]:
     """Returns all chosen or all rejected responses by their texts, the first of equal ones."""
     responses: dict[str, Text] = {}
     for row in rows:
-        for response in (row.chosen, *row.also_chosen) if chosen else row.rejected:
-            responses.setdefault(last_content(response), response)
+        for response in _list_responses(row, chosen):
+            responses.setdefault(identify_answer(response), response)
     return responses
 
 
-def _make_pool(
-    rows: Sequence[Example], chosen: Sequence[Text], rejected: Sequence[Text]
-) -> Example:
+def _list_responses(row: Row, chosen: bool) -> Sequence[Text]:
+    if isinstance(row, Completion):
+        return (row.text,) if row.is_good == chosen else ()
+    return (row.chosen, *row.also_chosen) if chosen else row.rejected
+
+
+def _make_pool(rows: Sequence[Row], chosen: Sequence[Text], rejected: Sequence[Text]) -> Example:
     """Returns the example of some rows of one prompt; name, place and prompt are the first's."""
     responses = [chosen[0], *rejected, *chosen[1:]]
-    texts = [last_content(response) for response in responses]
+    texts = [identify_answer(response) for response in responses]
     scores: dict[str, list[float]] = {}
-    has_scores = all(row.scores is not None for row in rows)
-    for row in rows if has_scores else ():
+    paired = [row for row in rows if isinstance(row, Example)]
+    has_scores = paired == rows and all(row.scores is not None for row in paired)
+    for row in paired if has_scores else ():
         for response, score in zip(row.responses, row.scores or (), strict=True):
-            scores.setdefault(last_content(response), []).append(score)
+            scores.setdefault(identify_answer(response), []).append(score)
     ranks = probabilities = None
-    if len(rows) == 1 and rows[0].ranks is not None:
-        given = zip(map(last_content, rows[0].responses), rows[0].ranks, strict=True)
+    if len(rows) == 1 and paired and paired[0].ranks is not None:
+        given = zip(map(identify_answer, paired[0].responses), paired[0].ranks, strict=True)
         by_text = dict(reversed(list(given)))
         ranks = tuple(by_text[text] for text in texts)
-    if drawn := next((row for row in rows if row.probabilities is not None), None):
+    if drawn := next((row for row in paired if row.probabilities is not None), None):
         if len(rows) > 1:
             raise UserError(
                 f"{drawn.place}: field 'mined_probabilities' is that of one draw, and {len(rows)} "
@@ -104,17 +138,20 @@ def _make_pool(
                 "config.data.group=none, or --config.data.columns=mined_probabilities= to read none"
             )
         by_response = dict(
-            zip(map(last_content, drawn.rejected), drawn.probabilities or (), strict=True)
+            zip(map(identify_answer, drawn.rejected), drawn.probabilities or (), strict=True)
         )
-        probabilities = tuple(by_response[last_content(text)] for text in rejected)
-    return dataclasses.replace(
-        rows[0],
-        chosen=chosen[0],
-        rejected=tuple(rejected),
-        also_chosen=tuple(chosen[1:]),
-        scores=tuple(sum(scores[t]) / len(scores[t]) for t in texts) if has_scores else None,
-        ranks=ranks,
-        probabilities=probabilities,
+        probabilities = tuple(by_response[identify_answer(text)] for text in rejected)
+    return Example(
+        rows[0].id,
+        rows[0].prompt,
+        chosen[0],
+        tuple(rejected),
+        rows[0].place,
+        tuple(sum(scores[t]) / len(scores[t]) for t in texts) if has_scores else None,
+        tuple(chosen[1:]),
+        ranks,
+        probabilities,
+        rows[0].tools,
     )
 
 

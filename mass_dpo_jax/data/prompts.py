@@ -2,7 +2,7 @@
 
 A prompt that is too long (with `data.long_prompt` = "cut") keeps what the template writes around
 its text. What is removed is, in this order: the oldest items of its history, or the oldest turns of
-its conversation; then the beginning of its text, or of its last message.
+its conversation; then the beginning of its text, or of its last message that is not the model's.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
-from mass_dpo_jax.data.examples import Example, History, Message, Prompt, as_text, last_content
+from mass_dpo_jax.data.examples import Example, History, Message, Prompt, as_text
 from mass_dpo_jax.data.render import Renderer
 from mass_dpo_jax.data.tokens import RaggedTokens
 from mass_dpo_jax.errors import UserError
@@ -81,7 +81,7 @@ class PromptEncoder:
         texts = [""] * len(examples)
         for i, example in enumerate(examples):
             try:
-                texts[i] = self._renderer.render_prompt(example.prompt, example.place)
+                texts[i] = self._render(example, example.prompt)
             except UserError as error:
                 errors[i] = error
         result = Prompts([example.prompt for example in examples], texts, self._tokenize(texts))
@@ -105,6 +105,9 @@ class PromptEncoder:
             self._shorten(examples, long, result, errors, cut)
         return result
 
+    def _render(self, example: Example, prompt: Prompt) -> str:
+        return self._renderer.render_prompt(prompt, example.place, example.tools)
+
     def _tokenize(self, texts: Sequence[str]) -> RaggedTokens:
         return self._encode(texts).add_prefix(self._prefix)
 
@@ -124,7 +127,7 @@ class PromptEncoder:
 
         def render(i: int, amount: int) -> str:
             try:
-                return self._renderer.render_prompt(prompts[i].shorten(amount), examples[i].place)
+                return self._render(examples[i], prompts[i].shorten(amount))
             except UserError as error:
                 errors[i] = error
                 return ""
@@ -181,8 +184,9 @@ class _ShortenedPrompt:
         self._turns = _split_turns(prompt) if isinstance(prompt, list) else []
         units = prompt.items if isinstance(prompt, History) else self._turns
         self.items = max(0, len(units) - 1)
-        shortest = self.shorten(self.items)
-        self.max_amount = self.items + (len(last_content(as_text(shortest))) - 1 if cut_text else 0)
+        shortest = as_text(self.shorten(self.items))
+        text = shortest if isinstance(shortest, str) else shortest[_find_cut(shortest)]["content"]
+        self.max_amount = self.items + (max(0, len(text) - 1) if cut_text else 0)
 
     def shorten(self, amount: int) -> Prompt:
         """Returns the prompt without its first `amount` items and characters."""
@@ -191,10 +195,12 @@ class _ShortenedPrompt:
         characters = amount - items
         if not characters:
             return rest
-        text = last_content(as_text(rest))[characters:]
-        if isinstance(rest, list):
-            return [*rest[:-1], {**rest[-1], "content": text}]
-        return text
+        text = as_text(rest)
+        if isinstance(text, str):
+            return text[characters:]
+        i = _find_cut(text)
+        shortened = {**text[i], "content": text[i]["content"][characters:]}
+        return [*text[:i], shortened, *text[i + 1 :]]
 
     def _drop_items(self, items: int) -> Prompt:
         if not items:
@@ -204,6 +210,11 @@ class _ShortenedPrompt:
         assert isinstance(self._prompt, list)
         system = [message for message in self._prompt[:1] if message["role"] == "system"]
         return system + [message for turn in self._turns[items:] for message in turn]
+
+
+def _find_cut(messages: Sequence[Message]) -> int:
+    """Returns the index of the message whose text is cut: the last that is not the model's own."""
+    return max((i for i, m in enumerate(messages) if m["role"] != "assistant"), default=-1)
 
 
 def _split_turns(messages: Sequence[Message]) -> list[list[Message]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,8 +37,16 @@ class Renderer(Protocol):
     special_tokens: bool
     end_id: int | None
 
-    def render_prompt(self, prompt: Prompt, location: str) -> str:
-        """Returns the prompt's text, up to where the response starts."""
+    def render_prompt(
+        self, prompt: Prompt, location: str, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> str:
+        """Returns the prompt's text, up to where the response starts.
+
+        Args:
+            prompt: the prompt as the model sees it.
+            location: of the row, for errors.
+            tools: the functions that the model may call.
+        """
 
     def render_responses(self, example: Example, prompt: str) -> list[str]:
         """Returns the texts of the chosen response and of all rejected ones.
@@ -129,8 +138,16 @@ class PlainRenderer:
         self.end_id: int | None = tokenizer.eos_token_id
         self._end = tokenizer.eos_token
 
-    def render_prompt(self, prompt: Prompt, location: str) -> str:
-        """Returns the prompt, which must be a text or a history."""
+    def render_prompt(
+        self, prompt: Prompt, location: str, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> str:
+        """Returns the prompt, which must be a text or a history, without tools."""
+        if tools:
+            raise UserError(
+                f"{location}: field 'tools' has functions, which need a template: set "
+                "data.chat_template to tokenizer or to a template file, or leave the column out "
+                "with --config.data.columns=tools="
+            )
         return self._check_string(as_text(prompt), "prompt", location)
 
     def render_responses(self, example: Example, prompt: str) -> list[str]:

@@ -154,7 +154,7 @@ def _from_json(row: list[Any]) -> Example:
     fields = dict(zip((field.name for field in dataclasses.fields(Example)), row, strict=True))
     if isinstance(prompt := fields["prompt"], dict):
         fields["prompt"] = History(**{**prompt, "items": tuple(prompt["items"])})
-    for name in ("rejected", "scores", "also_chosen", "ranks", "probabilities"):
+    for name in ("rejected", "scores", "also_chosen", "ranks", "probabilities", "tools"):
         fields[name] = None if fields[name] is None else tuple(fields[name])
     return Example(**fields)
 

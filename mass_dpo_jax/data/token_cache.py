@@ -107,7 +107,7 @@ def _make_key(
         if isinstance(prompt, History):
             prompt = dataclasses.astuple(prompt)
         numbers = [example.scores, example.order, example.probabilities]
-        row = [example.id, prompt, *example.responses, *numbers]
+        row = [example.id, prompt, *example.responses, *numbers, example.tools]
         sha.update(json.dumps(row).encode())
     return sha.hexdigest()[:32]
 

@@ -274,6 +274,8 @@ def _find_errors(
 
 def _advise(warning: str) -> str:
     """Returns what to do about a warning that comes from a chat template's renderer."""
+    if any(part in warning for part in ("earlier turns", "a name of", "a tool_call_id of")):
+        return "the model does not see it"
     if "does not write" in warning:
         return "write its text into a message that the template writes, or use another template"
     if "responses" in warning:

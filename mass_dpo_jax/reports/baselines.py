@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mass_dpo_jax.data.examples import Example, History, Text
+from mass_dpo_jax.data.examples import Example, History, Text, format_message
 
 
 def popularity(train: Sequence[Example], examples: Sequence[Example]) -> np.ndarray:
@@ -59,7 +59,7 @@ def cooccurrence(train: Sequence[Example], examples: Sequence[Example]) -> np.nd
 def _text(response: Text) -> str:
     if isinstance(response, str):
         return response.strip()
-    return "\n".join(message["content"].strip() for message in response)
+    return "\n".join(format_message(message).strip() for message in response)
 
 
 def _candidates(example: Example) -> list[str]:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from mass_dpo_jax import config_checks
 from mass_dpo_jax.data import splits
-from mass_dpo_jax.data.examples import Example, History, Text, as_messages
+from mass_dpo_jax.data.examples import Example, History, Text, as_messages, format_message
 from mass_dpo_jax.data.split_cache import open_splits
 from mass_dpo_jax.data.token_cache import tokenize_once
 from mass_dpo_jax.data.tokenizer import load_tokenizer
@@ -136,4 +136,4 @@ def _row_lines(split: str, view: SplitView) -> Iterator[str]:
 
 
 def _text(text: Text | History) -> str:
-    return "\n".join(message["content"] for message in as_messages(text))
+    return "\n".join(map(format_message, as_messages(text)))

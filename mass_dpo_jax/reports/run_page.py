@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax import metrics as metrics_lib
-from mass_dpo_jax.data.examples import History, Text, as_text
+from mass_dpo_jax.data.examples import History, Text, as_text, format_message
 from mass_dpo_jax.reports import curves, style, templates
 from mass_dpo_jax.reports.curves import Panel
 from mass_dpo_jax.reports.format import HEADLINE_METRICS, format_metric
@@ -220,7 +220,7 @@ def _rank_changes(split: EvaluatedSplit) -> dict[str, Any]:
 def _shorten(text: Text | History) -> str:
     text = as_text(text)
     if not isinstance(text, str):
-        text = "\n".join(f"{message['role']}: {message['content']}" for message in text)
+        text = "\n".join(f"{message['role']}: {format_message(message)}" for message in text)
     if len(text) <= MAX_TEXT_CHARS:
         return text
     half = MAX_TEXT_CHARS // 2

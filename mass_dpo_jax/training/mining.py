@@ -15,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mass_dpo_jax.data import load_examples, splits, text_files
-from mass_dpo_jax.data.examples import Example, History, Text, as_text, last_content
+from mass_dpo_jax.data.examples import Example, History, Text, as_text, identify_answer
 from mass_dpo_jax.data.row_files import read_rows
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.selection import mining
@@ -142,7 +142,7 @@ def find_positives(examples: Sequence[Example], everything: Sequence[Example]) -
     """
     by_question: dict[Any, set[str]] = {}
     for example in everything:
-        chosen = {normalize(last_content(t)) for t in (example.chosen, *example.also_chosen)}
+        chosen = {normalize(identify_answer(t)) for t in (example.chosen, *example.also_chosen)}
         by_question.setdefault(example.question, set()).update(chosen)
     found = []
     for example in examples:
@@ -153,7 +153,7 @@ def find_positives(examples: Sequence[Example], everything: Sequence[Example]) -
 
 def chosen_index(examples: Sequence[Example], catalogue: Catalogue) -> np.ndarray:
     """Returns the item that each chosen response is, -1 where the catalogue lacks it."""
-    keys = (normalize(last_content(example.chosen)) for example in examples)
+    keys = (normalize(identify_answer(example.chosen)) for example in examples)
     return np.array([catalogue.index.get(key, -1) for key in keys])
 
 
@@ -304,6 +304,7 @@ def _make_row(
         "prompt": as_text(example.prompt),
         "chosen": example.chosen,
         "rejected": _as_responses(example, catalogue, indices),
+        **({"tools": example.tools} if example.tools else {}),
         "mined_ids": [catalogue.ids[i] for i in indices],
         "mined_scores": _shortest(scores),
         "mined_probabilities": _shortest(pi),

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mass_dpo_jax.data.examples import Example, Prompt, as_text
+from mass_dpo_jax.data.examples import Example, Prompt, as_text, format_message
 from mass_dpo_jax.data.tokenizer import encode_texts, find_added_tokens
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models import attention
@@ -91,7 +91,7 @@ def _encode_batch(graphdef: Any, params: Any, tokens: jax.Array, lengths: jax.Ar
 def plain_text(text: Prompt) -> str:
     """Returns a prompt or response as one text: the contents of messages, one below the other."""
     text = as_text(text)
-    return text if isinstance(text, str) else "\n".join(m["content"] for m in text)
+    return text if isinstance(text, str) else "\n".join(map(format_message, text))
 
 
 def by_policy(

@@ -326,6 +326,7 @@ def _add_texts(example: Example, row: Row) -> Row:
         "prompt": as_text(example.prompt),
         "chosen": example.chosen,
         "rejected": [example.rejected[pick] for pick in row["selected"]],
+        **({"tools": example.tools} if example.tools else {}),
         **row,
     }
 

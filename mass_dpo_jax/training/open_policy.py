@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
-from mass_dpo_jax.data.examples import Example, as_messages
+from mass_dpo_jax.data.examples import Example, as_messages, format_message
 from mass_dpo_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models import peft_format
@@ -157,7 +157,7 @@ def _texts(examples: Sequence[Example]) -> Iterator[str]:
     """Yields the texts that a tokenizer is trained on."""
     for example in examples[:MAX_TOKENIZER_EXAMPLES]:
         for text in (example.prompt, *example.responses):
-            yield from (message["content"] for message in as_messages(text))
+            yield from map(format_message, as_messages(text))
 
 
 def set_chat_template(policy: Policy, chat_template: str) -> PreTrainedTokenizerBase:

@@ -165,7 +165,8 @@ def parse_json(text: str, file: Path, line: int = 1, unique_keys: bool = False) 
     text = text.rstrip()  # A truncated file is then reported at its last line.
     try:
         value = json.loads(text, object_pairs_hook=_refuse_duplicates if unique_keys else None)
-        _check_depth(text, value)
+        if is_deep(text, value):
+            raise _DepthError
         return value
     except _JSON_ERRORS as error:
         raise _make_json_error(text, error, file, line) from None
@@ -193,7 +194,8 @@ def parse_json_values(text: str, file: Path) -> Iterator[Any]:
             continue
         try:
             value, end = decoder.raw_decode(text, position)
-            _check_depth(text[position:end], value)
+            if is_deep(text[position:end], value):
+                raise _DepthError
         except _JSON_ERRORS as error:
             raise _make_json_error(text, error, file, 1, position) from None
         yield value
@@ -245,10 +247,10 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def _check_depth(text: str, value: Any) -> None:
+def is_deep(text: str, value: Any) -> bool:
+    """Whether the value of a JSON text is nested more deeply than MAX_JSON_DEPTH."""
     may_be_deep = text.count("[") + text.count("{") > MAX_JSON_DEPTH
-    if may_be_deep and _measure_depth(value) > MAX_JSON_DEPTH:
-        raise _DepthError
+    return may_be_deep and _measure_depth(value) > MAX_JSON_DEPTH
 
 
 def _measure_depth(value: Any) -> int:

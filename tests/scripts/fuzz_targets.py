@@ -51,6 +51,8 @@ from mass_dpo_jax.training.optimizer import learning_rate, make_optimizer
 from mass_dpo_jax.training.prepare import prepare
 from mass_dpo_jax.training.updates import abstract_state
 from mass_dpo_jax.utils import cache
+from tests.data import test_calls
+from tests.data.formats.cases import CASES, UNPAIRED, label_rows
 from tests.data.readers import test_medmcqa, test_qasc, test_sequences
 from tests.support.data import write_lines
 from tests.support.helpers import tiny_config, write_jsonl
@@ -143,6 +145,43 @@ def _written(folder: Path) -> None:
     ]
     write_lines(folder / "eval.jsonl", rows)
     write_lines(folder / "train.jsonl", [rows[1]] * 2)
+
+
+@functools.cache
+def _format_files() -> dict[str, list[dict[str, Any]]]:
+    """A file of each format of other programs, and of rows with calls and tools, by its name."""
+    files = {name: [make(i) for i in range(3)] for name, (_, make, _) in CASES.items()}
+    files |= {f"labels, {name}": label_rows(name, 0) for name in UNPAIRED}
+    files |= {f"calls {i}": [row] for i, row in enumerate(test_calls.list_rows())}
+    return files
+
+
+def _formats(folder: Path) -> None:
+    for name, rows in _format_files().items():
+        write_lines(folder / f"{name}.jsonl", rows)
+
+
+def _read_formats(folder: Path) -> Iterator[Callable[[], Any]]:
+    """Reads the files that are not as they were, or all, with a template and as text."""
+    template = folder.parent / "calls.jinja"
+    template.write_text(test_calls.CALLS_AND_TOOLS)
+
+    def load(path: Path, on_bad_row: str) -> None:
+        data = settings(str(template), {"long_response": "drop", "on_bad_row": on_bad_row})
+        group = "prompt" if path.name.startswith("labels") else "none"
+        data.update(name="preferences", path=str(path), group=group, max_response_length=1000)
+        tokenize(load_examples(data, "all", 0), small(), data, progress=False)
+
+    files = [folder / f"{name}.jsonl" for name in _format_files()]
+    spoilt = [path for path in files if not path.is_file() or not _is_whole(path)]
+    for path in spoilt or files:
+        for on_bad_row in ("error", "skip"):
+            yield functools.partial(load, path, on_bad_row)
+
+
+def _is_whole(path: Path) -> bool:
+    rows = _format_files()[path.stem]
+    return path.read_bytes() == "".join(f"{json.dumps(row)}\n" for row in rows).encode()
 
 
 def _qasc(folder: Path) -> None:
@@ -422,6 +461,7 @@ def _read_features(folder: Path) -> Iterator[Callable[[], Any]]:
 TARGETS: Mapping[str, Target] = {
     "jsonl": Target(_jsonl, _data("jsonl")),
     "written": Target(_written, _data("jsonl")),
+    "formats": Target(_formats, _read_formats),
     "qasc": Target(_qasc, _data("qasc")),
     "lastfm": Target(_lastfm, _data("lastfm")),
     "movielens": Target(test_sequences.ml_100k, _data("movielens")),

@@ -14,8 +14,8 @@ from tests.scripts import corruptions, fuzz_targets
 
 # Those that train a run first, or compile, are left to fuzz.py.
 COUNTS = {
-    "jsonl": 60, "written": 60, "qasc": 60, "lastfm": 60, "movielens": 40, "hetrec": 40,
-    "medmcqa": 60,
+    "jsonl": 60, "written": 60, "formats": 60, "qasc": 60, "lastfm": 60, "movielens": 40,
+    "hetrec": 40, "medmcqa": 60,
     "saved": 20, "parquet": 15, "tokenizer": 40, "caches": 60, "model": 40, "settings": 60,
 }  # fmt: skip
 

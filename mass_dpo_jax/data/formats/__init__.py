@@ -1,8 +1,9 @@
 """Formats of preference data, told by their columns: what other programs write and read.
 
 A file for each family, with a table `FORMATS` at its end: `pairs` (trainers), `graded` (ranked and
-graded answers), `retrieval` (queries and passages). `raw_row` has what a row becomes. TRL's format
-is `readers.preferences`; every row that no format here claims is read as that.
+graded answers), `retrieval` (queries and passages), `unpaired` (answers with labels). `raw_row` has
+what a row becomes. TRL's format is `readers.preferences`; every row that no format here claims is
+read as that.
 """
 
 from __future__ import annotations
@@ -12,16 +13,19 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from mass_dpo_jax.data.examples import Example, Text, check_not_rejected, last_content
+from mass_dpo_jax.data.examples import Example, Text, as_answer, check_not_rejected
 from mass_dpo_jax.data.fields import check_id, to_json_value
-from mass_dpo_jax.data.formats import graded, pairs, retrieval
+from mass_dpo_jax.data.formats import graded, pairs, retrieval, unpaired
 from mass_dpo_jax.data.formats.raw_row import Answer, Format, RawRow
+from mass_dpo_jax.data.grouping import Completion
 from mass_dpo_jax.data.readers.columns import check_unsupported
 from mass_dpo_jax.data.readers.conversations import check_prompt_end, complete_prompt, read_answer
 from mass_dpo_jax.data.readers.messages import read_text
+from mass_dpo_jax.data.readers.tools import Tool, read_tools
 from mass_dpo_jax.errors import UserError
 
-FORMATS = {f.name: f for f in (*pairs.FORMATS, *graded.FORMATS, *retrieval.FORMATS)}
+FAMILIES = (pairs, graded, retrieval, unpaired)
+FORMATS = {f.name: f for family in FAMILIES for f in family.FORMATS}
 TRL = ("chosen", "rejected")
 NUM_FIRST_ROWS = 10  # By which a table's format is told.
 
@@ -95,20 +99,15 @@ def look_at(rows: Iterable[tuple[str, Any]]) -> tuple[list[Any], Iterator[tuple[
 def read_formatted(row: Any, row_format: Format, default_id: str, location: str) -> Example:
     """Reads a row of a format.
 
-    Answers become strings. The best ones are chosen, the first of them as `Example.chosen`; all
-    others are rejected, in the order of the row. Null answers are left out.
+    Answers become strings, unless they have more than a text. The best ones are chosen, the first
+    of them as `Example.chosen`; all others are rejected, in the order of the row. Null answers are
+    left out.
 
     Raises:
         UserError: a field is missing or wrong, an answer is among the chosen and the rejected ones,
             or no answer is better than another.
     """
-    if not isinstance(row, Mapping):
-        raise UserError(f"{location}: expected an object in {row_format.title}, found no object")
-    check_unsupported(row, location)
-    raw = row_format.convert(row, location)
-    answers = [answer for answer in raw.answers if to_json_value(answer.text) is not None]
-    if not answers:
-        raise UserError(f"{location}: field {raw.answers[0].field!r} is null")
+    raw, answers = _convert(row, row_format, location)
     prompt, texts = _read_texts(raw, answers, location)
     ranks = [answer.rank for answer in answers]
     levels = {rank: level for level, rank in enumerate(sorted(set(ranks)))}
@@ -132,17 +131,48 @@ def read_formatted(row: Any, row_format: Format, default_id: str, location: str)
         None if None in scores else tuple(score for score in scores if score is not None),
         tuple(texts[i] for i in best[1:]),
         tuple(order[i] for i in indices) if len(levels) > 2 else None,
+        tools=_read_tools(raw, row, location),
     )
 
 
-def _read_texts(raw: RawRow, answers: Sequence[Answer], location: str) -> tuple[Text, list[str]]:
+def read_completion(row: Any, row_format: Format, default_id: str, location: str) -> Completion:
+    """Reads a row of an unpaired format: one answer, which is good or bad.
+
+    Raises:
+        UserError: a field is missing or wrong.
+    """
+    raw, answers = _convert(row, row_format, location)
+    prompt, [text] = _read_texts(raw, answers, location)
+    name = check_id(row.get("id"), default_id, location)
+    tools = _read_tools(raw, row, location)
+    return Completion(name, prompt, text, not answers[0].rank, location, tools)
+
+
+def _convert(row: Any, row_format: Format, location: str) -> tuple[RawRow, list[Answer]]:
+    """Returns what a format makes of a row, and those of its answers that are not null."""
+    if not isinstance(row, Mapping):
+        raise UserError(f"{location}: expected an object in {row_format.title}, found no object")
+    check_unsupported(row, location)
+    raw = row_format.convert(row, location)
+    answers = [answer for answer in raw.answers if to_json_value(answer.text) is not None]
+    if not answers:
+        raise UserError(f"{location}: field {raw.answers[0].field!r} is null")
+    return raw, answers
+
+
+def _read_tools(raw: RawRow, row: Mapping[str, Any], location: str) -> tuple[Tool, ...]:
+    given = row.get("tools") if raw.tools is None else raw.tools
+    return read_tools(given, raw.tools_field, location)
+
+
+def _read_texts(raw: RawRow, answers: Sequence[Answer], location: str) -> tuple[Text, list[Text]]:
     """Reads the prompt and the answers, the prompt's messages removed where they repeat them."""
     prompt = read_text(raw.prompt, raw.prompt_field, location)
-    texts: list[str] = []
+    texts: list[Text] = []
     for answer in answers:
         text = read_text(answer.text, answer.field, location)
         if not texts:
             prompt = complete_prompt(prompt, text)
             check_prompt_end(prompt, raw.prompt_field, location)
-        texts.append(last_content(read_answer(prompt, text, answer.field, location)))
+        texts.append(as_answer(read_answer(prompt, text, answer.field, location)))
     return prompt, texts

@@ -25,7 +25,7 @@ from mass_dpo_jax.data.formats.raw_row import (
     read_number,
     read_objects,
 )
-from mass_dpo_jax.data.readers.messages import parse_literal
+from mass_dpo_jax.data.readers.literals import parse_literal
 from mass_dpo_jax.errors import UserError
 
 PREFERENCES = ("overall_preference", "preference_strength")

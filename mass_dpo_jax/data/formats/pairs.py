@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mass_dpo_jax.data.fields import describe_value, has_content, make_type_error, to_json_value
+from mass_dpo_jax.data.formats.conversations import read_messages
 from mass_dpo_jax.data.formats.raw_row import (
     Answer,
     Format,
@@ -23,16 +24,14 @@ from mass_dpo_jax.data.formats.raw_row import (
     read_prompt_text,
 )
 from mass_dpo_jax.data.readers.columns import contains_prompt
-from mass_dpo_jax.data.readers.messages import is_data, parse_literal
+from mass_dpo_jax.data.readers.literals import parse_literal
+from mass_dpo_jax.data.readers.messages import is_data, parse_messages
+from mass_dpo_jax.data.readers.tools import join_calls, read_tools, wrap_tool
 from mass_dpo_jax.errors import UserError
 
-SHAREGPT_ROLES = {
-    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
-    "system": "system", "observation": "tool", "tool": "tool", "function_call": "function_call",
-}  # fmt: skip
 SCORES = ("score_chosen", "score_rejected")
 # Columns of which one has the question, beside chosen and rejected.
-QUESTIONS = ("question", "prompt", "input")
+QUESTIONS = ("prompt", "input", "question", "instruction")
 
 
 def _pair(row: Row, chosen: str, rejected: str, location: str) -> list[Answer]:
@@ -107,16 +106,16 @@ def _is_sharegpt(row: Row) -> bool:
 
 
 def _read_sharegpt(row: Row, location: str) -> RawRow:
-    chosen = _to_messages(need(row, "chosen", location), "chosen", location)
+    chosen = read_messages(need(row, "chosen", location), "chosen", location)
     rejected = to_json_value(need(row, "rejected", location))
     lists = [("rejected", rejected)]
     if isinstance(rejected, list) and rejected and all(isinstance(x, list) for x in rejected):
         lists = [(f"rejected[{i}]", value) for i, value in enumerate(rejected)]
     elif isinstance(rejected, list) and len(chosen) == 1:
         lists = [(f"rejected[{i}]", value) for i, value in enumerate(rejected) if value is not None]
-    answers = [Answer(name, _to_messages(value, name, location), 1) for name, value in lists]
+    answers = [Answer(name, read_messages(value, name, location), 1) for name, value in lists]
     if has_content(row.get("conversations")):
-        prompt = _to_messages(row["conversations"], "conversations", location)
+        prompt = read_messages(row["conversations"], "conversations", location)
         prompt_field = "conversations"
     elif len(chosen) > 1:
         prompt, prompt_field = chosen[:-1], "chosen"
@@ -124,40 +123,9 @@ def _read_sharegpt(row: Row, location: str) -> RawRow:
         need(row, "conversations", location)
         raise UserError(f"{location}: field 'conversations' is empty")
     answers = [Answer("chosen", chosen, 0), *answers]
-    return RawRow(add_context(row, prompt, location), prompt_field, answers)
-
-
-def _to_messages(value: Any, field: str, location: str) -> list[Any]:
-    """Converts a ShareGPT message, or a list of some, to messages with role and content."""
-    value = to_json_value(value)
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        value = parse_literal(value) or value
-    if isinstance(value, str):
-        return [{"role": "assistant", "content": value}]
-    messages = [value] if isinstance(value, Mapping) else read_list(value, field, location)
-    return [
-        _to_message(message, f"{field}[{i}]" if messages is value else field, location)
-        for i, message in enumerate(messages)
-    ]
-
-
-def _to_message(value: Any, field: str, location: str) -> Any:
-    if not isinstance(value, Mapping) or ("from" not in value and "role" not in value):
-        raise make_type_error(location, field, "a message with from and value", value)
-    if "from" not in value:
-        return value
-    role = SHAREGPT_ROLES.get(str(value["from"]).lower())
-    if role is None or "value" not in value:
-        raise UserError(
-            f"{location}: field {field!r} must have from (human, gpt, system) and value, found "
-            f"{describe_value(value['from'] if role is None else value)}"
-        )
-    if role == "function_call":
-        raise UserError(
-            f"{location}: field {field!r} is a function_call: tool calls are not supported; write "
-            "what the model is to say into a message of gpt"
-        )
-    return {"role": role, "content": value["value"]}
+    # LLaMA-Factory has the bare functions, and wraps them so for its templates.
+    tools = [wrap_tool(tool) for tool in read_tools(row.get("tools"), "tools", location)]
+    return RawRow(add_context(row, prompt, location), prompt_field, answers, tools)
 
 
 # ---- ms-swift: https://swift.readthedocs.io/en/latest/Customization/Custom-dataset.html
@@ -173,6 +141,7 @@ def _read_swift(row: Row, location: str) -> RawRow:
         prompt_field = question
     else:
         messages = read_list(row["messages"], "messages", location)
+        messages = join_calls(messages, "messages", location)
         prompt, prompt_field = messages, "messages"
         if get(row, "negative_messages") is not None:
             best = _list_texts(
@@ -195,6 +164,8 @@ def _read_swift(row: Row, location: str) -> RawRow:
     lacks_response = get(row, "rejected_response") is None
     name = "rejected_messages" if has_messages and lacks_response else "rejected_response"
     worst = list_answers(need(row, name, location), name, 1, location)
+    if name == "rejected_messages" and len(worst) == 1 and isinstance(worst[0].text, list):
+        worst = [Answer(name, join_calls(worst[0].text, name, location), 1)]
     return RawRow(prompt, prompt_field, [*best, *worst])
 
 
@@ -224,17 +195,13 @@ def _read_openai(row: Row, location: str) -> RawRow:
         given = parse_literal(given) if given.lstrip()[:1] == "{" else given
     if not isinstance(given, Mapping):
         raise make_type_error(location, "input", "an object with messages", row["input"])
-    if has_content(given.get("tools")):
-        raise UserError(
-            f"{location}: field 'input.tools' is not read here: leave it out, or write what the "
-            "template makes of it into the messages"
-        )
     if to_json_value(given.get("messages")) is None:
         raise UserError(f"{location}: field 'input.messages' is missing")
     answers = []
     for rank, field in enumerate(("preferred_output", "non_preferred_output")):
         answers.append(Answer(field, need(row, field, location), rank))
-    return RawRow(given["messages"], "input.messages", answers)
+    tools = to_json_value(given.get("tools"))
+    return RawRow(given["messages"], "input.messages", answers, tools or [], "input.tools")
 
 
 # ---- axolotl: https://docs.axolotl.ai/docs/rlhf.html
@@ -244,11 +211,10 @@ def _is_axolotl(row: Row) -> bool:
     if get(row, "instruction") is not None and get(row, "chosen") is not None:
         return False
     if get(row, "chosen_response") is not None:
-        return get(row, "prompt") is None
+        return get(row, "chosen") is None
     if has_content(row.get("messages")) and get(row, "prompt") is None:
         chosen = get(row, "chosen")
-        chosen = chosen[0] if isinstance(chosen, list) and len(chosen) == 1 else chosen
-        return isinstance(chosen, Mapping) and "role" in chosen
+        return _ends_open(row["messages"]) and not (isinstance(chosen, list) and len(chosen) > 1)
     if not isinstance(get(row, "chosen"), str) and "system" not in row:
         return _asked(row, ("question",)) and get(row, "prompt") is None
     if has_content(row.get("prompt")):
@@ -256,12 +222,20 @@ def _is_axolotl(row: Row) -> bool:
     return _asked(row, ("question", "input"))
 
 
+def _ends_open(messages: Any) -> bool:
+    """Whether a conversation, or the text of a question, is waiting for an answer."""
+    if isinstance(messages, str):
+        messages = parse_messages(messages, "messages", "")
+    last = to_json_value(messages)
+    last = last[-1] if isinstance(last, list) and last else last
+    return isinstance(last, str) or (isinstance(last, Mapping) and last.get("role") != "assistant")
+
+
 def _read_axolotl(row: Row, location: str) -> RawRow:
     if get(row, "chosen_response") is not None:
-        prompt = read_prompt_text(row, ("instruction",), location)
         answers = _pair(row, "chosen_response", "rejected_response", location)
-        return RawRow(add_context(row, prompt, location), "instruction", answers)
-    answers = _pair(row, "chosen", "rejected", location)
+    else:
+        answers = _pair(row, "chosen", "rejected", location)
     field = find_one(row, ("messages", *QUESTIONS), location)
     prompt = row[field] if field == "messages" else read_prompt_text(row, (field,), location)
     return RawRow(add_context(row, prompt, location), field, answers)
@@ -312,7 +286,8 @@ FORMATS = (
         (
             ("messages", "chosen", "rejected"), ("system", "prompt", "chosen", "rejected"),
             ("question", "chosen", "rejected"), ("system", "input", "chosen", "rejected"),
-            ("instruction", "chosen_response", "rejected_response"),
+            ("input", "chosen", "rejected"),
+            *((question, "chosen_response", "rejected_response") for question in QUESTIONS),
         ),
         _read_axolotl, _is_axolotl, ("system", *SCORES),
     ),

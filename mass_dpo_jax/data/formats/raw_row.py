@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mass_dpo_jax.data.fields import describe_value, has_content, make_type_error, to_json_value
-from mass_dpo_jax.data.readers.messages import is_messages, parse_literal, parse_responses
+from mass_dpo_jax.data.readers.literals import parse_literal
+from mass_dpo_jax.data.readers.messages import is_messages, parse_responses
 from mass_dpo_jax.errors import UserError
 
 Row = Mapping[str, Any]
@@ -34,11 +35,21 @@ class Answer(NamedTuple):
 
 
 class RawRow(NamedTuple):
-    """A row of any format: a prompt and the answers to it, in the order of the row."""
+    """A row of any format: a prompt and the answers to it, in the order of the row.
+
+    Attributes:
+        prompt: a string or chat messages.
+        prompt_field: where it stands, for messages.
+        answers: the answers.
+        tools: the functions that the model may call; null for those of the column `tools`.
+        tools_field: where they stand.
+    """
 
     prompt: Any
     prompt_field: str
     answers: Sequence[Answer]
+    tools: Any = None
+    tools_field: str = "tools"
 
 
 class Format(NamedTuple):
@@ -52,6 +63,7 @@ class Format(NamedTuple):
         fits: whether a row with such columns is of this format.
         optional: further columns that are read.
         numbered: begins the names of columns that are numbered: rejected_1, rejected_2, ...
+        unpaired: whether a row has a single answer, of rank 0 or 1.
     """
 
     name: str
@@ -61,6 +73,7 @@ class Format(NamedTuple):
     fits: Callable[[Row], bool] = lambda row: True
     optional: tuple[str, ...] = ()
     numbered: str = ""
+    unpaired: bool = False
 
     def find_columns(self, row: Row) -> tuple[str, ...]:
         """Returns the columns by which a row is of this format; none where it is not."""

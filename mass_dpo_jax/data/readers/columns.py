@@ -13,12 +13,13 @@ from mass_dpo_jax.errors import UserError
 
 COLUMNS = (
     "id", "prompt", "chosen", "rejected", "score_chosen", "score_rejected", "mined_probabilities",
+    "tools",
 )  # fmt: skip
 # Columns that `data.columns` can leave out.
 OPTIONAL = tuple(name for name in COLUMNS if name not in ("prompt", "chosen", "rejected"))
+RENAMABLE = (*COLUMNS, "completion", "label")  # Those of unpaired rows, too.
 # Columns that change what a prompt is, so they are refused where they have content.
 UNSUPPORTED_COLUMNS = {
-    "tools": "leave it out, or write what the template makes of it into the prompt",
     "chat_template_kwargs": "set config.data.chat_template_kwargs, the same for all rows",
     **dict.fromkeys(
         ("image", "images", "video", "videos", "audio", "audios"),
@@ -54,10 +55,10 @@ def parse_columns(text: str) -> dict[str, str]:
     for part in text.split(",") if text else []:
         ours, equals, theirs = (word.strip() for word in part.partition("="))
         missing = not theirs and not (equals and ours in OPTIONAL)
-        if ours not in COLUMNS or missing or ours in names:
+        if ours not in RENAMABLE or missing or ours in names:
             raise UserError(
                 f"config.data.columns={text!r}: {part!r}, expected each of "
-                f"{', '.join(COLUMNS)} at most once, as in prompt=question,chosen=answer; "
+                f"{', '.join(RENAMABLE)} at most once, as in prompt=question,chosen=answer; "
                 f"and {', '.join(f'{name}=' for name in OPTIONAL)} to read no such column"
             )
         names[ours] = theirs

@@ -8,16 +8,11 @@ chosen response is no list or object.
 
 from __future__ import annotations
 
-import ast
-import io
-import json
 import re
-import tokenize
-import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from mass_dpo_jax.data.examples import Message, Text
+from mass_dpo_jax.data.examples import REASONING, Message, Text
 from mass_dpo_jax.data.fields import (
     check_string,
     describe_value,
@@ -25,22 +20,22 @@ from mass_dpo_jax.data.fields import (
     make_type_error,
     to_json_value,
 )
+from mass_dpo_jax.data.readers.literals import has_adjacent_strings, parse_literal
+from mass_dpo_jax.data.readers.tools import CALL_ROLES, RETURN_ROLES, join_calls, read_calls
 from mass_dpo_jax.errors import UserError
 
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-MAX_PARSED_CHARS = 1 << 20  # Longer texts are never parsed.
+TOOL_ROLES = ("tool", "function", "ipython")  # What a function returned.
+ROLES = ("system", "developer", "user", "assistant", *TOOL_ROLES, *CALL_ROLES, *RETURN_ROLES)
 
 # Keys of messages that change what is said, and what to do about them.
 _UNSUPPORTED_KEYS = {
-    **dict.fromkeys(
-        ("tool_calls", "function_call"),
-        "tool calls are not supported: write what the template makes of them into content",
-    ),
-    **dict.fromkeys(
-        ("reasoning_content", "reasoning", "thinking"),
-        "is not read: write it into content as the model does, <think>...</think>",
-    ),
+    "function_call": "is not read: write it as tool_calls, a list of calls",
     **dict.fromkeys(("images", "image", "videos", "audio"), "models with images are not supported"),
+}
+_READ_KEYS = ("tool_calls", "tool_call_id", "name", *REASONING)
+_READ_OF = {  # The roles whose messages have a key.
+    "tool_call_id": TOOL_ROLES,
+    **dict.fromkeys(("tool_calls", *REASONING), ("assistant",)),
 }
 # The start of a list of objects with such a first key, and a known role.
 _MESSAGES = re.compile(r"""\s*\[[\s\[]*\{\s*(['"])(?:role|content)\1\s*:""")
@@ -67,13 +62,14 @@ def read_text(value: Any, field: str, location: str) -> Text:
             value = parse_messages(value, field, location)
         if isinstance(value, str):
             return value
-    if isinstance(value, Mapping) and "role" in value and "content" in value:
+    if isinstance(value, Mapping) and "role" in value and _says(value):
         value = [value]
     if not isinstance(value, list):
         expected = "a string or a list of chat messages (role, content)"
         raise make_type_error(location, field, expected, value)
     if not value:
         raise UserError(f"{location}: field {field!r} is empty")
+    value = join_calls(value, field, location)
     return [_read_message(m, f"{field}[{i}]", location) for i, m in enumerate(value)]
 
 
@@ -86,25 +82,48 @@ def _read_message(value: Any, field: str, location: str) -> Message:
             f"{start}: a chat message needs role and content, found ShareGPT's "
             f"{', '.join(map(str, value))}"
         )
+    role = check_role(value, start)
     # Columns of a table hold every key in every row; only one with a value means something.
     other_keys = [k for k, v in value.items() if k not in ("role", "content") and has_content(v)]
     for key in other_keys:
         if key in _UNSUPPORTED_KEYS:
             raise UserError(f"{start}: {key!r}: {_UNSUPPORTED_KEYS[key]}")
-    content = _join_parts(to_json_value(value.get("content")), start)
-    for key, text in (("role", value.get("role")), ("content", content)):
-        if not isinstance(text, str):
+        if key not in _READ_KEYS:
             raise UserError(
-                f"{start}: a chat message needs a string {key!r}, found {describe_value(text)}"
+                f"{start}: a chat message has role, content, {', '.join(_READ_KEYS)}; found {key!r}"
             )
-    role = check_string(value["role"], f"{field}.role", location)
-    if other_keys:
+        if key in _READ_OF and role not in _READ_OF[key]:
+            owner = _READ_OF[key][0]
+            raise UserError(
+                f"{start}: {key!r} belongs to a message of role {owner!r}, found it in {role!r}"
+            )
+    message: Message = {"role": role, "content": ""}
+    for key in other_keys:
+        read: Callable[[Any, str, str], Any] = read_calls if key == "tool_calls" else check_string
+        message[key] = read(value[key], f"{field}.{key}", location)
+    content = _join_parts(to_json_value(value.get("content")), start)
+    if content is None and "tool_calls" in message:
+        return message
+    if not isinstance(content, str):
+        advice = "; write what a tool returns as JSON" if role in TOOL_ROLES else ""
         raise UserError(
-            f"{start}: a chat message has role and content only, found {other_keys[0]!r}"
+            f"{start}: a chat message needs a string 'content', found {describe_value(content)}"
+            f"{advice}"
         )
-    if role == "system" and not content.strip():
-        return {"role": role, "content": ""}
-    return {"role": role, "content": check_string(content, f"{field}.content", location)}
+    may_be_empty = role in ("system", *TOOL_ROLES) or "tool_calls" in message
+    if content.strip() or not may_be_empty:
+        message["content"] = check_string(content, f"{field}.content", location)
+    return message
+
+
+def check_role(message: Mapping[str, Any], start: str) -> str:
+    """Returns a message's role; `start` begins the error where it is no string."""
+    role = message.get("role")
+    if not isinstance(role, str) or not role.strip():
+        raise UserError(
+            f"{start}: a chat message needs a string 'role', found {describe_value(role)}"
+        )
+    return role
 
 
 def _join_parts(content: Any, start: str) -> Any:
@@ -132,7 +151,7 @@ def parse_messages(text: str, field: str, location: str) -> Any:
         UserError: it starts like messages, but cannot be parsed.
     """
     value = parse_literal(text)
-    if is_messages(value) and (isinstance(value, list) or set(value) == {"role", "content"}):
+    if is_messages(value) and (isinstance(value, list) or _has_only_ours(value)):
         return value
     ends = text.rstrip()[-1] == "]"
     if ends and value is None and _MESSAGES.match(text) and _ROLE.search(text):
@@ -159,7 +178,7 @@ def parse_responses(text: str, location: str) -> Any:
     value = parse_literal(text)
     if _is_response_list(value):
         return value
-    if value is None and text.rstrip()[-1] == "]" and _has_adjacent_strings(text):
+    if value is None and text.rstrip()[-1] == "]" and has_adjacent_strings(text):
         raise UserError(
             f"{location}: field 'rejected' is a list as NumPy prints it, without commas, where "
             "responses cannot be told apart; write a list, as with json.dumps"
@@ -171,7 +190,17 @@ def is_messages(value: Any) -> bool:
     """Whether a value is a chat message, or a list of some."""
     if isinstance(value, list):
         return bool(value) and all(isinstance(v, Mapping) and is_messages(v) for v in value)
-    return isinstance(value, Mapping) and "content" in value and value.get("role") in ROLES
+    return isinstance(value, Mapping) and _says(value) and value.get("role") in ROLES
+
+
+def _says(message: Mapping[str, Any]) -> bool:
+    """Whether an object has what a message says: its content, or calls in place of it."""
+    return "content" in message or has_content(message.get("tool_calls"))
+
+
+def _has_only_ours(message: Mapping[str, Any]) -> bool:
+    """Whether an object has nothing but a message's role, content and calls."""
+    return set(message) <= {"role", "content", "tool_calls"}
 
 
 def is_data(text: Any) -> bool:
@@ -202,35 +231,3 @@ def _all_have(value: Any, *keys: str) -> bool:
     return isinstance(value, list) and all(
         isinstance(v, Mapping) and all(key in v for key in keys) for v in value
     )
-
-
-def parse_literal(text: str) -> Any:
-    """Returns what a text stands for in JSON or as a Python literal; None if it is neither."""
-    if len(text) > MAX_PARSED_CHARS or text.strip()[-1:] not in ("]", "}"):
-        return None
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        pass
-    if _has_adjacent_strings(text):
-        return None  # Python would join them.
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Python warns of unknown escape sequences.
-            return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
-        return None
-
-
-def _has_adjacent_strings(text: str) -> bool:
-    """Whether Python code has two strings with nothing in between, as NumPy prints arrays."""
-    try:
-        last_type = 0
-        for token in tokenize.generate_tokens(io.StringIO(text.strip()).readline):
-            if token.type == last_type == tokenize.STRING:
-                return True
-            if token.type not in (tokenize.NL, tokenize.COMMENT):
-                last_type = token.type
-    except (tokenize.TokenError, SyntaxError):
-        pass
-    return False

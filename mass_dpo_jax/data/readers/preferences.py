@@ -20,7 +20,7 @@ from mass_dpo_jax.data.fields import (
     make_type_error,
     to_json_value,
 )
-from mass_dpo_jax.data.grouping import group_by_prompt
+from mass_dpo_jax.data.grouping import Completion, group_by_prompt
 from mass_dpo_jax.data.readers.columns import (
     check_unsupported,
     describe_absent,
@@ -35,6 +35,7 @@ from mass_dpo_jax.data.readers.conversations import (
 )
 from mass_dpo_jax.data.readers.messages import is_data, is_simple, parse_responses, read_text
 from mass_dpo_jax.data.readers.row_warnings import RowWarnings
+from mass_dpo_jax.data.readers.tools import read_tools
 from mass_dpo_jax.data.rows import Table, read_items, take_part
 from mass_dpo_jax.errors import UserError
 
@@ -77,13 +78,23 @@ def read_preferences(
     names = parse_columns(data.columns)
     row_format, table = _tell_format(table, names, data.format)
     warnings = RowWarnings(table.name, data.chat_template != "none", row_format)
+    grouped = data.group == "prompt"
+    if row_format is not None and row_format.unpaired and not grouped:
+        raise UserError(
+            f"{table.name}: has one answer a row, with a label that says whether it is good "
+            f"({row_format.title}): set --config.data.group=prompt, which makes one pool of all "
+            "answers to a prompt"
+        )
 
-    def make(row: Any, i: int, location: str) -> Example:
+    def make(row: Any, i: int, location: str) -> Example | Completion:
         if isinstance(row, Example):
             return row
         row = rename_columns(row, names, location)
+        example: Example | Completion
         if row_format is None:
             example = read_row(row, f"{prefix}{i}", location)
+        elif row_format.unpaired:
+            example = formats.read_completion(row, row_format, f"{prefix}{i}", location)
         else:
             example = formats.read_formatted(row, row_format, f"{prefix}{i}", location)
         warnings.add(row, example)
@@ -95,10 +106,11 @@ def read_preferences(
         f"; several rows of one prompt? --config.data.columns={setting} numbers rows instead; "
         "--config.data.group=prompt makes one pool of them"
     )
-    grouped = data.group == "prompt"
-    examples = read_items(table, make, data.on_bad_row, advice, unique_ids=not grouped)
+    rows = read_items(table, make, data.on_bad_row, advice, unique_ids=not grouped)
     warnings.log(log_once)
-    return group_by_prompt(examples, table.name) if grouped else examples
+    if grouped:
+        return group_by_prompt(rows, table.name)
+    return [row for row in rows if isinstance(row, Example)]
 
 
 def _tell_format(
@@ -137,8 +149,8 @@ def read_row(row: Any, default_id: str, location: str) -> Example:
     `score_chosen`, a number, and `score_rejected`, a list with a number for each rejected response
     (or one number, for one), are optional grades; a row in which one is null or not finite has
     none. `mined_probabilities`, likewise a list, has the probability with which each rejected
-    response was drawn, as `mine` writes it. Other columns are ignored, see `RowWarnings`, except
-    for UNSUPPORTED_COLUMNS.
+    response was drawn, as `mine` writes it. `tools` are functions that the model may call (module
+    `tools`). Other columns are ignored, see `RowWarnings`, except for UNSUPPORTED_COLUMNS.
 
     Raises:
         UserError: a field is missing, empty or of the wrong type, the chosen response is also among
@@ -171,16 +183,18 @@ def read_row(row: Any, default_id: str, location: str) -> Example:
     chosen = read_answer(prompt, chosen, "chosen", location)
     indices = (i for i, text in enumerate(listed) if text is not None)
     rejected = [
-        text if isinstance(text, str) else read_answer(prompt, text, f"rejected[{i}]", location)
+        read_answer(prompt, text, f"rejected[{i}]", location)
         for i, text in zip(indices, rejected, strict=True)
     ]
     check_not_rejected(chosen, rejected, location)
     name = check_id(row.get("id"), default_id, location)
     scores = _read_scores(row, listed, location)
     probabilities = _read_probabilities(row, listed, location)
+    tools = read_tools(row.get("tools"), "tools", location)
     return Example(
-        name, prompt, chosen, tuple(rejected), location, scores, probabilities=probabilities
-    )
+        name, prompt, chosen, tuple(rejected), location, scores,
+        probabilities=probabilities, tools=tools,
+    )  # fmt: skip
 
 
 def _read_scores(
@@ -309,5 +323,10 @@ def _split_last_message(chosen: list[Message], location: str) -> list[Message]:
         raise UserError(
             f"{location}: field 'prompt' is missing and 'chosen' has one message only, so there is "
             "nothing before the answer"
+        )
+    if chosen[-2]["role"] == "assistant":
+        raise UserError(
+            f"{location}: field 'chosen' ends with two messages of role 'assistant', and field "
+            "'prompt' is missing: expected a question, or a tool's answer, before the last one"
         )
     return chosen[:-1]

@@ -11,6 +11,7 @@ from typing import Any
 from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.data.fields import has_content, to_json_value
 from mass_dpo_jax.data.formats.raw_row import Format
+from mass_dpo_jax.data.grouping import Completion
 from mass_dpo_jax.data.readers.columns import COLUMNS
 from mass_dpo_jax.data.readers.messages import is_data, is_response_list
 
@@ -39,12 +40,16 @@ class RowWarnings:
         self._unread: dict[str, None] = {}  # Columns, in order.
         self._counts: collections.Counter[str] = collections.Counter()
 
-    def add(self, row: Mapping[str, Any], example: Example) -> None:
+    def add(self, row: Mapping[str, Any], example: Example | Completion) -> None:
         """Looks at a row and the example that was read from it."""
         self._rows += 1
         for column, value in row.items():
             if not self._is_read(column) and column not in self._unread and has_content(value):
                 self._unread[column] = None
+        if isinstance(example.prompt, list):
+            self._counts["begun"] += example.prompt[-1]["role"] == "assistant"
+        if isinstance(example, Completion):
+            return
         if self._format is None:
             self._add_lists(row, example)
         prompt = example.prompt
@@ -69,7 +74,7 @@ class RowWarnings:
     def _is_read(self, column: str) -> bool:
         if self._format is None:
             return column in COLUMNS
-        return column == "id" or self._format.reads(column)
+        return column in ("id", "tools") or self._format.reads(column)
 
     def _add_lists(self, row: Mapping[str, Any], example: Example) -> None:
         """Counts nulls in lists, and lists that were written as text."""
@@ -114,6 +119,8 @@ class RowWarnings:
 
 
 _MESSAGES = {
+    "begun": "have a prompt that ends with a message of the assistant, which is taken for the "
+    "beginning of all their answers",
     "null": "have null among the rejected responses, which is left out",
     "messages": "have chat messages written as text, which are read as messages",
     "decoded": "have a list written as text in rejected, which is read as that list; where it is "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -24,10 +25,29 @@ def share(name: str, text: str) -> Row:
     return {"from": name, "value": text}
 
 
+DEFAULTS: Row = {"scores": None, "also_chosen": (), "ranks": None, "tools": ()}
+
+
+def moons(arguments: Any, **more: Any) -> Row:
+    """A call as OpenAI and transformers have it."""
+    return {"type": "function", **more, "function": {"name": "moons", "arguments": arguments}}
+
+
+def calls(arguments: Any, content: Any = "", **more: Any) -> Row:
+    return {"role": "assistant", "content": content, "tool_calls": [moons(arguments, **more)]}
+
+
+MARS = {"planet": "Mars"}
+# A call in a message of its own, as ms-swift and LLaMA-Factory have it.
+BARE = '{"name": "moons", "arguments": {"planet": "Mars"}}'
+MOONS = {"name": "moons", "description": "d", "parameters": {"type": "object", "properties": {}}}
+TOOL = {"type": "function", "function": MOONS}
+
+
 def example(
-    i: int, prompt: Any, chosen: str, *rejected: str, **fields: Any
-) -> tuple[Any, str, tuple[str, ...], dict[str, Any]]:
-    return prompt, chosen, rejected, {"scores": None, "also_chosen": (), "ranks": None, **fields}
+    i: int, prompt: Any, chosen: Any, *rejected: Any, **fields: Any
+) -> tuple[Any, Any, tuple[Any, ...], dict[str, Any]]:
+    return prompt, chosen, rejected, {**DEFAULTS, **fields}
 
 
 def ultra(i: int, *scores: Any, key: str = "overall_score") -> Row:
@@ -181,6 +201,131 @@ CASES: dict[str, tuple[str, Callable[[int], Row], Callable[[int], Any]]] = {
         "axolotl",
         lambda i: {"instruction": f"q{i}", "chosen_response": "a", "rejected_response": f"b{i}"},
         lambda i: example(i, f"q{i}", "a", f"b{i}"),
+    ),
+    "axolotl, icr without system": (
+        "axolotl",
+        lambda i: {"input": f"q{i}", "chosen": f"a{i}", "rejected": f"b{i}", "ratings": [9, 3]},
+        lambda i: example(i, f"q{i}", f"a{i}", f"b{i}"),
+    ),
+    "axolotl, ultra with system": (
+        "axolotl",
+        lambda i: {
+            "system": "s",
+            "prompt": f"q{i}",
+            "chosen": [user(f"q{i}"), says(f"a{i}")],
+            "rejected": [user(f"q{i}"), says(f"b{i}")],
+        },
+        lambda i: example(i, [system("s"), user(f"q{i}")], f"a{i}", f"b{i}"),
+    ),
+    "axolotl, argilla with other questions": (
+        "axolotl",
+        lambda i: {
+            "system": "s",
+            "question": f"q{i}",
+            "chosen_response": f"a{i}",
+            "rejected_response": f"b{i}",
+        },
+        lambda i: example(i, [system("s"), user(f"q{i}")], f"a{i}", f"b{i}"),
+    ),
+    "axolotl, messages and texts": (
+        "axolotl",
+        lambda i: {
+            "messages": [system("s"), user(f"q{i}")],
+            "chosen": f"a{i}",
+            "rejected": [f"b{i}", "c"],
+        },
+        lambda i: example(i, [system("s"), user(f"q{i}")], f"a{i}", f"b{i}", "c"),
+    ),
+    "axolotl, a text for messages": (
+        "axolotl",
+        lambda i: {"messages": f"q{i}", "chosen": says(f"a{i}"), "rejected": [says(f"b{i}")]},
+        lambda i: example(i, f"q{i}", f"a{i}", f"b{i}"),
+    ),
+    "OpenAI, calls": (
+        "openai",
+        lambda i: {
+            "input": {
+                "messages": [
+                    user(f"q{i}"),
+                    calls('{"planet": "Mars"}', None, id="1"),
+                    {"role": "tool", "tool_call_id": "1", "content": "2"},
+                ],
+                "tools": [TOOL],
+                "parallel_tool_calls": False,
+            },
+            "preferred_output": [says(f"a{i}")],
+            "non_preferred_output": [says(f"b{i}")],
+        },
+        lambda i: example(
+            i,
+            [
+                user(f"q{i}"),
+                calls(MARS, id="1"),
+                {"role": "tool", "content": "2", "tool_call_id": "1"},
+            ],
+            f"a{i}",
+            f"b{i}",
+            tools=(TOOL,),
+        ),
+    ),
+    "OpenAI, a call preferred": (
+        "openai",
+        lambda i: {
+            "input": {"messages": [user(f"q{i}")], "tools": [TOOL]},
+            "preferred_output": [calls('{"planet": "Mars"}', None)],
+            "non_preferred_output": [says(f"b{i}")],
+        },
+        lambda i: example(i, [user(f"q{i}")], [calls(MARS)], f"b{i}", tools=(TOOL,)),
+    ),
+    "ShareGPT, calls": (
+        "sharegpt",
+        lambda i: {
+            "conversations": [
+                share("human", f"q{i}"),
+                share("function_call", BARE),
+                share("observation", "2"),
+            ],
+            "chosen": share("gpt", f"a{i}"),
+            "rejected": share("function_call", BARE),
+            "tools": json.dumps([MOONS]),
+        },
+        lambda i: example(
+            i,
+            [user(f"q{i}"), calls(MARS), {"role": "tool", "content": "2"}],
+            f"a{i}",
+            [calls(MARS)],
+            tools=(TOOL,),
+        ),
+    ),
+    "ms-swift, calls": (
+        "ms-swift",
+        lambda i: {
+            "tools": json.dumps([TOOL]),
+            "messages": [
+                user(f"q{i}"),
+                says("Let me look."),
+                {"role": "tool_call", "content": BARE},
+                {"role": "tool_response", "content": "2"},
+                says(f"a{i}"),
+            ],
+            "rejected_response": f"b{i}",
+        },
+        lambda i: example(
+            i,
+            [user(f"q{i}"), calls(MARS, "Let me look."), {"role": "tool", "content": "2"}],
+            f"a{i}",
+            f"b{i}",
+            tools=(TOOL,),
+        ),
+    ),
+    "ms-swift, a call chosen": (
+        "ms-swift",
+        lambda i: {
+            "tools": json.dumps([TOOL]),
+            "messages": [user(f"q{i}"), says("So:"), {"role": "tool_call", "content": BARE}],
+            "rejected_messages": [user(f"q{i}"), {"role": "tool_call", "content": BARE}],
+        },
+        lambda i: example(i, [user(f"q{i}")], [calls(MARS, "So:")], [calls(MARS)], tools=(TOOL,)),
     ),
     "numbered": (
         "numbered",
@@ -383,3 +528,74 @@ CASES: dict[str, tuple[str, Callable[[int], Row], Callable[[int], Any]]] = {
         ),
     ),
 }
+
+
+# Answers with labels: the four rows of prompt i, and its pool when they are grouped.
+UNPAIRED: dict[str, tuple[Callable[[int, str, Any], Row], Callable[[int], Any]]] = {
+    "TRL": (
+        lambda i, answer, label: {"prompt": f"q{i}", "completion": answer, "label": label},
+        lambda i: f"q{i}",
+    ),
+    "TRL, conversations": (
+        lambda i, answer, label: {
+            "prompt": [user(f"q{i}")],
+            "completion": [says(answer)],
+            "label": label,
+        },
+        lambda i: [user(f"q{i}")],
+    ),
+    "TRL, numbers": (
+        lambda i, answer, label: {"prompt": f"q{i}", "completion": answer, "label": int(label)},
+        lambda i: f"q{i}",
+    ),
+    "axolotl, argilla": (
+        lambda i, answer, label: {
+            "system": "s",
+            "instruction": f"q{i}",
+            "completion": answer,
+            "label": label,
+        },
+        lambda i: [system("s"), user(f"q{i}")],
+    ),
+    "axolotl, intel": (
+        lambda i, answer, label: {"question": f"q{i}", "completion": answer, "label": label},
+        lambda i: f"q{i}",
+    ),
+    "axolotl, argilla_chat": (
+        lambda i, answer, label: {"completion": [user(f"q{i}"), says(answer)], "label": label},
+        lambda i: [user(f"q{i}")],
+    ),
+    "ms-swift": (
+        lambda i, answer, label: {"messages": [user(f"q{i}"), says(answer)], "label": label},
+        lambda i: [user(f"q{i}")],
+    ),
+    "ms-swift, query": (
+        lambda i, answer, label: {"query": f"q{i}", "response": answer, "label": label},
+        lambda i: f"q{i}",
+    ),
+    "LLaMA-Factory": (
+        lambda i, answer, label: {
+            "instruction": f"q{i}",
+            "input": "in",
+            "output": answer,
+            "kto_tag": label,
+        },
+        lambda i: f"q{i}\nin",
+    ),
+    "LLaMA-Factory, ShareGPT": (
+        lambda i, answer, label: {
+            "conversations": [share("human", f"q{i}"), share("gpt", answer)],
+            "kto_tag": label,
+        },
+        lambda i: [user(f"q{i}")],
+    ),
+    "LLaMA-Factory, messages": (
+        lambda i, answer, label: {"messages": [user(f"q{i}"), says(answer)], "kto_tag": label},
+        lambda i: [user(f"q{i}")],
+    ),
+}
+
+
+def label_rows(case: str, i: int) -> list[Row]:
+    make_row = UNPAIRED[case][0]
+    return [make_row(i, f"{answer}{i}", answer in "ad") for answer in "abcd"]

@@ -14,12 +14,12 @@ from mass_dpo_jax.config import CHOICES
 from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.data.formats import FORMATS
 from mass_dpo_jax.errors import UserError
-from tests.data.formats.cases import CASES, Row, says, share, system, ultra, user
+from tests.data.formats.cases import CASES, DEFAULTS, Row, says, share, system, ultra, user
 from tests.support.data import load, write_lines
 
 
 def describe(found: Example) -> Any:
-    fields = {name: getattr(found, name) for name in ("scores", "also_chosen", "ranks")}
+    fields = {name: getattr(found, name) for name in DEFAULTS}
     return found.prompt, found.chosen, found.rejected, fields
 
 
@@ -41,7 +41,7 @@ def test_ten_rows_are_read_as_documented(tmp_path: Path, case: str, caplog: Any)
 
 def test_every_format_is_a_setting_and_has_a_case() -> None:
     assert set(CHOICES["data.format"]) == {"auto", "trl", *FORMATS}
-    assert {name for name, _, _ in CASES.values()} == set(FORMATS)
+    assert {name for name, _, _ in CASES.values()} | {"unpaired"} == set(FORMATS)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,16 @@ BROKEN: list[tuple[str, Row, str]] = [
     ("ms-swift", {**row_of("ms-swift"), "images": ["x.png"]}, "'images' is not read here"),
     ("OpenAI", {**row_of("OpenAI"), "input": {}}, "'input.messages' is missing"),
     ("OpenAI", without(row_of("OpenAI"), "preferred_output"), "'preferred_output' is missing"),
-    ("OpenAI", {**row_of("OpenAI"), "input": {"messages": [], "tools": [{"a": 1}]}}, "input.tools"),
+    ("OpenAI", {**row_of("OpenAI"), "input": {"messages": [user("q")], "tools": 3}}, "input.tools"),
+    ("ms-swift", {**row_of("ms-swift"), "tools": '[{"a": 1}]'}, r"'tools\[0\]' needs the 'name'"),
+    (
+        "ms-swift, a call chosen",
+        {
+            "messages": [user("q"), {"role": "tool_call", "content": "moons()"}],
+            "rejected_response": "b",
+        },
+        r"'messages\[1\]' must be a call of a function, as JSON, .* found the string",
+    ),
     ("axolotl", {**row_of("axolotl"), "question": None}, "'question'.* is missing"),
     ("axolotl", {**row_of("axolotl"), "system": 4}, "'system' must be a string"),
     ("numbered", {"prompt": "q", "chosen": "a"}, "'rejected_1' is missing"),

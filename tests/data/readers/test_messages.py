@@ -114,7 +114,7 @@ def test_answers_that_are_json_or_code_stay_text(chosen: str, rejected: str) -> 
         ({**PLAIN, "rejected": "[]"}, "field 'rejected' is empty"),
         (
             {**ROW, "chosen": json.dumps([{**ANSWERS[0][0], "tool_calls": [1]}])},
-            "tool calls are not",
+            r"'chosen\[0\].tool_calls\[0\]' must be a call",
         ),
         ({**ROW, "chosen": json.dumps([USER])}, "must be a message of role 'assistant'"),
     ],

@@ -26,6 +26,10 @@ def assistant(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
+ASSISTANT = [assistant("a")]
+CALLING = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": ""}}]}
+
+
 def settings(path: Path, **changes: Any) -> ConfigDict:
     data = default().data
     data.update({"name": "jsonl", "path": str(path), "max_validation": 0, "max_test": 0, **changes})
@@ -174,7 +178,14 @@ def test_ids_are_given_or_count_rows_and_blank_lines_are_skipped(tmp_path: Path)
         ({"chosen": "pab", "rejected": ["pb", "p"]}, r"all of 'rejected\[1\]' is the start of"),
         ({"chosen": "pa", "rejected": [[assistant("b")]]}, "expected all of one kind"),
         ({"chosen": "pa", "rejected": ["pb", "pa"]}, r"chosen response is also rejected\[1\]"),
-        ({**GOOD, "tools": [{"name": "f"}]}, "field 'tools' is not read here: leave it out"),
+        (
+            {**GOOD, "tools": [{"type": "f"}]},
+            r"'tools\[0\]' needs the 'name' of a function; found type",
+        ),
+        ({**GOOD, "tools": [{"function": {"x": 1}}]}, r"'tools\[0\].function' needs the 'name'"),
+        ({**GOOD, "tools": [{"function": 3}]}, r"'tools\[0\].function' must be an object with a"),
+        ({**GOOD, "tools": [3]}, r"'tools\[0\]' must be a function, as a JSON schema, found the"),
+        ({**GOOD, "tools": "moons"}, "'tools' must be a list of functions, as JSON schemas, found"),
         ({**GOOD, "chat_template_kwargs": {"x": 1}}, "set config.data.chat_template_kwargs"),
         ({**GOOD, "rejected": []}, "field 'rejected' is empty"),
         ({**GOOD, "rejected": ""}, "field 'rejected' is empty"),
@@ -185,11 +196,27 @@ def test_ids_are_given_or_count_rows_and_blank_lines_are_skipped(tmp_path: Path)
         ({**GOOD, "rejected": ["b", 3]}, r"'rejected\[1\]' must be a string .* the number 3"),
         ({**GOOD, "prompt": 3.5}, "'prompt' must be a string or .* found the number 3.5"),
         ({**GOOD, "prompt": "\ud800"}, "'prompt' has half a surrogate pair"),
-        ({**GOOD, "prompt": [USER, assistant("x")]}, "end with .* 'user', found 'assistant'"),
+        ({**GOOD, "prompt": [USER, SYSTEM]}, "end with .* 'user', .* found 'system'"),
+        ({**GOOD, "prompt": [USER, assistant("a")]}, "'chosen' is the prompt's last message, too"),
+        (
+            {**GOOD, "prompt": [USER, CALLING]},
+            "'prompt' ends with .* that has tool_calls: expected",
+        ),
+        (
+            {"chosen": [USER, *ASSISTANT * 2], "rejected": [USER, *ASSISTANT, assistant("b")]},
+            "'chosen' ends with two messages of role 'assistant'",
+        ),
         ({**GOOD, "prompt": ["p"]}, r"'prompt\[0\]' must be a chat message, found the string 'p'"),
         ({**GOOD, "prompt": [{"role": "user"}]}, "needs a string 'content', found null"),
-        ({**GOOD, "prompt": [{**USER, "name": "Ann"}]}, "role and content only, found 'name'"),
-        ({**GOOD, "tools": {"a": [None, {"b": "c"}]}}, "field 'tools' is not read here: leave it"),
+        (
+            {**GOOD, "prompt": [{**USER, "weight": 1}]},
+            "has role, content, tool_calls,.* found 'weight'",
+        ),
+        ({**GOOD, "prompt": [{**USER, "name": 3}]}, r"'prompt\[0\].name' must be a string, found"),
+        (
+            {**GOOD, "tools": {"a": [None, {"b": "c"}]}},
+            "'tools' must be a list of functions, as JSON",
+        ),
         *[
             ({**GOOD, name: value}, f"field '{name}' is not read here: models with images, videos")
             for name in ("image", "images", "video", "videos", "audio")
@@ -197,16 +224,32 @@ def test_ids_are_given_or_count_rows_and_blank_lines_are_skipped(tmp_path: Path)
         ],
         (
             {**GOOD, "chosen": [{**assistant("a"), "content": None, "tool_calls": [{"id": 1}]}]},
-            r"'chosen\[0\]': 'tool_calls': tool calls are not supported",
+            r"'chosen\[0\].tool_calls\[0\]' needs the 'name' of a function; found id",
         ),
         (
             {**GOOD, "chosen": [{**assistant("a"), "function_call": {"name": "f"}}]},
-            "tool calls are not supported",
+            "'function_call': is not read: write it as tool_calls",
+        ),
+        *[
+            ({**GOOD, "chosen": [{**assistant("a"), "tool_calls": value}]}, f"tool_calls{message}")
+            for value, message in (
+                ("f(x)", "' must be a call of a function, .* found the string"),
+                ([3], r"\[0\]' must be a call, with a function, found the number 3"),
+                ([{"function": "f"}], r"\[0\].function' must be an object with a name, found"),
+                ([{"name": " "}], r"\[0\].name' is empty"),
+                ([{"name": "f", "arguments": "x=1"}], r"\[0\].arguments' must be an object, or JS"),
+                ([{"name": "f", "arguments": [1]}], r"\[0\].arguments' must be .* found a list"),
+            )
+        ],
+        (
+            {**GOOD, "prompt": [{**USER, "reasoning_content": "hm"}]},
+            "'reasoning_content' belongs to a message of role 'assistant', found it in 'user'",
         ),
         (
-            {**GOOD, "chosen": [{**assistant("a"), "reasoning_content": "hm"}]},
-            "'reasoning_content': is not read: write it into content as the model does, <think>",
+            {**GOOD, "prompt": [USER, {**assistant("a"), "tool_call_id": "1"}, USER]},
+            "'tool_call_id' belongs to a message of role 'tool', found it in 'assistant'",
         ),
+        ({**GOOD, "chosen": [{**assistant("a"), "reasoning_content": 3}]}, "must be a string, fou"),
         (
             {**GOOD, "prompt": [{**USER, "content": [{"type": "image_url", "image_url": "u"}]}]},
             "content has a part of type 'image_url'; only text is read",
@@ -231,7 +274,7 @@ def test_ids_are_given_or_count_rows_and_blank_lines_are_skipped(tmp_path: Path)
         ),
         (
             {**GOOD, "chosen": [assistant("a"), {**USER, "content": "q"}, assistant("c")]},
-            "'chosen' must be one assistant message.*; found 3 messages: an answer of several",
+            "'chosen' must be one assistant message.*; found 3 messages: of an answer of several",
         ),
         (
             {**GOOD, "chosen": [USER, assistant("a"), USER, assistant("c")], "prompt": [USER]},
