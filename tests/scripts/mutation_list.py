@@ -62,6 +62,24 @@ MUTATIONS = (
         "losses/test_one_chosen.py losses/test_graded.py",
     ),
     Mutation(
+        "losses: negatives count once, however they were drawn",
+        "scores += jnp.where(negatives, as_float32(log_weights[:, 1:]), 0.0)",
+        "scores += jnp.where(negatives, as_float32(log_weights[:, :1]), 0.0)",
+        "losses/test_one_chosen.py",
+    ),
+    Mutation(
+        "steps: pools have no weights of the data's draw",
+        "rewards += batch.log_weights",
+        "rewards += 0 * batch.log_weights",
+        "training/test_drawn_negatives.py",
+    ),
+    Mutation(
+        "resume: another draw of negatives is the same data",
+        'if "train" in self.tokens and self.tokens["train"].log_weights is not None:',
+        "if False:",
+        "training/test_drawn_negatives.py::test_another_draw_is_other_data",
+    ),
+    Mutation(
         "losses: a row without negatives costs log 2",
         "return jnp.where(has_terms, value, 0.0)",
         "return value",
@@ -477,7 +495,7 @@ MUTATIONS = (
     ),
     Mutation(
         "prompts: rounding decides where the policy is the reference",
-        "pools = forget_scores(pools) if is_reference else pools",
+        "pools = forget_scores(pools, batch) if is_reference else pools",
         "pools = pools if is_reference else pools",
         "training/test_prompts.py::test_the_reference_itself_has_no_gaps",
     ),
@@ -1234,8 +1252,8 @@ MUTATIONS = (
     ),
     Mutation(
         "loaders: more scores than rejected responses pass",
-        "if len(scores) != len(listed):",
-        "if len(scores) < len(listed):",
+        "if len(values) != len(listed):",
+        "if len(values) < len(listed):",
         "data/readers/test_preferences.py",
     ),
     Mutation(
@@ -1300,8 +1318,8 @@ MUTATIONS = (
     ),
     Mutation(
         "loaders: the score of a null goes to the next response",
-        "        if response is not None:\n            named.append",
-        "        if score is not None:\n            named.append",
+        "        if response is not None\n    ]",
+        "        if value is not None\n    ]",
         "data/readers/test_preferences.py",
     ),
     Mutation(
@@ -1432,9 +1450,21 @@ MUTATIONS = (
     ),
     Mutation(
         "tokens: cached ones are of examples with other scores",
-        "example.responses, example.scores, example.order]",
-        "example.responses, example.order]",
+        "numbers = [example.scores, example.order, example.probabilities]",
+        "numbers = [example.order, example.probabilities]",
         "data/test_token_cache.py",
+    ),
+    Mutation(
+        "tokens: cached ones are of another draw",
+        "numbers = [example.scores, example.order, example.probabilities]",
+        "numbers = [example.scores, example.order]",
+        "data/test_token_cache.py",
+    ),
+    Mutation(
+        "tokens: the weight of a negative is that of the one before what was left out",
+        "row[present] = weights[ids[present]]",
+        "row[present] = weights[: present.sum()]",
+        "training/test_drawn_negatives.py::test_weights_go_with_their_responses",
     ),
     Mutation(
         "tokens: cached ones are of other lengths",
