@@ -59,7 +59,7 @@ SETTINGS: dict[str, Any] = {
     "beta": 1.0,
     "method": "pl_all",
     "data.validation_share": 0.0,
-    "data.max_train": 2000,
+    "data.max_train": 1600,
     "data.max_test": 500,
     "data.max_validation": 1,  # Not used.
     "data.max_prompt_length": 64,  # The last artists of a history.
@@ -67,7 +67,7 @@ SETTINGS: dict[str, Any] = {
     "model.scratch.intermediate_size": 192,
     "model.scratch.num_layers": 2,
     "model.scratch.vocab_size": 4096,
-    "train.steps": 150,
+    "train.steps": 120,
     "train.learning_rate": 1e-3,
     "train.eval_every": 0,
     "train.keep_checkpoints": 1,
