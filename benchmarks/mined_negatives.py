@@ -24,7 +24,7 @@ from __future__ import annotations
 import functools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from benchmarks.evidence_runs import pack, unpack
 from benchmarks.evidence_worlds import as_row
 from configs import tiny
 from mass_dpo_jax import cli, metrics
-from mass_dpo_jax.data import batches, load_examples
+from mass_dpo_jax.data import batches, load_examples, splits
 from mass_dpo_jax.data.examples import Example, History
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.selection.mining import Limits
@@ -59,7 +59,7 @@ SETTINGS: dict[str, Any] = {
     "beta": 1.0,
     "method": "pl_all",
     "data.validation_share": 0.0,
-    "data.max_train": 2000,
+    "data.max_train": 1600,
     "data.max_test": 500,
     "data.max_validation": 1,  # Not used.
     "data.max_prompt_length": 64,  # The last artists of a history.
@@ -67,7 +67,7 @@ SETTINGS: dict[str, Any] = {
     "model.scratch.intermediate_size": 192,
     "model.scratch.num_layers": 2,
     "model.scratch.vocab_size": 4096,
-    "train.steps": 150,
+    "train.steps": 120,
     "train.learning_rate": 1e-3,
     "train.eval_every": 0,
     "train.keep_checkpoints": 1,
@@ -130,8 +130,10 @@ def write_rows(config: ConfigDict, data: str, folder: Path, start: Path) -> None
         return found.ids, found.logps, found.valid
 
     for split in ("train", "test"):
-        # The same test rows for all seeds.
-        examples = load_examples(reader, split, config.seed if split == "train" else 0)
+        if split == "train":
+            examples = splits.limit(everything, reader, "train", config.seed)
+        else:
+            examples = load_examples(reader, "test", 0)  # The same rows for all seeds.
         positives = mining.find_positives(examples, [*everything, *examples])
         source = _by_counts(examples, catalogue, counts)
         ranked = mining.rank(source, catalogue, positives, SHORTLIST)
@@ -141,12 +143,8 @@ def write_rows(config: ConfigDict, data: str, folder: Path, start: Path) -> None
         )
         within = Limits(0, SHORTLIST)
         if split == "train":
-            count = len(catalogue.texts)
-            zeros = np.broadcast_to(np.float32(0), (len(examples), count))
-            alike = mining_sources.by_scores(zeros, np.full(len(examples), -1))
-            anything = mining.rank(alike, catalogue, positives, count)
             rows = {
-                "random": draw(anything, limits=Limits(0, count), n=NEGATIVES, draw="uniform"),
+                "random": _draw_random(examples, catalogue, positives, config.seed),
                 "top": draw(shortlists, limits=within, n=NEGATIVES, draw="top"),
                 "drawn": draw(shortlists, limits=within, n=NEGATIVES, draw="softmax"),
             }
@@ -157,6 +155,23 @@ def write_rows(config: ConfigDict, data: str, folder: Path, start: Path) -> None
             }
         for name, lines in rows.items():
             cli.write_lines(folder / f"{name}.jsonl", lines)
+
+
+def _draw_random(
+    examples: Sequence[Example],
+    catalogue: mining.Catalogue,
+    positives: Sequence[set[str]],
+    seed: int,
+) -> Iterator[dict[str, Any]]:
+    """Yields rows of negatives from the whole catalogue, all alike: the top of random scores."""
+    table = np.random.default_rng(seed).random((len(examples), len(catalogue.texts)), np.float32)
+    source = mining_sources.by_scores(table, np.full(len(examples), -1))
+    ranked = mining.rank(source, catalogue, positives, NEGATIVES)
+    limits = Limits(0, NEGATIVES)
+    rows = mining.mine(ranked, examples, catalogue, limits, NEGATIVES, "top", 1.0, seed)
+    for row, never in zip(rows, positives, strict=True):
+        others = len(catalogue.index) - len(never & catalogue.index.keys())
+        yield {**row, "mined_probabilities": [NEGATIVES / others] * NEGATIVES}
 
 
 def _unlimited(data: ConfigDict) -> ConfigDict:

@@ -52,7 +52,7 @@ def test_rounds_of_mining_and_training(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, done.stderr
     mined = [
-        load_examples(tiny_config(tmp_path / f"mined{i}.jsonl").data, "all", 0) for i in (1, 2)
+        load_examples(tiny_config(tmp_path / f"mined{i}.parquet").data, "all", 0) for i in (1, 2)
     ]
     assert all(example.probabilities for rounds in mined for example in rounds)
     for i in (1, 2):

@@ -62,6 +62,24 @@ MUTATIONS = (
         "losses/test_one_chosen.py losses/test_graded.py",
     ),
     Mutation(
+        "losses: negatives count once, however they were drawn",
+        "margins = None if log_weights is None else log_weights[:, 1:]",
+        "margins = None if log_weights is None else log_weights[:, :1]",
+        "losses/test_one_chosen.py",
+    ),
+    Mutation(
+        "steps: pools have no weights of the data's draw",
+        "log_weights=batch.log_weights,",
+        "log_weights=None,",
+        "training/test_drawn_negatives.py",
+    ),
+    Mutation(
+        "resume: another draw of negatives is the same data",
+        'if "train" in self.tokens and self.tokens["train"].log_weights is not None:',
+        "if False:",
+        "training/test_drawn_negatives.py::test_another_draw_is_other_data",
+    ),
+    Mutation(
         "losses: a row without negatives costs log 2",
         "return jnp.where(counts.any(axis=-1), value, 0.0)",
         "return value",
@@ -1459,6 +1477,18 @@ MUTATIONS = (
         "numbers = [example.scores, example.order, example.probabilities]",
         "numbers = [example.order, example.probabilities]",
         "data/test_token_cache.py",
+    ),
+    Mutation(
+        "tokens: cached ones are of another draw",
+        "numbers = [example.scores, example.order, example.probabilities]",
+        "numbers = [example.scores, example.order]",
+        "data/test_token_cache.py",
+    ),
+    Mutation(
+        "tokens: the weight of a negative is that of the one before what was left out",
+        "row[present] = weights[ids[present]]",
+        "row[present] = weights[: present.sum()]",
+        "training/test_drawn_negatives.py::test_weights_go_with_their_responses",
     ),
     Mutation(
         "tokens: cached ones are of other lengths",

@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import mined_negatives
+from benchmarks.evidence_runs import pack
+from mass_dpo_jax.data.examples import Example
+from mass_dpo_jax.training.mining import Catalogue
+
+
+def line(arm: str, seed: int, first: int) -> dict[str, Any]:
+    """A result in which the chosen response is first in `first` of 10 rows, else second."""
+    ranks = pack(np.where(np.arange(10) < first, 1, 2))
+    return {"arm": arm, "seed": seed, "ranks": {"given": ranks, "mined": ranks}}
+
+
+def test_the_table_has_differences_of_the_seeds_that_both_have() -> None:
+    results = [line("random", 0, 4), line("top", 0, 6), line("top", 1, 10)]
+    table = mined_negatives.report(results).splitlines()
+    assert len(table) == 4
+    cells = [cell.strip() for cell in table[3].split("|")]
+    assert cells[1:5] == ["top", "2", "80.0", "90.0"]
+    assert cells[5].startswith("+20.0 ± ")
+
+
+def test_random_negatives_have_the_probability_of_a_uniform_draw() -> None:
+    names = [f"item {i}" for i in range(40)]
+    catalogue = Catalogue(
+        list(range(40)), names, {name: i for i, name in enumerate(names)}, np.ones(40, bool)
+    )
+    examples = [Example(f"row{i}", "p", names[i], ("x",), "x") for i in range(3)]
+    positives = [{names[0]}, {names[1], names[5], "no item"}, {names[2]}]
+    rows = list(mined_negatives._draw_random(examples, catalogue, positives, 0))
+    probabilities = [row["mined_probabilities"] for row in rows]
+    assert probabilities == [pytest.approx([8 / n] * 8) for n in (39, 38, 39)]
+    assert not {5, 1} & set(rows[1]["mined_ids"])
