@@ -56,13 +56,19 @@ def test_with_a_template(tokenizer: Any, tmp_path: Path) -> None:
         assert [*before, *tokens] == whole
 
 
-def test_a_template_that_ends_prompts_with_an_added_token(tokenizer: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("between", ["</s>", "<|assistant|>\n", "</s>\n"])
+def test_a_template_that_ends_prompts_with_an_added_token(
+    tokenizer: Any, tmp_path: Path, between: str
+) -> None:
     """Some tokenizers begin anew after it."""
-    template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    template = (
+        f"{{% for m in messages %}}{{{{ m.content }}}}{{% if m.role == 'user' %}}{between}"
+        "{% else %}</s>{% endif %}{% endfor %}"
+    )
     (path := tmp_path / "template.jinja").write_text(template)
     [(before, *found)] = tokens_of(tokenizer, str(path), ("Moons?", "Phobos", "Deimos"))
     for text, tokens in zip(("Phobos", "Deimos"), found, strict=True):
-        whole = tokenizer(f"Moons?</s>{text}</s>", add_special_tokens=False)["input_ids"]
+        whole = tokenizer(f"Moons?{between}{text}</s>", add_special_tokens=False)["input_ids"]
         assert [*before, *tokens] == whole
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 from tokenizers import (
+    AddedToken,
     Tokenizer,
     decoders,
     models,
@@ -101,7 +102,8 @@ def write_with_spaces(kind: str, folder: Path) -> Path:
             vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
         )
         made.train_from_iterator(texts, trainer)
-    made.add_special_tokens(special)
+    # Phi-3's takes the line break behind it.
+    made.add_special_tokens([*special, AddedToken("<|assistant|>", rstrip=True)])
     made.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 1)]
     )
