@@ -53,6 +53,8 @@ def load_tokenizer(folder: str | Path) -> Any:
             if template.is_file():
                 tokenizer.chat_template = template.read_text(encoding="utf-8")
         _set_special_tokens(tokenizer, named, config)
+    if getattr(tokenizer, "legacy", False):  # Where spaces are put; else save_pretrained drops it.
+        tokenizer.init_kwargs["legacy"] = True
     tokenizer.name_or_path = str(folder)  # For messages.
     _warn_of_beginning(folder, tokenizer)
     return tokenizer

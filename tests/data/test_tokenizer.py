@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from mass_dpo_jax.data import tokenizer as tokenizer_module
 from mass_dpo_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from mass_dpo_jax.errors import UserError
+from tests.support.tokenizers import write_with_spaces
 
 NAMES = ("bos", "eos", "pad")
 
@@ -73,6 +74,23 @@ def test_only_special_tokens_that_no_file_names_are_those_of_config(
     again = tokens_of(load_tokenizer(tmp_path / "again"))
     for name, before, after in zip(NAMES, expected, again, strict=True):
         assert before == after or f"{name}_token" not in explicit
+
+
+@pytest.mark.parametrize("legacy", [True, False, None])
+def test_a_saved_tokenizer_is_read_alike(tmp_path: Path, legacy: bool | None) -> None:
+    """Llama 2's puts a space after each special token or only before a text, by a setting."""
+    folder = write_with_spaces("first", tmp_path / "model")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "LlamaTokenizer"} | (
+        {} if legacy is None else {"legacy": legacy}
+    )
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(folder)
+    tokenizer.save_pretrained(tmp_path / "again")
+    for text in ("Moons</s>Phobos", "Moons </s> Phobos", " x"):
+        expected = tokenizer(text)["input_ids"]
+        assert load_tokenizer(tmp_path / "again")(text)["input_ids"] == expected
+        assert AutoTokenizer.from_pretrained(tmp_path / "again")(text)["input_ids"] == expected
 
 
 def test_a_map_of_special_tokens_names_them(tmp_path: Path) -> None:
