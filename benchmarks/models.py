@@ -86,6 +86,12 @@ MODELS: dict[str, dict[str, Any]] = {
         "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
         "sliding_window": None, "max_position_embeddings": 32768,
     },
+    "Phi-3-mini-4k-instruct": {"model_type": "phi3", "sliding_window": 2047},
+    "phi-4": {
+        "model_type": "phi3", "vocab_size": 100352, "hidden_size": 5120, "num_hidden_layers": 40,
+        "intermediate_size": 17920, "num_attention_heads": 40, "num_key_value_heads": 10,
+        "rope_theta": 250000.0, "max_position_embeddings": 16384,
+    },
     "OLMo-2-0425-1B-Instruct": {
         "model_type": "olmo2", "vocab_size": 100352, "hidden_size": 2048, "num_hidden_layers": 16,
         "intermediate_size": 8192, "num_attention_heads": 16, "num_key_value_heads": 16,

@@ -79,7 +79,7 @@ CHOICES = {
     "model.lora.base": ("float32", "bfloat16", "int8", "nf4"),
     "model.scratch.model_type": (
         *("llama", "qwen2", "qwen3", "smollm3", "mistral"),
-        *("olmo2", "gemma2", "gemma3_text"),
+        *("phi3", "olmo2", "gemma2", "gemma3_text"),
     ),
     "data.name": (
         "preferences",

@@ -133,7 +133,7 @@ class PlainRenderer:
             raise UserError(
                 "config.data.chat_template='none' ends every response with the end-of-sequence "
                 "token, but the model's tokenizer and config.json name none (eos_token; null in "
-                "tokenizer_config.json is none, whatever config.json says)"
+                "tokenizer_config.json is none, whatever config.json says): name one there"
             )
         self.end_id: int | None = tokenizer.eos_token_id
         self._end = tokenizer.eos_token

@@ -1,8 +1,9 @@
 """From examples to token ids: renders, tokenizes, checks, and applies the length limits.
 
 Prompt and responses are tokenized separately. Tokenizing them together could merge characters
-across the border, and a response's tokens would depend on its prompt. The end-of-sequence token is
-part of every response; masks come from lengths, so it may equal the padding token.
+across the border, and a response's tokens would depend on its prompt. Together they are the text of
+both (continuation.py). The end-of-sequence token is part of every response; masks come from
+lengths, so it may equal the padding token.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from mass_dpo_jax.data.continuation import ResponseEncoder
 from mass_dpo_jax.data.examples import Example, name_response
 from mass_dpo_jax.data.prompts import PromptEncoder, Prompts
 from mass_dpo_jax.data.render import Renderer, make_renderer
@@ -109,14 +111,15 @@ class _Chunks:
         self._renderer = renderer
         self._data = data
         self._max_positions = max_positions
-        self._encode = functools.partial(encode_texts, tokenizer)
         prefix, suffix = find_added_tokens(tokenizer) if renderer.special_tokens else ([], [])
         if suffix:
             _log.warning(
                 "the tokenizer ends texts with %s: left out of the prompts, which go on",
                 " ".join(map(str, tokenizer.convert_ids_to_tokens(suffix))),
             )
-        self._prompts = PromptEncoder(renderer, self._encode, prefix, tokenizer.bos_token_id, data)
+        encode = functools.partial(encode_texts, tokenizer)
+        self._prompts = PromptEncoder(renderer, encode, prefix, tokenizer.bos_token_id, data)
+        self._responses = ResponseEncoder(tokenizer)
 
     def add(self, examples: Sequence[Example], start: int) -> None:
         """Tokenizes a chunk of examples; `start` is the split's index of the first."""
@@ -133,8 +136,7 @@ class _Chunks:
                 rows.append(i)
             except UserError as error:
                 errors[i] = error
-        kept = [examples[i] for i in rows]
-        chunk = self._make_chunk(np.array(rows, int), kept, prompts.tokens, texts, errors)
+        chunk = self._make_chunk(np.array(rows, int), examples, prompts, texts, errors)
         self.cut["examples_dropped"] += len(dropped)
         self.done.append(chunk._replace(rows=chunk.rows + start))
         self.errors |= {start + i: error for i, error in errors.items()}
@@ -151,12 +153,16 @@ class _Chunks:
         self,
         rows: np.ndarray,
         examples: Sequence[Example],
-        prompts: RaggedTokens,
+        all_prompts: Prompts,
         texts: Sequence[Sequence[str]],
         errors: dict[int, UserError],
     ) -> Chunk:
         """Tokenizes responses and removes those that are too long, and rows that cannot be used."""
-        responses, groups = self._encode_responses([text for row in texts for text in row])
+        examples = [examples[i] for i in rows]
+        prompts = all_prompts.tokens.take(rows)
+        prompt_texts = [all_prompts.texts[i] for i in rows]
+        begins = self._responses.find_beginnings(prompt_texts, prompts)
+        responses, groups = self._encode_responses(texts, begins)
         counts = np.array([len(row) for row in texts], int)
         exists = np.arange(counts.max(initial=2))[None, :] < counts[:, None]  # [m, C]
         lengths = np.zeros(exists.shape, np.int64)
@@ -169,7 +175,6 @@ class _Chunks:
         # A response that is there twice, and chosen twice, counts once.
         keep = exists & (is_rejected | (group != group[:, :1]))
         keep[:, 0] = exists[:, 0]
-        prompts = prompts.take(rows)
         for k, message in _find_errors(
             prompts.lengths, lengths, group, num_rejected, self._data, self._max_positions
         ):
@@ -194,15 +199,29 @@ class _Chunks:
             np.argwhere(keep)[:, 1].astype(np.int32),
         )
 
-    def _encode_responses(self, texts: Sequence[str]) -> tuple[RaggedTokens, np.ndarray]:
-        """Returns the tokens of texts, and numbers that texts with the same tokens share."""
-        unique: dict[str, int] = {}
-        indices = np.array([unique.setdefault(text, len(unique)) for text in texts], int)
-        tokens = self._encode(list(unique))
+    def _encode_responses(
+        self, texts: Sequence[Sequence[str]], begins: np.ndarray
+    ) -> tuple[RaggedTokens, np.ndarray]:
+        """Returns the tokens of all rows' texts, and numbers that texts with the same ones share.
+
+        Args:
+            texts: the texts of each row.
+            begins: bool [m], as `ResponseEncoder.find_beginnings` returns it.
+        """
+        unique: dict[tuple[str, bool], int] = {}
+        indices = np.array(
+            [
+                unique.setdefault((text, begin), len(unique))
+                for row, begin in zip(texts, begins.tolist(), strict=True)
+                for text in row
+            ],
+            int,
+        )
+        tokens = self._responses.encode(list(unique))
         if self._renderer.end_id is not None:
             tokens = tokens.add_suffix(self._renderer.end_id)
         groups = tokens.group_equal()[indices]
-        return tokens if len(unique) == len(texts) else tokens.take(indices), groups
+        return tokens if len(unique) == len(indices) else tokens.take(indices), groups
 
     def log_warnings(self, count: int) -> None:
         """Warns of what looks wrong in some of the split's `count` prompts, and counts it."""

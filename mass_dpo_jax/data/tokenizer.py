@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib.util
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ SETTINGS = "tokenizer_config.json"
 SLOW_FILES = ("tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"  # Of a trained tokenizer: ids 0, 1 and 2.
 _SPECIAL = [PAD, BOS, EOS]
+_log = logging.getLogger(__name__)
 _SMALLEST = len(_SPECIAL) + 256  # One token for each byte, so that every text can be encoded.
 
 
@@ -51,7 +53,10 @@ def load_tokenizer(folder: str | Path) -> Any:
             if template.is_file():
                 tokenizer.chat_template = template.read_text(encoding="utf-8")
         _set_special_tokens(tokenizer, named, config)
+    if getattr(tokenizer, "legacy", False):  # Where spaces are put; else save_pretrained drops it.
+        tokenizer.init_kwargs["legacy"] = True
     tokenizer.name_or_path = str(folder)  # For messages.
+    _warn_of_beginning(folder, tokenizer)
     return tokenizer
 
 
@@ -82,18 +87,38 @@ def _check_files(folder: Path) -> None:
             f"{folder}: no tokenizer: expected tokenizer.json; take it, and {SETTINGS}, from where "
             "the model is from, or from the model that it was tuned from"
         )
-    has_settings = (folder / SETTINGS).is_file()
-    libraries = "sentencepiece", "tiktoken"
-    if present[0] == "tokenizer.model" and not (
-        has_settings and any(importlib.util.find_spec(name) for name in libraries)
-    ):
+    if not (folder / SETTINGS).is_file():
         raise UserError(
-            f"{folder}: no tokenizer.json, only tokenizer.model; take tokenizer.json from a newer "
-            "copy of the model, or make it: `pip install sentencepiece protobuf`, and then "
-            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) of transformers"
+            f"{folder}: no tokenizer.json and no {SETTINGS}, only {', '.join(present)}; take both "
+            "from where the model is from"
         )
-    if not has_settings:
-        raise UserError(f"{folder}: no tokenizer.json and no {SETTINGS}, only {', '.join(present)}")
+    if present[0] == "tokenizer.model":
+        library = _find_library(folder / present[0])
+        if not importlib.util.find_spec(library):
+            raise UserError(
+                f"{folder}: no tokenizer.json, only tokenizer.model, which transformers converts "
+                f"with {library}: `pip install {library}`, or take tokenizer.json from a newer "
+                "copy of the model"
+            )
+
+
+def _find_library(path: Path) -> str:
+    """Returns the library that reads a `tokenizer.model`, told by its first byte."""
+    with path.open("rb") as file:  # The other format is lines of text.
+        return "sentencepiece" if file.read(1) == b"\n" else "tiktoken"
+
+
+def _warn_of_beginning(folder: Path, tokenizer: Any) -> None:
+    """Warns if nothing says whether texts begin with a token that a converted tokenizer has."""
+    if (folder / "tokenizer.json").is_file() or tokenizer.bos_token is None:
+        return
+    if "add_bos_token" not in _read_object(folder / SETTINGS):
+        _log.warning(
+            f"{folder / SETTINGS}: no add_bos_token, so texts begin "
+            f"{'with' if find_added_tokens(tokenizer)[0] else 'without'} {tokenizer.bos_token}, as "
+            "this version of transformers assumes; Llama 2, Mistral and Gemma were trained with "
+            'it: set "add_bos_token" to true or false'
+        )
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -16,6 +16,8 @@ PROJECTIONS = {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
+# Matrices that hold several projections, one below the other, in some families.
+FUSED = {"self_attn.qkv_proj": ("query", "key", "value"), "mlp.gate_up_proj": ("gate", "up")}
 # A layer's norms, likewise: before attention and MLP ...
 NORMS_BEFORE = {
     "attention_norm": "input_layernorm",
@@ -44,6 +46,7 @@ class Family:
     Attributes:
         architecture: the class of transformers.
         defaults: fields that transformers assumes where `config.json` is silent.
+        projections: Hugging Face's names of projections; those of the same name are one matrix.
         norms: the norms of a layer, by our names, and Hugging Face's names within a layer.
         norms_all_heads: whether queries and keys are normed over all heads together.
         norm_offset: what is added to the weights of a norm.
@@ -53,10 +56,12 @@ class Family:
         window: the layers in which a token sees no more than `sliding_window` tokens, unless
             `layer_types` lists them: "none", "all", "last" (from `max_window_layers` on), "no_rope"
             (those without rotary positions) or "interval" (all but every n-th).
+        rope_types: the kinds of rotary positions that may be computed.
     """
 
     architecture: str
     defaults: Mapping[str, Any]
+    projections: Mapping[str, str] = dataclasses.field(default_factory=lambda: PROJECTIONS)
     norms: Mapping[str, str] = dataclasses.field(default_factory=lambda: NORMS_BEFORE)
     norms_all_heads: bool = False
     norm_offset: float = 0.0
@@ -64,6 +69,7 @@ class Family:
     scales_embeddings: bool = False
     activation_field: str = "hidden_act"
     window: str = "none"
+    rope_types: tuple[str, ...] = ("default", "linear", "llama3")
 
 
 GEMMA: dict[str, Any] = {
@@ -136,6 +142,27 @@ FAMILIES = {
             "sliding_window": 4096,
         },
         window="all",
+    ),
+    "phi3": Family(
+        "Phi3ForCausalLM",
+        {
+            "vocab_size": 32_064,
+            "hidden_size": 3072,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": None,
+            "max_position_embeddings": 4096,
+            "rope_theta": 10_000.0,
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": False,
+            "sliding_window": None,
+            "bos_token_id": 1,
+            "eos_token_id": 32_000,
+        },
+        projections=PROJECTIONS | {ours: name for name in FUSED for ours in FUSED[name]},
+        window="all",
+        rope_types=("default",),  # And LongRoPE, which is not computed.
     ),
     "olmo2": Family(
         "Olmo2ForCausalLM",

@@ -14,7 +14,7 @@ import numpy as np
 
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models.config import TARGETS, DecoderConfig
-from mass_dpo_jax.models.families import PROJECTIONS
+from mass_dpo_jax.models.families import FUSED, PROJECTIONS
 from mass_dpo_jax.models.fields import MAX_AXIS_SIZE
 from mass_dpo_jax.models.folder import ADAPTER_SETTINGS as SETTINGS
 from mass_dpo_jax.models.folder import ADAPTER_WEIGHTS as WEIGHTS
@@ -98,6 +98,17 @@ def save_peft(folder: Path, adapters: Any, lora: Lora, base: str, part_of: str =
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
 
 
+def check_exportable(config: DecoderConfig) -> None:
+    """Raises UserError if PEFT cannot adapt a model's projections one by one, as we do."""
+    theirs = list(config.family.projections.values())
+    if fused := sorted({name.rpartition(".")[2] for name in theirs if theirs.count(name) > 1}):
+        raise UserError(
+            f"--adapters: a {config.model_type} model keeps several projections as one matrix "
+            f"({', '.join(fused)}), to which PEFT adds one adapter; leave --adapters out, and the "
+            "exported folder is the model with its adapters merged"
+        )
+
+
 def load_peft_settings(folder: Path) -> Lora:
     """Reads rank, alpha and targets of a folder in PEFT's format.
 
@@ -155,6 +166,13 @@ def _read_targets(path: Path, settings: Mapping[str, Any]) -> tuple[str, ...]:
     if not isinstance(modules, list) or not modules:
         raise UserError(f"{path}: target_modules: found {value!r}, expected a list of names")
     for name in modules:
+        if fused := next((x for x in FUSED if f".{x}".endswith(f".{name}")), None):
+            parts = ", ".join(x for x, ours in TARGETS.items() if ours in FUSED[fused])
+            raise UserError(
+                f"{path}: target_modules: {name} gets one adapter there and one each of {parts} "
+                "here, which train differently; merge it into its base (merge_and_unload of PEFT) "
+                "and give that as config.model.path"
+            )
         if not isinstance(name, str) or _find_projection(name) is None:
             expected = ", ".join(TARGETS)
             raise UserError(f"{path}: target_modules: found {name!r}, expected some of {expected}")

@@ -62,7 +62,7 @@ def read_rope(reader: FieldReader, family: Family, max_positions: int) -> Rope:
     """
     config = reader.config
     if "rope_local_base_freq" in family.defaults:
-        return _read_ropes_by_layer_type(reader, max_positions)
+        return _read_ropes_by_layer_type(reader, family, max_positions)
     field = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     rope = config.get(field) or {}
     if not isinstance(rope, Mapping):
@@ -71,10 +71,10 @@ def read_rope(reader: FieldReader, family: Family, max_positions: int) -> Rope:
         if layer_type in rope:
             raise reader.error(f"{field}.{layer_type}", rope[layer_type], "settings of all layers")
     theta = reader.check_positive("rope_theta", rope.get("rope_theta", config["rope_theta"]))
-    return Rope(theta, _read_scaling(reader, field, rope, max_positions))
+    return Rope(theta, _read_scaling(reader, family, field, rope, max_positions))
 
 
-def _read_ropes_by_layer_type(reader: FieldReader, max_positions: int) -> Rope:
+def _read_ropes_by_layer_type(reader: FieldReader, family: Family, max_positions: int) -> Rope:
     """Reads the settings of Gemma 3, whose local layers have a base of their own.
 
     `rope_parameters` has an object for each type of layer; `rope_scaling` is of global layers.
@@ -86,9 +86,9 @@ def _read_ropes_by_layer_type(reader: FieldReader, max_positions: int) -> Rope:
     whole, local = (FieldReader(by_type, "").read_object(name) for name in LAYER_TYPES)
     whole = {"rope_type": "default", **whole, **reader.read_object("rope_scaling")}
     field = "rope_scaling" if config.get("rope_scaling") else f"rope_parameters.{LAYER_TYPES[0]}"
-    scaling = _read_scaling(reader, field, whole, max_positions)
+    scaling = _read_scaling(reader, family, field, whole, max_positions)
     field = f"rope_parameters.{LAYER_TYPES[1]}"
-    if _read_scaling(reader, field, local, max_positions) is not None:
+    if _read_scaling(reader, family, field, local, max_positions) is not None:
         raise reader.error(f"{field}.rope_type", local["rope_type"], "'default'")
     theta, local_theta = (
         reader.check_positive(name, rope.get("rope_theta", config[name]))
@@ -112,14 +112,19 @@ def write_rope(rope: Rope) -> dict[str, Any]:
 
 
 def _read_scaling(
-    reader: FieldReader, field: str, rope: Mapping[str, Any], max_positions: int
+    reader: FieldReader,
+    family: Family,
+    field: str,
+    rope: Mapping[str, Any],
+    max_positions: int,
 ) -> Scaling | None:
     """Reads how rotary frequencies are scaled; `field` names the object `rope`."""
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("type", rope_type) != rope_type:
         raise reader.error(f"{field}.type", rope["type"], f"the rope_type, {rope_type!r}, or none")
-    if rope_type not in ("default", "linear", "llama3"):
-        raise reader.error(f"{field}.rope_type", rope_type, "'default', 'linear' or 'llama3'")
+    if rope_type not in family.rope_types:
+        expected = " or ".join(map(repr, family.rope_types))
+        raise reader.error(f"{field}.rope_type", rope_type, expected)
     if rope.get("partial_rotary_factor", 1.0) not in (None, 1, 1.0):
         raise reader.error(f"{field}.partial_rotary_factor", rope["partial_rotary_factor"], "1.0")
 

@@ -19,7 +19,7 @@ from mass_dpo_jax.models.folder import (
 )
 from mass_dpo_jax.models.folder import WEIGHTS as SINGLE
 from mass_dpo_jax.models.tensors import check_type, open_tensors, suggest_tensor
-from mass_dpo_jax.utils.files import read_json
+from mass_dpo_jax.utils.files import find_home, read_json
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # How the names of a text model begin where it is part of a multimodal one, and how elsewhere.
@@ -68,6 +68,12 @@ class WeightFiles:
         for tensor, name in (weight_map or {}).items():
             if self._paths.get(tensor) != folder / name:
                 raise UserError(f"{folder / name}: missing tensor {tensor}, which {INDEX} lists")
+        home = find_home(folder)
+        if outside := [path for path in self._open if not path.resolve().is_relative_to(home)]:
+            warn_once(
+                f"{folder}: {len(outside)} of {len(names)} files of weights are links to "
+                f"elsewhere; {outside[0].name} is read from {outside[0].resolve()}"
+            )
         self._stored = {name: name for name in self._paths}
         if config.part_of:
             self._stored = _find_text_model(self._paths)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,6 @@ from tqdm import tqdm
 
 from mass_dpo_jax.models.config import DecoderConfig
 from mass_dpo_jax.models.decoder import abstract_decoder
-from mass_dpo_jax.models.families import PROJECTIONS
 from mass_dpo_jax.models.folder import INDEX
 from mass_dpo_jax.models.folder import WEIGHTS as SINGLE
 from mass_dpo_jax.models.tensors import check_finite, write_tensors
@@ -36,11 +36,13 @@ class Entry:
         path: the parameter's path in `nnx.state(model, nnx.Param)`.
         name: the tensor's name, with "{layer}" where the parameter stacks one tensor per layer.
         transposed: whether Hugging Face keeps [out, in] where we keep [in, out].
+        first_row: the row where the parameter begins in a tensor that holds several.
     """
 
     path: tuple[str, ...]
     name: str
     transposed: bool = False
+    first_row: int = 0
 
     @property
     def is_stacked(self) -> bool:
@@ -59,8 +61,12 @@ def list_entries(config: DecoderConfig) -> list[Entry]:
     entries = [Entry(("embed",), EMBED)]
     for ours, theirs in config.family.norms.items():
         entries.append(Entry(("blocks", ours, "scale"), f"{layer}{theirs}.weight"))
-    for ours, theirs in PROJECTIONS.items():
-        entries.append(Entry(("blocks", ours, "kernel"), f"{layer}{theirs}.weight", True))
+    rows: collections.Counter[str] = collections.Counter()
+    for ours, theirs in config.family.projections.items():
+        name = f"{layer}{theirs}.weight"
+        entries.append(Entry(("blocks", ours, "kernel"), name, True, rows[name]))
+        (_, outputs), _ = config.projections[ours]
+        rows[name] += outputs
         if ours in config.family.biases:
             entries.append(Entry(("blocks", ours, "bias"), f"{layer}{theirs}.bias"))
     entries.append(Entry(("norm", "scale"), "model.norm.weight"))
@@ -72,14 +78,7 @@ def list_entries(config: DecoderConfig) -> list[Entry]:
 def check_hf(folder: str | Path, config: DecoderConfig) -> WeightFiles:
     """Opens a folder's files; raises UserError where `load_hf` would, but for NaN."""
     files = WeightFiles(Path(folder), config)
-    shapes = _flatten(nnx.state(abstract_decoder(config), nnx.Param))
-    expected: dict[str, tuple[int, ...]] = {}
-    for entry in list_entries(config):
-        shape = shapes[entry.path].shape
-        shape = shape[1:] if entry.is_stacked else shape
-        shape = shape[::-1] if entry.transposed else shape
-        expected |= dict.fromkeys(entry.list_names(config), shape)
-    files.check(expected)
+    files.check({tensor.name: tensor.shape for tensor in _list_tensors(config)})
     return files
 
 
@@ -162,13 +161,14 @@ def save_hf(
         UserError: a file of tensors cannot be written.
     """
     dtype = np.dtype(dtype)
-    files: list[dict[str, tuple[Entry, int | None]]] = [{}]
+    files: list[list[_Tensor]] = [[]]
     size = total = parameters = 0
-    for name, entry, layer, count in _list_tensors(config):
+    for tensor in _list_tensors(config):
+        count = math.prod(tensor.shape)
         if files[-1] and size + count * dtype.itemsize > max_bytes:
-            files.append({})
+            files.append([])
             size = 0
-        files[-1][name] = entry, layer
+        files[-1].append(tensor)
         size += count * dtype.itemsize
         total += count * dtype.itemsize
         parameters += count
@@ -179,12 +179,16 @@ def save_hf(
         for number, tensors in enumerate(files, start=1):
             file = SINGLE if len(files) == 1 else SHARD.format(number, len(files))
             arrays = {}
-            for name, (entry, layer) in tensors.items():
-                array = read(entry.path, layer)
-                array = array.T if entry.transposed else array
-                arrays[name] = np.ascontiguousarray(array.astype(dtype))
-                bar.update(arrays[name].nbytes)
-                weight_map[name] = file
+            for tensor in tensors:
+                parts = [
+                    part.T if entry.transposed else part
+                    for entry in tensor.entries
+                    for part in [read(entry.path, tensor.layer).astype(dtype)]
+                ]
+                array = parts[0] if len(parts) == 1 else np.concatenate(parts)
+                arrays[tensor.name] = np.ascontiguousarray(array)
+                bar.update(arrays[tensor.name].nbytes)
+                weight_map[tensor.name] = file
             write_tensors(arrays, folder / file)
     if len(files) > 1:
         sizes = {"total_parameters": parameters, "total_size": total}
@@ -192,19 +196,36 @@ def save_hf(
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _list_tensors(config: DecoderConfig) -> Iterator[tuple[str, Entry, int | None, int]]:
-    """Yields every tensor in the order of the model: name, entry, layer or None, elements."""
+class _Tensor(NamedTuple):
+    """A tensor of a folder: its name, shape and layer, and the parameters in it, in order."""
+
+    name: str
+    shape: tuple[int, ...]
+    layer: int | None
+    entries: list[Entry]
+
+
+def _list_tensors(config: DecoderConfig) -> list[_Tensor]:
+    """Lists every tensor in the order of the model."""
     shapes = _flatten(nnx.state(abstract_decoder(config), nnx.Param))
-    entries = list_entries(config)
-    stacked = [entry for entry in entries if entry.is_stacked]
-    embed, *rest = [entry for entry in entries if not entry.is_stacked]
-    yield embed.name, embed, None, math.prod(shapes[embed.path].shape)
-    for layer in range(config.num_layers):
-        for entry in stacked:
-            count = math.prod(shapes[entry.path].shape[1:])
-            yield entry.name.format(layer=layer), entry, layer, count
-    for entry in rest:
-        yield entry.name, entry, None, math.prod(shapes[entry.path].shape)
+    groups: dict[str, list[Entry]] = {}
+    for entry in list_entries(config):
+        groups.setdefault(entry.name, []).append(entry)
+
+    def make_tensor(entries: list[Entry], layer: int | None) -> _Tensor:
+        parts = [shapes[entry.path].shape[layer is not None :] for entry in entries]
+        parts = [part[::-1] if entries[0].transposed else part for part in parts]
+        shape = (sum(part[0] for part in parts), *parts[0][1:])
+        return _Tensor(entries[0].name.format(layer=layer), shape, layer, entries)
+
+    embed, *rest = [entries for entries in groups.values() if not entries[0].is_stacked]
+    stacked = [entries for entries in groups.values() if entries[0].is_stacked]
+    layers = range(config.num_layers)
+    return [
+        make_tensor(embed, None),
+        *(make_tensor(entries, layer) for layer in layers for entries in stacked),
+        *(make_tensor(entries, None) for entries in rest),
+    ]
 
 
 def _flatten(tree: Any) -> dict[tuple[str, ...], Any]:
@@ -229,9 +250,12 @@ def _read(
         key = str(index)
         if key not in shards:
             layers = names[index[0]] if entry.is_stacked else names
-            layer_index = index[1:] if entry.is_stacked else index
-            lengths = [len(range(*s.indices(n))) for s, n in zip(index, shape, strict=True)]
-            array = np.empty(lengths, dtype)
+            ranges = [range(*s.indices(n)) for s, n in zip(index, shape, strict=True)]
+            array = np.empty([len(r) for r in ranges], dtype)
+            if entry.transposed:  # The tensor's rows are the last dimension here.
+                last = ranges[-1]
+                ranges[-1] = range(last.start + entry.first_row, last.stop + entry.first_row)
+            layer_index = tuple(slice(r.start, r.stop) for r in ranges[entry.is_stacked :])
             for name, part in zip(layers, array if entry.is_stacked else [array], strict=True):
                 with np.errstate(over="ignore"):  # What is too large for `dtype` is infinite.
                     part[...] = files.read(name, layer_index, entry.transposed)

@@ -106,9 +106,18 @@ def _view_tokens(tokens: Tokens, tokenizer: Any, show: int) -> SplitView:
     rows = []
     for i, example_id in enumerate(tokens.ids[:show]):
         candidates = np.flatnonzero(tokens.response_lengths[i]).tolist()
-        responses = [tokenizer.decode(tokens.response(i, c)) for c in candidates]
-        rows.append(Row(example_id, tokenizer.decode(tokens.prompt(i)), responses))
+        prompt = tokens.prompt(i)
+        responses = [_decode_after(prompt, tokens.response(i, c), tokenizer) for c in candidates]
+        rows.append(Row(example_id, tokenizer.decode(prompt), responses))
     return SplitView("tokens", tokens.prompt_lengths, tokens.response_lengths, tokens.cut, rows)
+
+
+def _decode_after(prompt: np.ndarray, response: np.ndarray, tokenizer: Any) -> str:
+    """Returns a response's text; of one alone, some tokenizers leave out the first space."""
+    before, whole = tokenizer.decode(prompt), tokenizer.decode(np.concatenate([prompt, response]))
+    if not whole.startswith(before):  # Characters lie across the border.
+        return str(tokenizer.decode(response))
+    return str(whole.removeprefix(before))
 
 
 def _summarize(split: str, view: SplitView) -> Iterator[str]:

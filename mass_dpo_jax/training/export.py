@@ -80,6 +80,7 @@ def export_run(
     check_free(output)
     folder = find_description(workdir)
     if adapters:
+        peft_format.check_exportable(load_config(folder))
         if dtype not in (None, "float32"):
             raise UserError(f"--dtype={dtype}: adapters are written in float32; leave it out")
         base = base_model or hub.without_revision(config.model.path)

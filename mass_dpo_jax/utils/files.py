@@ -318,9 +318,7 @@ def check_links(folder: Path) -> None:
     cache of the Hugging Face hub the files of a model are links to other files of that model.
     Weights may be links to another disk: only safetensors can be read as weights.
     """
-    home = folder.resolve()
-    if home.parent.name == "snapshots":
-        home = home.parent.parent
+    home = find_home(folder)
     for path in sorted(folder.rglob("*")):
         if path.suffix == ".safetensors" or not path.is_symlink():
             continue
@@ -329,6 +327,12 @@ def check_links(folder: Path) -> None:
                 f"{path}: a link to {target}, expected files of this folder only (weights, "
                 "*.safetensors, may be links): put a copy of the file in its place"
             )
+
+
+def find_home(folder: Path) -> Path:
+    """Returns the folder that the links of a downloaded folder may lead into."""
+    home = folder.resolve()
+    return home.parent.parent if home.parent.name == "snapshots" else home
 
 
 def shorten(text: str) -> str:

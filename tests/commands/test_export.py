@@ -70,6 +70,7 @@ CASES = {
         {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2},
     ),
     "mistral": ("mistral", {"sliding_window": 9}),
+    "phi3": ("phi3", {}),
     "olmo2": ("olmo2", {}),
     "gemma2 tied": ("gemma2", {"tie_word_embeddings": True}),
     "gemma3": ("gemma3_text", {}),

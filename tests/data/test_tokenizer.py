@@ -13,8 +13,10 @@ import pytest
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from mass_dpo_jax.data import tokenizer as tokenizer_module
 from mass_dpo_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from mass_dpo_jax.errors import UserError
+from tests.support.tokenizers import write_with_spaces
 
 NAMES = ("bos", "eos", "pad")
 
@@ -74,6 +76,23 @@ def test_only_special_tokens_that_no_file_names_are_those_of_config(
         assert before == after or f"{name}_token" not in explicit
 
 
+@pytest.mark.parametrize("legacy", [True, False, None])
+def test_a_saved_tokenizer_is_read_alike(tmp_path: Path, legacy: bool | None) -> None:
+    """Llama 2's puts a space after each special token or only before a text, by a setting."""
+    folder = write_with_spaces("first", tmp_path / "model")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "LlamaTokenizer"} | (
+        {} if legacy is None else {"legacy": legacy}
+    )
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(folder)
+    tokenizer.save_pretrained(tmp_path / "again")
+    for text in ("Moons</s>Phobos", "Moons </s> Phobos", " x"):
+        expected = tokenizer(text)["input_ids"]
+        assert load_tokenizer(tmp_path / "again")(text)["input_ids"] == expected
+        assert AutoTokenizer.from_pretrained(tmp_path / "again")(text)["input_ids"] == expected
+
+
 def test_a_map_of_special_tokens_names_them(tmp_path: Path) -> None:
     """Writers before transformers 5 name them there, too, some as objects."""
     names = {"bos_token": {"content": "<pad>", "lstrip": False}, "eos_token": "<bos>"}
@@ -109,10 +128,14 @@ def test_a_published_tokenizer_without_a_beginning(real_data: Path, tmp_path: Pa
         ({}, "no tokenizer: expected tokenizer.json"),
         ({"tokenizer_config.json": "{}"}, "no tokenizer: expected tokenizer.json"),
         ({"chat_template.jinja": "a", "special_tokens_map.json": "{}"}, "no tokenizer: expected"),
-        ({"tokenizer.model": "a"}, "only tokenizer.model; .*sentencepiece"),
+        ({"tokenizer.model": "\n"}, "no tokenizer_config.json, only tokenizer.model"),
         (
-            {"tokenizer.model": "a", "tokenizer_config.json": "{}"},
-            "only tokenizer.model; .*Auto",
+            {"tokenizer.model": "\n", "tokenizer_config.json": "{}"},
+            "only tokenizer.model, .* `pip install sentencepiece`",
+        ),
+        (
+            {"tokenizer.model": "IQ== 0", "tokenizer_config.json": "{}"},
+            "only tokenizer.model, .* `pip install tiktoken`",
         ),
         ({"vocab.json": "{}", "merges.txt": ""}, "no tokenizer_config.json, only vocab.json"),
         ({"tokenizer.json": "{}", "config.json": "[]"}, "config.json: found list, expected a JSON"),
@@ -135,6 +158,23 @@ def test_what_there_is_instead_of_a_tokenizer(
         load_tokenizer(tmp_path)
     assert str(tmp_path) in str(error.value)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("settings", [{}, {"add_bos_token": True}, {"add_bos_token": False}])
+def test_whether_converted_tokenizers_write_a_beginning_must_be_said(
+    tmp_path: Path,
+    settings: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """transformers 4 assumes that they do, 5 that they do not."""
+    converted = load_tokenizer(write(tmp_path / "converted", {"bos_token": "<bos>"}, {}))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "sentencepiece")
+    monkeypatch.setattr(tokenizer_module, "_load_by_settings", lambda folder: converted)
+    (tmp_path / "tokenizer.model").write_bytes(b"\n")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    load_tokenizer(tmp_path)
+    assert ("no add_bos_token, so texts begin with <bos>" in caplog.text) == (not settings)
 
 
 def test_code_of_a_folder_is_named_in_one_sentence(tmp_path: Path) -> None:

@@ -99,7 +99,9 @@ def test_gradients_of_a_step(
         for key in entry.path:
             found = found[key]
         tensors = [parameters[name].grad.numpy() for name in entry.list_names(config)]
-        tensors = [x.T if entry.transposed else x for x in tensors]
+        if entry.transposed:  # Some tensors hold several parameters.
+            rows = slice(entry.first_row, entry.first_row + found.shape[-1])
+            tensors = [x[rows].T for x in tensors]
         right = np.stack(tensors) if entry.is_stacked else tensors[0]
         norm = np.linalg.norm(right)
         assert norm > 0, entry.name

@@ -292,13 +292,16 @@ def test_files_in_the_place_of_folders(tmp_path: Path) -> None:
     assert "no such folder; expected a run" in refusal(tmp_path / "nowhere")
 
 
-def test_weights_may_be_links_to_another_disk(tmp_path: Path) -> None:
+def test_weights_may_be_links_to_another_disk(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder, disk = write_model(tmp_path / "model"), tmp_path / "disk"
     disk.mkdir()
     weights = folder / "model.safetensors"
     weights.rename(disk / "blob")
     weights.symlink_to(disk / "blob")
     assert opened(folder).config.vocab_size == 300
+    assert "1 of 1 files of weights are links to elsewhere" in caplog.text
     (folder / "tokenizer.json").rename(disk / "tokenizer.json")
     (folder / "tokenizer.json").symlink_to(disk / "tokenizer.json")
     assert "a link to" in (message := refusal(folder)) and "put a copy of the file" in message

@@ -24,11 +24,17 @@ from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models import attention
 from mass_dpo_jax.models.config import load_config, parse_targets
 from mass_dpo_jax.models.lora import Lora
-from mass_dpo_jax.models.peft_format import load_peft, load_peft_settings, save_peft
+from mass_dpo_jax.models.peft_format import (
+    check_exportable,
+    load_peft,
+    load_peft_settings,
+    save_peft,
+)
 from mass_dpo_jax.models.weights import load_hf
 from mass_dpo_jax.training.mesh import make_mesh
 from mass_dpo_jax.training.open_policy import open_policy
 from tests.support.models import (
+    FAMILIES,
     VOCABULARY,
     hf_config,
     random_decoder,
@@ -234,6 +240,8 @@ def test_values_that_are_none(folder: Path) -> None:
         ({"target_modules": ["proj"]}, "found 'proj', expected some of"),
         ({"target_modules": {"q_proj": 1}}, "expected a list of names"),
         ({"target_modules": []}, "expected a list of names"),
+        ({"target_modules": ["qkv_proj"]}, "one each of q_proj, k_proj, v_proj here"),
+        ({"target_modules": ["mlp.gate_up_proj"]}, "one each of gate_proj, up_proj here"),
         ({"r": 0}, "r: found 0, expected a positive integer"),
         ({"r": 4.0}, "r: found 4.0, expected a positive integer"),
         ({"r": 10**400, "use_rslora": True}, "r: found 1000"),
@@ -248,6 +256,14 @@ def test_values_that_are_none(folder: Path) -> None:
         change(folder, **({"r": 4, "lora_alpha": 6, "use_rslora": False} | changes))
         with pytest.raises(UserError, match=message):
             load_peft_settings(folder)
+
+
+def test_adapters_of_models_with_fused_projections_are_not_written_for_peft() -> None:
+    for model_type in FAMILIES:
+        if model_type != "phi3":
+            check_exportable(tiny_config(model_type))
+    with pytest.raises(UserError, match=r"a phi3 model .* \(gate_up_proj, qkv_proj\).* merged"):
+        check_exportable(tiny_config("phi3"))
 
 
 def test_rank_stabilized_adapters_are_scaled_by_the_root_and_written_as_plain_ones(

@@ -119,12 +119,14 @@ def expect_the_same(torch: ModuleType, ours: DecoderConfig, model: Any) -> None:
             leaf = leaf[key]
         shape = leaf.shape[1:] if entry.is_stacked else leaf.shape
         shape = shape[::-1] if entry.transposed else shape
+        shape = (shape[0] + entry.first_row, *shape[1:])
         shapes |= dict.fromkeys(entry.list_names(ours), tuple(shape))
     assert shapes == {name: tuple(x.shape) for name, x in model.named_parameters()}
 
+    act_fn = getattr(layers[0].mlp, "act_fn", None) or layers[0].mlp.activation_fn
     x = torch.linspace(-3.0, 3.0, 13)
     activation = ACTIVATIONS[ours.activation](jax.numpy.asarray(x.numpy()))
-    np.testing.assert_allclose(activation, layers[0].mlp.act_fn(x).numpy(), atol=1e-6)
+    np.testing.assert_allclose(activation, act_fn(x).numpy(), atol=1e-6)
     norm = model.model.norm
     assert ours.rms_norm_eps == getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
 
@@ -146,7 +148,7 @@ def expect_the_same(torch: ModuleType, ours: DecoderConfig, model: Any) -> None:
         attention = layer.self_attn
         assert ours.query_pre_attn_scalar**-0.5 == pytest.approx(attention.scaling)
         assert has_positions == getattr(attention, "use_rope", True)
-        window = settings.sliding_window if ours.model_type == "mistral" else None
+        window = settings.sliding_window if ours.model_type in ("mistral", "phi3") else None
         window = getattr(attention, "sliding_window", window)
         assert (ours.window if is_local else None) == window
     capped = ours.model_type == "gemma2"

@@ -95,6 +95,8 @@ CASES = {
         {"sliding_window": 5, "tie_word_embeddings": True, "num_key_value_heads": 4},
     ),
     "mistral, no window": ("mistral", {"sliding_window": None}),
+    "phi3 untied, window shorter than prompts": ("phi3", {"sliding_window": 5}),
+    "phi3 tied, one head each": ("phi3", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
     "gemma2 tied": ("gemma2", {"tie_word_embeddings": True}),
     "gemma2 untied, one head each, other layers local": (
         "gemma2",

@@ -13,6 +13,7 @@ from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.reports.describe_data import describe
 from tests.support.helpers import WORDS, tiny_config
 from tests.support.processes import command, refused
+from tests.support.tokenizers import write_with_spaces
 
 
 def write(path: Path, count: int = 20) -> Path:
@@ -51,6 +52,14 @@ def test_with_a_tokenizer(tmp_path: Path) -> None:
         "[rejected] basil<eos>",
         "[rejected] cedar<eos>",
     ]
+
+
+def test_the_space_that_begins_a_response_is_shown(tmp_path: Path) -> None:
+    write_with_spaces("prepend", tmp_path / "model")
+    row = {"prompt": "Moons?", "chosen": " Phobos", "rejected": ["Deimos"]}
+    (data := tmp_path / "data.jsonl").write_text(json.dumps(row) + "\n")
+    found = lines(data, **{"model.path": str(tmp_path / "model")})
+    assert found[-2:] == ["[chosen]  Phobos</s>", "[rejected] Deimos</s>"]
 
 
 def test_without_a_tokenizer(tmp_path: Path) -> None:

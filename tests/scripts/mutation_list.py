@@ -1426,8 +1426,8 @@ MUTATIONS = (
     ),
     Mutation(
         "tokens: a response has what the template writes behind its end",
-        "text[: text.index(kind.end) + len(kind.end)]",
-        "text",
+        "text = self._write_answer(talk, answer)\n        return text[: text.index(kind.end) + len(kind.end)]",
+        "text = self._write_answer(talk, answer)\n        return text",
         "data/test_render.py",
     ),
     Mutation(
@@ -1918,8 +1918,8 @@ MUTATIONS = (
     ),
     Mutation(
         "tokens: a long prompt loses the end of its text",
-        "text = last_content(as_text(rest))[characters:]",
-        "text = last_content(as_text(rest))[:-characters]",
+        "return text[characters:]",
+        "return text[:-characters]",
         "data/test_prompts.py",
     ),
     Mutation(
@@ -1948,8 +1948,8 @@ MUTATIONS = (
     ),
     Mutation(
         "tokens: thoughts come after a template's empty ones",
-        "if prompt.rstrip().endswith(THINK_TAGS[1]) and any(",
-        "if prompt.rstrip().endswith(THINK_TAGS[1] * 2) and any(",
+        "if thinks and talk.text.rstrip().endswith(THINK_TAGS[1]):",
+        "if thinks and talk.text.rstrip().endswith(THINK_TAGS[1] * 2):",
         "data/test_render.py",
     ),
     Mutation(
@@ -1996,13 +1996,13 @@ MUTATIONS = (
     ),
     Mutation(
         "tokens: a message that the template leaves out is not missed",
-        "            if text not in written:",
-        "            if not written:",
+        'elif key != "role" and not all(mark in written for mark in _marks(message[key])):',
+        'elif key != "role" and not written:',
         "data/test_render.py",
     ),
     Mutation(
         "tokens: special tokens in a response are taken for text",
-        "            self._with_special.add(content)",
+        "            self._with_special.add(name)",
         "            pass",
         "data/test_render.py",
     ),

@@ -19,7 +19,10 @@ from mass_dpo_jax.models.shared_prefix import CandidateScores, score
 from mass_dpo_jax.models.weights import list_entries
 
 VOCABULARY = 101
-FAMILIES = ("llama", "qwen2", "qwen3", "smollm3", "mistral", "olmo2", "gemma2", "gemma3_text")
+FAMILIES = (
+    *("llama", "qwen2", "qwen3", "smollm3", "mistral", "phi3"),
+    *("olmo2", "gemma2", "gemma3_text"),
+)
 
 # Frequencies of a 16-wide head fall into all three bands: fast, blended and slow.
 LLAMA3_SCALING = {
@@ -52,7 +55,7 @@ def hf_config(model_type: str = "llama", **changes: Any) -> dict[str, Any]:
     }
     if model_type == "llama":
         config["rope_parameters"] = {"rope_theta": 10000.0, **LLAMA3_SCALING}
-    if model_type in ("mistral", "gemma2", "gemma3_text"):
+    if model_type in ("mistral", "phi3", "gemma2", "gemma3_text"):
         config["sliding_window"] = 6  # Shorter than prompts.
     if model_type.startswith("gemma"):
         config["query_pre_attn_scalar"] = 24
@@ -146,7 +149,8 @@ def random_tensors(config: DecoderConfig, seed: int = 0) -> dict[str, np.ndarray
         shape = node.shape[1:] if entry.is_stacked else node.shape
         shape = shape[::-1] if entry.transposed else shape
         for name in entry.list_names(config):
-            tensors[name] = rng.normal(size=shape).astype(np.float32)
+            part = rng.normal(size=shape).astype(np.float32)
+            tensors[name] = np.concatenate([tensors[name], part]) if entry.first_row else part
     return tensors
 
 
