@@ -1426,8 +1426,8 @@ MUTATIONS = (
     ),
     Mutation(
         "tokens: a response has what the template writes behind its end",
-        "text = self._write_answer(talk, answer)\n        return text[: text.index(kind.end) + len(kind.end)]",
-        "text = self._write_answer(talk, answer)\n        return text",
+        "(talk, answer)\n        return text[: text.index(kind.end) + len(kind.end)]",
+        "(talk, answer)\n        return text",
         "data/test_render.py",
     ),
     Mutation(
