@@ -28,7 +28,7 @@ from mass_dpo_jax.models.interfaces import Attention, ScoringRecord
 from mass_dpo_jax.models.logprobs import MAX_LOGITS
 from mass_dpo_jax.models.response_layout import lay_out_rectangle
 from mass_dpo_jax.training import mesh as mesh_lib
-from mass_dpo_jax.training.methods import make_method
+from mass_dpo_jax.training.method_config import make_method
 from mass_dpo_jax.training.optimizer import make_optimizer, state_shapes
 from mass_dpo_jax.training.scorer import Scorer
 from mass_dpo_jax.training.step import Program, TrainState

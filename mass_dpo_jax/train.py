@@ -68,10 +68,10 @@ def main() -> None:
     config = cli.read_config()
     from mass_dpo_jax.estimate.dry_run import dry_run
     from mass_dpo_jax.runs import run_folder
-    from mass_dpo_jax.training import advice, evaluator, interruption, loop, methods
+    from mass_dpo_jax.training import advice, evaluator, interruption, loop, method_config
     from mass_dpo_jax.utils import distributed
 
-    cli.log_unread("this training", methods.find_unread(config))
+    cli.log_unread("this training", method_config.find_unread(config))
     if config.dry_run:
         if distributed.is_multiprocess():
             raise UserError("config.dry_run: expected one process; it only needs the mesh's sizes")

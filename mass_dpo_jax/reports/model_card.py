@@ -23,7 +23,8 @@ from mass_dpo_jax.reports.format import HEADLINE_METRICS, format_metric, markdow
 from mass_dpo_jax.runs import origin, run_config, run_folder
 from mass_dpo_jax.runs.metrics_files import read_metrics_json, read_metrics_log
 from mass_dpo_jax.selection.registry import CRITERIA
-from mass_dpo_jax.training.methods import METHODS, SMOOTHED
+from mass_dpo_jax.training.method_config import SMOOTHED
+from mass_dpo_jax.training.methods import METHODS
 
 REWARD = (
     "The reward of a response is r = beta * ({value}), {over} its tokens, with beta = {beta:g}."

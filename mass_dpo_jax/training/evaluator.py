@@ -21,7 +21,7 @@ from mass_dpo_jax.metrics import CUTOFFS, Lists, evaluate_logps, metric_names, r
 from mass_dpo_jax.runs import metrics_files, run_folder
 from mass_dpo_jax.runs.loggers import Log
 from mass_dpo_jax.training import scoring
-from mass_dpo_jax.training.methods import has_rewards
+from mass_dpo_jax.training.method_config import has_rewards
 from mass_dpo_jax.training.setup import Setup
 from mass_dpo_jax.utils import distributed
 from mass_dpo_jax.utils.files import read_array

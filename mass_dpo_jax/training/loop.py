@@ -18,7 +18,7 @@ from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.runs import loggers, metrics_files, origin, resume, run_config, run_folder
 from mass_dpo_jax.training import checkpoint, interruption, scoring
 from mass_dpo_jax.training.evaluator import EvaluatedSplit, Evaluator, check_best, log_long_cutoffs
-from mass_dpo_jax.training.methods import find_unread
+from mass_dpo_jax.training.method_config import find_unread
 from mass_dpo_jax.training.model_paths import fetch_models
 from mass_dpo_jax.training.open_policy import save_description
 from mass_dpo_jax.training.optimizer import learning_rate, make_optimizer

@@ -24,7 +24,8 @@ from mass_dpo_jax.selection import batch as batch_lib
 from mass_dpo_jax.training import prompts, scoring
 from mass_dpo_jax.training.data_checks import grade_split, log_small_pools
 from mass_dpo_jax.training.feature_files import mask_of_examples, read_features, to_float32
-from mass_dpo_jax.training.methods import Method, make_method
+from mass_dpo_jax.training.method_config import make_method
+from mass_dpo_jax.training.methods import Method
 from mass_dpo_jax.training.scored_model import ScoredModel, choose_split, prepare_scoring
 from mass_dpo_jax.training.step import Program
 from mass_dpo_jax.utils import distributed

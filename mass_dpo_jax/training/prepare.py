@@ -29,7 +29,8 @@ from mass_dpo_jax.models.logprobs import choose_max_logits
 from mass_dpo_jax.runs.run_folder import latest_step
 from mass_dpo_jax.training import mesh as mesh_lib
 from mass_dpo_jax.training.data_checks import check_training_data, describe_split
-from mass_dpo_jax.training.methods import METHODS, Method, make_method, uses_reference
+from mass_dpo_jax.training.method_config import make_method, uses_reference
+from mass_dpo_jax.training.methods import METHODS, Method
 from mass_dpo_jax.training.model_paths import check_model, uses_lora
 from mass_dpo_jax.training.open_policy import open_policy
 from mass_dpo_jax.training.policy import Policy

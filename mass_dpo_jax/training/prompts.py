@@ -21,7 +21,8 @@ from mass_dpo_jax.selection import prompts as selection
 from mass_dpo_jax.selection.prompts import PromptSelection
 from mass_dpo_jax.selection.shards import make_mesh
 from mass_dpo_jax.training import scoring
-from mass_dpo_jax.training.methods import METHODS, uses_reference
+from mass_dpo_jax.training.method_config import uses_reference
+from mass_dpo_jax.training.methods import METHODS
 from mass_dpo_jax.utils import distributed
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.data import sources
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.runs import origin, run_config, run_folder
-from mass_dpo_jax.training.methods import uses_reference
+from mass_dpo_jax.training.method_config import uses_reference
 from mass_dpo_jax.training.model_paths import fetch_models, uses_lora
 from mass_dpo_jax.training.prepare import prepare
 from mass_dpo_jax.training.setup import Reference, Setup

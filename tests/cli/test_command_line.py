@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mass_dpo_jax import config as config_lib
-from mass_dpo_jax.training import methods
+from mass_dpo_jax.training import method_config
 from tests.support.processes import command, environment, refused
 
 LR = "did you mean --config.train.learning_rate=...?"
@@ -195,9 +195,9 @@ def test_settings_without_an_effect_are_named(tmp_path: Path) -> None:
 )
 def test_settings_that_a_training_does_not_read(changes: dict[str, Any], expected: str) -> None:
     config = config_lib.default()
-    usual = set(methods.find_unread(config))
+    usual = set(method_config.find_unread(config))
     config.update_from_flattened_dict(changes)
-    found = set(methods.find_unread(config))
+    found = set(method_config.find_unread(config))
     for name in expected.split():
         assert any(other.startswith(name) for other in found)
         assert not changes or not any(other.startswith(name) for other in usual)
@@ -207,9 +207,9 @@ def test_settings_that_a_training_does_not_read(changes: dict[str, Any], expecte
     }  # fmt: skip
     for method, name in read.items():
         config.method = method
-        assert name not in methods.find_unread(config)
+        assert name not in method_config.find_unread(config)
     config.model.lora.rank = 8
-    assert not any(name.startswith("model.lora") for name in methods.find_unread(config))
+    assert not any(name.startswith("model.lora") for name in method_config.find_unread(config))
 
 
 def test_a_run_without_its_flag(tmp_path: Path) -> None:

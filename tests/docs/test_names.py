@@ -28,7 +28,7 @@ HOMES = ("", "mass_dpo_jax", "tests", "docs")
 WRITTEN = {"pairs.jsonl", "scores.jsonl", "selected.jsonl", "items.jsonl", "mined.jsonl",
            "metrics.jsonl", "words.jsonl",
            "train.jsonl", "pairs-dev.csv", "prompts.jsonl",
-           "pairs.py", "rank.py", "mine.py", "make_model.py", "README.md"}  # fmt: skip
+           "pairs.py", "rank.py", "ask.py", "mine.py", "make_model.py", "README.md"}  # fmt: skip
 FLAGS = {"print"}  # Behind --config., and no setting.
 # Of the architecture page: values of settings, and names of JAX and of splits.
 OTHER_NAMES = {"dots", "train", "validation", "test", "custom_vjp", "metrics.json"}

@@ -22,7 +22,7 @@ from mass_dpo_jax.models.config import DecoderConfig, parse_targets
 from mass_dpo_jax.models.decoder import abstract_decoder
 from mass_dpo_jax.models.lora import Lora
 from mass_dpo_jax.training.mesh import abstract_mesh, param_shapes
-from mass_dpo_jax.training.methods import make_method
+from mass_dpo_jax.training.method_config import make_method
 from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.scorer import Scorer
 from mass_dpo_jax.training.step import Program, TrainState

@@ -34,7 +34,7 @@ from mass_dpo_jax.models.decoder import abstract_decoder
 from mass_dpo_jax.models.fused_attention import FusedAttention
 from mass_dpo_jax.training import loop as train_lib
 from mass_dpo_jax.training.mesh import abstract_mesh
-from mass_dpo_jax.training.methods import make_method
+from mass_dpo_jax.training.method_config import make_method
 from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.prepare import prepare
 from mass_dpo_jax.training.scorer import Scorer

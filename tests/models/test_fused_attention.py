@@ -31,7 +31,7 @@ from mass_dpo_jax.models.fused_attention import (
     choose_attention,
     measure_error,
 )
-from mass_dpo_jax.training.methods import make_method
+from mass_dpo_jax.training.method_config import make_method
 from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.prepare import prepare
 from mass_dpo_jax.training.scorer import Scorer

@@ -45,7 +45,7 @@ from mass_dpo_jax.train import train
 from mass_dpo_jax.training import mesh
 from mass_dpo_jax.training.checkpoint import Checkpoints
 from mass_dpo_jax.training.loop import SPLITS
-from mass_dpo_jax.training.methods import make_method
+from mass_dpo_jax.training.method_config import make_method
 from mass_dpo_jax.training.offline_selection import select_with_features
 from mass_dpo_jax.training.optimizer import learning_rate, make_optimizer
 from mass_dpo_jax.training.prepare import prepare

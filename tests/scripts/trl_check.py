@@ -54,7 +54,8 @@ from mass_dpo_jax.data.render import make_renderer, read_template_arguments
 from mass_dpo_jax.data.tokenization import tokenize
 from mass_dpo_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from mass_dpo_jax.score import score
-from mass_dpo_jax.training.methods import Responses, make_method
+from mass_dpo_jax.training.method_config import make_method
+from mass_dpo_jax.training.methods import Responses
 from tests.support import tokenizers
 from tests.support.helpers import WORDS, tiny_config, write_jsonl
 from tests.support.tokenizers import real

@@ -16,7 +16,7 @@ from mass_dpo_jax import config_checks, selection, theory
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.selection import Design, Settings, registry
 from mass_dpo_jax.selection.search import empty_selection
-from mass_dpo_jax.training.methods import make_method
+from mass_dpo_jax.training.method_config import make_method
 from tests.support.pools import SIZE, Pool, make_pool, picks, run, run_exhaustively, to_select
 
 pytestmark = pytest.mark.usefixtures("strict_jax")

@@ -11,7 +11,8 @@ from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.data.tokens import Tokens
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.training.data_checks import check_training_data
-from mass_dpo_jax.training.methods import Method, make_method
+from mass_dpo_jax.training.method_config import make_method
+from mass_dpo_jax.training.methods import Method
 
 
 def method(name: str = "lipo_lambda") -> Method:

@@ -17,8 +17,9 @@ from mass_dpo_jax import config_checks, selection
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.export import export
 from mass_dpo_jax.train import train
-from mass_dpo_jax.training import methods
-from mass_dpo_jax.training.methods import Responses, make_method
+from mass_dpo_jax.training import method_config, methods
+from mass_dpo_jax.training.method_config import make_method
+from mass_dpo_jax.training.methods import Responses
 from tests.support.helpers import slow, tiny_config, write_jsonl
 
 POOL = 5
@@ -191,8 +192,8 @@ def test_the_supervised_method_has_no_such_loss() -> None:
     config = config_lib.default()
     config.update_from_flattened_dict({"method": "sft", "loss.type": "simpo"})
     assert make_method(config, POOL).is_supervised
-    assert "loss.margin" in methods.find_unread(config)
-    assert not methods.has_rewards(config)
+    assert "loss.margin" in method_config.find_unread(config)
+    assert not method_config.has_rewards(config)
 
 
 @pytest.mark.parametrize("loss_type", ["simpo", slow("ipo"), slow("hinge")])

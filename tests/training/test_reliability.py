@@ -22,7 +22,7 @@ from mass_dpo_jax.runs import metrics_files, run_folder
 from mass_dpo_jax.train import train
 from mass_dpo_jax.training import checkpoint, checkpoint_reading, interruption, mesh
 from mass_dpo_jax.training.evaluator import Evaluator
-from mass_dpo_jax.training.methods import make_method
+from mass_dpo_jax.training.method_config import make_method
 from mass_dpo_jax.training.optimizer import make_optimizer
 from mass_dpo_jax.training.prepare import prepare
 from mass_dpo_jax.training.setup import Setup
