@@ -74,6 +74,12 @@ MUTATIONS = (
         "training/test_drawn_negatives.py",
     ),
     Mutation(
+        "methods: a drawn negative has no margin",
+        "return log_weights if margins is None else margins + log_weights",
+        "return margins",
+        "training/test_drawn_negatives.py",
+    ),
+    Mutation(
         "resume: another draw of negatives is the same data",
         'if "train" in self.tokens and self.tokens["train"].log_weights is not None:',
         "if False:",
