@@ -107,6 +107,8 @@ CHOICES = {
     "selection.prompts": ("all", "design", "uncertain", "random"),
     "selection.prompt_refresh": ("once", "epoch"),
 }
+# Formats of the rows that `select` and `mine` write; data/formats/writing.py is the code.
+WRITTEN_FORMATS = ("lists", "pairs", "ms-swift", "flagembedding", "sentence-transformers")
 FEATURE_DRAWS = ("local", "partition")  # Values of `selection.draw` that read features.
 MLP_TARGETS = ("gate_proj", "up_proj", "down_proj")
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", *MLP_TARGETS)

@@ -17,8 +17,8 @@ any split, and the items of a history are never negatives; --margin, --relative_
 
 Each line has `id`, `prompt`, `chosen` and `rejected`, which this program and TRL read, and for each
 negative `mined_ids`, `mined_scores`, `mined_probabilities` (of being drawn) and `mined_weights`.
-Training corrects for the draw by `mined_probabilities`; docs/mining.md says how. The limits
-config.data.max_* are applied.
+Training corrects for the draw by `mined_probabilities`; docs/mining.md says how. --format writes
+the columns of other programs. The limits config.data.max_* are applied.
 """
 
 from __future__ import annotations
@@ -135,8 +135,11 @@ def main() -> None:
     tables = (FLAGS.scores, FLAGS.prompt_features, FLAGS.item_features)
     inputs = [path for path in (config.data.path, FLAGS.catalogue, *tables) if path]
     output = cli.check_output(FLAGS.output, "JSON-lines or Parquet", *inputs)
-    count = cli.write_rows(output, mine(config))
-    print(f"{count} rows written to {output}")
+    from mass_dpo_jax.data.formats.writing import convert_rows
+
+    chat = config.data.chat_template != "none"
+    count = cli.write_rows(output, convert_rows(mine(config), FLAGS.format, chat))
+    print(f"{count} {'pairs' if FLAGS.format == 'pairs' else 'rows'} written to {output}")
 
 
 if __name__ == "__main__":
@@ -165,5 +168,6 @@ if __name__ == "__main__":
     flags.DEFINE_float(
         "temperature", 1.0, "Divides the scores of --draw=softmax.", lower_bound=1e-6
     )
+    cli.define_format()
     cli.define_path("output", "The file to write: JSON lines, or .parquet.")
     cli.run(main, unread=[*cli.TRAINING, *cli.CHOOSING, *cli.RANKING])

@@ -8,9 +8,10 @@ r"""Chooses negatives without training, for people who train elsewhere.
 
 The first two forms score every response with a model and write the data again with only the picks
 as negatives: --format=lists writes one object per prompt, which this program can read;
---format=pairs one per pair, in the columns of TRL's DPOTrainer (prompt, chosen, rejected). Each
-object also has `id`, `selected` (indices into the example's own list of rejected responses, from 0,
-in order of choice) and `gains`; a pair has its own id and one value of each. Prompts are written in
+--format=pairs one per pair, in the columns of TRL's DPOTrainer (prompt, chosen, rejected);
+ms-swift, flagembedding and sentence-transformers are for the programs of that name. Each object
+also has `id`, `selected` (indices into the example's own list of rejected responses, from 0, in
+order of choice) and `gains`; a pair has its own id and one value of each. Prompts are written in
 full, even if they are cut to config.data.max_prompt_length for scoring. In pairs, strings that were
 scored inside a chat template become chat messages, since TRL applies templates to those only.
 
@@ -34,7 +35,6 @@ from absl import flags
 from mass_dpo_jax import cli, config_checks
 from mass_dpo_jax import config as config_lib
 
-FORMATS = ("lists", "pairs")
 UNREAD = ("selection.refresh", "selection.prompt_budget", "selection.prompt_refresh")
 
 FLAGS = flags.FLAGS
@@ -45,11 +45,8 @@ def main() -> None:
     config = config_checks.resolve(FLAGS.config or config_lib.default())
     inputs = (config.data.path, FLAGS.features or "")
     output = cli.check_output(FLAGS.output, "JSON-lines or Parquet", *inputs)
-    from mass_dpo_jax.training.offline_selection import (
-        select_with_features,
-        select_with_model,
-        split_into_pairs,
-    )
+    from mass_dpo_jax.data.formats.writing import convert_rows
+    from mass_dpo_jax.training.offline_selection import select_with_features, select_with_model
 
     if FLAGS.prompts is None:
         cli.log_unread("select without --prompts", ["selection.prompts"])
@@ -57,10 +54,8 @@ def main() -> None:
         rows = select_with_features(config, FLAGS.features, FLAGS.split, FLAGS.prompts)
     else:
         rows = select_with_model(cli.read_config(), FLAGS.workdir, FLAGS.split, FLAGS.prompts)
-    if FLAGS.format == "pairs":
-        rows = split_into_pairs(
-            rows, chat=not FLAGS.features and config.data.chat_template != "none"
-        )
+    chat = not FLAGS.features and config.data.chat_template != "none"
+    rows = convert_rows(rows, FLAGS.format, chat)
     count = cli.write_rows(output, rows)
     print(f"{count} {'pairs' if FLAGS.format == 'pairs' else 'rows'} written to {output}")
 
@@ -71,7 +66,7 @@ if __name__ == "__main__":
     cli.define_path("workdir", "A run's folder.")
     cli.define_split()
     cli.define_path("features", "A .npy or .safetensors file, no model.")
-    flags.DEFINE_enum("format", "lists", FORMATS, "Rows per prompt, or per pair.")
+    cli.define_format()
     flags.DEFINE_float("prompts", None, "Number or share of the prompts to choose; default: all.")
     cli.define_path("output", "The file to write: JSON lines, or .parquet.")
     cli.run(

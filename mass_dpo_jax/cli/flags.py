@@ -23,7 +23,10 @@ TRAINING = (
     "train.moments train.offload train.eval train.checkpoint train.keep train.max log. dry_run "
     "device_memory sft_weight"
 ).split()
-CHOOSING = ("selection.", "num_negatives", "odpo.", "pl_rank.")  # Read by training and `select`.
+# Read by training and `select`.
+CHOOSING = (
+    "selection. num_negatives odpo. pl_rank. loss.link loss.margin loss.gamma loss.label_smoothing"
+).split()
 RANKING = ("eval.cutoffs",)  # Read by training, `evaluate` and `compare`.
 LIMITS = ("data.max_train", "data.max_validation", "data.max_test")
 
@@ -74,6 +77,16 @@ def define_split() -> None:
         ["train", "validation", "test", "all"],
         "Rows to use. Default: test, or all if the data is a single file. For a run's own single "
         "file, the held-out rows are test.",
+    )
+
+
+def define_format() -> None:
+    """Defines --format, of rows with chosen negatives."""
+    flags.DEFINE_enum(
+        "format",
+        "lists",
+        config_lib.WRITTEN_FORMATS,
+        "A row for each prompt; pairs: for each pair.",
     )
 
 

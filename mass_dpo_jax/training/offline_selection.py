@@ -17,7 +17,7 @@ from mass_dpo_jax import config as config_lib
 from mass_dpo_jax import config_checks
 from mass_dpo_jax.data import load_examples
 from mass_dpo_jax.data.batches import Batch
-from mass_dpo_jax.data.examples import Example, Message, Text, as_text
+from mass_dpo_jax.data.examples import Example, as_text
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.selection import Pool, Selection
 from mass_dpo_jax.selection import batch as batch_lib
@@ -32,14 +32,6 @@ from mass_dpo_jax.utils import distributed
 from mass_dpo_jax.utils.files import expand_path
 from mass_dpo_jax.utils.run_paths import resolve_run
 
-# Columns with a list for each prompt, and what they are called with one value for each pair.
-PAIR_COLUMNS = {
-    "rejected": "rejected",
-    "selected": "selected",
-    "gains": "gain",
-    "weights": "weight",
-}
-ROLES = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
 ROWS_AT_A_TIME = 256  # Rows of features on the device.
 Row = dict[str, Any]
 
@@ -283,29 +275,6 @@ def _select_part(
             )
         )
     return _rows(picks, method.uses_draws), measured
-
-
-def split_into_pairs(rows: Iterator[Row], chat: bool) -> Iterator[Row]:
-    """Yields a row for each selected negative, in TRL's pairwise columns and with its gain.
-
-    Args:
-        rows: rows of `select_with_model` or `select_with_features`.
-        chat: texts were scored inside a chat template, so that strings become the messages they
-            were rendered as. TRL applies a template only to messages, and takes no mixture of both.
-    """
-    for row in rows:
-        shared = {name: value for name, value in row.items() if name not in PAIR_COLUMNS}
-        for k in range(len(row["selected"])):
-            pair = shared | {one: row[many][k] for many, one in PAIR_COLUMNS.items() if many in row}
-            pair["id"] = f"{row['id']}-{k}"
-            texts = {name: pair[name] for name in ROLES if name in pair}
-            if chat or any(isinstance(text, list) for text in texts.values()):
-                texts = {name: _as_messages(text, ROLES[name]) for name, text in texts.items()}
-            yield pair | texts
-
-
-def _as_messages(text: Text, role: str) -> list[Message]:
-    return [{"role": role, "content": text}] if isinstance(text, str) else text
 
 
 def _rows(picks: Selection, has_weights: bool) -> list[Row]:

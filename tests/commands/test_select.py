@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 import mass_dpo_jax as mdj
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax import selection, theory
+from mass_dpo_jax.data.formats.writing import convert_rows
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.evaluate import evaluate
 from mass_dpo_jax.train import train
@@ -25,7 +26,6 @@ from mass_dpo_jax.training import offline_selection
 from mass_dpo_jax.training.offline_selection import (
     select_with_features,
     select_with_model,
-    split_into_pairs,
 )
 from mass_dpo_jax.training.scored_model import prepare_scoring
 from tests.support.helpers import slow, tiny_config, write_jsonl
@@ -310,7 +310,7 @@ def test_features_with_their_data(folder: Path) -> None:
     for row, example in zip(found, rows_of(data), strict=True):
         assert sorted(row["selected"]) == list(range(len(example["rejected"])))
         assert row["rejected"] == [example["rejected"][i] for i in row["selected"]]
-    pairs = list(split_into_pairs(iter(found), chat=False))
+    pairs = list(convert_rows(found, "pairs", chat=False))
     assert len(pairs) == sum(len(example["rejected"]) for example in rows_of(data))
     assert pairs[0] == {
         "id": "row0-0", "prompt": found[0]["prompt"], "chosen": found[0]["chosen"],
@@ -330,15 +330,15 @@ def test_features_with_their_data(folder: Path) -> None:
 def test_pairs_are_messages_where_a_template_or_a_message_is() -> None:
     row = {"id": "a", "prompt": "Why?", "chosen": "So.", "rejected": ["No.", "Yes."],
            "selected": [3, 1], "gains": [2.0, 1.0]}  # fmt: skip
-    plain = list(split_into_pairs(iter([row]), chat=False))
+    plain = list(convert_rows([row], "pairs", chat=False))
     assert [pair["id"] for pair in plain] == ["a-0", "a-1"]
     assert [(pair["rejected"], pair["selected"], pair["gain"]) for pair in plain] == [
         ("No.", 3, 2.0), ("Yes.", 1, 1.0),
     ]  # fmt: skip
     mixed = row | {"chosen": [{"role": "assistant", "content": "So."}]}
     for pairs in (
-        split_into_pairs(iter([row]), chat=True),
-        split_into_pairs(iter([mixed]), chat=False),
+        convert_rows([row], "pairs", chat=True),
+        convert_rows([mixed], "pairs", chat=False),
     ):
         first = next(pairs)
         assert first["prompt"] == [{"role": "user", "content": "Why?"}]
