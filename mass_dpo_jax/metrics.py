@@ -34,12 +34,12 @@ CUTOFFS = (1, 3, 5, 10)  # The default of `eval.cutoffs`.
 
 
 class Lists(NamedTuple):
-    """What the data says of the candidates that are ranked.
+    """What the data says about the candidates that are ranked.
 
     Attributes:
         valid: bool [M, C], True for the candidates that exist.
         relevant: bool [M, C], which of them the data calls chosen; None: the first alone.
-        grades: float [M, C], how good they are, larger for better; None where it does not say.
+        grades: float [M, C], how good they are, larger for better; None where the data has none.
         items: int [M, C], a number that equal responses of all lists share; None where responses
             are not items that several lists have.
     """
@@ -94,11 +94,11 @@ def per_example_metrics(
 ) -> dict[str, Float[np.ndarray, " M"]]:
     """Computes all ranking metrics of every example, in float64.
 
-    Those of `per_example_ranking`, with several relevant candidates as usual: `accuracy` is 1 where
-    one of them is first, `mrr` is 1 over the rank of the first of them, `recall@k` is the share of
-    them in the first k, and `ndcg@k` is `gain_ndcg@k` of grades 1 and 0. With grades also `map`,
-    average precision: the mean, over the relevant, of the share of relevant candidates among those
-    ranked down to it; and `gain_ndcg@k`.
+    Those of `per_example_ranking`; with several relevant candidates, `accuracy` is 1 where one of
+    them is first, `mrr` is 1 over the rank of the first of them, `recall@k` is the share of them in
+    the first k, and `ndcg@k` is `gain_ndcg@k` of grades 1 and 0. With grades also `gain_ndcg@k` and
+    `map`, average precision: the mean, over the relevant candidates, of the share of relevant ones
+    among all ranked down to each.
 
     Args:
         scores: values that rank the candidates, compared in float32.
@@ -139,11 +139,11 @@ def per_example_gain_ndcg(
 
     The candidate at rank $r \le k$ adds $g / \log_2(1 + r)$; the sum is divided by its largest
     value over all orders. Gains are linear, as in trec_eval: $g$ is the grade minus the lowest of
-    the list, so grades may be negative, and a constant added to all changes nothing. A list of
-    equal grades has 1.
+    the list, so grades may be negative, and a constant added to all changes nothing. The value of a
+    list of equal grades is 1.
 
-    Of equal scores, the lower grade comes first: ties count against the model. So does NaN: its
-    candidates come first if their grade is the lowest of the list, else last.
+    Of equal scores, the lower grade comes first: ties count against the model. So do scores that
+    are NaN: their candidates come first if their grade is the lowest of the list, else last.
 
     Args:
         scores: values that rank the candidates, compared in float32.
@@ -177,14 +177,13 @@ def per_example_items(
     """Computes which items are ranked first, where responses are items of a catalogue, in float64.
 
     The mean of `coverage` is the share of all items in the lists that are ranked first in some
-    list. That is no mean over lists, so its values are the jackknife's: they differ from list to
-    list as pseudo-values do, and so have the jackknife's standard error, with all items in the
-    lists fixed. `popularity` is the share of the *other* lists in which the item ranked first is
-    relevant.
+    list. That is no mean over lists, so the values are the jackknife's pseudo-values, shifted to
+    have this mean: their standard error is the jackknife's, taking the items in the lists as given.
+    `popularity` is the share of the *other* lists in which the item ranked first is relevant.
 
     Args:
-        scores: values that rank the candidates. Of equal ones, one that is not relevant is first.
-        lists: what the data says of them, `items` too.
+        scores: values that rank the candidates. Of equal ones, those not relevant come first.
+        lists: what the data says about them, with `items`.
 
     Raises:
         ValueError: shapes differ, or a row's chosen response is not valid.
@@ -213,11 +212,11 @@ def ranking(
     prefix: str,
     cutoffs: Sequence[int] = CUTOFFS,
 ) -> dict[str, float]:
-    """Computes ranking metrics of a split whose only relevant candidates are the first.
+    """Computes ranking metrics of a split in which only the first candidates are relevant.
 
     Args:
-        scores: values that rank the candidates: summed log-probabilities (`policy`) or log-ratios
-            to the reference (`reward`).
+        scores: values that rank the candidates: summed log-probabilities (`policy`) or rewards
+            (`reward`).
         valid: True for the candidates that exist.
         prefix: precedes every name, with a slash between.
         cutoffs: the k of Recall@k and NDCG@k; one above C is left out.
@@ -238,7 +237,7 @@ def reward_metrics(
     negatives counts in `rewards/chosen` only.
 
     Args:
-        rewards: beta times the log-ratios.
+        rewards: beta times the log-ratios, or what else the loss takes for rewards.
         valid: True for the candidates that exist.
 
     Returns:
@@ -272,7 +271,7 @@ def reward_metrics(
 
 
 def standard_error(values: Shaped[np.ndarray, " M"]) -> float:
-    """Computes the standard error of a mean: the standard deviation (M - 1) over sqrt(M).
+    """Computes the standard error of a mean: the sample standard deviation over sqrt(M).
 
     A single value says nothing about the spread: 0 instead of NaN keeps reports valid JSON.
     """
@@ -340,7 +339,7 @@ def evaluate_logps(
 def metric_names(
     has_rewards: bool, candidates: int, graded: bool, cutoffs: Sequence[int] = CUTOFFS
 ) -> list[str]:
-    """Lists the metrics of `evaluate_logps`, but for errors and those of items.
+    """Lists the metrics of `evaluate_logps`, without standard errors and metrics of items.
 
     Args:
         has_rewards: whether there are rewards.

@@ -1,8 +1,8 @@
-"""Tokenizes responses as what they are: texts that go on after another one.
+"""Tokenizes responses as continuations of their prompts.
 
 Some tokenizers change the beginning of every text: those of Llama 2, Mistral and Phi-3 put a space
-before it, others strip one. Within a whole text they do not, and so they must not before a response
-that is tokenized apart from its prompt.
+before it, others strip one. They do not within a text, so they must not at the beginning of a
+response either, which is tokenized separately from its prompt.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from mass_dpo_jax.data.tokenizer import encode_texts, raise_user_errors
 from mass_dpo_jax.data.tokens import RaggedTokens
 
-# The parts of a tokenizer that can change a text's beginning, and those that parts consist of.
+# The parts of a tokenizer that can change a text's beginning, and the fields with their own parts.
 PARTS = ("normalizer", "pre_tokenizer")
 INNER_PARTS = ("normalizers", "pretokenizers")
 
@@ -54,7 +54,7 @@ class ResponseEncoder:
     def find_beginnings(self, texts: Sequence[str], prompts: RaggedTokens) -> np.ndarray:
         """Returns whether the tokenizer treats what follows each prompt as a beginning, bool [m].
 
-        That is so after nothing, and with some tokenizers after each added token, like [/INST].
+        It does after an empty prompt, and with some tokenizers after an added token like [/INST].
 
         Args:
             texts: the prompts' texts.
@@ -69,7 +69,7 @@ class ResponseEncoder:
         return empty | np.isin(last, self._added)
 
     def encode(self, texts: Sequence[tuple[str, bool]]) -> RaggedTokens:
-        """Tokenizes texts, each with whether it is a beginning."""
+        """Tokenizes pairs of a text and whether it is treated as a beginning."""
         if not any(begins for _, begins in texts):
             return encode_texts(self._continuing, [text for text, _ in texts])
         parts = [
@@ -86,7 +86,7 @@ def _get_state(part: Any) -> Any:
 
 
 def _remove_changes(state: Any) -> Any:
-    """Returns a part that leaves a text's beginning alone and is otherwise the same."""
+    """Returns the state of a part that does not change a text's beginning, otherwise the same."""
     if state is None or state["type"] == "Prepend":
         return None
     state = dict(state)
@@ -102,9 +102,9 @@ def _remove_changes(state: Any) -> Any:
 
 
 def _changes_sections(state: Any) -> bool:
-    """Whether a part changes the beginning of each section between added tokens.
+    """Whether a part changes the beginning of every section of a text, not only of the first.
 
-    Only Metaspace can tell the first section from the others.
+    Sections are what added tokens separate; only Metaspace can treat the first one differently.
     """
     if state is None or state == _remove_changes(state):
         return False

@@ -1,11 +1,11 @@
 """Losses of one chosen response against rejected ones, one value per example.
 
-Those in between have no order: which of two negatives is better does not matter. Inputs are as
-`mass_dpo_jax.losses` says.
+The order of the rejected ones, the negatives, does not matter. `mass_dpo_jax.losses` describes the
+inputs.
 
-`preference_loss` has what they share, as a grid: how the negatives are summed over, what is taken
-of the chosen response's lead over them, and by how much it should lead. The losses with names of
-their own are cells of it.
+`preference_loss` is what most of them share: a way to combine the negatives, a link (the function
+that turns the chosen response's lead over them into a loss), and margins for that lead. `dpo`,
+`dpo_k`, `dmpo`, `odpo` and `plackett_luce` are special cases.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def preference_loss(
     \text{mean: } \phi\Bigl(\frac{1}{|S|} \sum_{i \in S} s_i\Bigr),
     $$
 
-    which with one negative are the same, and by link
+    which are the same with one negative. The lead of the chosen response is $-s_i$. By link,
 
     - `logistic`: $\phi(s) = (1 - \epsilon) \lambda(s) + \epsilon \lambda(-s)$ with
       $\lambda(s) = \log(1 + e^s)$, as in DPO and, with $\epsilon > 0$, conservative DPO;
@@ -49,9 +49,8 @@ def preference_loss(
     - `hinge`: $\phi(s) = \max(0, 1 + s)$, as in SLiC and RSO;
     - `squared`: $\phi(s) = (s + \frac{1}{2})^2 / \beta^2$, as in IPO.
 
-    $r$ need not be log-ratios. Divided by the lengths of the responses they give IPO as its authors
-    run it; log-probabilities divided by the lengths, without a reference, with a constant margin
-    give SimPO.
+    $r$ need not be log-ratios: log-ratios divided by the lengths of the responses give IPO as its
+    authors run it, and log-probabilities divided by the lengths, with a constant margin, SimPO.
 
     Examples:
         >>> log_ratios, valid = jnp.array([[0.0, 1.0, -1.0]]), jnp.ones((1, 3), bool)
@@ -68,7 +67,7 @@ def preference_loss(
         link: one of `LINKS`.
         label_smoothing: $\epsilon$ of the links logistic and robust, the probability that a
             preference is the wrong way round, in [0, 0.5).
-        margins: m, by how much a negative's reward should be lower; None: 0.
+        margins: m, by how much a negative's reward, beta r, should be lower; None: 0.
 
     Source: for the links, Rafailov et al. 2023 and Mitchell, "A note on DPO with noisy
     preferences", 2023; Chowdhury et al., "Provably Robust DPO", 2024; Zhao et al., "SLiC-HF", 2023;
@@ -132,8 +131,8 @@ def plackett_luce(
     drawn from more negatives, each with the probability $1 / w_i$, then $\hat{Z}$ has the sum over
     all of these as its mean. The loss $\log(1 + \hat{Z})$ and its gradient
     $\nabla \hat{Z} / (1 + \hat{Z})$ are not linear in it, so their means are not exactly those of
-    all negatives: the loss is too low on average, and both errors go with the variance of
-    $\hat{Z} / (1 + Z)$.
+    all negatives: the loss is too low on average, and both errors vanish with the variance of
+    $\hat{Z} / (1 + Z)$, with $Z$ that mean.
 
     Examples:
         >>> log_ratios = jnp.array([[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, jnp.nan]])
@@ -145,7 +144,7 @@ def plackett_luce(
         log_ratios: nats; the chosen response in column 0.
         valid: True for the responses that count.
         beta: strength of the pull towards the reference, > 0.
-        log_weights: log w; that of the chosen response is not read. None: all are 0.
+        log_weights: log w; column 0, of the chosen response, is not read. None: all are 0.
 
     Source: Chen et al., "On Softmax Direct Preference Optimization for Recommendation", 2024;
     the form by log-sum-exp avoids the overflow of exponentiating log-ratios.
@@ -322,18 +321,18 @@ def sampled_plackett_luce(
 ) -> Float[Array, " B"]:
     r"""Computes the Plackett-Luce loss of a whole pool, with its gradient estimated from n draws.
 
-    The gradient of the loss on all N negatives is, with p the softmax of their scores,
+    The gradient of the loss $\ell_N$ on all N negatives is, with p the softmax of their scores
+    $\beta (r_i - r_0)$,
 
     $$
-    \nabla \ell_N = (1 - \sigma(Z_N)) \sum_{i=1}^{N} p_i \nabla \beta (r_i - r_0), \qquad
-    1 - \sigma(Z_N) = 1 - e^{-\ell_N}.
+    \nabla \ell_N = \bigl(1 - e^{-\ell_N}\bigr) \sum_{i=1}^{N} p_i \nabla \beta (r_i - r_0).
     $$
 
     A pass over the pool without gradients gives p and $\ell_N$ exactly. The value returned is
     that $\ell_N$; the gradient replaces the sum over the pool by one over n drawn negatives,
     $\sum_k w_k \nabla \beta (r_k - r_0)$, whose weights (`selection.criteria.sampled`)
     are chosen so that its expectation is the sum over the pool. The estimate is unbiased if weights
-    and loss come from the same policy.
+    and loss come from the current policy.
 
     Examples:
         >>> scores = jnp.array([[0.0, -1.0, 1.0]])

@@ -30,8 +30,9 @@ class Limits:
     """Which items may be negatives of a prompt whose chosen response has the score c.
 
     Attributes:
-        first: the first rank that may be one, from 0; ranks count what is no positive.
-        last: the rank after the last one.
+        first: the first rank allowed, from 0; positives (a prompt's chosen responses and the items
+            of its history) have no rank.
+        last: the rank after the last one allowed.
         margin: the score must be at most c - margin; None: anything.
         relative_margin: the score must be at most c - relative_margin |c|; None: anything.
         max_score: the score must be at most this; None: anything.
@@ -103,10 +104,10 @@ def draw_items(
 ) -> tuple[Array, Array, Array]:
     """Draws n different items for each prompt.
 
-    `softmax` and `uniform` are pivotal draws from p = softmax(scores / temperature) or p = 1 / K
-    over the masked-in items: an item is drawn with the probability pi, and has the weight
-    p / pi, so that the mean over draws of the weighted sum of any f is sum_i p_i f(i), and that of
-    sum_i f(i) / pi_i over the drawn is the sum of f over all items with p > 0.
+    `softmax` and `uniform` are pivotal draws from p = softmax(scores / temperature) or p equal for
+    all items that may be drawn: an item is drawn with the probability pi and then has the weight
+    p / pi. So the mean over draws of the weighted sum of any f is sum_i p_i f(i), and that of the
+    sum of f(i) / pi_i over the drawn items is the sum of f over all items with p > 0.
 
     Args:
         scores_BK: scores, best first.

@@ -1,4 +1,4 @@
-"""A configuration as a method: made, checked, and the settings that it leaves unread."""
+"""From a configuration to its method, and which settings that method does not read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SMOOTHED = ("logistic", "robust")  # Links that have label_smoothing.
 
 
 def has_rewards(config: ConfigDict) -> bool:
-    """Whether `Method.implicit_rewards` of a configuration's own runs are there."""
+    """Whether runs of a configuration have `Method.implicit_rewards` that are not None."""
     takes = METHODS[config.method].takes
     return uses_reference(config) or ("reward" in takes and config.loss.reward == "per_token")
 
@@ -83,9 +83,9 @@ def make_method(config: ConfigDict, largest_pool: int) -> Method:
 
 
 def _check_loss(config: ConfigDict, spec: MethodSpec) -> None:
-    """Raises UserError for settings of the loss that the method has no room for.
+    """Raises UserError for settings of the loss, other than the default, that the method ignores.
 
-    The supervised method has none at all, and is silent about them, as about beta.
+    The supervised method ignores all of them, and none is refused: `find_unread` names them.
     """
     if spec.max_negatives == 0:
         return

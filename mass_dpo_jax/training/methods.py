@@ -32,8 +32,8 @@ class Responses(NamedTuple):
             where it says only which one is chosen.
         weights: weights of negatives drawn from the policy's pool weights; else None.
         pool_loss: Plackett-Luce loss of the whole pool, with `weights`.
-        log_weights: how many responses each negative stands for (`Tokens.log_weights`); None where
-            all stand for themselves.
+        log_weights: log of how many responses each negative stands for (`Tokens.log_weights`);
+            None where each stands for itself alone.
     """
 
     logps: Float[Array, "B 1+n"]
@@ -61,7 +61,7 @@ class MethodSpec:
         max_negatives: upper bound on `config.num_negatives`; None for no bound.
         uses_order: whether the loss is that of a graded list: its responses include those as good
             as the chosen one, which other losses never see.
-        takes: the settings of `config.loss` that the loss has room for.
+        takes: the settings of `config.loss` that the method reads; others must have their default.
         uses_draws_of_data: whether the loss is a function of a sum over negatives that a sum over
             drawn ones with `Tokens.log_weights` estimates.
     """
@@ -76,12 +76,12 @@ class MethodSpec:
     uses_draws_of_data: bool = False
 
 
-REWARD = ("reward", "reference")  # What all losses of rewards have room for.
-LEAD = (*REWARD, "link", "margin")  # Those of the chosen response's lead over negatives.
+REWARD = ("reward", "reference")  # What all losses of rewards read.
+LEAD = (*REWARD, "link", "margin")  # And losses of the chosen response's lead over negatives.
 
 
 def _lead(aggregation: str) -> Loss:
-    """Makes the method's loss of a way to sum over negatives."""
+    """Makes a method's loss from an aggregation of `losses.preference_loss`."""
 
     def compute(x: Responses, m: Method) -> Array:
         return losses.preference_loss(
@@ -99,12 +99,12 @@ def _lead(aggregation: str) -> Loss:
 
 def _sampled_plackett_luce(x: Responses, m: Method) -> Array:
     assert x.weights is not None and x.pool_loss is not None
-    values = m.unscaled_rewards(x)  # Margins are constants, and reach the gradient by the weights.
+    values = m.unscaled_rewards(x)  # Margins are constants: only the weights depend on them.
     return losses.sampled_plackett_luce(values, x.valid, m.beta, x.weights, x.pool_loss)
 
 
 def _graded(loss: Callable[..., Array]) -> Loss:
-    """Makes the method's loss of one that takes log-ratios and grades."""
+    """Makes a method's loss from a function of log-ratios and grades."""
 
     def compute(x: Responses, m: Method) -> Array:
         assert x.grades is not None
@@ -228,7 +228,7 @@ class Method:
         name: a key of `METHODS`.
         num_negatives: n, the negatives of each pool that the loss sees; 0 for sft.
         selection: the settings that they are chosen by.
-        beta: factor from log-ratios to rewards.
+        beta: factor from unscaled rewards to rewards.
         sft_weight: weight of a supervised term on the chosen response.
         link: see `losses.preference_loss`.
         label_smoothing: likewise.
@@ -236,7 +236,7 @@ class Method:
         uses_reference: whether rewards are of log-ratios to a reference, not of log-probabilities.
         margin: none, constant or grade.
         gamma: the constant margin.
-        margin_alpha: margin per log difference of grades.
+        margin_alpha: factor from the log of a difference in grade to the margin.
         uses_scores: whether the data's scores are the grades of margins.
         rank_top: places of a ranking that count, for pl_rank; 0: all.
         frozen_features: whether criteria see the reference's hidden states.
@@ -296,13 +296,13 @@ class Method:
         return loss
 
     def rewards(self, x: Responses) -> Float[Array, "B 1+n"]:
-        """Computes what the loss takes for the responses' rewards."""
+        """Computes the responses' rewards in this loss; for one without, likelihoods per token."""
         if METHODS[self.name].takes:
             return self.beta * self.unscaled_rewards(x)
         return losses.likelihood_per_token(x.logps, x.lengths, x.valid)
 
     def unscaled_rewards(self, x: Responses) -> Float[Array, "B 1+n"]:
-        """Computes rewards over beta, in nats."""
+        """Computes rewards divided by beta, in nats or nats per token."""
         values = x.log_ratios if self.uses_reference else x.logps
         return values / jnp.maximum(x.lengths, 1) if self.per_token else values
 
@@ -311,11 +311,12 @@ class Method:
     ) -> np.ndarray | None:
         """Computes the rewards of scored responses, float32 [M, C], by which they can be ranked.
 
-        None where they are those of a missing reference, or rank as log-probabilities do.
+        None where the reference is missing, or where they would rank as log-probabilities do.
 
         Args:
             logps: summed log-probabilities under the policy.
-            ref_logps: under the reference; None where there is none, or the policy is it.
+            ref_logps: under the reference; None where there is none, or where the policy is the
+                reference.
             lengths: int [M, C], in tokens.
         """
         if ref_logps is None and (self.uses_reference or not self.per_token):
@@ -328,8 +329,8 @@ class Method:
     def margins(self, x: Responses) -> Float[Array, "B n"] | None:
         """Computes by how much the reward of each negative should be below the chosen one's.
 
-        One that stands for w responses of which it was drawn counts in a softmax as if its reward
-        were log w larger.
+        The log w of a drawn negative that stands for w responses is added: in a softmax it then
+        counts w times.
         """
         margins = self._margins_of_settings(x)
         if x.log_weights is None:

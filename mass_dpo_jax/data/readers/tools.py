@@ -1,8 +1,8 @@
 """Functions that a model may call (`tools`), and the calls in its messages (`tool_calls`).
 
-Both become what chat templates of transformers take: objects, of which a call's arguments are one,
-too. An object's nulls are left out, since tables write one for every key that another row has; what
-is written as text keeps them.
+Both become the objects that chat templates of transformers take; a call's arguments are an object,
+too, not JSON text. Nulls in objects are left out, since tables write one for every key that another
+row has; nulls in JSON text are kept.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from mass_dpo_jax.data.readers.literals import parse_literal
 from mass_dpo_jax.errors import UserError
 
 Tool = dict[str, Any]
-# Roles of other programs: whose message is a call, and what it returned.
+# Roles of other programs, for messages that are calls and for what calls returned.
 CALL_ROLES = ("tool_call", "function_call")
 RETURN_ROLES = ("tool_response", "observation")
 
 
 def read_tools(value: Any, field: str, location: str) -> tuple[Tool, ...]:
-    """Reads the schemas of functions: a list, or JSON of one, or a list of JSON of each.
+    """Reads the schemas of functions: a list, the list as JSON text, or a list of JSON texts.
 
     Raises:
-        UserError: it is no list of objects with the name of a function.
+        UserError: it is no list of objects that each name a function.
     """
     if not has_content(value):
         return ()
@@ -53,10 +53,10 @@ def wrap_tool(tool: Tool) -> Tool:
 
 
 def read_calls(value: Any, field: str, location: str) -> list[Tool]:
-    """Reads the calls of a message: `{"function": {"name", "arguments"}}`, or `name` alone.
+    """Reads the calls of a message: `{"function": {"name", "arguments"}}`, or the inner object.
 
     Raises:
-        UserError: a call has no name, or its arguments are neither an object nor JSON of one.
+        UserError: a call has no name, or its arguments are no object and not one as JSON text.
     """
     calls = _parse(value)
     calls = [calls] if isinstance(calls, Mapping) else calls
@@ -78,9 +78,9 @@ def read_calls(value: Any, field: str, location: str) -> list[Tool]:
 
 
 def join_calls(messages: list[Any], field: str, location: str) -> list[Any]:
-    """Returns a conversation whose calls are in messages of the assistant, as in transformers.
+    """Returns a conversation with its calls in the assistant's messages, as in transformers.
 
-    ms-swift and LLaMA-Factory have a message for each call, whose content is JSON.
+    ms-swift and LLaMA-Factory write each call as a message of its own, whose content is JSON.
 
     Raises:
         UserError: such a content is no call.
@@ -140,7 +140,7 @@ def _read_name(value: Mapping[str, Any], field: str, location: str) -> Mapping[s
 
 
 def _read_arguments(value: Any, field: str, location: str) -> Any:
-    """Reads the arguments of a call; an empty text, or none, is no arguments."""
+    """Reads the arguments of a call; null or an empty text means none."""
     arguments = _parse(value)
     if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
         return {}
@@ -151,7 +151,7 @@ def _read_arguments(value: Any, field: str, location: str) -> Any:
 
 
 def _check_json(value: Any, field: str, location: str) -> Any:
-    """Returns a value that JSON has; a table, or a literal of Python, may hold others."""
+    """Returns a value if JSON can hold it; a table or a Python literal may hold others."""
     try:
         json.dumps(value)
     except (TypeError, ValueError) as error:
