@@ -5,8 +5,8 @@
     python -m mass_dpo_jax.compare runs/sdpo runs/mass-dpo --plot=curves.png
 
 Prints the ranking at the start of the first run and at the end of each, and what every run but the
-first gained over its own start and, from the third on, over the run before it, with paired standard
-errors. Baselines are training-set counts: how often each item was chosen, and how often it followed
+first gained over its own start and over the run before it, where that is not its start, with paired
+standard errors. Baselines are training-set counts: how often each item was chosen, and how often it followed
 the items of the history. --plot draws loss, accuracy, margins and rewards; with it, runs may be
 unfinished, and the table is left out if they cannot be compared.
 """

@@ -155,13 +155,23 @@ def _read_values(path: Path, graded: bool, cutoffs: Sequence[int]) -> dict[str, 
 
 
 def _pair_logps(runs: Sequence[Path], names: Sequence[str]) -> dict[str, tuple[Path, Path]]:
-    """Returns the files of log-probs that are compared: every later run's with those before."""
+    """Returns the files of log-probs that are compared: every later run's with those before.
+
+    The second run's start is the first run where it went on from that.
+    """
     pairs = {}
     for i, run in enumerate(runs[1:], 1):
         pairs[f"{names[i]} - its start"] = run / FINAL_LOGPS, run / START_LOGPS
-        if i > 1:
-            pairs[f"{names[i]} - {names[i - 1]}"] = run / FINAL_LOGPS, runs[i - 1] / FINAL_LOGPS
+        before = runs[i - 1] / FINAL_LOGPS
+        if i > 1 or not _are_close(run / START_LOGPS, before):
+            pairs[f"{names[i]} - {names[i - 1]}"] = run / FINAL_LOGPS, before
     return pairs
+
+
+def _are_close(path: Path, other: Path) -> bool:
+    """Whether two files have the same log-probs, up to the rounding of another program's pass."""
+    ours, theirs = (read_logps(one)[0] for one in (path, other))
+    return ours.shape == theirs.shape and np.allclose(ours, theirs, atol=0.01, equal_nan=True)
 
 
 def _difference(

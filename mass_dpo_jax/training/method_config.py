@@ -94,8 +94,8 @@ def _check_loss(config: ConfigDict, spec: MethodSpec) -> None:
         if name not in spec.takes and config.loss[name] != value:
             others = [other for other, s in METHODS.items() if name in s.takes]
             raise UserError(
-                f"config.loss.{name}={config.loss[name]}: config.method={config.method} has "
-                f"{value} only; expected one of the methods {', '.join(others)}"
+                f"config.loss.{name}={config.loss[name]}: config.method={config.method} takes no "
+                f"such setting; expected {value}, or one of the methods {', '.join(others)}"
             )
 
 

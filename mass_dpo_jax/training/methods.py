@@ -203,9 +203,10 @@ METHODS = {
     ),
     "tree_po": MethodSpec(
         _graded(losses.tree_po),
-        "The loss of a prompt is the mean of DPO's over all pairs of responses of its tree with "
+        "The loss of a prompt is the sum of DPO's over the pairs of responses of its tree with "
         "different grades, each weighted by how much exchanging the two would change the list's "
-        "DCG (Tree Preference Optimization, without its adaptive step reward).",
+        "DCG, over the number of all pairs (Tree Preference Optimization, without its adaptive "
+        "step reward).",
         criterion="all",
         uses_order=True,
         takes=REWARD,
@@ -319,10 +320,11 @@ class Method:
                 reference.
             lengths: int [M, C], in tokens.
         """
-        if ref_logps is None and (self.uses_reference or not self.per_token):
+        per_token = self.per_token and bool(METHODS[self.name].takes)
+        if ref_logps is None and (self.uses_reference or not per_token):
             return None
         values = logps if ref_logps is None else logps - ref_logps
-        if self.per_token:
+        if per_token:
             values = values / np.maximum(lengths, 1).astype(np.float32)
         return np.float32(self.beta) * values
 

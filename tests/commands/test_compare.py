@@ -44,6 +44,9 @@ def test_table_and_paired_difference(tmp_path: Path, caplog: pytest.LogCaptureFi
     gain = gains()
     expected = f"{100 * gain.mean():+.1f} ± {100 * gain.std(ddof=1) / np.sqrt(len(gain)):.1f}"
     lines = compare([first, second]).splitlines()
+    # The second run's start is the first run; the other way round it is not.
+    assert not any(line.startswith("second/run - first/run") for line in lines)
+    assert compare([second, first]).count("first/run - second/run") == 2
     accuracy, graded = [line for line in lines if line.startswith("second/run - its start")]
     assert gain.mean() > 0 and accuracy.endswith(f" {expected}")
 

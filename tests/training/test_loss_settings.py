@@ -173,9 +173,15 @@ def test_a_type_sets_what_is_not_set_itself() -> None:
         ({"loss.link": "ipo"}, "config.loss.link='ipo': expected one of logistic"),
         ({"loss.label_smoothing": 0.5}, "label_smoothing=0.5: expected 0 to 0.5"),
         ({"loss.gamma": -1.0}, "config.loss.gamma=-1.0: expected 0 or more"),
-        ({"method": "pl_sampled", "loss.type": "hinge"}, "link=hinge: .*pl_sampled has logistic"),
-        ({"method": "pl_rank", "loss.type": "simpo"}, "margin=constant: .*pl_rank has none only"),
-        ({"method": "mppo", "loss.type": "cpo"}, "reference=False: .*mppo has True only"),
+        (
+            {"method": "pl_sampled", "loss.type": "hinge"},
+            "link=hinge: .*pl_sampled takes no such .* logistic, or",
+        ),
+        (
+            {"method": "pl_rank", "loss.type": "simpo"},
+            "margin=constant: .*pl_rank takes no .* none, or",
+        ),
+        ({"method": "mppo", "loss.type": "cpo"}, "reference=False: .*mppo takes no .* True, or"),
         ({"method": "odpo", "loss.margin": "constant"}, "margin=constant: config.method=odpo"),
         ({"loss.type": "cpo", "selection.features": "reference"}, "there is no reference"),
         ({"loss.type": "cpo", "selection.prompts": "design"}, "has no reference"),
@@ -194,6 +200,9 @@ def test_the_supervised_method_has_no_such_loss() -> None:
     assert make_method(config, POOL).is_supervised
     assert "loss.margin" in method_config.find_unread(config)
     assert not method_config.has_rewards(config)
+    x = make_responses()
+    logps = np.asarray(x.logps)
+    assert make_method(config, POOL).implicit_rewards(logps, None, x.lengths) is None
 
 
 @pytest.mark.parametrize("loss_type", ["simpo", slow("ipo"), slow("hinge")])
