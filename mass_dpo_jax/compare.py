@@ -6,9 +6,9 @@
 
 Prints the ranking at the start of the first run and at the end of each, and what every run but the
 first gained over its own start and over the run before it, where that is not its start, with paired
-standard errors. Baselines are training-set counts: how often each item was chosen, and how often it followed
-the items of the history. --plot draws loss, accuracy, margins and rewards; with it, runs may be
-unfinished, and the table is left out if they cannot be compared.
+standard errors. Baselines are training-set counts: how often each item was chosen, and how often it
+followed the items of the history. --plot draws loss, accuracy, margins and rewards; with it, runs
+may be unfinished, and the table is left out if they cannot be compared.
 """
 
 from __future__ import annotations
