@@ -55,7 +55,7 @@ def test_a_run_ends_with_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     data = write_jsonl(tmp_path / "data.jsonl", examples=40)
     config = tiny_config(data, **{"log.report": True, "train.steps": 2, "num_negatives": 2})
     seen: list[EvaluatedSplit] = []
-    monkeypatch.setattr(run_page, "_rank_changes", lambda split, beta: seen.append(split))
+    monkeypatch.setattr(run_page, "_rank_changes", lambda split: seen.append(split))
     done = train(config, tmp_path / "run")
     page = (tmp_path / "run/report.html").read_text()
     check(page)
