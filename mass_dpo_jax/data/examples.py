@@ -143,10 +143,10 @@ def as_text(text: Prompt) -> Text:
     return text.text if isinstance(text, History) else text
 
 
-def as_messages(prompt: Prompt) -> list[Message]:
-    """Returns a prompt as chat messages: a text becomes the user's only message."""
-    text = as_text(prompt)
-    return [{"role": "user", "content": text}] if isinstance(text, str) else text
+def as_messages(text: Prompt, role: str = "user") -> list[Message]:
+    """Returns a prompt or an answer as chat messages: a text becomes the only one, of that role."""
+    text = as_text(text)
+    return [{"role": role, "content": text}] if isinstance(text, str) else text
 
 
 def last_content(text: Text) -> str:

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from mass_dpo_jax.data import load_examples, splits, text_files
 from mass_dpo_jax.data.examples import Example, History, Text, as_text, identify_answer
+from mass_dpo_jax.data.formats.writing import to_decimals
 from mass_dpo_jax.data.row_files import read_rows
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.selection import mining
@@ -306,9 +307,9 @@ def _make_row(
         "rejected": _as_responses(example, catalogue, indices),
         **({"tools": example.tools} if example.tools else {}),
         "mined_ids": [catalogue.ids[i] for i in indices],
-        "mined_scores": _shortest(scores),
-        "mined_probabilities": _shortest(pi),
-        "mined_weights": _shortest(weights),
+        "mined_scores": to_decimals(scores),
+        "mined_probabilities": to_decimals(pi),
+        "mined_weights": to_decimals(weights),
     }
 
 
@@ -318,7 +319,3 @@ def _as_responses(example: Example, catalogue: Catalogue, indices: np.ndarray) -
     if isinstance(example.chosen, str):
         return [*texts]
     return [[{"role": "assistant", "content": text}] for text in texts]
-
-
-def _shortest(values: np.ndarray) -> list[float]:
-    return [float(str(value)) for value in values]  # The shortest decimal that is this float32.

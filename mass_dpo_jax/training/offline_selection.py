@@ -18,6 +18,7 @@ from mass_dpo_jax import config_checks
 from mass_dpo_jax.data import load_examples
 from mass_dpo_jax.data.batches import Batch
 from mass_dpo_jax.data.examples import Example, as_text
+from mass_dpo_jax.data.formats.writing import to_decimals
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.selection import Pool, Selection
 from mass_dpo_jax.selection import batch as batch_lib
@@ -109,7 +110,7 @@ def _choose_rows(
     if chosen.values is None:
         return [(index, {}) for index in chosen.indices.tolist()]
     name = prompts.VALUES[settings.by]
-    values = [{name: value} for value in _shortest(chosen.values)]
+    values = [{name: value} for value in to_decimals(chosen.values)]
     return list(zip(chosen.indices.tolist(), values, strict=True))
 
 
@@ -281,13 +282,9 @@ def _rows(picks: Selection, has_weights: bool) -> list[Row]:
     """Returns what was selected for each prompt: indices, gains and, if drawn, weights."""
     rows = []
     for indices, valid, gains, weights in zip(*map(distributed.gather, picks), strict=True):
-        row = {"selected": indices[valid].tolist(), "gains": _shortest(gains[valid])}
-        rows.append(row | ({"weights": _shortest(weights[valid])} if has_weights else {}))
+        row = {"selected": indices[valid].tolist(), "gains": to_decimals(gains[valid])}
+        rows.append(row | ({"weights": to_decimals(weights[valid])} if has_weights else {}))
     return rows
-
-
-def _shortest(values: np.ndarray) -> list[float]:
-    return [float(str(value)) for value in values]  # The shortest decimal that is this float32.
 
 
 def _add_texts(example: Example, row: Row) -> Row:

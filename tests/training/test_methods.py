@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mass_dpo_jax import config as config_lib
+from mass_dpo_jax.losses.one_chosen import LINKS
 from mass_dpo_jax.training.methods import METHODS
 
 
@@ -13,3 +14,4 @@ def test_settings_and_help_know_the_methods_of_the_table() -> None:
     of_lists = [name for name, spec in METHODS.items() if spec.uses_order]
     assert of_lists == list(config_lib.LIST_METHODS)
     assert all(METHODS[name].criterion == "all" for name in of_lists)
+    assert config_lib.CHOICES["loss.link"] == LINKS

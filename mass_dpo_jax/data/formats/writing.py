@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from mass_dpo_jax.data.examples import Message, Text, as_answer, as_messages
+import numpy as np
+
+from mass_dpo_jax.data.examples import Text, as_answer, as_messages
 from mass_dpo_jax.errors import UserError
 
 Row = dict[str, Any]
@@ -40,17 +42,19 @@ def convert_rows(rows: Iterable[Row], name: str, chat: bool) -> Iterator[Row]:
     Raises:
         UserError: a row has no texts, or the format cannot hold what it has.
     """
-    if name == "lists":
-        yield from rows
-        return
-    convert = WRITTEN[name]
+    needs_texts = name not in ("lists", "pairs")
     for row in rows:
-        if "prompt" not in row and name != "pairs":
+        if needs_texts and "prompt" not in row:
             raise UserError(
                 f"--format={name} takes prompts and responses, and without the data there are "
                 "numbers only; expected --config.data.path, or --format=lists or pairs"
             )
-        yield from convert(row, chat)
+        yield from WRITTEN[name](row, chat)
+
+
+def to_decimals(values: np.ndarray) -> list[float]:
+    """Returns float32 values as the shortest decimals that stand for them."""
+    return [float(str(value)) for value in values]
 
 
 def _write_pairs(row: Row, chat: bool) -> Iterator[Row]:
@@ -62,13 +66,13 @@ def _write_pairs(row: Row, chat: bool) -> Iterator[Row]:
         texts = {name: pair[name] for name in ROLES if name in pair}
         # TRL takes no mixture of texts and messages.
         if chat or any(isinstance(text, list) for text in texts.values()):
-            texts = {name: _as_messages(text, ROLES[name]) for name, text in texts.items()}
+            texts = {name: as_messages(text, ROLES[name]) for name, text in texts.items()}
         yield pair | texts
 
 
 def _write_ms_swift(row: Row, chat: bool) -> Iterator[Row]:
     """Yields the conversation with the chosen response, and the rejected ones beside it."""
-    answer = _as_messages(row["chosen"], ROLES["chosen"])
+    answer = as_messages(row["chosen"], ROLES["chosen"])
     rejected = [_take_text(row, text, "ms-swift") for text in row["rejected"]]
     yield {
         **_keep_rest(row, "tools"),
@@ -105,10 +109,6 @@ WRITTEN: Mapping[str, Callable[[Row, bool], Iterator[Row]]] = {
 def _keep_rest(row: Row, *others: str) -> Row:
     taken = {"prompt", "chosen", "rejected", "tools"} - set(others)
     return {name: value for name, value in row.items() if name not in taken}
-
-
-def _as_messages(text: Text, role: str) -> list[Message]:
-    return [{"role": role, "content": text}] if isinstance(text, str) else text
 
 
 def _take_text(row: Row, answer: Text, name: str) -> str:
