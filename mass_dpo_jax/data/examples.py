@@ -138,6 +138,11 @@ def name_response(candidate: int, num_rejected: int) -> str:
     return f"rejected[{candidate - 1}]" if candidate else "chosen"
 
 
+def format_text(text: Prompt) -> str:
+    """Returns a prompt or an answer as one text: what its messages say, one below the other."""
+    return "\n".join(map(format_message, as_messages(text)))
+
+
 def as_text(text: Prompt) -> Text:
     """Returns a history as its text, and everything else as it is."""
     return text.text if isinstance(text, History) else text

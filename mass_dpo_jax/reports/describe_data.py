@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from mass_dpo_jax import config_checks
 from mass_dpo_jax.data import splits
-from mass_dpo_jax.data.examples import Example, History, Text, as_messages, format_message
+from mass_dpo_jax.data.examples import Example, format_text
 from mass_dpo_jax.data.split_cache import open_splits
 from mass_dpo_jax.data.token_cache import tokenize_once
 from mass_dpo_jax.data.tokenizer import load_tokenizer
@@ -91,8 +91,8 @@ def describe(config: ConfigDict, show: int) -> Iterator[str]:
 
 
 def _view_words(examples: Sequence[Example], show: int) -> SplitView:
-    prompts = [_text(example.prompt) for example in examples]
-    candidates = [[_text(text) for text in (e.chosen, *e.rejected)] for e in examples]
+    prompts = [format_text(example.prompt) for example in examples]
+    candidates = [[format_text(text) for text in (e.chosen, *e.rejected)] for e in examples]
     responses = np.zeros((len(examples), max(map(len, candidates))), np.int64)
     for lengths, texts in zip(responses, candidates, strict=True):
         lengths[: len(texts)] = [len(text.split()) for text in texts]
@@ -142,7 +142,3 @@ def _row_lines(split: str, view: SplitView) -> Iterator[str]:
         chosen, *rejected = row.responses
         yield from (f"\n--- {split} {row.id}", row.prompt, f"[chosen] {chosen}")
         yield from (f"[rejected] {text}" for text in rejected)
-
-
-def _text(text: Text | History) -> str:
-    return "\n".join(map(format_message, as_messages(text)))

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mass_dpo_jax.data.examples import Example, Prompt, as_text, format_message
+from mass_dpo_jax.data.examples import Example, format_text
 from mass_dpo_jax.data.tokenizer import encode_texts, find_added_tokens
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models import attention
@@ -88,12 +88,6 @@ def _encode_batch(graphdef: Any, params: Any, tokens: jax.Array, lengths: jax.Ar
     return total / lengths[:, None]
 
 
-def plain_text(text: Prompt) -> str:
-    """Returns a prompt or response as one text: the contents of messages, one below the other."""
-    text = as_text(text)
-    return text if isinstance(text, str) else "\n".join(map(format_message, text))
-
-
 def by_policy(
     policy: Policy,
     params: Any,
@@ -103,8 +97,8 @@ def by_policy(
     similarity: str,
 ) -> Source:
     """Scores items by the policy's features: those of a prompt against those of an item."""
-    texts = [plain_text(example.prompt) for example in examples]
-    chosen = [plain_text(example.chosen) for example in examples]
+    texts = [format_text(example.prompt) for example in examples]
+    chosen = [format_text(example.chosen) for example in examples]
     unique = list(dict.fromkeys([*texts, *items, *chosen]))
     place = {text: i for i, text in enumerate(unique)}
     table = encode(policy, params, unique, limit)

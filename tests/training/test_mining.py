@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from mass_dpo_jax.api import load_model
-from mass_dpo_jax.data.examples import Example, History
+from mass_dpo_jax.data.examples import Example, History, format_text
 from mass_dpo_jax.data.tokenizer import train_tokenizer
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models.config import load_config
@@ -134,7 +134,7 @@ def test_a_policy_ranks_by_its_features(folder: Path, tmp_path: Path) -> None:
     rows = np.arange(M)
     source = mining_sources.by_policy(*arguments, "dot")
     prompts = mining_sources.encode(
-        model.policy, model.params, [mining_sources.plain_text(x.prompt) for x in examples], 100
+        model.policy, model.params, [format_text(x.prompt) for x in examples], 100
     )
     items = mining_sources.encode(model.policy, model.params, catalogue.texts, 100)
     table = prompts.astype(float) @ items.T.astype(float)
