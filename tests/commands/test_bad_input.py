@@ -67,8 +67,9 @@ def test_json_in_every_reader(tmp_path: Path, text: str) -> None:
 
 
 def test_half_a_surrogate_pair_in_a_role(tmp_path: Path) -> None:
-    row = {"prompt": "p", "chosen": [{"role": "\ud800", "content": "a"}], "rejected": ["b"]}
-    with pytest.raises(UserError, match=r"chosen\[0\].role' has half a surrogate pair"):
+    prompt = [{"role": "\ud800", "content": "p"}, {"role": "user", "content": "q"}]
+    row = {"prompt": prompt, "chosen": "a", "rejected": ["b"]}
+    with pytest.raises(UserError, match=r"prompt\[0\].role' has half a surrogate pair"):
         load("jsonl", write_lines(tmp_path / "file.jsonl", [row]))
 
 

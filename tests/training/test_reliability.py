@@ -87,7 +87,7 @@ def test_sigterm_saves_and_the_run_goes_on(
     assert run_folder.latest_step(run) == saved_at
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     done = train(config, run)
-    config.cache_dir = ""
+    config.cache_dir = str(tmp_path / "other")  # With log-probs of the reference of its own.
     expected = train(config, whole)
     assert done == expected
     assert_same_run(config, run, whole)
