@@ -66,10 +66,37 @@ def test_json_in_every_reader(tmp_path: Path, text: str) -> None:
         run_config.load_config(tmp_path)
 
 
-def test_half_a_surrogate_pair_in_a_role(tmp_path: Path) -> None:
-    prompt = [{"role": "\ud800", "content": "p"}, {"role": "user", "content": "q"}]
-    row = {"prompt": prompt, "chosen": "a", "rejected": ["b"]}
-    with pytest.raises(UserError, match=r"prompt\[0\].role' has half a surrogate pair"):
+_QUESTION = {"role": "user", "content": "q"}
+_CALL = {"id": "1", "function": {"name": "f", "arguments": {"a": "b"}}}
+
+
+@pytest.mark.parametrize(
+    ("message", "error"),
+    [
+        ({"role": "\ud800", "content": "p"}, r"prompt\[0\].role' has half a surrogate pair"),
+        ({"role": "user", "content": "\ud800"}, r"prompt\[0\].content' has half a surrogate pair"),
+        ({"id": "\ud800"}, r"prompt\[0\].tool_calls\[0\]' is not for JSON.*surrogates"),
+        ({"function": {"name": "\ud800"}}, r"tool_calls\[0\].function.name' has half a surrogate"),
+        (
+            {"function": {"name": "f", "arguments": {"\ud800": 1}}},
+            r"prompt\[0\].tool_calls\[0\]' is not for JSON.*surrogates",
+        ),
+    ],
+)
+def test_half_a_surrogate_pair_in_a_message(
+    tmp_path: Path, message: dict[str, Any], error: str
+) -> None:
+    if "role" not in message:
+        message = {"role": "assistant", "content": "", "tool_calls": [_CALL | message]}
+    row = {"prompt": [message, _QUESTION], "chosen": "a", "rejected": ["b"]}
+    with pytest.raises(UserError, match=error):
+        load("jsonl", write_lines(tmp_path / "file.jsonl", [row]))
+
+
+def test_half_a_surrogate_pair_in_a_tool(tmp_path: Path) -> None:
+    tools = [{"name": "f", "description": "\ud800"}]
+    row = {"prompt": "p", "chosen": "a", "rejected": ["b"], "tools": tools}
+    with pytest.raises(UserError, match=r"file.jsonl:1: field 'tools\[0\]' is not for JSON"):
         load("jsonl", write_lines(tmp_path / "file.jsonl", [row]))
 
 

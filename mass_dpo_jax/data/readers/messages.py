@@ -82,7 +82,12 @@ def _read_message(value: Any, field: str, location: str) -> Message:
             f"{start}: a chat message needs role and content, found ShareGPT's "
             f"{', '.join(map(str, value))}"
         )
-    role = check_role(value, start)
+    role = value.get("role")
+    if not isinstance(role, str) or not role.strip():
+        raise UserError(
+            f"{start}: a chat message needs a string 'role', found {describe_value(role)}"
+        )
+    check_string(role, f"{field}.role", location)
     # Columns of a table hold every key in every row; only one with a value means something.
     other_keys = [k for k, v in value.items() if k not in ("role", "content") and has_content(v)]
     for key in other_keys:
@@ -114,16 +119,6 @@ def _read_message(value: Any, field: str, location: str) -> Message:
     if content.strip() or not may_be_empty:
         message["content"] = check_string(content, f"{field}.content", location)
     return message
-
-
-def check_role(message: Mapping[str, Any], start: str) -> str:
-    """Returns a message's role; `start` begins the error where it is no string."""
-    role = message.get("role")
-    if not isinstance(role, str) or not role.strip():
-        raise UserError(
-            f"{start}: a chat message needs a string 'role', found {describe_value(role)}"
-        )
-    return role
 
 
 def _join_parts(content: Any, start: str) -> Any:

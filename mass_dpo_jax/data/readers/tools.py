@@ -73,7 +73,7 @@ def read_calls(value: Any, field: str, location: str) -> list[Tool]:
         arguments = _read_arguments(function.get("arguments"), f"{name}.arguments", location)
         rest = drop_nulls({key: call[key] for key in ("id", "type") if key in call})
         called = {"name": function["name"], "arguments": arguments}
-        read.append({"type": "function", **rest, "function": called})
+        read.append(_check_json({"type": "function", **rest, "function": called}, name, location))
     return read
 
 
@@ -146,14 +146,13 @@ def _read_arguments(value: Any, field: str, location: str) -> Any:
         return {}
     if not isinstance(arguments, Mapping):
         raise make_type_error(location, field, "an object, or JSON of one", arguments)
-    read = arguments if isinstance(value, str) else drop_nulls(arguments)
-    return _check_json(read, field, location)
+    return arguments if isinstance(value, str) else drop_nulls(arguments)
 
 
 def _check_json(value: Any, field: str, location: str) -> Any:
-    """Returns a value if JSON can hold it; a table or a Python literal may hold others."""
+    """Returns a value if a file of JSON can hold it; tables and Python literals may hold others."""
     try:
-        json.dumps(value)
+        json.dumps(value, ensure_ascii=False).encode()
     except (TypeError, ValueError) as error:
         raise UserError(f"{location}: field {field!r} is not for JSON: {error}") from None
     return value
