@@ -31,6 +31,7 @@ from mass_dpo_jax.training.optimizer import make_optimizer, skip_if_not_finite
 from mass_dpo_jax.training.policy import Policy
 from mass_dpo_jax.training.prepare import open_mesh, prepare_examples
 from mass_dpo_jax.training.prompts import check_gaps
+from mass_dpo_jax.training.scored_model import score_examples
 from mass_dpo_jax.training.setup import Reference
 from mass_dpo_jax.training.step import TrainState
 from mass_dpo_jax.training.updates import Batches, TrainStep
@@ -110,18 +111,7 @@ class Model:
                 rows (`data.on_bad_row`, `data.long_prompt`, `data.long_response`).
         """
         rows = _read_rows(examples, self.config.data)
-        setup = prepare_examples(self.config, self.policy, {"all": rows}, ties=True)
-        tokens, scorer = setup.tokens["all"], setup.program.scorer
-        compute = scorer.logps_and_features if features else scorer.logps
-        scores = setup.map_split(lambda batch: compute(self.params, batch), "all", "scoring")
-        logps, hidden = scores if features else (scores, None)
-        sizes = {example.id: len(example.responses) for example in rows}
-        width = max(sizes[name] for name in tokens.ids)
-        logps, lengths = (
-            tokens.restore_columns(x, width) for x in (logps, tokens.response_lengths)
-        )
-        hidden = None if hidden is None else tokens.restore_columns(hidden, width)
-        return Scores(tokens.ids, logps, lengths, hidden)
+        return Scores(*score_examples(self.config, self.policy, self.params, rows, features))
 
     def updated(self, state: TrainState) -> Model:
         """Returns this model with the weights of a training state.
@@ -222,6 +212,11 @@ def batches(
         check_type(given, Model, name, MODEL)
     config = config_checks.resolve(model.config if config is None else config)
     config.model = model.config.model
+    if config.mine.catalogue:
+        raise UserError(
+            f"config.mine.catalogue={config.mine.catalogue}: python -m mass_dpo_jax.train mines "
+            "while it trains, batches do not; expected examples with the negatives to train on"
+        )
     setup = prepare_examples(config, model.policy, {"train": _read_rows(examples, config.data)})
     model.policy.check_like(reference.architecture, "reference")
     if reference.policy.lora != model.policy.lora:

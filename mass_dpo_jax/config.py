@@ -7,6 +7,7 @@ line or on the lines before it, is its text in --help; a comment with dashes des
 
 from __future__ import annotations
 
+import math
 import numbers
 import os
 import re
@@ -106,6 +107,8 @@ CHOICES = {
     "selection.pooling": ("response", "all"),
     "selection.prompts": ("all", "design", "uncertain", "random"),
     "selection.prompt_refresh": ("once", "epoch"),
+    "mine.similarity": ("cosine", "dot"),
+    "mine.draw": ("softmax", "uniform", "top"),
 }
 # Formats of the rows that `select` and `mine` write; data/formats/writing.py is the code.
 WRITTEN_FORMATS = ("lists", "pairs", "ms-swift", "flagembedding", "sentence-transformers")
@@ -114,7 +117,7 @@ MLP_TARGETS = ("gate_proj", "up_proj", "down_proj")
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", *MLP_TARGETS)
 PROBED_LAYERS = 128  # Numbers of layers that a pattern of targets is tried with.
 MODEL_PATHS = ("model.path", "model.reference_path", "model.lora.path")
-PATHS = (*MODEL_PATHS, "cache_dir", "data.path", "data.chat_template")
+PATHS = (*MODEL_PATHS, "cache_dir", "data.path", "data.chat_template", "mine.catalogue")
 
 
 def default() -> ConfigDict:
@@ -265,6 +268,25 @@ def default() -> ConfigDict:
     # When they are chosen: once (before the first update, the same for all epochs) | epoch (anew,
     # by the policy as it is then).
     c.selection.prompt_refresh = "once"
+
+    # ---- Negatives from a catalogue. The command mine takes these settings without config.mine.
+    c.mine = Settings()
+    # File of the texts that negatives are taken from, a row each. Training mines by its own policy
+    # and trains on what it finds, in place of the data's negatives. Empty: trains on the data's.
+    c.mine.catalogue = ""
+    c.mine.every = 1  # Epochs from one mining of a training to the next; 0: only before the first.
+    # How features are compared: cosine | dot (inner product).
+    c.mine.similarity = "cosine"
+    # Order so many of the best items by the model's log-probabilities, and rank those; 0: none.
+    c.mine.shortlist = 0
+    c.mine.ranks = "0:100"  # FIRST:LAST, the ranks to draw from, counted from 0, without LAST.
+    c.mine.margin = ""  # A number: leave out what scores above c - this; c is the chosen one's.
+    c.mine.relative_margin = ""  # A number: leave out what scores above c - this |c|.
+    c.mine.max_score = ""  # A number: leave out what scores above it.
+    c.mine.n = 8  # Negatives of a prompt.
+    # How they are drawn: softmax (of the scores, without replacement) | uniform | top (the first).
+    c.mine.draw = "softmax"
+    c.mine.temperature = 1.0  # Divides the scores of mine.draw=softmax.
 
     # ---- What a loss takes of the responses' rewards; the method says how it sums over negatives.
     c.loss = Settings()
@@ -438,6 +460,37 @@ def parse_budget(budget: float, rows: int, name: str = "config.selection.prompt_
     if budget > rows:
         raise UserError(f"{name}={budget:.0f}: expected at most {rows}, all prompts that there are")
     return max(1, round(budget * rows)) if budget < 1 else int(budget)
+
+
+def parse_ranks(ranks: str) -> tuple[int, int]:
+    """Returns (first, last) of `mine.ranks`: ranks from 0, the last one not included.
+
+    Raises:
+        UserError: it is no such range.
+    """
+    match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", ranks)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise UserError(
+            f"config.mine.ranks={ranks!r}: expected FIRST:LAST with FIRST < LAST, such as 10:100"
+        )
+    return int(match[1]), int(match[2])
+
+
+def parse_limit(limit: str, name: str) -> float | None:
+    """Returns the number in a setting such as `mine.margin`, None where it is empty.
+
+    Raises:
+        UserError: it is something else.
+    """
+    if not limit.strip():
+        return None
+    try:
+        number = float(limit)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{name}={limit!r}: expected a number, or nothing for no limit")
+    return number
 
 
 def parse_cutoffs(cutoffs: str) -> tuple[int, ...]:

@@ -15,6 +15,8 @@ from mass_dpo_jax.config import (
     flatten,
     parse_budget,
     parse_cutoffs,
+    parse_limit,
+    parse_ranks,
     parse_refresh,
     set_field,
     split_targets,
@@ -29,12 +31,12 @@ POSITIVE = (
     "train.batch_size train.micro_batch_size train.learning_rate train.clip "
     "train.checkpoint_every train.keep_checkpoints train.max_skipped eval.batch_size "
     "data.max_prompt_length data.max_response_length data.max_shapes odpo.alpha model.lora.alpha "
-    "selection.top"
+    "selection.top mine.n mine.temperature"
 ).split()
 NOT_NEGATIVE = (
     "seed train.steps train.epochs train.weight_decay train.eval_every log.draw_noise_every "
     "data.max_train data.max_validation data.max_test sft_weight device_memory_gb "
-    "model.lora.rank train.responses_at_a_time pl_rank.top loss.gamma"
+    "model.lora.rank train.responses_at_a_time pl_rank.top loss.gamma mine.every mine.shortlist"
 ).split()
 SHARES = ("data.validation_share", "train.warmup_ratio", "model.lora.dropout")
 LIMIT = 2**31  # XLA counts in 32 bits.
@@ -79,9 +81,23 @@ def check(config: ConfigDict) -> None:
     parse_refresh(config.selection.refresh, steps_per_epoch=1)
     parse_budget(config.selection.prompt_budget, LIMIT)
     parse_cutoffs(config.eval.cutoffs)
+    _check_mining(config.mine)
     split_targets(config.model.lora.targets)
     if (config.model.lora.rank or config.model.lora.path) and not config.model.path:
         raise UserError("config.model.lora adapts a model: config.model.path is missing")
+
+
+def _check_mining(mine: ConfigDict) -> None:
+    _, last = parse_ranks(mine.ranks)
+    for name in ("margin", "relative_margin", "max_score"):
+        parse_limit(mine[name], f"config.mine.{name}")
+    if mine.temperature < 1e-6:  # Scores are divided by it in float32.
+        raise UserError(f"config.mine.temperature={mine.temperature!r}: expected 1e-6 or more")
+    if 0 < mine.shortlist < last:
+        raise UserError(
+            f"config.mine.shortlist={mine.shortlist}: config.mine.ranks={mine.ranks} are ranks "
+            f"within it; expected config.mine.shortlist={last} or more, or lower ranks"
+        )
 
 
 def check_types(fields: Mapping[str, Any]) -> None:

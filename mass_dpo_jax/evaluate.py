@@ -73,4 +73,4 @@ if __name__ == "__main__":
     cli.define_path("workdir", "A run's folder.")
     cli.define_split()
     cli.define_path("output", "A JSON file for the metrics.")
-    cli.run(main, unread=[*cli.TRAINING, *cli.CHOOSING])
+    cli.run(main, unread=[*cli.TRAINING, *cli.CHOOSING, *cli.MINING])

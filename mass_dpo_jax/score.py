@@ -83,4 +83,4 @@ if __name__ == "__main__":
     cli.define_path("workdir", "A run's folder.")
     cli.define_split()
     cli.define_path("output", "The file to write: JSON lines, or .parquet.")
-    cli.run(main, unread=[*cli.TRAINING, *cli.CHOOSING, *cli.LIMITS, *cli.RANKING])
+    cli.run(main, unread=[*cli.TRAINING, *cli.CHOOSING, *cli.LIMITS, *cli.RANKING, *cli.MINING])

@@ -72,5 +72,5 @@ if __name__ == "__main__":
     cli.run(
         main,
         default=config_lib.__file__,
-        unread=[*cli.TRAINING, *cli.LIMITS, *cli.RANKING, *UNREAD],
+        unread=[*cli.TRAINING, *cli.LIMITS, *cli.RANKING, *cli.MINING, *UNREAD],
     )

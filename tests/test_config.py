@@ -123,6 +123,7 @@ def test_paths_are_expanded_as_a_shell_does(monkeypatch: pytest.MonkeyPatch) -> 
     values = {
         "data.path": "~/p.jsonl", "model.path": "$DATA/m", "model.reference_path": "${DATA}/r",
         "model.lora.path": "~", "cache_dir": "~/cache/$USERNAME_X", "data.chat_template": "~/t",
+        "mine.catalogue": "$DATA/i.txt",
     }  # fmt: skip
     monkeypatch.setenv("USERNAME_X", "me")
     config.update_from_flattened_dict(values)
@@ -131,6 +132,7 @@ def test_paths_are_expanded_as_a_shell_does(monkeypatch: pytest.MonkeyPatch) -> 
         "data.path": "/home/me/p.jsonl", "model.path": "/data/m",
         "model.reference_path": "/data/r", "model.lora.path": "/home/me",
         "cache_dir": "/home/me/cache/me", "data.chat_template": "/home/me/t",
+        "mine.catalogue": "/data/i.txt",
     }  # fmt: skip
     assert set(values) == set(config_lib.PATHS)
     config = config_lib.default()

@@ -19,6 +19,7 @@ from __future__ import annotations
 from mass_dpo_jax.cli.flags import (
     CHOOSING,
     LIMITS,
+    MINING,
     RANKING,
     TRAINING,
     define_config,
@@ -34,6 +35,7 @@ from mass_dpo_jax.cli.running import log_unread, run
 __all__ = [
     "CHOOSING",
     "LIMITS",
+    "MINING",
     "RANKING",
     "TRAINING",
     "check_output",

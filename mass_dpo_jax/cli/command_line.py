@@ -25,7 +25,7 @@ from mass_dpo_jax.utils.files import expand, read_text
 from mass_dpo_jax.utils.run_paths import check_run, is_run
 
 
-def parse(argv: list[str], *, resumes: bool, default: str | None) -> list[str]:
+def parse(argv: list[str], *, resumes: bool, default: str | None, group: str) -> list[str]:
     """Parses the command line; --help and --config.print=True end the command here.
 
     Before absl parses, the words are rewritten in this order:
@@ -41,6 +41,7 @@ def parse(argv: list[str], *, resumes: bool, default: str | None) -> list[str]:
         argv: the program's name and the words behind it.
         resumes: the command can start a run, so a --workdir without one is no mistake.
         default: a configuration for when neither --config nor a run gives one.
+        group: a group of settings that may be typed like flags; "" for none.
 
     Returns:
         The words that are no flags.
@@ -48,7 +49,7 @@ def parse(argv: list[str], *, resumes: bool, default: str | None) -> list[str]:
     asks_help = any(word in help_lib.HELP for word in argv[1:])
     path = ""
     try:
-        pairs = list(read_pairs([word for word in argv[1:] if word not in help_lib.HELP]))
+        pairs = list(read_pairs([word for word in argv[1:] if word not in help_lib.HELP], group))
         if "config" in flags.FLAGS:
             pairs = _put_config_first(pairs, resumes, default)
         prints = dict(pairs).get(PRINT) == "true"

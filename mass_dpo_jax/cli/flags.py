@@ -28,6 +28,7 @@ CHOOSING = (
     "selection. num_negatives odpo. pl_rank. loss.link loss.margin loss.gamma loss.label_smoothing"
 ).split()
 RANKING = ("eval.cutoffs",)  # Read by training, `evaluate` and `compare`.
+MINING = ("mine.",)  # Read by training and `mine`.
 LIMITS = ("data.max_train", "data.max_validation", "data.max_test")
 
 PROCESS_FLAGS = (

@@ -37,6 +37,7 @@ def run(
     *,
     resumes: bool = False,
     default: str | None = None,
+    group: str = "",
     unread: Sequence[str] = (),
 ) -> None:
     """Parses the command line and runs a command.
@@ -45,6 +46,7 @@ def run(
         main: the command's work.
         resumes: the same command resumes what was interrupted; others write everything or nothing.
         default: the configuration where neither --config nor a run gives one.
+        group: a group of settings that may be typed like flags, `--n` for `--config.mine.n`.
         unread: beginnings of settings that the command does not read; it names those that are
             given.
     """
@@ -69,7 +71,7 @@ def run(
                 command_line.exit_with_error(str(error))
             raise
 
-    parse = functools.partial(command_line.parse, resumes=resumes, default=default)
+    parse = functools.partial(command_line.parse, resumes=resumes, default=default, group=group)
     app.run(guarded_main, flags_parser=parse)
 
 

@@ -27,8 +27,12 @@ PRINT = "config.print"
 DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"  # What word processors make of a hyphen.
 
 
-def read_pairs(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+def read_pairs(words: Sequence[str], group: str = "") -> Iterator[tuple[str, str]]:
     """Yields each flag or setting with its value; `--flag value` and `--noflag` count as well.
+
+    Args:
+        words: what was typed.
+        group: a group of settings whose names count without `config.` and the group's own.
 
     Raises:
         UserError: a name does not exist, or a value is missing or of another type.
@@ -40,6 +44,8 @@ def read_pairs(words: Sequence[str]) -> Iterator[tuple[str, str]]:
         if not word.startswith("-") or not word.strip("-"):
             raise UserError(f"unexpected argument {word!r}; {_suggest_flag(word)}")
         name, equals, value = word.lstrip("-").partition("=")
+        if name not in flags.FLAGS and f"{group}.{name}" in settings:
+            name = f"config.{group}.{name}"
         example = _find_example(name, settings)
         if example is None and not equals and name.startswith("no"):
             positive = name.removeprefix("no")

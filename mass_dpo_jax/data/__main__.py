@@ -33,4 +33,4 @@ def main() -> None:
 if __name__ == "__main__":
     cli.define_config()
     flags.DEFINE_integer("show", 2, "Number of rows of the first split to show in full.")
-    cli.run(main, unread=[*cli.TRAINING, *cli.RANKING])
+    cli.run(main, unread=[*cli.TRAINING, *cli.RANKING, *cli.MINING])

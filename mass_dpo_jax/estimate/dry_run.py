@@ -7,6 +7,7 @@ may be larger than the devices of this machine.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import tempfile
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ from mass_dpo_jax.estimate.sizes import BatchLayout, Chunks, DeviceModel
 from mass_dpo_jax.models.fused_attention import FusedAttention, check_supported
 from mass_dpo_jax.models.logprobs import choose_max_logits
 from mass_dpo_jax.runs.run_folder import latest_step
+from mass_dpo_jax.training import mined_negatives
 from mass_dpo_jax.training.mesh import abstract_mesh, check_batch
 from mass_dpo_jax.training.model_paths import fetch_models, uses_lora
 from mass_dpo_jax.training.optimizer import make_optimizer
@@ -112,7 +114,10 @@ def prepare_dry_run(config: ConfigDict, workdir: Path | None, splits: Sequence[s
     with tempfile.TemporaryDirectory() as empty:
         started = workdir is not None and latest_step(workdir) is not None
         folder = workdir if started else Path(empty)
-        setup = prepare(config, None if config.model.path else folder, splits)
+        model_folder = None if config.model.path else folder
+        longest = functools.partial(mined_negatives.take_longest, config)
+        replace = longest if config.mine.catalogue else None
+        setup = prepare(config, model_folder, splits, replace_negatives=replace)
     program = setup.program
     scorer = program.scorer
     if fused or config.device_memory_gb:

@@ -30,7 +30,10 @@ ADAPTERS = "adapters"  # Folder in PEFT's format, where model.lora.path was set.
 # The run's copy of the file or folder that a setting names.
 COPIES = {"data.chat_template": f"{MODEL}/chat_template.jinja", "model.lora.path": ADAPTERS}
 # Settings that name a user's files.
-PATHS = ("data.path", "data.chat_template", "model.path", "model.reference_path", "model.lora.path")
+PATHS = (
+    "data.path", "data.chat_template", "model.path", "model.reference_path", "model.lora.path",
+    "mine.catalogue",
+)  # fmt: skip
 # Fields of a model's config.json that change no computation.
 NOT_COMPUTED = "initializer_range max_position_embeddings bos_token_id eos_token_id".split()
 # Kinds of files that a tokenizer or adapters may be read from.

@@ -1,7 +1,7 @@
 """The folder of a run: how to recognize it, the checkpoints in it, and the lock that guards it.
 
 It holds config.json, origin.json, metrics.jsonl, metrics.json, prompts.jsonl, checkpoints/, model/,
-adapters/ and what loggers and reports add.
+adapters/, mined/ and what loggers and reports add.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ From the outside in:
     scorer.py             the decoder as a function of weights and a batch
     negatives.py          negatives that are kept for more than a step (`selection.refresh`)
     prompts.py            which prompts an epoch trains on (`selection.prompts`)
+    mined_negatives.py    negatives that are mined between epochs (`mine`)
     optimizer.py          AdamW, its schedule, and updates that are skipped
 
 Around it:
@@ -25,6 +26,7 @@ Around it:
 Without training:
 
     scored_model.py, scoring.py              passes of a model over a whole split
+    mining.py, mining_sources.py             negatives from a whole catalogue
     offline_selection.py, feature_files.py   negatives selected by a model, or from given features
     export.py                                a run as a Hugging Face folder
 """

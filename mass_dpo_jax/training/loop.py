@@ -16,9 +16,10 @@ from ml_collections import ConfigDict
 
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.runs import loggers, metrics_files, origin, resume, run_config, run_folder
-from mass_dpo_jax.training import checkpoint, interruption, scoring
+from mass_dpo_jax.training import checkpoint, interruption, mined_negatives, scoring
 from mass_dpo_jax.training.evaluator import EvaluatedSplit, Evaluator, check_best, log_long_cutoffs
 from mass_dpo_jax.training.method_config import find_unread
+from mass_dpo_jax.training.mined_negatives import MinedNegatives
 from mass_dpo_jax.training.model_paths import fetch_models
 from mass_dpo_jax.training.open_policy import save_description
 from mass_dpo_jax.training.optimizer import learning_rate, make_optimizer
@@ -52,10 +53,25 @@ def train(
         if metrics is not None:
             _log.info(f"{workdir}: finished at step {metrics['step']}; nothing to do")
             return metrics
-        start = _prepare(config, workdir, lock)
-        reference = _score_reference(start)
-        run = _restore_or_start(start, reference, write_report)
-        return _run_steps(run)
+        while (metrics := _train_on(config, workdir, lock, write_report)) is None:
+            interruption.raise_if_requested()
+        return metrics
+
+
+def _train_on(
+    config: ConfigDict, workdir: Path, lock: run_folder.Lock, write_report: WriteReport | None
+) -> dict[str, Any] | None:
+    """Trains to the end, or to where negatives are mined again: then returns None.
+
+    What follows resumes the run with other negatives, as another process would.
+    """
+    start = _prepare(config, workdir, lock)
+    reference = _score_reference(start)
+    run = _restore_or_start(start, reference, write_report)
+    if start.mined is not None and start.mined.epoch != mined_negatives.find_epoch(config, workdir):
+        run.close()  # The newest checkpoint was damaged, and the one before is of other negatives.
+        return None
+    return _run_steps(run)
 
 
 @dataclasses.dataclass
@@ -66,6 +82,7 @@ class _Start:
         config: the configuration that the run keeps, with paths as they were first typed.
         resolved_config: the same configuration with paths that lead to the files from here.
         digests: digests of the data, by split.
+        mined: the negatives that the run mined; None where it trains on those of its data.
         params: weights that were read or drawn, empty if the run's checkpoint has them all.
         reference_params: the reference's weights, if any. The two are set to None as soon as they
             are used: the arrays must not outlive that.
@@ -76,6 +93,7 @@ class _Start:
     resolved_config: ConfigDict
     setup: Setup
     digests: dict[str, str]
+    mined: MinedNegatives | None
     params: Any
     reference_params: Any
 
@@ -87,6 +105,7 @@ class _Run:
     Attributes:
         settings: the section `config.train`.
         draw_noise_every: steps between two measurements of the draw's noise; 0 for none.
+        is_mining_due: from an epoch and its batch to whether negatives are mined before it.
         notes: metadata saved with each checkpoint: the run's configuration and digests of its data.
         state: the training state, which every update replaces.
         frozen: weights that are not trained.
@@ -96,6 +115,7 @@ class _Run:
 
     settings: ConfigDict
     draw_noise_every: int
+    is_mining_due: Callable[[int, int], bool]
     notes: dict[str, Any]
     workdir: Path
     batches: Batches
@@ -156,6 +176,7 @@ def _check_folder(
         distributed.run_on_primary(lambda: run_folder.check_writable(workdir))
         check_best(config, SPLITS)
         check_gaps(read_settings(config), bool(config.model.reference_path))
+        mined_negatives.check_mining(config)
     return metrics
 
 
@@ -165,12 +186,14 @@ def _prepare(config: ConfigDict, workdir: Path, lock: run_folder.Lock) -> _Start
     has_checkpoint = step is not None
     resolved_config = run_config.use_own_files(config, workdir) if has_checkpoint else config
     resolved_config = fetch_models(resolved_config)
-    setup = prepare(resolved_config, workdir, SPLITS)
+    mined = mined_negatives.open_mined(resolved_config, workdir)
+    replace = None if mined is None else mined.replace
+    setup = prepare(resolved_config, workdir, SPLITS, replace_negatives=replace)
     check_best(config, setup.tokens, setup.tokens.get("validation"))
     log_long_cutoffs(
         config.eval.cutoffs, {name: t for name, t in setup.tokens.items() if name != "train"}
     )
-    digests = setup.digests()
+    digests = setup.digests() | (mined.digests if mined else {})
     distributed.run_on_primary(lambda: resume.check_data(workdir, digests))
     params, reference_params, weights = _read_weights(setup, has_checkpoint)
     if has_checkpoint:
@@ -186,7 +209,7 @@ def _prepare(config: ConfigDict, workdir: Path, lock: run_folder.Lock) -> _Start
         save_description(setup.policy, resolved_config.model, config.data.chat_template, workdir)
     if distributed.is_primary():
         origin.write(workdir, resolved_config, None if has_checkpoint else weights)
-    return _Start(workdir, config, resolved_config, setup, digests, params, reference_params)
+    return _Start(workdir, config, resolved_config, setup, digests, mined, params, reference_params)
 
 
 def _read_weights(setup: Setup, has_checkpoint: bool) -> tuple[Any, Any, dict[str, str]]:
@@ -241,6 +264,12 @@ def _restore_or_start(
     step = int(state.step)
     if step:
         _log.info(f"{workdir}: going on from step {step} of {total}")
+    is_mining_due = functools.partial(mined_negatives.is_due, start.config)
+    location = batches.order.locate(step)
+    if is_mining_due(*location.values()):
+        negatives = None  # Those of other pools.
+    if start.mined is not None:
+        start.mined.check_location(location, notes)
 
     evaluated_steps = distributed.run_on_primary(
         lambda: sorted(metrics_files.read_evaluated_steps(workdir))
@@ -252,6 +281,7 @@ def _restore_or_start(
     return _Run(
         settings=settings,
         draw_noise_every=_draw_noise_every(start.config),
+        is_mining_due=is_mining_due,
         notes={"config": start.config.to_dict(), "data": start.digests},
         workdir=workdir,
         batches=batches,
@@ -301,8 +331,11 @@ def _restore_state(
     return state, frozen, negatives, notes
 
 
-def _run_steps(run: _Run) -> dict[str, Any]:
-    """Makes the updates that are left, evaluates and saves when due; returns the final metrics."""
+def _run_steps(run: _Run) -> dict[str, Any] | None:
+    """Makes the updates that are left, evaluates and saves when due; returns the final metrics.
+
+    Ends before, with None and the state saved, where negatives are to be mined.
+    """
     eval_every, num_steps = run.settings.eval_every, len(run.batches)
     first_step = int(run.state.step)
     schedule = learning_rate(run.settings, num_steps)
@@ -321,7 +354,9 @@ def _run_steps(run: _Run) -> dict[str, Any]:
                 _train_one_step(run, step, schedule(step))
                 is_last = step + 1 == num_steps
                 is_evaluated = eval_every > 0 and (is_last or (step + 1) % eval_every == 0)
-                is_saved = is_last or (step + 1) % run.settings.checkpoint_every == 0
+                location = run.batches.order.locate(step + 1)
+                is_mined = not is_last and run.is_mining_due(*location.values())
+                is_saved = is_last or is_mined or (step + 1) % run.settings.checkpoint_every == 0
                 if is_evaluated or is_saved:
                     run.step_log.flush()
                     if is_saved or run.settings.keep_best:
@@ -329,6 +364,8 @@ def _run_steps(run: _Run) -> dict[str, Any]:
                     if is_evaluated:
                         run.evaluate(step + 1)
                     run.step_log.restart_clock()
+                if is_mined:
+                    return None
         except (interruption.Stopped, BadSteps):
             run.save()
             raise

@@ -142,5 +142,7 @@ def find_unread(config: ConfigDict) -> list[str]:
         and not config.model.lora.dropout,
         "train.epochs": not config.train.steps,
         "device_memory_gb": config.dry_run,
+        "mine.": bool(config.mine.catalogue),
+        "mine.temperature": config.mine.draw == "softmax",
     }
     return [name for names, read in is_read.items() if not read for name in names.split()]

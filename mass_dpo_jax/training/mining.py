@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from mass_dpo_jax.config import parse_limit, parse_ranks
 from mass_dpo_jax.data import load_examples, splits, text_files
 from mass_dpo_jax.data.examples import Example, History, Text, as_text, identify_answer
 from mass_dpo_jax.data.formats.writing import to_decimals
@@ -22,6 +23,8 @@ from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.selection import mining
 from mass_dpo_jax.training import scoring
 from mass_dpo_jax.training.mining_sources import Source
+from mass_dpo_jax.training.policy import Policy
+from mass_dpo_jax.training.scored_model import score_examples
 from mass_dpo_jax.utils.files import shorten
 
 PROMPTS_AT_A_TIME = 512
@@ -62,8 +65,20 @@ class Ranked(NamedTuple):
 
 
 # From examples to the ids of those that could be scored, log-probabilities [M, C] of the responses
-# of each, and which of these exist. `Model.score` of the API.
+# of each, and which of these exist.
 ScoreResponses = Callable[[Sequence[Example]], tuple[list[str], np.ndarray, np.ndarray]]
+
+
+class Rows(NamedTuple):
+    """The rows to mine for. Made by `load_rows`.
+
+    Attributes:
+        examples: the rows of a split.
+        everything: every row of the data, whose chosen responses are nobody's negatives.
+    """
+
+    examples: list[Example]
+    everything: list[Example]
 
 
 def normalize(text: str) -> str:
@@ -77,6 +92,8 @@ def read_catalogue(path: Path) -> Catalogue:
     Raises:
         UserError: the file cannot be read, has fewer than two texts, or a row is something else.
     """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected a catalogue, a text per row")
     ids: list[Any] = []
     texts: list[str] = []
     for location, row in _read_items(path):
@@ -114,7 +131,7 @@ def _read_items(path: Path) -> Iterator[tuple[str, Any]]:
             yield f"{path} line {number}", text
 
 
-def load_rows(config: ConfigDict, split: str) -> tuple[list[Example], list[Example]]:
+def load_rows(config: ConfigDict, split: str) -> Rows:
     """Loads the rows of a split to mine for, and every row of the data, whose positives count.
 
     A split that cannot be read beside the one asked for is left out with a warning.
@@ -132,7 +149,7 @@ def load_rows(config: ConfigDict, split: str) -> tuple[list[Example], list[Examp
             everything += load_examples(data, other, config.seed)
         except UserError as error:
             _log.warning(f"split {other!r} is not read for chosen responses: {error}")
-    return splits.limit(rows, config.data, split, config.seed), everything
+    return Rows(splits.limit(rows, config.data, split, config.seed), everything)
 
 
 def find_positives(examples: Sequence[Example], everything: Sequence[Example]) -> list[set[str]]:
@@ -207,7 +224,7 @@ def rescore(
             example.id,
             example.prompt,
             example.chosen,
-            tuple(_as_responses(example, catalogue, indices)),
+            tuple(as_responses(example, catalogue, indices)),
             f"{example.place} with its shortlist from the catalogue",
         )
         for example, indices in zip(examples, shortlists, strict=True)
@@ -233,6 +250,44 @@ def rescore(
         yield Ranked(rows, indices, scores, chosen)
 
 
+def mine_rows(
+    config: ConfigDict,
+    rows: Rows,
+    catalogue: Catalogue,
+    source: Source,
+    model: tuple[Policy, Any] | None,
+) -> Iterator[dict[str, Any]]:
+    """Yields each example with negatives as `config.mine` says; see `mine`.
+
+    Args:
+        config: the configuration; with a shortlist all that scoring reads, else `mine` and `seed`.
+        rows: the examples, and those whose chosen responses are no negatives.
+        catalogue: the items.
+        source: the scores.
+        model: policy and weights that order shortlists; None: there are no shortlists.
+    """
+    settings = config.mine
+    first, last = parse_ranks(settings.ranks)
+    margins = (
+        parse_limit(settings[name], f"config.mine.{name}")
+        for name in ("margin", "relative_margin", "max_score")
+    )
+    positives = find_positives(*rows)
+    ranked = rank(source, catalogue, positives, settings.shortlist or last)
+    if settings.shortlist:
+        assert model is not None
+        policy, params = model
+
+        def score(examples: Sequence[Example]) -> tuple[list[str], np.ndarray, np.ndarray]:
+            found = score_examples(config, policy, params, examples)
+            return found.ids, found.logps, found.lengths > 0
+
+        ranked = rescore(ranked, rows.examples, catalogue, settings.shortlist, score)
+    limits = mining.Limits(first, last, *margins)
+    how = settings.n, settings.draw, settings.temperature, config.seed
+    return mine(ranked, rows.examples, catalogue, limits, *how)
+
+
 def mine(
     ranked: Iterable[Ranked],
     examples: Sequence[Example],
@@ -245,8 +300,8 @@ def mine(
 ) -> Iterator[dict[str, Any]]:
     """Yields each example with n negatives from the catalogue, in the order of the examples.
 
-    An example for which no item is left is not written, and one with fewer than n has those; both
-    are counted in a warning.
+    An example for which no item is left is left out, and one with fewer than n has those; both are
+    counted in a warning.
 
     Raises:
         UserError: a chosen response has no score although margins need it, or nothing is left.
@@ -282,13 +337,13 @@ def mine(
                 )  # fmt: skip
     if empty == len(examples):
         raise UserError(
-            f"no item of the catalogue is left for any of {empty} prompts: widen --ranks or the "
-            "margins"
+            f"no item of the catalogue is left for any of {empty} prompts: widen "
+            "config.mine.ranks or the margins"
         )
     if empty or few:
         _log.warning(
-            f"of {len(examples)} prompts {empty} had no item left and are not written, and {few} "
-            f"had fewer than {n}: widen --ranks or the margins"
+            f"no item of the catalogue is left for {empty} of {len(examples)} prompts, and fewer "
+            f"than {n} for {few}: widen config.mine.ranks or the margins"
         )
 
 
@@ -304,7 +359,7 @@ def _make_row(
         "id": example.id,
         "prompt": as_text(example.prompt),
         "chosen": example.chosen,
-        "rejected": _as_responses(example, catalogue, indices),
+        "rejected": as_responses(example, catalogue, indices),
         **({"tools": example.tools} if example.tools else {}),
         "mined_ids": [catalogue.ids[i] for i in indices],
         "mined_scores": to_decimals(scores),
@@ -313,7 +368,7 @@ def _make_row(
     }
 
 
-def _as_responses(example: Example, catalogue: Catalogue, indices: np.ndarray) -> list[Text]:
+def as_responses(example: Example, catalogue: Catalogue, indices: np.ndarray) -> list[Text]:
     """Returns items in the form of the chosen response: TRL takes no mixture of both."""
     texts = [catalogue.texts[i] for i in indices]
     if isinstance(example.chosen, str):

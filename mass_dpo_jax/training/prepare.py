@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -51,6 +51,7 @@ def prepare(
     splits: Sequence[str],
     training: bool = True,
     ties: bool = False,
+    replace_negatives: Callable[[Sequence[Example]], Sequence[Example]] | None = None,
 ) -> Setup:
     """Loads and checks everything but weights; writes at most a tokenizer made from scratch.
 
@@ -60,6 +61,7 @@ def prepare(
         splits: the splits to load; the first must have rows.
         training: whether the split "train" is trained on, and must have what the method needs.
         ties: whether responses as good as the chosen one are kept everywhere, see `build_setup`.
+        replace_negatives: gives the examples of the training split other negatives.
 
     Raises:
         UserError: the configuration, the data or the model folder is not what it should be.
@@ -78,6 +80,8 @@ def prepare(
         for name in list_models_read(uses_reference(config), model, has_checkpoint):
             check_model(Path(model[name]), not config.dry_run, f"model.{name}")
         examples = _load_examples(config, splits)
+        if replace_negatives is not None:
+            examples["train"] = replace_negatives(examples["train"])
         policy = open_with(examples=examples.get("train", ()))
         tokens = _tokenize(config, policy, examples)
     names = distributed.run_on_primary(lambda: list(tokens))

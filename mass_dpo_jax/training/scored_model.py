@@ -3,22 +3,66 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from mass_dpo_jax import config as config_lib
 from mass_dpo_jax.data import sources
+from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.runs import origin, run_config, run_folder
 from mass_dpo_jax.training.method_config import uses_reference
 from mass_dpo_jax.training.model_paths import fetch_models, uses_lora
-from mass_dpo_jax.training.prepare import prepare
+from mass_dpo_jax.training.policy import Policy
+from mass_dpo_jax.training.prepare import prepare, prepare_examples
 from mass_dpo_jax.training.setup import Reference, Setup
 from mass_dpo_jax.utils import distributed
 
 _log = logging.getLogger(__name__)
+
+
+class ResponseScores(NamedTuple):
+    """Scores of examples that were given in memory, as in `api.Scores`. Made by `score_examples`.
+
+    Attributes:
+        ids: the examples' ids.
+        logps: float32 [M, C], 0 where there is no response.
+        lengths: int32 [M, C], tokens of a response, 0 where there is none.
+        features: float32 [M, C, D], or None.
+    """
+
+    ids: list[str]
+    logps: np.ndarray
+    lengths: np.ndarray
+    features: np.ndarray | None
+
+
+def score_examples(
+    config: ConfigDict,
+    policy: Policy,
+    params: Any,
+    examples: Sequence[Example],
+    features: bool = False,
+) -> ResponseScores:
+    """Scores all responses of examples; a column for each that an example has, also if left out.
+
+    Raises:
+        UserError: a row is too long, unless the configuration cuts or drops such rows.
+    """
+    setup = prepare_examples(config, policy, {"all": examples}, ties=True)
+    tokens, scorer = setup.tokens["all"], setup.program.scorer
+    compute = scorer.logps_and_features if features else scorer.logps
+    scores = setup.map_split(lambda batch: compute(params, batch), "all", "scoring")
+    logps, hidden = scores if features else (scores, None)
+    sizes = {example.id: len(example.responses) for example in examples}
+    width = max(sizes[name] for name in tokens.ids)
+    logps, lengths = (tokens.restore_columns(x, width) for x in (logps, tokens.response_lengths))
+    hidden = None if hidden is None else tokens.restore_columns(hidden, width)
+    return ResponseScores(tokens.ids, logps, lengths, hidden)
 
 
 class ScoredModel(NamedTuple):

@@ -13,7 +13,7 @@ from mass_dpo_jax.utils.files import expand_path
 CHECKPOINTS = "checkpoints"
 # What a run writes into its folder; the code that writes it imports JAX.
 ENTRIES = (
-    f"{CHECKPOINTS} model adapters tensorboard wandb figures config.json origin.json "
+    f"{CHECKPOINTS} model adapters mined tensorboard wandb figures config.json origin.json "
     "metrics.json metrics.jsonl report.html"
 ).split()
 MAX_SHOWN = 3  # Runs in a folder that a message names.

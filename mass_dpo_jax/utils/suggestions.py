@@ -52,6 +52,11 @@ data.columns: column_mapping field_mapping columns_map
 data.subset: dataset_config dataset_config_name config_name hf_name subset_name
 data.splits: dataset_split dataset_train_split dataset_test_split hf_split split_names
 data.on_bad_row: skip_errors ignore_errors skip_bad_rows
+mine.catalogue: corpus candidate_pool corpus_path
+mine.n: negative_number num_hard_negatives
+mine.ranks: range_for_sampling range_min range_max
+mine.margin: absolute_margin
+mine.draw: sampling_strategy
 beta: dpo_beta pref_beta kl_coef
 method: loss loss_type algorithm algo objective pref_loss
 num_negatives: negatives num_neg n_negatives n_neg num_rejected n

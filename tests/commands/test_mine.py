@@ -119,10 +119,12 @@ def test_a_shortlist_has_the_scores_that_the_command_score_gives(
     ("words", "message"),
     [
         (["--output=mined.csv"], "expected a name with .jsonl, or .parquet"),
-        (["--ranks=9:3"], "--ranks=9:3: expected FIRST:LAST"),
+        (["--ranks=9:3"], "config.mine.ranks='9:3': expected FIRST:LAST"),
+        (["--config.mine.n=0"], "config.mine.n=0: expected a number above 0"),
+        (["--negative_number=9"], "--negative_number: no such flag; did you mean --config.mine.n="),
         (["--item_features=x.npy"], "expected --scores, or --prompt_features with"),
         ([], "no model: give --workdir=RUN"),
-        (["--shortlist=20"], "--shortlist=20: --ranks=0:100 are ranks within it"),
+        (["--shortlist=20"], "config.mine.shortlist=20: config.mine.ranks=0:100 are ranks"),
         (["--scores=/no/such.npy"], "/no/such.npy: no such file"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The loop of commands in docs/mining.md, as it stands there, on a small model and small data."""
+"""The training of docs/mining.md that mines, as it stands there, on a small model and data."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from tests.support.packages import ROOT
 from tests.support.run_homes import write_base
 
 CHANGES = {
-    "--config=llama3": "--config=tiny --config.data.chat_template=none "
-    "--config.data.name=preferences --config.data.validation_share=0 --config.train.steps=2",
+    "--config=llama3": "--config=tiny --config.data.chat_template=none --config.mine.n=3 "
+    "--config.data.name=preferences --config.data.validation_share=0 --config.train.epochs=2 "
+    "--config.train.steps=0 --config.train.batch_size=8 --config.train.micro_batch_size=8",
     "Llama-3.2-3B-Instruct": "base",
-    "in 1 2 3": "in 1 2",
-    "--shortlist=200 --ranks=0:200 --n=8": "--shortlist=6 --ranks=0:6 --n=3",
+    "mine.shortlist=200": "mine.shortlist=6",
+    "mine.ranks=0:200": "mine.ranks=0:6",
 }
 
 
-@pytest.mark.slow(reason="four commands one after another; each of them is tested")
-def test_rounds_of_mining_and_training(tmp_path: Path) -> None:
+@pytest.mark.slow(reason="a command whose work is tested without it")
+def test_the_training_of_the_page(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "mining.md").read_text()
-    [block] = re.findall(r"^```bash\n(base=.*?)^```$", page, re.S | re.M)
+    [block] = re.findall(r"^```bash\n([^`]*?config\.mine.*?)^```$", page, re.S | re.M)
     for ours, small in CHANGES.items():
         assert ours in block
         block = block.replace(ours, small)
@@ -41,23 +42,12 @@ def test_rounds_of_mining_and_training(tmp_path: Path) -> None:
         **os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache"),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }  # fmt: skip
-    for _ in range(2):  # The second time there is nothing left to do.
-        done = subprocess.run(
-            ["bash", "-ec", block],
-            cwd=tmp_path,
-            env=env,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-    mined = [
-        load_examples(tiny_config(tmp_path / f"mined{i}.parquet").data, "all", 0) for i in (1, 2)
-    ]
-    assert all(example.probabilities for rounds in mined for example in rounds)
-    for i in (1, 2):
-        assert len([line for line in log_lines(tmp_path / f"runs/round{i}") if "loss" in line]) == 2
-    # The second round starts from what the first one learned, against the same reference.
-    config = json.loads((tmp_path / "runs/round2/config.json").read_text())
-    assert config["model"]["path"].endswith("runs/round1")
-    assert config["model"]["reference_path"].endswith("base")
+    done = subprocess.run(
+        ["bash", "-ec", block], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    files = sorted((tmp_path / "runs" / "mining" / "mined").iterdir())
+    mined = [load_examples(tiny_config(file).data, "all", 0) for file in files]
+    assert [len(examples) for examples in mined] == [6, 6]
+    assert all(len(x.probabilities or ()) == 3 for examples in mined for x in examples)
+    assert sum("loss" in line for line in log_lines(tmp_path / "runs" / "mining")) == 2
