@@ -18,13 +18,18 @@ from mass_dpo_jax.data.readers import synthetic
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.metrics import Lists
 from mass_dpo_jax.reports import baselines
-from mass_dpo_jax.reports.format import HEADLINE_METRICS, format_metric, format_percent, short_names
+from mass_dpo_jax.reports.format import (
+    BY_GRADE,
+    HEADLINE_METRICS,
+    format_metric,
+    format_percent,
+    short_names,
+)
 from mass_dpo_jax.runs import run_config
 from mass_dpo_jax.runs.metrics_files import read_metrics_json
 from mass_dpo_jax.training.evaluator import EXIST_LOGPS, FINAL_LOGPS, GRADES, START_LOGPS
 from mass_dpo_jax.utils.files import read_array
 
-BY_GRADE = ("map", "gain_ndcg@")  # Beginnings of the metrics that graded data has.
 _log = logging.getLogger(__name__)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 # The ranking metrics that tables show, without "policy/" or "reward/", and their titles.
@@ -12,6 +12,20 @@ HEADLINE_METRICS = {
     "mrr": "MRR",
     "ndcg@3": "NDCG@3",
 }
+
+BY_GRADE = ("map", "gain_ndcg@")  # Beginnings of the metrics that graded data has.
+
+
+def list_headline_metrics(columns: Iterable[Mapping[str, float]]) -> dict[str, str]:
+    """Returns the metrics that a table shows, and their titles: by grade where there are grades.
+
+    Args:
+        columns: metrics by their whole names, as `policy/mrr`.
+    """
+    names = dict.fromkeys(name.partition("/")[2] for column in columns for name in column)
+    graded = [n for n in names if n.startswith(BY_GRADE) and not n.endswith("_se")]
+    titles = {n: "MAP" if n == "map" else n.replace("gain_ndcg", "NDCG of gains") for n in graded}
+    return {**HEADLINE_METRICS, **titles}
 
 
 def format_percent(mean: float, error: float, sign: str = "") -> str:

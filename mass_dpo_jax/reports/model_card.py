@@ -19,7 +19,7 @@ from mass_dpo_jax.data import hf_datasets
 from mass_dpo_jax.data.render import read_template_arguments
 from mass_dpo_jax.models.config import DecoderConfig
 from mass_dpo_jax.reports import templates
-from mass_dpo_jax.reports.format import HEADLINE_METRICS, format_metric, markdown_table
+from mass_dpo_jax.reports.format import format_metric, list_headline_metrics, markdown_table
 from mass_dpo_jax.runs import origin, run_config, run_folder
 from mass_dpo_jax.runs.metrics_files import read_metrics_json, read_metrics_log
 from mass_dpo_jax.selection.registry import CRITERIA
@@ -191,7 +191,7 @@ def _metrics_table(columns: Mapping[str, Mapping[str, float]]) -> str:
     """Formats the headline metrics that a column has, in Markdown; "" without columns."""
     rows = []
     for ranking in ("policy", "reward"):
-        for name, title in HEADLINE_METRICS.items():
+        for name, title in list_headline_metrics(columns.values()).items():
             cells = [format_metric(values, f"{ranking}/{name}") for values in columns.values()]
             if any(cells):
                 rows.append([f"{title}, by {ranking}", *cells])

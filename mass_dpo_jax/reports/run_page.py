@@ -22,7 +22,7 @@ from mass_dpo_jax import metrics as metrics_lib
 from mass_dpo_jax.data.examples import History, Text, as_text, format_message
 from mass_dpo_jax.reports import curves, style, templates
 from mass_dpo_jax.reports.curves import Panel
-from mass_dpo_jax.reports.format import HEADLINE_METRICS, format_metric
+from mass_dpo_jax.reports.format import format_metric, list_headline_metrics
 from mass_dpo_jax.reports.style import COLOURS, INK
 from mass_dpo_jax.runs.metrics_files import Series, read_metrics_log
 from mass_dpo_jax.training.evaluator import EvaluatedSplit
@@ -86,8 +86,9 @@ def write(
 
 def _ranking_table(metrics: Mapping[str, Any]) -> dict[str, Any]:
     start, final, gain = (metrics.get(name) or {} for name in ("start", "final", "gain"))
+    names = list_headline_metrics((start, final))
     rows = [
-        [label, *(format_metric(values, f"{ranking}/{name}") for name in HEADLINE_METRICS)]
+        [label, *(format_metric(values, f"{ranking}/{name}") for name in names)]
         for label, values, ranking in (
             ("start, by policy", start, "policy"),
             ("end, by policy", final, "policy"),
@@ -96,7 +97,7 @@ def _ranking_table(metrics: Mapping[str, Any]) -> dict[str, Any]:
         )
         if f"{ranking}/accuracy" in values
     ]
-    return {"header": ["", *HEADLINE_METRICS], "rows": rows}
+    return {"header": ["", *names], "rows": rows}
 
 
 def _draw_panels(workdir: Path, panels: Sequence[Panel], series: Mapping[str, Series]) -> list[str]:

@@ -111,6 +111,21 @@ def test_words_of_the_data_are_text(tmp_path: Path) -> None:
     assert page.count("<td>selected</td>") == page.count("<td>chosen</td>") == 1
 
 
+def test_metrics_by_grade_stand_beside_the_others_where_there_are_grades(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    final = {"accuracy": 0.5, "map": 0.25, "gain_ndcg@3": 0.75}
+    ranks = {f"policy/{name}": value for name, value in final.items()}
+    ranks |= {f"{name}_se": 0.01 for name in ranks}
+    for graded in (True, False):
+        kept = {name: x for name, x in ranks.items() if graded or "accuracy" in name}
+        done = {"step": 1, "examples": 9, "split": "test", "start": kept, "final": kept}
+        write(tmp_path, config_lib.default(), done, None)
+        page = (tmp_path / "report.html").read_text()
+        check(page)
+        assert ("gain_ndcg@3" in page and "75.0 ± 1.0" in page and "25.0 ± 1.0" in page) == graded
+        assert "50.0 ± 1.0" in page and "gain_ndcg@3_se" not in page
+
+
 def test_a_run_that_was_tested_on_nothing(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     write(tmp_path, config_lib.default(), {"step": 1, "final": None, "split": None}, None)
