@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from mass_dpo_jax.config import parse_limit, parse_ranks
+from mass_dpo_jax.config import PREFERENCES, parse_limit, parse_ranks
 from mass_dpo_jax.data import load_examples, splits, text_files
 from mass_dpo_jax.data.examples import Example, History, Text, as_text, identify_answer
 from mass_dpo_jax.data.formats.writing import to_decimals
@@ -137,8 +137,14 @@ def load_rows(config: ConfigDict, split: str) -> Rows:
     A split that cannot be read beside the one asked for is left out with a warning.
 
     Raises:
-        UserError: the split cannot be read.
+        UserError: the split cannot be read, or its prompts list the candidates of the data.
     """
+    if config.data.list_candidates and config.data.name not in PREFERENCES:
+        raise UserError(
+            f"config.data.list_candidates=True: the prompts of config.data.name={config.data.name} "
+            "list the data's candidates, and mined negatives would not be among them; expected "
+            "config.data.list_candidates=False"
+        )
     data = config.data.copy_and_resolve_references()
     data.update(max_train=0, max_validation=0, max_test=0)
     rows = load_examples(data, split, config.seed)

@@ -191,6 +191,7 @@ def test_an_epoch_that_has_lost_most_of_its_prompts(home: Path, run: Path) -> No
         ({"mine.temperature": 1e-9}, "config.mine.temperature=1e-09: expected 1e-6 or more"),
         ({"mine.draw": "best"}, "config.mine.draw='best': expected one of softmax, uniform, top"),
         ({"mine.catalogue": "no.jsonl"}, "no.jsonl: no such file"),
+        ({"data.name": "synthetic", "data.path": ""}, "prompts of config.data.name=synthetic list"),
         ({"mine.max_score": "-2"}, "no item of the catalogue is left for any of 22 prompts"),
         ({"model.path": ""}, "mines by the features of a model; config.model.path is missing"),
         ({"selection.refresh": "once"}, "config.selection.refresh=once: with config.mine.every=1"),
