@@ -174,6 +174,12 @@ def report(rows: Sequence[Mapping[str, Any]]) -> str:
             name: pooled([_compare(found, loss, name) for loss in LOSSES if loss != "best"])
             for name in names
         }
+        if by == "policy":  # The start's rewards are 0.
+            starts = {row["seed"]: row["gains"]["start"] for row in rows}
+            means = [np.mean([unpack(gains[name]) for gains in starts.values()]) for name in names]
+            lines.append(
+                f"| before | {len(starts)} | {' | '.join(f'{100 * x:.1f} | ' for x in means)} |"
+            )
         for loss in LOSSES:
             line = [loss, str(len(found[loss, names[0]]))]
             for name in names:

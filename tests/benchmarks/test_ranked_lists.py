@@ -31,7 +31,11 @@ def test_the_table_has_paired_differences_to_the_best_alone() -> None:
             values[loss, seed] = rng.random(50)
             gains = dict.fromkeys(names, bench.pack(values[loss, seed]))
             rows.append(
-                {"loss": loss, "seed": seed, "gains": dict.fromkeys(("policy", "reward"), gains)}
+                {
+                    "loss": loss,
+                    "seed": seed,
+                    "gains": dict.fromkeys(("start", "policy", "reward"), gains),
+                }
             )
     np.testing.assert_allclose(
         bench.unpack(bench.pack(values["best", 0])), values["best", 0], atol=1e-5
@@ -42,4 +46,7 @@ def test_the_table_has_paired_differences_to_the_best_alone() -> None:
         np.mean([values[loss, s] for s in range(2)]) for loss in ("whole ranking", "best")
     )
     assert line.split(" | ")[1:3] == ["2", f"{100 * mean:.1f}"]
+    (before,) = [x for x in table.splitlines() if x.startswith("| before")]
+    start = np.mean([values["LiPO-lambda", s] for s in range(2)])  # A seed's last row has it, too.
+    assert before.split(" | ")[1:3] == ["2", f"{100 * start:.1f}"]
     assert line.split(" | ")[3].startswith(f"{100 * (mean - best):+.1f} ± ")
