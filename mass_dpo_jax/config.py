@@ -269,24 +269,29 @@ def default() -> ConfigDict:
     # by the policy as it is then).
     c.selection.prompt_refresh = "once"
 
-    # ---- Negatives from a catalogue. The command mine takes these settings without config.mine.
+    # ---- Negatives from a catalogue. The command mine takes each as a flag: --ranks, --n, ...
     c.mine = Settings()
-    # File of the texts that negatives are taken from, a row each. Training mines by its own policy
-    # and trains on what it finds, in place of the data's negatives. Empty: trains on the data's.
+    # File of the texts that negatives are taken from, one per row. Given one, training mines by its
+    # own policy and replaces the data's negatives. Empty: training keeps the data's.
     c.mine.catalogue = ""
-    c.mine.every = 1  # Epochs from one mining of a training to the next; 0: only before the first.
+    # Training mines before every so many epochs; 0: only before the first.
+    c.mine.every = 1
     # How features are compared: cosine | dot (inner product).
     c.mine.similarity = "cosine"
-    # Order so many of the best items by the model's log-probabilities, and rank those; 0: none.
+    # Number of best items that the model's log-probabilities rank anew; ranks, margins and draws
+    # are then by these. 0: features alone rank.
     c.mine.shortlist = 0
-    c.mine.ranks = "0:100"  # FIRST:LAST, the ranks to draw from, counted from 0, without LAST.
-    c.mine.margin = ""  # A number: leave out what scores above c - this; c is the chosen one's.
-    c.mine.relative_margin = ""  # A number: leave out what scores above c - this |c|.
-    c.mine.max_score = ""  # A number: leave out what scores above it.
-    c.mine.n = 8  # Negatives of a prompt.
-    # How they are drawn: softmax (of the scores, without replacement) | uniform | top (the first).
+    c.mine.ranks = "0:100"  # Ranks to draw from, FIRST:LAST, counted from 0; LAST is not included.
+    # Leave out items that score above c - margin, c the chosen response's score. Empty: none.
+    c.mine.margin = ""
+    # Leave out items that score above c - relative_margin * |c|. Empty: none.
+    c.mine.relative_margin = ""
+    c.mine.max_score = ""  # Leave out items that score above this. Empty: none.
+    c.mine.n = 8  # Negatives of a prompt, at most.
+    # How they are drawn, all different: softmax (likelier the higher they score) | uniform | top
+    # (the best, no draw).
     c.mine.draw = "softmax"
-    c.mine.temperature = 1.0  # Divides the scores of mine.draw=softmax.
+    c.mine.temperature = 1.0  # Divides the scores of mine.draw=softmax: lower is closer to top.
 
     # ---- What a loss takes of the responses' rewards; the method says how it sums over negatives.
     c.loss = Settings()

@@ -15,13 +15,15 @@ any split, and the items of a history are never negatives; --margin, --relative_
 --max_score also leave out what scores too close to the chosen response. Of the rest, the items of
 --ranks are the pool, from which --n are drawn (--draw).
 
---catalogue, --ranks, --n and the like are the settings config.mine.catalogue, ..., which training
-has too: with a catalogue it mines by its own policy, again and again.
+--catalogue, --ranks, --n and the like are short for --config.mine.catalogue and so on, listed below
+under mine. Training has the same settings: given a catalogue it mines by its own policy, before its
+first epoch and between epochs.
 
 Each line has `id`, `prompt`, `chosen` and `rejected`, which this program and TRL read, and for each
 negative `mined_ids`, `mined_scores`, `mined_probabilities` (of being drawn) and `mined_weights`.
 Training corrects for the draw by `mined_probabilities`; docs/mining.md says how. --format writes
-the columns of other programs. The limits config.data.max_* are applied.
+the columns of other programs. config.data.max_train (or _validation, _test) limits the rows,
+max_prompt_length the tokens of a text whose features are computed.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ UNREAD = (*cli.TRAINING, *cli.CHOOSING, *cli.RANKING, "mine.every")
 
 
 def mine(config: ConfigDict) -> Iterator[dict[str, Any]]:
-    """Returns the rows that the flags ask for.
+    """Returns the rows that the flags ask for: each prompt with its mined negatives.
 
     Raises:
         UserError: something in the flags, the configuration, the data or the model is wrong.
@@ -110,10 +112,10 @@ def main() -> None:
 if __name__ == "__main__":
     cli.define_config()
     cli.define_path("workdir", "A run's folder.")
-    cli.define_split()
-    cli.define_path("scores", "A .npy file [prompts, items], no model.")
-    cli.define_path("prompt_features", "A .npy file [prompts, D], no model.")
-    cli.define_path("item_features", "A .npy file [items, D], no model.")
+    cli.define_split("train")
+    cli.define_path("scores", "A .npy file [prompts, items] of scores, in place of a model.")
+    cli.define_path("prompt_features", "A .npy file [prompts, D], in place of a model.")
+    cli.define_path("item_features", "A .npy file [items, D], which goes with them.")
     cli.define_format()
     cli.define_path("output", "The file to write: JSON lines, or .parquet.")
     cli.run(main, group="mine", unread=UNREAD)

@@ -64,7 +64,7 @@ if __name__ == "__main__":
     cli.define_config()
     cli.define_processes()
     cli.define_path("workdir", "A run's folder.")
-    cli.define_split()
+    cli.define_split("train")
     cli.define_path("features", "A .npy or .safetensors file, no model.")
     cli.define_format()
     flags.DEFINE_float("prompts", None, "Number or share of the prompts to choose; default: all.")

@@ -70,14 +70,14 @@ def define_path(name: str, about: str, default: str | None = None) -> None:
     flags.DEFINE(PathParser(), name, default, about)
 
 
-def define_split() -> None:
-    """Defines --split."""
+def define_split(default: str = "test") -> None:
+    """Defines --split; `default` is the split that the command uses of data with several."""
     flags.DEFINE_enum(
         "split",
         None,
         ["train", "validation", "test", "all"],
-        "Rows to use. Default: test, or all if the data is a single file. For a run's own single "
-        "file, the held-out rows are test.",
+        f"Rows to use. Default: {default}, or all if the data is a single file. For a run's own "
+        "single file, the held-out rows are test.",
     )
 
 

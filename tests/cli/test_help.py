@@ -94,6 +94,15 @@ def test_help_of_a_command_with_a_configuration() -> None:
     assert "configs/qwen3.py" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("name", "default"),
+    [("score", "test"), ("evaluate", "test"), ("select", "train"), ("mine", "train")],
+)
+def test_the_split_that_a_command_uses_by_itself(name: str, default: str) -> None:
+    about = entries(command(name, "--help").stdout)["split"]
+    assert f"Default: {default}, or all if the data is a single file" in about
+
+
 def test_help_of_commands_without_one() -> None:
     done = command("export", "--help")
     assert (done.returncode, done.stderr) == (0, "")
