@@ -16,7 +16,9 @@ same rows, with the Plackett-Luce loss of the same number of negatives:
 
 Tested on LastFM's lists of 20 random artists, and on lists of the true artist and the 19 best of
 its shortlist by the model before. Errors are of paired differences over test rows and seeds, as in
-`evidence`. A finished run is a line in OUTPUT/results.jsonl and is not run again.
+`evidence`. *False negatives* are artists that the user has elsewhere in the training rows, whose
+windows are put together again as in `ranked_lists`. A finished run is a line in
+OUTPUT/results.jsonl and is not run again.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from __future__ import annotations
 import functools
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,7 @@ ARMS = {
     "drawn-weighted": ("drawn", True),
 }
 LISTS = ("given", "mined")  # Of test rows.
+FALSE_NEGATIVES = "false_negatives.jsonl"  # Shares, by file of training rows.
 NEGATIVES, SHORTLIST, START_STEPS = 8, 64, 300
 SETTINGS: dict[str, Any] = {
     "beta": 1.0,
@@ -113,7 +116,7 @@ def _items(example: Example) -> tuple[str, ...]:
 
 def write_rows(config: ConfigDict, data: str, folder: Path, start: Path) -> None:
     """Writes what the arms of a seed train on, and the test rows, whole or not at all."""
-    if (folder / "mined.jsonl").exists():
+    if (folder / FALSE_NEGATIVES).exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
     reader = config.data.copy_and_resolve_references()
@@ -155,6 +158,39 @@ def write_rows(config: ConfigDict, data: str, folder: Path, start: Path) -> None
             }
         for name, lines in rows.items():
             cli.write_lines(folder / f"{name}.jsonl", lines)
+    ids = (example.id for example in everything)
+    lists = dict(zip(ids, find_lists(everything), strict=True))
+    shares = {
+        name: count_false(folder / f"{name}.jsonl", lists) for name in ("random", "top", "drawn")
+    }
+    cli.write_lines(folder / FALSE_NEGATIVES, [shares])
+
+
+def find_lists(examples: Sequence[Example]) -> list[frozenset[str]]:
+    """Returns, for each row of LastFM, all artists of its user: rows of a user follow another."""
+    lists: list[set[str]] = []
+    owners = []
+    last: list[str] = []
+    for example in examples:
+        history = list(_items(example))
+        if not lists or last[-len(history) :] != history:
+            lists.append(set(history))
+        last = [*history, str(example.chosen)]
+        lists[-1].update(last)
+        owners.append(len(lists) - 1)
+    return [frozenset(lists[owner]) for owner in owners]
+
+
+def count_false(rows: Path, lists: Mapping[str, frozenset[str]]) -> float:
+    """Returns the share of a file's negatives that their users have elsewhere.
+
+    Args:
+        rows: the file.
+        lists: all artists of a user, by the ids of the user's rows.
+    """
+    lines = map(json.loads, rows.read_text().splitlines())
+    is_false = [text in lists[line["id"]] for line in lines for text in line["rejected"]]
+    return float(np.mean(is_false))
 
 
 def _draw_random(
@@ -207,7 +243,9 @@ def run_arm(config: ConfigDict, rows: Path, start: Path, arm: str, folder: Path)
         given = [json.loads(line) for line in (rows / f"{name}.jsonl").read_text().splitlines()]
         found = model.score(given)
         ranks[name] = pack(metrics.per_example_rank(found.logps, found.valid))
-    return {"arm": arm, "seed": config.seed, "seconds": round(seconds, 1), "ranks": ranks}
+    false = json.loads((rows / FALSE_NEGATIVES).read_text())[file]
+    line = {"arm": arm, "seed": config.seed, "seconds": round(seconds, 1), "ranks": ranks}
+    return {**line, "false_negatives": false}
 
 
 def read_results(output: Path) -> list[dict[str, Any]]:
@@ -217,8 +255,9 @@ def read_results(output: Path) -> list[dict[str, Any]]:
 
 def report(results: Sequence[dict[str, Any]]) -> str:
     """Returns a table: R@1 and MRR of each arm on both lists, and R@1 minus that of `random`."""
-    lines = [f"| arm | seeds | {' | '.join(f'{x}: R@1 | MRR | R@1 - random' for x in LISTS)} |"]
-    lines.append("|---" * (2 + 3 * len(LISTS)) + "|")
+    heads = "arm | seeds | false negatives, %"
+    lines = [f"| {heads} | {' | '.join(f'{x}: R@1 | MRR | R@1 - random' for x in LISTS)} |"]
+    lines.append("|---" * (3 + 3 * len(LISTS)) + "|")
     for arm in ARMS:
         rows = {line["seed"]: line for line in results if line["arm"] == arm}
         random = {line["seed"]: line for line in results if line["arm"] == "random"}
@@ -237,7 +276,8 @@ def report(results: Sequence[dict[str, Any]]) -> str:
             error = found.error(found.seeds or 0.0)
             shown.append(f"{100 * found.mean:+.1f} ± {100 * error:.1f}")
         if rows:
-            lines.append(f"| {arm} | {len(rows)} | {' | '.join(shown)} |")
+            false = _percent([np.array(line["false_negatives"]) for line in rows.values()])
+            lines.append(f"| {arm} | {len(rows)} | {false} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
 

@@ -4,11 +4,12 @@
     python -m benchmarks.ranked_lists --report
 
 The files of LastFM that S-DPO publishes have windows of each user's list of artists. Put together
-again they are the lists. Their order is that of HetRec's files, by how often a user has listened,
-as far as one can tell from here: the counts themselves are not in S-DPO's files. A row has ten
-artists of a user as its prompt, and as responses the next five of the list in their order, graded 5
-to 1, and fourteen artists that the user does not have, graded 0. Users of S-DPO's validation and
-test files are tested on, the others trained on.
+again they are the lists, in the order in which a user came to the artists. How often one was
+listened to is not in these files: lists of up to 974 artists are those of HetRec's tags, which have
+a time; its counts are of 50 artists a user. A row has ten artists of a user as its prompt, and as
+responses the next five of the list, graded 5 to 1 by how soon they follow, and fourteen artists
+that the user does not have, graded 0. Users of S-DPO's validation and test files are tested on, the
+others trained on.
 
 A cell is a loss and a seed. All of a seed train from the same start, a supervised training on the
 best response, on the same rows in the same order. It is tested by NDCG with linear gains.

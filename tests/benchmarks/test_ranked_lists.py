@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from benchmarks import ranked_lists as bench
+from benchmarks.evidence_runs import read_results
+from tests.support.packages import ROOT
 
 
 def test_rows_rank_what_comes_next_above_what_a_user_does_not_have() -> None:
@@ -50,3 +52,8 @@ def test_the_table_has_paired_differences_to_the_best_alone() -> None:
     start = np.mean([values["LiPO-lambda", s] for s in range(2)])  # A seed's last row has it, too.
     assert before.split(" | ")[1:3] == ["2", f"{100 * start:.1f}"]
     assert line.split(" | ")[3].startswith(f"{100 * (mean - best):+.1f} ± ")
+
+
+def test_the_page_has_the_tables_of_the_results() -> None:
+    page = (ROOT / "docs" / "results.md").read_text()
+    assert all(table in page for table in bench.report(read_results(ROOT / bench.RESULTS)).split("\n\n"))
