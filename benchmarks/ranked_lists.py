@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from benchmarks.evidence import difference, pooled
+from benchmarks.evidence import Difference, difference, pooled
 from benchmarks.evidence_runs import read_results, settings_of
 from benchmarks.evidence_worlds import START_RATE, START_STEPS, base_config
 from mass_dpo_jax import cli, metrics
@@ -67,7 +67,7 @@ def read_lists(data: ConfigDict, split: str) -> list[list[str]]:
 def make_rows(
     lists: Sequence[Sequence[str]], names: Sequence[str], seed: int
 ) -> Iterator[dict[str, Any]]:
-    """Yields preference rows with grades, windows of the lists."""
+    """Yields preference rows with grades, from windows of the lists; `names` are all artists."""
     rng = np.random.default_rng(seed)
     for user, artists in enumerate(lists):
         starts = range(0, len(artists) - HISTORY - RANKED + 1, RANKED)
@@ -112,7 +112,7 @@ def make_config(output: Path, seed: int) -> ConfigDict:
 
 
 def measure(output: Path, loss: str, seed: int) -> dict[str, Any]:
-    """Trains a cell (and its start, where that is missing): the line of the results file."""
+    """Trains a cell, and its start where that is missing; returns a line of the results file."""
     start = output / f"start-{seed}"
     config = make_config(output, seed)
     steps = START_STEPS["cold"]
@@ -145,7 +145,7 @@ def measure(output: Path, loss: str, seed: int) -> dict[str, Any]:
 
 
 def pack(values: np.ndarray) -> str:
-    """Returns values of [0, 1] as text, two bytes each."""
+    """Returns values of [0, 1] as text, two bytes each, so accurate to 1 / 131070."""
     return base64.b64encode(np.round(values * 65535).astype("<u2").tobytes()).decode()
 
 
@@ -195,7 +195,8 @@ def report(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _compare(
     found: Mapping[tuple[str, str], Mapping[int, np.ndarray]], loss: str, name: str
-) -> Any:
+) -> Difference:
+    """Compares a loss with `best`, by a metric's values [M] of each seed that both have."""
     ours, theirs = found[loss, name], found["best", name]
     seeds = sorted(set(ours) & set(theirs))
     return difference(*(np.stack([runs[s] for s in seeds]) for runs in (ours, theirs)))
@@ -207,7 +208,7 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument("--data", help="folder with LastFM's files, as S-DPO publishes them")
     parser.add_argument("--output", type=Path, default=Path("runs/ranked_lists"))
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--seeds", type=int, default=5, help="number of seeds")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--report", action="store_true", help="print the tables and train nothing")
     options = parser.parse_args(args)
     if options.report:
