@@ -13,14 +13,14 @@ HEADLINE_METRICS = {
     "ndcg@3": "NDCG@3",
 }
 
-BY_GRADE = ("map", "gain_ndcg@")  # Beginnings of the metrics that graded data has.
+BY_GRADE = ("map", "gain_ndcg@")  # What names of metrics begin with that only graded data has.
 
 
 def list_headline_metrics(columns: Iterable[Mapping[str, float]]) -> dict[str, str]:
-    """Returns the metrics that a table shows, and their titles: by grade where there are grades.
+    """Returns the titles of the metrics that a table shows: `HEADLINE_METRICS`, then any by grade.
 
     Args:
-        columns: metrics by their whole names, as `policy/mrr`.
+        columns: the metrics of each column of a table, by whole names such as `policy/mrr`.
     """
     names = dict.fromkeys(name.partition("/")[2] for column in columns for name in column)
     graded = [n for n in names if n.startswith(BY_GRADE) and not n.endswith("_se")]

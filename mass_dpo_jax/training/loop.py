@@ -69,7 +69,7 @@ def _train_on(
     reference = _score_reference(start)
     run = _restore_or_start(start, reference, write_report)
     if start.mined is not None and start.mined.epoch != mined_negatives.find_epoch(config, workdir):
-        run.close()  # The newest checkpoint was damaged, and the one before is of other negatives.
+        run.close()  # The newest checkpoint is damaged; the one before has other negatives.
         return None
     return _run_steps(run)
 
@@ -334,7 +334,7 @@ def _restore_state(
 def _run_steps(run: _Run) -> dict[str, Any] | None:
     """Makes the updates that are left, evaluates and saves when due; returns the final metrics.
 
-    Ends before, with None and the state saved, where negatives are to be mined.
+    Where negatives are to be mined before the next update, saves the state and returns None.
     """
     eval_every, num_steps = run.settings.eval_every, len(run.batches)
     first_step = int(run.state.step)

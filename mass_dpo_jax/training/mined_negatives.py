@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,11 +108,11 @@ def is_due(config: ConfigDict, epoch: int, batch_of_epoch: int) -> bool:
 
 
 def find_epoch(config: ConfigDict, workdir: Path) -> int:
-    """Returns the epoch before which the negatives were or will be mined that a run is to use."""
+    """Returns the epoch N whose file, `mined/epoch-N.jsonl`, a run uses next or will write."""
     notes = run_folder.read_checkpoint_notes(workdir)
     epoch, every = notes.get("epoch", 0), config.mine.every
     if epoch and not notes["batch_of_epoch"] and _is_finished(config, notes):
-        epoch -= 1  # No other one follows.
+        epoch -= 1  # The run is finished: nothing is mined for an epoch after its last.
     return epoch - epoch % every if every else 0
 
 
@@ -172,7 +172,7 @@ def _check_epoch_begins(workdir: Path, path: Path, epoch: int) -> None:
 
 
 def _describe_run(model: ConfigDict, workdir: Path) -> ConfigDict:
-    """Returns the section `config.model` that reads the newest checkpoint of a run."""
+    """Returns `config.model` changed to read the newest checkpoint of a run."""
     model = model.copy_and_resolve_references()
     model.path = str(workdir)
     model.lora = config_lib.default().model.lora  # The run's own adapters are read with it.
@@ -182,6 +182,7 @@ def _describe_run(model: ConfigDict, workdir: Path) -> ConfigDict:
 def _mine(
     config: ConfigDict, model: ConfigDict, rows: mining.Rows, catalogue: mining.Catalogue
 ) -> list[dict[str, Any]]:
+    """Mines by the weights that the section `model` reads, in place of `config.model`."""
     policy = open_policy(model, open_mesh(config), None)
     params = policy.weights(model.path, config.seed, model.lora.path)
     limit, similarity = config.data.max_prompt_length, config.mine.similarity
@@ -194,7 +195,10 @@ def _mine(
 
 
 def take_longest(config: ConfigDict, examples: Sequence[Example]) -> list[Example]:
-    """Returns examples with the longest texts of the catalogue as negatives: the most of memory."""
+    """Returns examples with the longest texts of the catalogue as negatives, for `dry_run`.
+
+    The longest by characters, so nearly the most memory that mined negatives can take.
+    """
     catalogue, n = mining.read_catalogue(Path(config.mine.catalogue)), config.mine.n
     order = np.argsort([-len(text) for text in catalogue.texts], kind="stable")
     longest = order[catalogue.valid[order]][: n + 1]
@@ -219,7 +223,8 @@ def _replace(
     )  # fmt: skip
 
 
-def _digest(values: Any) -> str:
+def _digest(values: Iterable[Any]) -> str:
+    """Returns SHA-256 of what Python writes for each value."""
     sha = hashlib.sha256()
     for value in values:
         sha.update(f"{value!r}\n".encode("utf-8", "surrogatepass"))

@@ -290,8 +290,10 @@ def mine_rows(
 
         ranked = rescore(ranked, rows.examples, catalogue, settings.shortlist, score)
     limits = mining.Limits(first, last, *margins)
-    how = settings.n, settings.draw, settings.temperature, config.seed
-    return mine(ranked, rows.examples, catalogue, limits, *how)
+    return mine(
+        ranked, rows.examples, catalogue, limits, settings.n, settings.draw, settings.temperature,
+        config.seed,
+    )  # fmt: skip
 
 
 def mine(
@@ -308,6 +310,16 @@ def mine(
 
     An example for which no item is left is left out, and one with fewer than n has those; both are
     counted in a warning.
+
+    Args:
+        ranked: the best items of the examples, in blocks, in the order of the examples.
+        examples: the examples.
+        catalogue: the items.
+        limits: the ranks and scores from which negatives are drawn.
+        n: how many are drawn for an example.
+        draw: one of `selection.mining.DRAWS`.
+        temperature: divides the scores of the draw `softmax`.
+        seed: of the draws; an example's draw depends on it and on the example's row alone.
 
     Raises:
         UserError: a chosen response has no score although margins need it, or nothing is left.

@@ -48,7 +48,17 @@ def score_examples(
     examples: Sequence[Example],
     features: bool = False,
 ) -> ResponseScores:
-    """Scores all responses of examples; a column for each that an example has, also if left out.
+    """Scores all responses of examples, with the chat template and limits of a configuration.
+
+    Column 0 is the chosen response's, column i that of an example's i-th other response; responses
+    that `data.long_response` leaves out keep a column, with 0 tokens.
+
+    Args:
+        config: the configuration; what it says of data, precision and batches is read.
+        policy: the policy.
+        params: its weights.
+        examples: the examples, whose ids differ.
+        features: whether the responses' mean hidden states are returned too.
 
     Raises:
         UserError: a row is too long, unless the configuration cuts or drops such rows.

@@ -56,4 +56,6 @@ def test_the_table_has_paired_differences_to_the_best_alone() -> None:
 
 def test_the_page_has_the_tables_of_the_results() -> None:
     page = (ROOT / "docs" / "results.md").read_text()
-    assert all(table in page for table in bench.report(read_results(ROOT / bench.RESULTS)).split("\n\n"))
+    assert all(
+        table in page for table in bench.report(read_results(ROOT / bench.RESULTS)).split("\n\n")
+    )
