@@ -150,13 +150,13 @@ def open_mined(config: ConfigDict, workdir: Path) -> MinedNegatives | None:
     if not path.exists():
         _check_epoch_begins(workdir, path, epoch)
         model = config.model if is_new else _describe_run(config.model, workdir)
-        mined = _mine(config, model, rows, catalogue)
+        mined = _mine(config, model, rows, catalogue, epoch)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in mined))
         _log.info(f"epoch {epoch}: negatives mined from {len(catalogue.index)} items, {path}")
-    lines = path.read_text(encoding="utf-8").splitlines()
+    with path.open(encoding="utf-8") as lines:
+        by_id = {row["id"]: row for row in map(json.loads, lines)}
     corrects = parse_columns(config.data.columns).get("mined_probabilities") != ""
-    by_id = {row["id"]: row for row in map(json.loads, lines)}
     return MinedNegatives(epoch, path, by_id, corrects, digests)
 
 
@@ -180,7 +180,11 @@ def _describe_run(model: ConfigDict, workdir: Path) -> ConfigDict:
 
 
 def _mine(
-    config: ConfigDict, model: ConfigDict, rows: mining.Rows, catalogue: mining.Catalogue
+    config: ConfigDict,
+    model: ConfigDict,
+    rows: mining.Rows,
+    catalogue: mining.Catalogue,
+    epoch: int,
 ) -> list[dict[str, Any]]:
     """Mines by the weights that the section `model` reads, in place of `config.model`."""
     policy = open_policy(model, open_mesh(config), None)
@@ -191,7 +195,7 @@ def _mine(
     )
     config = config.copy_and_resolve_references()
     config.model = model
-    return list(mining.mine_rows(config, rows, catalogue, source, (policy, params)))
+    return list(mining.mine_rows(config, rows, catalogue, source, (policy, params), epoch))
 
 
 def take_longest(config: ConfigDict, examples: Sequence[Example]) -> list[Example]:

@@ -262,6 +262,7 @@ def mine_rows(
     catalogue: Catalogue,
     source: Source,
     model: tuple[Policy, Any] | None,
+    number: int = 0,
 ) -> Iterator[dict[str, Any]]:
     """Yields each example with negatives as `config.mine` says; see `mine`.
 
@@ -271,6 +272,7 @@ def mine_rows(
         catalogue: the items.
         source: the scores.
         model: policy and weights that order shortlists; None: there are no shortlists.
+        number: number of the mining, where the same rows are mined for again.
     """
     settings = config.mine
     first, last = parse_ranks(settings.ranks)
@@ -292,7 +294,7 @@ def mine_rows(
     limits = mining.Limits(first, last, *margins)
     return mine(
         ranked, rows.examples, catalogue, limits, settings.n, settings.draw, settings.temperature,
-        config.seed,
+        config.seed, number,
     )  # fmt: skip
 
 
@@ -305,6 +307,7 @@ def mine(
     draw: str,
     temperature: float,
     seed: int,
+    number: int = 0,
 ) -> Iterator[dict[str, Any]]:
     """Yields each example with n negatives from the catalogue, in the order of the examples.
 
@@ -319,13 +322,14 @@ def mine(
         n: how many are drawn for an example.
         draw: one of `selection.mining.DRAWS`.
         temperature: divides the scores of the draw `softmax`.
-        seed: of the draws; an example's draw depends on it and on the example's row alone.
+        seed: of the draws; an example's draw depends on it, on `number` and on its row alone.
+        number: draws with other numbers are independent.
 
     Raises:
         UserError: a chosen response has no score although margins need it, or nothing is left.
     """
     empty, few = 0, 0
-    key = jax.random.key(seed)
+    key = jax.random.fold_in(jax.random.key(seed), number)
     for rows, indices, scores, chosen in ranked:
         exists = np.isfinite(scores)
         ranks = np.cumsum(exists, axis=1) - 1

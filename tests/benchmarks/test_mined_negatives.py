@@ -11,6 +11,7 @@ from benchmarks import mined_negatives
 from benchmarks.evidence_runs import pack
 from mass_dpo_jax.data.examples import Example, History
 from mass_dpo_jax.training.mining import Catalogue
+from tests.support.packages import ROOT
 
 
 def line(arm: str, seed: int, first: int) -> dict[str, Any]:
@@ -55,3 +56,9 @@ def test_random_negatives_have_the_probability_of_a_uniform_draw() -> None:
     probabilities = [row["mined_probabilities"] for row in rows]
     assert probabilities == [pytest.approx([8 / n] * 8) for n in (39, 38, 39)]
     assert not {5, 1} & set(rows[1]["mined_ids"])
+
+
+def test_the_page_has_the_table_of_the_results() -> None:
+    page = (ROOT / "docs" / "mining.md").read_text()
+    results = mined_negatives.read_results(ROOT / "docs" / "results" / "mined_negatives")
+    assert len(results) == 15 and mined_negatives.report(results) in page

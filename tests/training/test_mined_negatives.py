@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 import mass_dpo_jax as mdj
+from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.estimate.dry_run import prepare_dry_run
+from mass_dpo_jax.selection.mining import Limits
 from mass_dpo_jax.train import train
 from mass_dpo_jax.training import mined_negatives, mining
 from tests.support.helpers import losses, tiny_config, write_jsonl
@@ -64,29 +66,51 @@ def mined(run: Path, epoch: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("epoch", "model"), [(0, "base"), (1, f"whole/checkpoints/{STEPS}")])
+@pytest.mark.parametrize(
+    ("epoch", "model", "how"),
+    [(0, "base", ["--n=4"]), (1, f"whole/checkpoints/{STEPS}", ["--n=12", "--draw=top"])],
+)
 def test_each_epoch_has_what_the_command_mines_by_the_policy_before_it(
-    home: Path, tmp_path: Path, epoch: int, model: str
+    home: Path, tmp_path: Path, epoch: int, model: str, how: list[str]
 ) -> None:
+    """Later ones have a draw of their own, so the whole pool is looked at there."""
     assert sorted(path.name for path in (home / "whole" / "mined").iterdir()) == [
         "epoch-0.jsonl", "epoch-1.jsonl"
     ]  # fmt: skip
     words = [f"--config.model.path={home / model}", f"--config.data.path={home / 'data.jsonl'}"]
-    words += [
-        "--config.data.chat_template=none",
-        "--split=train",
-        f"--output={tmp_path / 'm.jsonl'}",
-    ]
-    words += [f"--catalogue={home / 'items.jsonl'}", "--ranks=0:12", "--n=4"]
+    words += ["--config.data.chat_template=none", "--split=train", *how]
+    words += [f"--output={tmp_path / 'm.jsonl'}"]
+    words += [f"--catalogue={home / 'items.jsonl'}", "--ranks=0:12"]
     config = Path(mdj.__file__).parents[0] / "config.py"
     done = command("mass_dpo_jax.mine", f"--config={config}", *words)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()]
     ours = mined(home / "whole", epoch)
-    assert len(ours) == 22 and [row["mined_ids"] for row in ours] == [r["mined_ids"] for r in rows]
+    assert len(ours) == 22
     for row, other in zip(ours, rows, strict=True):
-        np.testing.assert_allclose(row["mined_scores"], other["mined_scores"], atol=1e-5)
-        assert row["rejected"] == other["rejected"] and row["id"] == other["id"]
+        scores = dict(zip(other["mined_ids"], other["mined_scores"], strict=True))
+        texts = dict(zip(other["mined_ids"], other["rejected"], strict=True))
+        assert row["id"] == other["id"] and len(set(row["mined_ids"])) == 4
+        assert row["rejected"] == [texts[item] for item in row["mined_ids"]]
+        expected = [scores[item] for item in row["mined_ids"]]
+        np.testing.assert_allclose(row["mined_scores"], expected, atol=1e-5)
+
+
+def test_minings_of_other_epochs_are_other_draws() -> None:
+    """From the same scores: the pools are larger than what is drawn."""
+    scores = np.broadcast_to(np.linspace(1, 0, 12, dtype=np.float32), (40, 12))
+    catalogue = mining.Catalogue(
+        list(range(12)), [f"t{i}" for i in range(12)], {}, np.ones(12, bool)
+    )
+    examples = [Example(f"{i}", "p", "c", ("r",), "") for i in range(40)]
+    ranked = [mining.Ranked(np.arange(40), np.tile(np.arange(12), (40, 1)), scores, np.zeros(40))]
+    how = Limits(0, 12), 4, "softmax", 1.0, 0
+    one, same, other = (
+        [row["mined_ids"] for row in mining.mine(ranked, examples, catalogue, *how, number)]
+        for number in (0, 0, 1)
+    )
+    assert one == same
+    assert sum(a == b for a, b in zip(one, other, strict=True)) < 10
 
 
 @pytest.mark.usefixtures("one_device")
