@@ -78,6 +78,8 @@ def make_rows(
             responses = [*artists[end : end + RANKED], *itertools.islice(drawn, OTHERS)]
             yield {
                 "id": f"{user}-{start}",
+                # Not what the order is; but a model from scratch knows no words, and the results
+                # that we keep are of these.
                 "prompt": f"A user listens most to: {', '.join(artists[start:end])}. Next come:",
                 "chosen": responses[0],
                 "rejected": responses[1:],
