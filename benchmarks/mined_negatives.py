@@ -38,6 +38,7 @@ import mass_dpo_jax as mdj
 from benchmarks.evidence import difference
 from benchmarks.evidence_runs import pack, unpack
 from benchmarks.evidence_worlds import as_row
+from benchmarks.ranked_lists import join_windows
 from configs import tiny
 from mass_dpo_jax import cli, metrics
 from mass_dpo_jax.data import batches, load_examples, splits
@@ -158,27 +159,13 @@ def write_rows(config: ConfigDict, data: str, folder: Path, start: Path) -> None
             }
         for name, lines in rows.items():
             cli.write_lines(folder / f"{name}.jsonl", lines)
-    ids = (example.id for example in everything)
-    lists = dict(zip(ids, find_lists(everything), strict=True))
+    joined, owners = join_windows(everything)
+    of_user = [frozenset(artists) for artists in joined]
+    lists = {e.id: of_user[owner] for e, owner in zip(everything, owners, strict=True)}
     shares = {
         name: count_false(folder / f"{name}.jsonl", lists) for name in ("random", "top", "drawn")
     }
     cli.write_lines(folder / FALSE_NEGATIVES, [shares])
-
-
-def find_lists(examples: Sequence[Example]) -> list[frozenset[str]]:
-    """Returns, for each row of LastFM, all artists of its user: rows of a user follow another."""
-    lists: list[set[str]] = []
-    owners = []
-    last: list[str] = []
-    for example in examples:
-        history = list(_items(example))
-        if not lists or last[-len(history) :] != history:
-            lists.append(set(history))
-        last = [*history, str(example.chosen)]
-        lists[-1].update(last)
-        owners.append(len(lists) - 1)
-    return [frozenset(lists[owner]) for owner in owners]
 
 
 def count_false(rows: Path, lists: Mapping[str, frozenset[str]]) -> float:

@@ -22,7 +22,7 @@ import base64
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from benchmarks.evidence_runs import read_results, settings_of
 from benchmarks.evidence_worlds import START_RATE, START_STEPS, base_config
 from mass_dpo_jax import cli, metrics
 from mass_dpo_jax.data import batches, load_examples
-from mass_dpo_jax.data.examples import History
+from mass_dpo_jax.data.examples import Example, History
 from mass_dpo_jax.reports.comparison import read_logps
 from mass_dpo_jax.train import train
 from mass_dpo_jax.training.evaluator import FINAL_LOGPS, START_LOGPS
@@ -52,16 +52,21 @@ CUTOFFS = (1, 3, 5, 10)
 RESULTS = Path("docs/results/ranked_lists")
 
 
-def read_lists(data: ConfigDict, split: str) -> list[list[str]]:
-    """Returns the lists of artists of which a split has windows, one after another."""
+def join_windows(examples: Iterable[Example]) -> tuple[list[list[str]], list[int]]:
+    """Returns the lists of artists that rows of LastFM are windows of, and the list of each row.
+
+    The rows of a user follow one another, each with one artist more.
+    """
     lists: list[list[str]] = []
-    for example in load_examples(data, split, 0):
+    owners = []
+    for example in examples:
         assert isinstance(example.prompt, History)
         history = list(example.prompt.items)
         if not lists or lists[-1][-len(history) :] != history:
             lists.append(history)
         lists[-1].append(str(example.chosen))
-    return lists
+        owners.append(len(lists) - 1)
+    return lists, owners
 
 
 def make_rows(
@@ -94,7 +99,10 @@ def write_data(folder: Path, data: str) -> None:
         return
     config = base_config("lastfm", data)
     config.data.update(max_train=0, max_validation=0, max_test=0)
-    lists = {split: read_lists(config.data, split) for split in ("train", "validation", "test")}
+    lists = {
+        split: join_windows(load_examples(config.data, split, 0))[0]
+        for split in ("train", "validation", "test")
+    }
     names = sorted({artist for artists in lists["train"] for artist in artists})
     folder.mkdir(parents=True, exist_ok=True)
     cli.write_lines(folder / "train.jsonl", make_rows(lists["train"], names, 0))

@@ -5,12 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from benchmarks import mined_negatives
 from benchmarks.evidence_runs import pack
-from mass_dpo_jax.data.examples import Example, History
-from mass_dpo_jax.training.mining import Catalogue
 from tests.support.packages import ROOT
 
 
@@ -31,31 +28,10 @@ def test_the_table_has_differences_of_the_seeds_that_both_have() -> None:
 
 
 def test_false_negatives_are_what_a_user_has_elsewhere(tmp_path: Path) -> None:
-    histories = [("a", "b"), ("b", "c"), ("x", "y")]  # Two windows of a user, one of another.
-    chosen = ["c", "d", "z"]
-    examples = [
-        Example(f"{i}", History("", items, "", " "), answer, ("?",), "")
-        for i, (items, answer) in enumerate(zip(histories, chosen, strict=True))
-    ]
-    lists = mined_negatives.find_lists(examples)
-    assert lists == [set("abcd"), set("abcd"), set("xyz")]
+    lists = {"0": frozenset("abcd"), "2": frozenset("xyz")}
     rows = [{"id": "0", "rejected": ["d", "x"]}, {"id": "2", "rejected": ["a", "b"]}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    by_id = {example.id: found for example, found in zip(examples, lists, strict=True)}
-    assert mined_negatives.count_false(tmp_path / "rows.jsonl", by_id) == 0.25
-
-
-def test_random_negatives_have_the_probability_of_a_uniform_draw() -> None:
-    names = [f"item {i}" for i in range(40)]
-    catalogue = Catalogue(
-        list(range(40)), names, {name: i for i, name in enumerate(names)}, np.ones(40, bool)
-    )
-    examples = [Example(f"row{i}", "p", names[i], ("x",), "x") for i in range(3)]
-    positives = [{names[0]}, {names[1], names[5], "no item"}, {names[2]}]
-    rows = list(mined_negatives._draw_random(examples, catalogue, positives, 0))
-    probabilities = [row["mined_probabilities"] for row in rows]
-    assert probabilities == [pytest.approx([8 / n] * 8) for n in (39, 38, 39)]
-    assert not {5, 1} & set(rows[1]["mined_ids"])
+    assert mined_negatives.count_false(tmp_path / "rows.jsonl", lists) == 0.25
 
 
 def test_the_page_has_the_table_of_the_results() -> None:

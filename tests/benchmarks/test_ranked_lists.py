@@ -6,7 +6,18 @@ import numpy as np
 
 from benchmarks import ranked_lists as bench
 from benchmarks.evidence_runs import read_results
+from mass_dpo_jax.data.examples import Example, History
 from tests.support.packages import ROOT
+
+
+def test_windows_of_a_user_are_one_list() -> None:
+    windows = [("ab", "c"), ("bc", "d"), ("xy", "z")]  # Two of a user, one of another.
+    examples = [
+        Example(answer, History("", tuple(items), ""), answer, ("?",), "")
+        for items, answer in windows
+    ]
+    lists, owners = bench.join_windows(examples)
+    assert lists == [list("abcd"), list("xyz")] and owners == [0, 0, 1]
 
 
 def test_rows_rank_what_comes_next_above_what_a_user_does_not_have() -> None:
