@@ -18,10 +18,11 @@ def check_string(value: Any, field: str, location: str) -> str:
         raise make_type_error(location, field, "a string", value)
     if not value.strip():
         raise UserError(f"{location}: field {field!r} is empty")
-    return _check_encodable(value, field, location)
+    return check_encodable(value, field, location)
 
 
-def _check_encodable(value: str, field: str, location: str) -> str:
+def check_encodable(value: str, field: str, location: str) -> str:
+    """Returns the value if it can be written as UTF-8."""
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -48,7 +49,7 @@ def check_id(value: Any, default: str, location: str) -> str:
             f"{location}: field 'id' is empty; leave it out, or set --config.data.columns=id= to "
             "number all rows"
         )
-    return _check_encodable(str(value), "id", location)
+    return check_encodable(str(value), "id", location)
 
 
 def to_json_value(value: Any) -> Any:

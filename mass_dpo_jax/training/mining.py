@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from mass_dpo_jax.config import PREFERENCES, parse_limit, parse_ranks
 from mass_dpo_jax.data import load_examples, splits, text_files
 from mass_dpo_jax.data.examples import Example, History, Text, as_text, identify_answer
+from mass_dpo_jax.data.fields import check_encodable
 from mass_dpo_jax.data.formats.writing import to_decimals
 from mass_dpo_jax.data.row_files import read_rows
 from mass_dpo_jax.errors import UserError
@@ -106,8 +107,9 @@ def read_catalogue(path: Path) -> Catalogue:
                 f"{location}: found {shorten(repr(row))}, expected a text, or an object with a "
                 "'text' that is not empty"
             )
-        ids.append(item.get("id", len(ids)))
-        texts.append(text)
+        name = item.get("id")
+        ids.append(len(ids) if name is None else name)
+        texts.append(check_encodable(text, "text", location))
     index: dict[str, int] = {}
     valid = np.zeros(len(texts), bool)
     for i, text in enumerate(texts):
@@ -226,11 +228,9 @@ def rescore(
         for indices, scores in zip(block.indices, block.scores, strict=True)
     ]
     pools = [
-        Example(
-            example.id,
-            example.prompt,
-            example.chosen,
-            tuple(as_responses(example, catalogue, indices)),
+        replace_negatives(
+            example,
+            as_responses(example, catalogue, indices),
             f"{example.place} with its shortlist from the catalogue",
         )
         for example, indices in zip(examples, shortlists, strict=True)
@@ -396,3 +396,16 @@ def as_responses(example: Example, catalogue: Catalogue, indices: np.ndarray) ->
     if isinstance(example.chosen, str):
         return [*texts]
     return [[{"role": "assistant", "content": text}] for text in texts]
+
+
+def replace_negatives(
+    example: Example,
+    rejected: Sequence[Text],
+    place: str,
+    probabilities: Sequence[float] | None = None,
+) -> Example:
+    """Returns an example with other negatives, of which no grades are known."""
+    return dataclasses.replace(
+        example, rejected=tuple(rejected), place=place, scores=None, also_chosen=(), ranks=None,
+        probabilities=None if probabilities is None else tuple(probabilities),
+    )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -181,12 +182,14 @@ def test_a_split_that_cannot_be_read_is_named(
 
 def test_a_shortlist_is_ranked_anew(tmp_path: Path) -> None:
     """By scores made up here; a row that cannot be scored is left out, as is a long response."""
-    catalogue, examples = make_catalogue(tmp_path), make_examples()
+    catalogue, tools = make_catalogue(tmp_path), ({"name": "find"},)
+    examples = [dataclasses.replace(example, tools=tools) for example in make_examples()]
     table = np.random.default_rng(0).normal(size=(M, N))
     logps = np.random.default_rng(1).normal(size=(M, N))
     size = 7
 
     def score(pools: Sequence[Example]) -> tuple[list[str], np.ndarray, np.ndarray]:
+        assert all(pool.tools == tools for pool in pools)  # Chat templates read them.
         names = [pool.id for pool in pools if pool.id != "row4"]
         found = np.zeros((len(names), 1 + size))
         for i, name in enumerate(names):
@@ -224,6 +227,7 @@ def test_a_shortlist_is_ranked_anew(tmp_path: Path) -> None:
         ("a.jsonl", '{"id": 7, "text": "one"}\n{"text": "two"}\n', (["one", "two"], [7, 1])),
         ("a.json", '[{"text": "one"}, {"text": "two"}]', (["one", "two"], [0, 1])),
         ("a.csv", "id,text\nx,one\ny,two\n", (["one", "two"], ["x", "y"])),
+        ("a.csv", "id,text\nx,one\n,two\n", (["one", "two"], ["x", 1])),  # An empty cell.
     ],
 )
 def test_forms_of_a_catalogue(
@@ -239,6 +243,7 @@ def test_forms_of_a_catalogue(
     [
         ('{"text": "one"}\n{"txt": "two"}\n', "expected a text, or an object with a 'text'"),
         ('{"text": "one"}\n{"text": " "}\n', "expected a text, or an object with a 'text'"),
+        ('"one"\n"\\ud83d"\n', "a.jsonl:2: field 'text' has half a surrogate pair"),
         ('{"text": "one"}\n{"text": "ONE "}\n', "1 different texts, expected two or more"),
     ],
 )
