@@ -80,6 +80,17 @@ def defer_signals() -> None:
             signal.signal(number, _request)
 
 
+def allow_signals() -> None:
+    """Undoes `defer_signals`, as everything is saved: signals stop the run at once again.
+
+    One that came before is still to be asked for by `raise_if_requested`.
+    """
+    if _state.previous_handlers and ctrl_c.held:
+        ctrl_c.held = False
+        for number, handler in _state.previous_handlers.items():
+            signal.signal(number, _raise_stopped if number == signal.SIGTERM else handler)
+
+
 def raise_if_requested() -> None:
     """Raises `Stopped` if this run was asked to stop.
 

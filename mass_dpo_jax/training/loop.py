@@ -54,6 +54,7 @@ def train(
             _log.info(f"{workdir}: finished at step {metrics['step']}; nothing to do")
             return metrics
         while (metrics := _train_on(config, workdir, lock, write_report)) is None:
+            interruption.allow_signals()  # Mining may take hours, and has nothing to save.
             interruption.raise_if_requested()
         return metrics
 
