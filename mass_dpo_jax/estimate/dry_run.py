@@ -105,6 +105,7 @@ def prepare_dry_run(config: ConfigDict, workdir: Path | None, splits: Sequence[s
     Raises:
         UserError: as training would.
     """
+    mined_negatives.check_mining(config)
     config = fetch_models(config, weights=False)
     fused = config.model.attention == "fused"
     config.dry_run = True  # A caller may not have set it; it says that no weights are needed.

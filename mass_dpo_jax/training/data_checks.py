@@ -74,19 +74,24 @@ def _check_draws(method: Method, tokens: Tokens) -> Tokens:
     if method.is_supervised:  # It sees no negatives.
         return dataclasses.replace(tokens, log_weights=None)
     if not method.uses_draws_of_data:
-        able = ", ".join(name for name, spec in METHODS.items() if spec.uses_draws_of_data)
-        raise UserError(
-            f"config.method={method.name}: the training data's negatives were drawn with the "
-            f"probabilities in mined_probabilities, which only {able} correct for; "
-            "--config.data.columns=mined_probabilities= reads none, and mining with --draw=top "
-            "needs no correction"
-        )
+        raise make_draws_error(method)
     drawn = tokens.log_weights[:, 1:][tokens.response_lengths[:, 1:] > 0]
     _log.info(
         f"negatives were drawn with probabilities from {np.exp(-drawn.max()):.2g} to "
         f"{np.exp(-drawn.min()):.2g} (mined_probabilities), for which the loss is corrected"
     )
     return tokens
+
+
+def make_draws_error(method: Method) -> UserError:
+    """Returns the refusal of drawn negatives by a method that cannot correct for the draw."""
+    able = ", ".join(name for name, spec in METHODS.items() if spec.uses_draws_of_data)
+    return UserError(
+        f"config.method={method.name}: the training data's negatives are drawn with the "
+        f"probabilities in mined_probabilities, which only {able} correct for; "
+        "--config.data.columns=mined_probabilities= reads none, and mining with "
+        "--config.mine.draw=top needs no correction"
+    )
 
 
 def log_small_pools(n: int, sizes: np.ndarray) -> None:

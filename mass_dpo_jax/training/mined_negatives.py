@@ -6,7 +6,6 @@ of `python -m mass_dpo_jax.mine`. A training that is resumed reads it again.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -18,14 +17,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from mass_dpo_jax import config as config_lib
-from mass_dpo_jax.config import parse_refresh
-from mass_dpo_jax.data.examples import Example, Text
+from mass_dpo_jax.config import parse_ranks, parse_refresh
+from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.data.readers.columns import parse_columns
 from mass_dpo_jax.errors import UserError
-from mass_dpo_jax.runs import run_folder
+from mass_dpo_jax.runs import origin, resume, run_folder
 from mass_dpo_jax.training import mining, mining_sources
+from mass_dpo_jax.training.data_checks import make_draws_error
+from mass_dpo_jax.training.method_config import make_method
+from mass_dpo_jax.training.model_paths import uses_lora
 from mass_dpo_jax.training.open_policy import open_policy
+from mass_dpo_jax.training.policy import Policy
 from mass_dpo_jax.training.prepare import open_mesh
 from mass_dpo_jax.utils import distributed
 from mass_dpo_jax.utils.files import write_whole
@@ -57,11 +59,11 @@ class MinedNegatives(NamedTuple):
         for example in examples:
             row = self.rows.get(example.id)
             if row is not None:
-                example = _replace(
+                example = mining.replace_negatives(
                     example,
-                    tuple(row["rejected"]),
-                    tuple(row["mined_probabilities"]) if self.corrects else None,
+                    row["rejected"],
                     f"{example.place} with negatives of {self.path}",
+                    row["mined_probabilities"] if self.corrects else None,
                 )
             replaced.append(example)
         if kept := len(examples) - sum(example.id in self.rows for example in examples):
@@ -98,6 +100,35 @@ def check_mining(config: ConfigDict) -> None:
             "change between epochs, and with them the negatives that are chosen; expected step or "
             "epoch, or config.mine.every=0"
         )
+    _check_method(config, start)
+
+
+def _check_method(config: ConfigDict, start: str) -> None:
+    """Raises UserError if a method cannot train on what is mined, before hours of mining."""
+    method, n = make_method(config, config.mine.n), config.mine.n
+    if method.is_supervised:
+        raise UserError(f"{start}: config.method={method.name} sees no negatives; leave it empty")
+    if method.uses_order or method.uses_scores:
+        alternative = ", or config.odpo.offset=rank" if method.uses_scores else ""
+        raise UserError(
+            f"{start}: config.method={method.name} needs grades, which mined negatives do not "
+            f"have; expected another method{alternative}"
+        )
+    if method.num_negatives > n:
+        raise UserError(
+            f"config.num_negatives={method.num_negatives}: config.mine.n={n} negatives are mined "
+            f"for a prompt; expected config.mine.n={method.num_negatives} or more, or "
+            f"config.num_negatives={n}"
+        )
+    first, last = parse_ranks(config.mine.ranks)
+    are_drawn = config.mine.draw != "top" and last - first > n
+    if are_drawn and _corrects(config) and not method.uses_draws_of_data:
+        raise make_draws_error(method)
+
+
+def _corrects(config: ConfigDict) -> bool:
+    """Whether training corrects for how negatives were drawn."""
+    return parse_columns(config.data.columns).get("mined_probabilities") != ""
 
 
 def is_due(config: ConfigDict, epoch: int, batch_of_epoch: int) -> bool:
@@ -142,22 +173,28 @@ def open_mined(config: ConfigDict, workdir: Path) -> MinedNegatives | None:
     rows = mining.load_rows(config, "train")
     digests = {
         "train": _digest((e.id, e.prompt, e.chosen, e.rejected) for e in rows.examples),
+        "the chosen responses of all splits": _digest(
+            (e.question, e.chosen, e.also_chosen) for e in rows.everything
+        ),
         "the catalogue": _digest(zip(catalogue.ids, catalogue.texts, strict=True)),
     }
+    # Before anything is mined: a file of other data would be taken for the epoch's ever after.
+    saved = run_folder.read_checkpoint_notes(workdir).get("data") or {}
+    resume.check_data(workdir, saved | digests)
     is_new = run_folder.latest_step(workdir) is None
     if is_new:  # Another run, with other settings, may have ended here before its first checkpoint.
         shutil.rmtree(path.parent, ignore_errors=True)
     if not path.exists():
         _check_epoch_begins(workdir, path, epoch)
-        model = config.model if is_new else _describe_run(config.model, workdir)
-        mined = _mine(config, model, rows, catalogue, epoch)
+        policy, params = _read_policy(config, None if is_new else workdir)
+        mined = _mine(config, policy, params, rows, catalogue, epoch)
+        del params
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in mined))
         _log.info(f"epoch {epoch}: negatives mined from {len(catalogue.index)} items, {path}")
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8") as lines:  # Texts have separators that splitlines() cuts at.
         by_id = {row["id"]: row for row in map(json.loads, lines)}
-    corrects = parse_columns(config.data.columns).get("mined_probabilities") != ""
-    return MinedNegatives(epoch, path, by_id, corrects, digests)
+    return MinedNegatives(epoch, path, by_id, _corrects(config), digests)
 
 
 def _check_epoch_begins(workdir: Path, path: Path, epoch: int) -> None:
@@ -171,30 +208,41 @@ def _check_epoch_begins(workdir: Path, path: Path, epoch: int) -> None:
         )
 
 
-def _describe_run(model: ConfigDict, workdir: Path) -> ConfigDict:
-    """Returns `config.model` changed to read the newest checkpoint of a run."""
-    model = model.copy_and_resolve_references()
-    model.path = str(workdir)
-    model.lora = config_lib.default().model.lora  # The run's own adapters are read with it.
-    return model
+def _read_policy(config: ConfigDict, workdir: Path | None) -> tuple[Policy, Any]:
+    """Reads the policy that mines: what a run starts from, or its newest checkpoint.
+
+    Args:
+        config: the run's configuration.
+        workdir: the run; None: it has no checkpoint yet.
+
+    Raises:
+        UserError: the base of the run's adapters is not the one it began with.
+    """
+    model = config.model.copy_and_resolve_references()
+    if workdir is not None and uses_lora(model.lora):
+        model.lora.path = str(workdir)  # Adapters stay beside their base, as they are trained.
+    elif workdir is not None:
+        model.path = str(workdir)
+    policy = open_policy(model, open_mesh(config), workdir)
+    params, digest = policy.read(model.path, config.seed, model.lora.path)
+    if workdir is not None and uses_lora(model.lora):
+        origin.check_weights(workdir, {"model.path": digest})
+    return policy, params
 
 
 def _mine(
     config: ConfigDict,
-    model: ConfigDict,
+    policy: Policy,
+    params: Any,
     rows: mining.Rows,
     catalogue: mining.Catalogue,
     epoch: int,
 ) -> list[dict[str, Any]]:
-    """Mines by the weights that the section `model` reads, in place of `config.model`."""
-    policy = open_policy(model, open_mesh(config), None)
-    params = policy.weights(model.path, config.seed, model.lora.path)
+    """Mines by a policy with these weights."""
     limit, similarity = config.data.max_prompt_length, config.mine.similarity
     source = mining_sources.by_policy(
         policy, params, rows.examples, catalogue.texts, limit, similarity
     )
-    config = config.copy_and_resolve_references()
-    config.model = model
     return list(mining.mine_rows(config, rows, catalogue, source, (policy, params), epoch))
 
 
@@ -209,22 +257,9 @@ def take_longest(config: ConfigDict, examples: Sequence[Example]) -> list[Exampl
     replaced = []
     for example, chosen in zip(examples, mining.chosen_index(examples, catalogue), strict=True):
         items = longest[longest != chosen][:n]
-        rejected = tuple(mining.as_responses(example, catalogue, items))
-        replaced.append(_replace(example, rejected, None))
+        rejected = mining.as_responses(example, catalogue, items)
+        replaced.append(mining.replace_negatives(example, rejected, example.place))
     return replaced
-
-
-def _replace(
-    example: Example,
-    rejected: tuple[Text, ...],
-    probabilities: tuple[float, ...] | None,
-    place: str = "",
-) -> Example:
-    """Returns an example with other negatives, of which no grades are known."""
-    return dataclasses.replace(
-        example, rejected=rejected, place=place or example.place, scores=None, also_chosen=(),
-        ranks=None, probabilities=probabilities,
-    )  # fmt: skip
 
 
 def _digest(values: Iterable[Any]) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,10 @@ import mass_dpo_jax as mdj
 from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.estimate.dry_run import prepare_dry_run
+from mass_dpo_jax.runs import run_folder
 from mass_dpo_jax.selection.mining import Limits
 from mass_dpo_jax.train import train
-from mass_dpo_jax.training import mined_negatives, mining
+from mass_dpo_jax.training import interruption, mined_negatives, mining, policy
 from tests.support.helpers import losses, tiny_config, write_jsonl
 from tests.support.processes import command
 from tests.support.run_homes import interrupted, remove, write_base
@@ -186,12 +189,89 @@ def test_what_was_mined_is_gone(home: Path, run: Path) -> None:
         train(settings(home), run)
 
 
-@pytest.mark.usefixtures("one_device")
-def test_another_catalogue(home: Path, run: Path, tmp_path: Path) -> None:
-    items = tmp_path / "items.jsonl"
+def add_item(home: Path, folder: Path) -> dict[str, str]:
+    items = folder / "items.jsonl"
     items.write_text((home / "items.jsonl").read_text() + '"one more"\n')
-    with pytest.raises(UserError, match="saved with other data: the catalogue has other rows"):
-        train(settings(home, **{"mine.catalogue": str(items)}), run)
+    return {"mine.catalogue": str(items)}
+
+
+def change_validation(home: Path, folder: Path) -> dict[str, str]:
+    """Its chosen responses are no negatives of rows with the same prompt."""
+    held_out = mining.load_rows(settings(home), "validation").examples[0].id
+    rows = [json.loads(line) for line in (home / "data.jsonl").read_text().splitlines()]
+    rows = [row | {"chosen": "another"} if row["id"] == held_out else row for row in rows]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"data.path": str(folder / "data.jsonl")}
+
+
+@pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize("stop", [keep_all, lose_epoch])
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [(add_item, "the catalogue"), (change_validation, "the chosen responses of all splits")],
+)
+def test_other_texts(
+    home: Path, run: Path, tmp_path: Path, stop: Callable[[Path], None], change: Any, name: str
+) -> None:
+    """Nothing is mined from them, which would later be taken for the negatives of the run."""
+    stop(run)
+    before = sorted((run / "mined").iterdir())
+    with pytest.raises(UserError, match=f"saved with other data: .*{name}.* has other rows"):
+        train(settings(home, **change(home, tmp_path)), run)
+    assert sorted((run / "mined").iterdir()) == before
+
+
+@pytest.mark.usefixtures("one_device")
+def test_texts_with_line_separators(home: Path, run: Path) -> None:
+    """JSON has them as they are, and Python's splitlines would cut there."""
+    texts = ["red\u2028blue", "green\x85", "a\x0bb", "c\x0cd"]
+    rows = [row | {"rejected": texts} for row in mined(run, 1)]
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    (run / "mined" / "epoch-1.jsonl").write_text("".join(lines))
+    found = mined_negatives.open_mined(settings(home), run)
+    assert found is not None and len(found.rows) == 22
+    assert all(row["rejected"] == texts for row in found.rows.values())
+
+
+@pytest.mark.usefixtures("one_device")
+def test_adapters_mine_beside_their_base_wherever_it_is(home: Path, tmp_path: Path) -> None:
+    """As on a device that holds the base in four bits, and not the sum in float32."""
+    shutil.copytree(home / "base", tmp_path / "base")
+    asked = {"model.lora.rank": 2, "model.lora.base": "nf4", "train.steps": STEPS + 1}
+    run = tmp_path / "run"
+    train(settings(home, **asked, **{"model.path": str(tmp_path / "base")}), run)
+    remove(run / "checkpoints" / str(STEPS + 1))
+    expected = mined(run, 1)
+    remove(run / "mined" / "epoch-1.jsonl")
+    (tmp_path / "base").rename(tmp_path / "moved")
+    there = settings(home, **asked, **{"model.path": str(tmp_path / "moved")})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(policy, "merge_adapters", None)
+        mined_negatives.open_mined(there, run)
+    assert mined(run, 1) == expected != mined(run, 0)
+
+    remove(run / "mined" / "epoch-1.jsonl")
+    write_base(tmp_path / "moved", seed=1)
+    with pytest.raises(UserError, match=r"config\.model\.path: its weights are not those"):
+        mined_negatives.open_mined(there, run)
+    assert not (run / "mined" / "epoch-1.jsonl").exists()
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_signal_ends_a_later_mining_at_once(
+    home: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lose_epoch(run)
+    remove(run / "checkpoints" / str(STEPS))
+
+    def mine(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("it has gone on")
+
+    monkeypatch.setattr(mined_negatives, "_mine", mine)
+    with pytest.raises(interruption.Stopped, match="SIGTERM"), interruption.handle_signals():
+        train(settings(home), run)
+    assert run_folder.latest_step(run) == STEPS
 
 
 @pytest.mark.usefixtures("one_device")
@@ -220,7 +300,11 @@ def test_an_epoch_that_has_lost_most_of_its_prompts(home: Path, run: Path) -> No
         ({"model.path": ""}, "mines by the features of a model; config.model.path is missing"),
         ({"selection.refresh": "once"}, "config.selection.refresh=once: with config.mine.every=1"),
         ({"selection.refresh": "9"}, "config.selection.refresh=9: with config.mine.every=1"),
-        ({"method": "dpo"}, "the training data's negatives were drawn with the probabilities"),
+        ({"method": "dpo"}, "the training data's negatives are drawn with the probabilities"),
+        ({"method": "sft"}, "config.method=sft sees no negatives; leave it empty"),
+        ({"method": "pl_rank"}, "config.method=pl_rank needs grades, which mined negatives do not"),
+        ({"method": "odpo"}, "expected another method, or config.odpo.offset=rank"),
+        ({"method": "sdpo", "num_negatives": 5}, "expected config.mine.n=5 or more, or"),
     ],
 )
 @pytest.mark.usefixtures("one_device")
@@ -228,6 +312,12 @@ def test_mistakes(home: Path, tmp_path: Path, changes: dict[str, Any], message: 
     with pytest.raises(UserError) as error:
         train(settings(home, **changes), tmp_path / "run")
     assert message in str(error.value)
+    assert not (tmp_path / "run").exists()  # Before anything is mined.
+
+
+def test_a_dry_run_refuses_what_training_would(home: Path) -> None:
+    with pytest.raises(UserError, match="negatives are drawn with the probabilities"):
+        prepare_dry_run(settings(home, method="dpo"), None, ("train",))
 
 
 def test_prompts_without_items_keep_their_negatives(
