@@ -122,7 +122,17 @@ class _Chunks:
         self._responses = ResponseEncoder(tokenizer)
 
     def add(self, examples: Sequence[Example], start: int) -> None:
-        """Tokenizes a chunk of examples; `start` is the split's index of the first."""
+        """Tokenizes a chunk of examples; `start` is the split's index of the first.
+
+        Raises:
+            UserError: an example has no other response than the chosen one.
+        """
+        if alone := next((e for e in examples if len(e.responses) == 1), None):
+            raise UserError(
+                f"{alone.place}: has no rejected response (config.data.columns="
+                f"{self._data.columns}); only python -m mass_dpo_jax.mine takes such rows, and "
+                "writes them with negatives"
+            )
         errors: dict[int, UserError] = {}
         dropped: set[int] = set()
         prompts = self._prompts.encode(examples, errors, dropped, self.cut)

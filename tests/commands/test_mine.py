@@ -92,6 +92,29 @@ def test_what_is_mined_can_be_read_as_data(folder: Path) -> None:
         assert len(row["mined_weights"]) == len(row["mined_probabilities"]) == 3
 
 
+def test_rows_without_rejected_responses_are_mined_for(folder: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
+    for name, kept in (("bare", ()), ("scored", ("score_chosen", "score_rejected"))):
+        bare = [{k: row[k] for k in ("id", "prompt", "chosen", *kept) if k in row} for row in rows]
+        data, output = tmp_path / f"{name}.jsonl", tmp_path / f"{name}-mined.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in bare))
+        words = [f"--config.data.path={data}", f"--scores={folder}/scores.npy", "--n=3"]
+        words += ["--split=all", f"--output={output}"]
+        code, text = mine(folder, *words)
+        assert code == 2 and "'rejected' is missing" in text
+        assert "mine takes rows without, --config.data.columns=rejected=" in text
+        code, text = mine(folder, *words, "--config.data.columns=rejected=")
+        assert code == 0, text
+        examples = load_examples(tiny_config(output).data, "all", 0)
+        assert [(x.id, x.prompt, x.chosen) for x in examples] == [
+            (row["id"], row["prompt"], row["chosen"]) for row in rows
+        ]
+        assert {len(x.rejected) for x in examples} == {3}
+    changes = {"data.columns": "rejected=", "data.validation_share": 0.0}
+    with pytest.raises(UserError, match=r"bare.jsonl:1: has no rejected response .*only python -m"):
+        train(tiny_config(tmp_path / "bare.jsonl", **changes), tmp_path / "run")
+
+
 def test_a_shortlist_has_the_scores_that_the_command_score_gives(
     folder: Path, tmp_path: Path
 ) -> None:

@@ -134,6 +134,23 @@ def test_without_correction_the_drawn_negatives_are_the_pool(home: Path, tmp_pat
     assert losses(tmp_path / "run")[0] == pytest.approx(np.log(1 + 4), rel=1e-5)
 
 
+@pytest.mark.usefixtures("one_device")
+def test_rows_need_no_rejected_responses(home: Path, tmp_path: Path) -> None:
+    """Unless they are tested on: without any held out the losses are the same."""
+    rows = [json.loads(line) for line in (home / "data.jsonl").read_text().splitlines()]
+    for row in rows:
+        row.pop("rejected")
+    (tmp_path / "bare.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = {"data.validation_share": 0.0, "train.steps": 1}
+    train(settings(home, **asked), tmp_path / "whole")
+    bare = {"data.path": str(tmp_path / "bare.jsonl"), "data.columns": "rejected="}
+    train(settings(home, **asked, **bare), tmp_path / "run")
+    assert mined(tmp_path / "run", 0) == mined(tmp_path / "whole", 0)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    with pytest.raises(UserError, match="has no rejected response"):
+        train(settings(home, **bare), tmp_path / "other")
+
+
 def keep_all(run: Path) -> None:
     del run
 

@@ -15,8 +15,8 @@ COLUMNS = (
     "id", "prompt", "chosen", "rejected", "score_chosen", "score_rejected", "mined_probabilities",
     "tools",
 )  # fmt: skip
-# Columns that `data.columns` can leave out.
-OPTIONAL = tuple(name for name in COLUMNS if name not in ("prompt", "chosen", "rejected"))
+# Columns that `data.columns` can leave out. Rows without `rejected` can only be mined for.
+OPTIONAL = tuple(name for name in COLUMNS if name not in ("prompt", "chosen"))
 RENAMABLE = (*COLUMNS, "completion", "label")  # Those of unpaired rows, too.
 # Columns that change what a prompt is, so they are refused where they have content.
 UNSUPPORTED_COLUMNS = {
@@ -104,6 +104,8 @@ def describe_absent(row: Mapping[str, Any], field: str) -> str:
     advice = f"--config.data.columns={field}=NAME reads it from another column"
     if renamings.get(field):
         advice = f"--config.data.columns={setting} reads these"
+    if field == "rejected":
+        advice += "; mine takes rows without, --config.data.columns=rejected="
     return f"field {field!r} is missing; found {columns}; {advice}"
 
 

@@ -76,6 +76,7 @@ def read_preferences(
             or no row is left.
     """
     names = parse_columns(data.columns)
+    has_rejected = names.get("rejected") != ""
     row_format, table = _tell_format(table, names, data.format)
     warnings = RowWarnings(table.name, data.chat_template != "none", row_format)
     grouped = data.group == "prompt"
@@ -92,7 +93,7 @@ def read_preferences(
         row = rename_columns(row, names, location)
         example: Example | Completion
         if row_format is None:
-            example = read_row(row, f"{prefix}{i}", location)
+            example = read_row(row, f"{prefix}{i}", location, has_rejected)
         elif row_format.unpaired:
             example = formats.read_completion(row, row_format, f"{prefix}{i}", location)
         else:
@@ -131,7 +132,7 @@ def _has_columns(row: Any, names: Mapping[str, str]) -> bool:
     return isinstance(row, Mapping) and all(name in row for name in names.values() if name)
 
 
-def read_row(row: Any, default_id: str, location: str) -> Example:
+def read_row(row: Any, default_id: str, location: str, has_rejected: bool = True) -> Example:
     """Reads the example in a row `{"id"?, "prompt"?, "chosen", "rejected", ...}`.
 
     Prompt and responses are strings or chat messages; one message stands for a list of it.
@@ -150,7 +151,8 @@ def read_row(row: Any, default_id: str, location: str) -> Example:
     (or one number, for one), are optional grades; a row in which one is null or not finite has
     none. `mined_probabilities`, likewise a list, has the probability with which each rejected
     response was drawn, as `mine` writes it. `tools` are functions that the model may call (module
-    `tools`). Other columns are ignored, see `RowWarnings`, except for UNSUPPORTED_COLUMNS.
+    `tools`). Other columns are ignored, see `RowWarnings`, except for UNSUPPORTED_COLUMNS. Without
+    rejected responses (`has_rejected`) none of the columns about them is read.
 
     Raises:
         UserError: a field is missing, empty or of the wrong type, the chosen response is also among
@@ -162,13 +164,13 @@ def read_row(row: Any, default_id: str, location: str) -> Example:
             f"{location}: expected an object with prompt, chosen, rejected; found "
             f"{describe_value(row)}"
         )
-    for field in ("chosen", "rejected"):
+    for field in ("chosen", "rejected") if has_rejected else ("chosen", "prompt"):
         if to_json_value(row.get(field)) is None:
             raise UserError(f"{location}: {describe_absent(row, field)}")
     check_unsupported(row, location)
     chosen = read_text(row["chosen"], "chosen", location)
     single = isinstance(to_json_value(row["chosen"]), Mapping)
-    listed = _read_rejected(row["rejected"], chosen, single, location)
+    listed = _read_rejected(row["rejected"], chosen, single, location) if has_rejected else []
     rejected = [text for text in listed if text is not None]
     prompt: Text
     if to_json_value(row.get("prompt")) is not None:
@@ -188,8 +190,8 @@ def read_row(row: Any, default_id: str, location: str) -> Example:
     ]
     check_not_rejected(chosen, rejected, location)
     name = check_id(row.get("id"), default_id, location)
-    scores = _read_scores(row, listed, location)
-    probabilities = _read_probabilities(row, listed, location)
+    scores = _read_scores(row, listed, location) if has_rejected else None
+    probabilities = _read_probabilities(row, listed, location) if has_rejected else None
     tools = read_tools(row.get("tools"), "tools", location)
     return Example(
         name, prompt, chosen, tuple(rejected), location, scores,

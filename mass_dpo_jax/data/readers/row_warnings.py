@@ -66,7 +66,9 @@ class RowWarnings:
             self._counts["inverted"] += example.scores[0] < max(
                 example.scores[1 : 1 + len(example.rejected)]
             )
-        elif any(row.get(field) is not None for field in ("score_chosen", "score_rejected")):
+        elif example.rejected and any(
+            row.get(field) is not None for field in ("score_chosen", "score_rejected")
+        ):
             self._counts["unscored"] += 1
         if self._has_template and isinstance(prompt, str):
             self._counts["turns"] += _TURNS.search(prompt) is not None
@@ -78,7 +80,7 @@ class RowWarnings:
 
     def _add_lists(self, row: Mapping[str, Any], example: Example) -> None:
         """Counts nulls in lists, and lists that were written as text."""
-        rejected = to_json_value(row["rejected"])
+        rejected = to_json_value(row.get("rejected"))
         if isinstance(rejected, list):
             if len(rejected) != len(example.rejected):  # Otherwise it has no null.
                 self._counts["null"] += any(to_json_value(text) is None for text in rejected)
