@@ -94,7 +94,9 @@ def read_catalogue(path: Path) -> Catalogue:
         UserError: the file cannot be read, has fewer than two texts, or a row is something else.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such file; expected a catalogue, a text per row")
+        raise UserError(
+            f"{path}: no such file; expected the catalogue, config.mine.catalogue, a text per row"
+        )
     ids: list[Any] = []
     texts: list[str] = []
     for location, row in _read_items(path):
