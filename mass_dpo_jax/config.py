@@ -481,21 +481,26 @@ def parse_ranks(ranks: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def parse_limit(limit: str, name: str) -> float | None:
-    """Returns the number in a setting such as `mine.margin`, None where it is empty.
+def parse_margins(mine: Mapping[str, Any]) -> tuple[float | None, ...]:
+    """Returns `margin`, `relative_margin` and `max_score` of a section `mine`; None where empty.
 
     Raises:
-        UserError: it is something else.
+        UserError: one of them is no number.
     """
-    if not limit.strip():
-        return None
-    try:
-        number = float(limit)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise UserError(f"{name}={limit!r}: expected a number, or nothing for no limit")
-    return number
+    margins = []
+    for name in ("margin", "relative_margin", "max_score"):
+        number, text = None, mine[name].strip()
+        if text:
+            try:
+                number = float(text)
+            except ValueError:
+                number = math.nan
+            if not math.isfinite(number):
+                raise UserError(
+                    f"config.mine.{name}={text!r}: expected a number, or nothing for no limit"
+                )
+        margins.append(number)
+    return tuple(margins)
 
 
 def parse_cutoffs(cutoffs: str) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from mass_dpo_jax.config import (
     flatten,
     parse_budget,
     parse_cutoffs,
-    parse_limit,
+    parse_margins,
     parse_ranks,
     parse_refresh,
     set_field,
@@ -89,8 +89,7 @@ def check(config: ConfigDict) -> None:
 
 def _check_mining(mine: ConfigDict) -> None:
     _, last = parse_ranks(mine.ranks)
-    for name in ("margin", "relative_margin", "max_score"):
-        parse_limit(mine[name], f"config.mine.{name}")
+    parse_margins(mine)
     if mine.temperature < 1e-6:  # Scores are divided by it in float32.
         raise UserError(f"config.mine.temperature={mine.temperature!r}: expected 1e-6 or more")
     if 0 < mine.shortlist < last:

@@ -69,9 +69,11 @@ def _train_on(
     start = _prepare(config, workdir, lock)
     reference = _score_reference(start)
     run = _restore_or_start(start, reference, write_report)
-    if start.mined is not None and start.mined.epoch != mined_negatives.find_epoch(config, workdir):
-        run.close()  # The newest checkpoint is damaged; the one before has other negatives.
-        return None
+    if start.mined is not None:
+        notes = run_folder.read_checkpoint_notes(workdir)
+        if start.mined.epoch != mined_negatives.find_epoch(config, notes):
+            run.close()  # The newest checkpoint is damaged; the one before has other negatives.
+            return None
     return _run_steps(run)
 
 

@@ -138,9 +138,13 @@ def is_due(config: ConfigDict, epoch: int, batch_of_epoch: int) -> bool:
     return epoch == 0 or (config.mine.every > 0 and epoch % config.mine.every == 0)
 
 
-def find_epoch(config: ConfigDict, workdir: Path) -> int:
-    """Returns the epoch N whose file, `mined/epoch-N.jsonl`, a run uses next or will write."""
-    notes = run_folder.read_checkpoint_notes(workdir)
+def find_epoch(config: ConfigDict, notes: Mapping[str, Any]) -> int:
+    """Returns the epoch N whose file, `mined/epoch-N.jsonl`, a run uses next or will write.
+
+    Args:
+        config: the run's configuration.
+        notes: of its newest checkpoint; empty: there is none.
+    """
     epoch, every = notes.get("epoch", 0), config.mine.every
     if epoch and not notes["batch_of_epoch"] and _is_finished(config, notes):
         epoch -= 1  # The run is finished: nothing is mined for an epoch after its last.
@@ -167,7 +171,8 @@ def open_mined(config: ConfigDict, workdir: Path) -> MinedNegatives | None:
     """
     if not config.mine.catalogue:
         return None
-    epoch = find_epoch(config, workdir)
+    notes = run_folder.read_checkpoint_notes(workdir)
+    epoch = find_epoch(config, notes)
     path = workdir / FOLDER / f"epoch-{epoch}.jsonl"
     catalogue = mining.read_catalogue(Path(config.mine.catalogue))
     rows = mining.load_rows(config, "train")
@@ -179,13 +184,12 @@ def open_mined(config: ConfigDict, workdir: Path) -> MinedNegatives | None:
         "the catalogue": _digest(zip(catalogue.ids, catalogue.texts, strict=True)),
     }
     # Before anything is mined: a file of other data would be taken for the epoch's ever after.
-    saved = run_folder.read_checkpoint_notes(workdir).get("data") or {}
-    resume.check_data(workdir, saved | digests)
+    resume.check_data(workdir, (notes.get("data") or {}) | digests)
     is_new = run_folder.latest_step(workdir) is None
     if is_new:  # Another run, with other settings, may have ended here before its first checkpoint.
         shutil.rmtree(path.parent, ignore_errors=True)
     if not path.exists():
-        _check_epoch_begins(workdir, path, epoch)
+        _check_epoch_begins(notes, path, epoch)
         policy, params = _read_policy(config, None if is_new else workdir)
         mined = _mine(config, policy, params, rows, catalogue, epoch)
         del params
@@ -197,14 +201,13 @@ def open_mined(config: ConfigDict, workdir: Path) -> MinedNegatives | None:
     return MinedNegatives(epoch, path, by_id, _corrects(config), digests)
 
 
-def _check_epoch_begins(workdir: Path, path: Path, epoch: int) -> None:
+def _check_epoch_begins(notes: Mapping[str, Any], path: Path, epoch: int) -> None:
     """Raises UserError where the policy has gone on since it should have mined."""
-    notes = run_folder.read_checkpoint_notes(workdir)
     if notes and (notes["epoch"], notes["batch_of_epoch"]) != (epoch, 0):
         raise UserError(
             f"{path}: is missing, and the run has gone on to step {notes['step']} since it mined "
             "these negatives; restore the file, or begin another run from the weights, "
-            f"--config.model.path={workdir}"
+            f"--config.model.path={path.parent.parent}"
         )
 
 

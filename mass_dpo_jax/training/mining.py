@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from mass_dpo_jax.config import PREFERENCES, parse_limit, parse_ranks
+from mass_dpo_jax.config import PREFERENCES, parse_margins, parse_ranks
 from mass_dpo_jax.data import load_examples, splits, text_files
 from mass_dpo_jax.data.examples import Example, History, Text, as_text, identify_answer
 from mass_dpo_jax.data.fields import check_encodable
@@ -278,10 +278,6 @@ def mine_rows(
     """
     settings = config.mine
     first, last = parse_ranks(settings.ranks)
-    margins = (
-        parse_limit(settings[name], f"config.mine.{name}")
-        for name in ("margin", "relative_margin", "max_score")
-    )
     positives = find_positives(*rows)
     ranked = rank(source, catalogue, positives, settings.shortlist or last)
     if settings.shortlist:
@@ -293,7 +289,7 @@ def mine_rows(
             return found.ids, found.logps, found.lengths > 0
 
         ranked = rescore(ranked, rows.examples, catalogue, settings.shortlist, score)
-    limits = mining.Limits(first, last, *margins)
+    limits = mining.Limits(first, last, *parse_margins(settings))
     return mine(
         ranked, rows.examples, catalogue, limits, settings.n, settings.draw, settings.temperature,
         config.seed, number,

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mass_dpo_jax.config import CHOICES
 from mass_dpo_jax.selection import mining
 
 
@@ -93,3 +94,7 @@ def test_top_takes_the_first_ones() -> None:
     assert drawn.tolist() == [[True, False, True, False], [False, True, False, False]]
     assert pi.tolist() == drawn.astype(float).tolist()
     assert weights.tolist() == [[0.5, 0.0, 0.5, 0.0], [0.0, 1.0, 0.0, 0.0]]
+
+
+def test_the_setting_has_the_draws_there_are() -> None:
+    assert CHOICES["mine.draw"] == mining.DRAWS
