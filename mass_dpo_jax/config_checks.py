@@ -13,14 +13,16 @@ from mass_dpo_jax.config import (
     PATHS,
     default,
     flatten,
+    set_field,
+    suggest_setting,
+)
+from mass_dpo_jax.config_values import (
     parse_budget,
     parse_cutoffs,
     parse_margins,
     parse_ranks,
     parse_refresh,
-    set_field,
     split_targets,
-    suggest_setting,
 )
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.utils.files import expand

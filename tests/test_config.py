@@ -14,7 +14,7 @@ import pytest
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from mass_dpo_jax import config as config_lib
-from mass_dpo_jax import config_checks
+from mass_dpo_jax import config_checks, config_values
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models import decoder
 from mass_dpo_jax.models.config import FAMILIES, TARGETS
@@ -184,24 +184,24 @@ def test_choices_are_those_of_the_code_that_reads_them() -> None:
     }
     for name, choices in expected.items():
         assert set(config_lib.CHOICES[name]) == set(choices), name
-    assert list(config_lib.LORA_TARGETS) == list(TARGETS)
+    assert list(config_values.LORA_TARGETS) == list(TARGETS)
     for theirs, ours in TARGETS.items():
-        part = "mlp" if theirs in config_lib.MLP_TARGETS else "self_attn"
+        part = "mlp" if theirs in config_values.MLP_TARGETS else "self_attn"
         assert PROJECTIONS[ours] == f"{part}.{theirs}"
 
 
 @pytest.mark.parametrize(
     ("targets", "expected"),
     [
-        ("all-linear", list(config_lib.LORA_TARGETS)),
+        ("all-linear", list(config_values.LORA_TARGETS)),
         (" v_proj, q_proj", ["v_proj", "q_proj"]),
         (r".*\.(q|v)_proj", ["q_proj", "v_proj"]),
-        (r"model\.layers\.\d+\.mlp\..*", list(config_lib.MLP_TARGETS)),
+        (r"model\.layers\.\d+\.mlp\..*", list(config_values.MLP_TARGETS)),
         ("^.*self_attn.*$", ["q_proj", "k_proj", "v_proj", "o_proj"]),
     ],
 )
 def test_targets_of_adapters(targets: str, expected: list[str]) -> None:
-    assert list(config_lib.split_targets(targets)) == expected
+    assert list(config_values.split_targets(targets)) == expected
     names = set(config_lib.CHOICES["data.name"]) - set(config_lib.PREFERENCES[1:])
     for name in names:
         assert callable(importlib.import_module(f"mass_dpo_jax.data.readers.{name}").load)

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "mass_dpo_jax"
 LAYERS = (
     {"errors"},
     {"utils"},
+    {"config_values"},
     {"config"},
     {"config_checks"},
     {"losses", "metrics", "theory", "selection", "models", "data"},

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from mass_dpo_jax import metrics
-from mass_dpo_jax.config import default, parse_cutoffs
+from mass_dpo_jax.config import default
+from mass_dpo_jax.config_values import parse_cutoffs
 from mass_dpo_jax.metrics import Lists
 
 SCORES = np.array(

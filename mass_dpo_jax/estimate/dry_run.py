@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mass_dpo_jax.config import parse_refresh
+from mass_dpo_jax.config_values import parse_refresh
 from mass_dpo_jax.data.batches import Shape
 from mass_dpo_jax.estimate import activations, memory
 from mass_dpo_jax.estimate import flops as flops_lib

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mass_dpo_jax.config import split_targets
+from mass_dpo_jax.config_values import split_targets
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.models.families import FAMILIES, MULTIMODAL, PROJECTIONS, Family
 from mass_dpo_jax.models.fields import FieldReader

@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mass_dpo_jax import metrics as metrics_lib
-from mass_dpo_jax.config import parse_cutoffs
+from mass_dpo_jax.config_values import parse_cutoffs
 from mass_dpo_jax.data import load_examples
 from mass_dpo_jax.data.readers import synthetic
 from mass_dpo_jax.errors import UserError

@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import mass_dpo_jax
-from mass_dpo_jax.config import parse_cutoffs
+from mass_dpo_jax.config_values import parse_cutoffs
 from mass_dpo_jax.data.examples import Example, digest_examples
 from mass_dpo_jax.data.tokens import Tokens
 from mass_dpo_jax.errors import UserError

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from mass_dpo_jax.config import parse_ranks, parse_refresh
+from mass_dpo_jax.config_values import parse_ranks, parse_refresh
 from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.data.readers.columns import parse_columns
 from mass_dpo_jax.errors import UserError

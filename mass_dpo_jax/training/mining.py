@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from mass_dpo_jax.config import PREFERENCES, parse_margins, parse_ranks
+from mass_dpo_jax.config import PREFERENCES
+from mass_dpo_jax.config_values import parse_margins, parse_ranks
 from mass_dpo_jax.data import load_examples, splits, text_files
 from mass_dpo_jax.data.examples import Example, History, Text, as_text, identify_answer
 from mass_dpo_jax.data.fields import check_encodable

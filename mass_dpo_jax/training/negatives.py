@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mass_dpo_jax import config as config_lib
+from mass_dpo_jax.config_values import parse_refresh
 from mass_dpo_jax.data.batches import Order
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.training import scoring
@@ -49,7 +49,7 @@ class NegativeSets:
     ):
         refresh = setup.refresh
         # `once` is one window as long as the run.
-        self.window = config_lib.parse_refresh(refresh, order.steps_per_epoch) or total_steps
+        self.window = parse_refresh(refresh, order.steps_per_epoch) or total_steps
         self._scores_pools = setup.method.scores_pools
         self._outlive_steps = self.window > 1 and self._scores_pools
         self._setup, self._order, self._total = setup, order, total_steps

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from mass_dpo_jax import config as config_lib
 from mass_dpo_jax import config_checks
+from mass_dpo_jax.config_values import parse_budget
 from mass_dpo_jax.data import load_examples
 from mass_dpo_jax.data.batches import Batch
 from mass_dpo_jax.data.examples import Example, as_text
@@ -105,7 +105,7 @@ def _choose_rows(
     """Returns the rows to write, in order, and what they were chosen by, for each."""
     if settings.by == "all":
         return [(index, {}) for index in range(total)]
-    k = config_lib.parse_budget(settings.budget, total, "--prompts")
+    k = parse_budget(settings.budget, total, "--prompts")
     chosen = prompts.choose_prompts(table, total, k, settings, seed)
     if chosen.values is None:
         return [(index, {}) for index in chosen.indices.tolist()]

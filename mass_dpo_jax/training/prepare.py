@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mass_dpo_jax import config_checks
-from mass_dpo_jax.config import parse_cutoffs
+from mass_dpo_jax.config_values import parse_cutoffs
 from mass_dpo_jax.data.batches import make_buckets
 from mass_dpo_jax.data.examples import Example
 from mass_dpo_jax.data.split_cache import open_splits

@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
-from mass_dpo_jax import config as config_lib
+from mass_dpo_jax.config_values import parse_budget
 from mass_dpo_jax.errors import UserError
 from mass_dpo_jax.runs import run_folder
 from mass_dpo_jax.selection import Pool
@@ -106,7 +106,7 @@ def count_prompts(settings: PromptSettings, rows: int, batch_size: int = 1) -> i
     """
     if settings.by == "all":
         return rows
-    size = config_lib.parse_budget(settings.budget, rows)
+    size = parse_budget(settings.budget, rows)
     if size < batch_size:
         raise UserError(
             f"config.selection.prompt_budget={settings.budget:g}: {size} of {rows} prompts are "
