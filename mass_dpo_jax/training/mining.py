@@ -328,7 +328,9 @@ def mine(
         UserError: a chosen response has no score although margins need it, or nothing is left.
     """
     empty, few = 0, 0
-    key = jax.random.fold_in(jax.random.key(seed), number)
+    key = jax.random.key(seed)
+    if number:  # The draws of the first are those of docs/results/mined_negatives.
+        key = jax.random.fold_in(key, number)
     for rows, indices, scores, chosen in ranked:
         exists = np.isfinite(scores)
         ranks = np.cumsum(exists, axis=1) - 1
